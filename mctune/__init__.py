@@ -1,0 +1,33 @@
+"""mctune: Memory Caching kernels (arXiv:2602.24281), searched for the machine they run on.
+
+``memory_caching``, ``MemoryCaching`` and ``Problem`` are loaded on first use, so ``import mctune`` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mctune.core.problem import Problem
+    from mctune.runtime.functional import memory_caching
+    from mctune.runtime.module import MemoryCaching
+
+__all__ = ["MemoryCaching", "Problem", "__version__", "memory_caching"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "memory_caching": "mctune.runtime.functional",
+    "MemoryCaching": "mctune.runtime.module",
+    "Problem": "mctune.core.problem",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mctune' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

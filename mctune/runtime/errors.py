@@ -1,0 +1,15 @@
+"""The errors that the runtime raises on purpose. Each names the offender, the limit and the remedy."""
+
+from __future__ import annotations
+
+
+class ArgumentError(ValueError):
+    """The arguments of a call contradict each other, or one is out of range."""
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot serve this call."""
+
+
+class PackageError(RuntimeError):
+    """A file of an emitted package is missing, has changed, or cannot be read."""

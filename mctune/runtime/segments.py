@@ -1,0 +1,109 @@
+"""Where a row of tokens is cut into segments (Memory Caching, arXiv:2602.24281, Eq. 4 and its section 4.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .errors import ArgumentError
+
+SEGMENTATIONS = ("constant", "logarithmic", "packed")
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The spans of the N segments of a row of T tokens, in order, without gaps.
+
+    Attributes:
+        begin: int32 [N], the first token of each segment.
+        end: int32 [N], one past its last token.
+        first: int32 [N], the index of the first segment of the sequence that the segment belongs to.
+        longest: tokens of the longest segment.
+
+    The tensors are contiguous, on the CPU, and shared between calls: they must not be written to.
+    """
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    first: torch.Tensor
+    longest: int
+    spans: tuple[tuple[int, int, int], ...]
+    """The same as Python integers: (begin, end, first) of each segment."""
+
+    @property
+    def count(self) -> int:
+        """N, the number of segments."""
+        return len(self.spans)
+
+
+def make_segments(
+    T: int, segmentation: str = "constant", segment_length: int = 256, cu_seqlens: torch.Tensor | None = None
+) -> Segments:
+    """Cut T tokens into segments.
+
+    Args:
+        T: tokens in the row, at least 1.
+        segmentation: ``constant`` (spans of ``segment_length``, the last may be shorter), ``logarithmic`` (the powers
+            of two of T's binary expansion, longest first; ``segment_length`` is ignored) or ``packed`` (constant
+            spans inside each sequence of ``cu_seqlens``; an empty sequence has no segment).
+        segment_length: C, in tokens.
+        cu_seqlens: integers [S + 1], from 0 to T, never decreasing; only with ``packed``.
+
+    Raises:
+        ArgumentError: on a size below 1, an unknown segmentation, or a ``cu_seqlens`` that does not cut up T tokens.
+    """
+    if segmentation not in SEGMENTATIONS:
+        raise ArgumentError(f"segmentation={segmentation!r} is not one of {', '.join(SEGMENTATIONS)}")
+    if T < 1:
+        raise ArgumentError(f"T={T}: there must be at least 1 token")
+    if segmentation != "logarithmic" and segment_length < 1:
+        raise ArgumentError(f"segment_length={segment_length}: a segment has at least 1 token (for example 256)")
+    if segmentation != "packed":
+        if cu_seqlens is not None:
+            raise ArgumentError(f"cu_seqlens with segmentation={segmentation!r}: use segmentation='packed'")
+        return _one_sequence(T, None if segmentation == "logarithmic" else segment_length)
+    if cu_seqlens is None:
+        raise ArgumentError("segmentation='packed' needs cu_seqlens, int32 [S + 1], from 0 to T")
+    return _packed(segment_length, _checked_bounds(T, cu_seqlens))
+
+
+def _checked_bounds(T: int, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+        raise ArgumentError(
+            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; it must be int32 [S + 1] with S of at least 1"
+        )
+    bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
+    if bounds[0] != 0 or bounds[-1] != T:
+        raise ArgumentError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to T={T}")
+    for sequence, (left, right) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if right < left:
+            raise ArgumentError(f"cu_seqlens falls from {left} to {right} at sequence {sequence}; it must never decrease")
+    return bounds
+
+
+@lru_cache(maxsize=256)
+def _one_sequence(T: int, segment_length: int | None) -> Segments:
+    if segment_length is not None:
+        return _build([(begin, min(begin + segment_length, T), 0) for begin in range(0, T, segment_length)])
+    spans, begin = [], 0
+    for bit in reversed(range(T.bit_length())):
+        if T >> bit & 1:
+            spans.append((begin, begin + (1 << bit), 0))
+            begin += 1 << bit
+    return _build(spans)
+
+
+@lru_cache(maxsize=64)
+def _packed(segment_length: int, bounds: tuple[int, ...]) -> Segments:
+    spans: list[tuple[int, int, int]] = []
+    for left, right in zip(bounds[:-1], bounds[1:], strict=True):
+        first = len(spans)
+        spans += [(begin, min(begin + segment_length, right), first) for begin in range(left, right, segment_length)]
+    return _build(spans)
+
+
+def _build(spans: list[tuple[int, int, int]]) -> Segments:
+    begin, end, first = torch.tensor(spans, dtype=torch.int32).T.contiguous().unbind(0)
+    return Segments(begin, end, first, max(right - left for left, right, _ in spans), tuple(spans))
