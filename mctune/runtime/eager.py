@@ -1,0 +1,112 @@
+"""The eager path: Memory Caching (arXiv:2602.24281) in vectorised, differentiable torch, for every problem.
+
+It serves what no kernel covers and is the baseline that kernels must beat. States, gates and accumulators are float32
+(float64 for float64 inputs); autocast is off inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.nn.functional import gelu
+
+from .arguments import Call
+from .deep import Chunk, DeepWalk
+from .gates import Gate, make_gate
+from .linear import read_total, run_linear
+from .plan import Block, Plan, chunk_size, make_blocks, make_plan
+from .read import Deep, Linear, firsts, read
+from .segments import Segments
+
+Tensor = torch.Tensor
+CHUNK = 64
+"""Tokens of a chunk of a linear memory, at most."""
+BLOCK = 256
+"""Tokens that read the cached states together."""
+
+
+def run_eager(call: Call) -> Tensor:
+    """y [B, T, H, Dv] in the dtype of q, for arguments that :func:`check_call` has passed."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        q, k, v = (_by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
+        u = q if call.u is None else _by_head(call.u, call.compute_dtype)
+        gate = make_gate(call.aggregation, call.top_k, u, k, call.segments)
+        run = _run_deep if call.deep else _run_linear
+        y = run(call, q * call.scale, k, v, gate)
+        B, T, H, _ = call.q.shape
+        return y.view(B, H, T, -1).transpose(1, 2).to(call.q.dtype).contiguous()
+
+
+def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, ...] to contiguous [B * H, T, ...]."""
+    return x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _run_linear(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
+    segments = call.segments
+    plan = make_plan(segments, chunk_size(segments, CHUNK), call.carried, q.device)
+    gates = None
+    if call.recurrence == "swla":
+        g, beta, lam = (
+            k.new_full(k.shape[:2], absent) if x is None else _by_head(x, call.compute_dtype)
+            for x, absent in ((call.g, 0.0), (call.beta, 0.0), (call.lam, 1.0))
+        )
+        gates = (g, beta, lam)
+    online, states = run_linear(q, k, v, plan, gates)
+    if segments.count == 1:
+        return online
+    if gate.aggregation == "residual":
+        return online + read_total(q, states, plan, firsts(segments))
+    blocks = make_blocks(segments, BLOCK, q.device)
+    if gate.aggregation == "mean":
+        rank = torch.cat([block.rank for block in blocks])
+        return (online + read_total(q, states, plan, firsts(segments))) / rank[:, None]
+    return read(q, online, Linear(states), gate, blocks, segments.count)
+
+
+def _run_deep(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
+    assert call.W_up is not None and call.W_down is not None
+    segments, B = call.segments, call.q.shape[0]
+    plan = make_plan(segments, min(call.inner_chunk, segments.longest), call.carried, q.device)
+    eta = k.new_ones(k.shape[:2]) if call.eta is None else _by_head(call.eta, call.compute_dtype)
+    g, mu = (None if x is None else _by_head(x, call.compute_dtype) for x in (call.g, call.mu))
+    W_up, W_down = (W.to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
+    walk = DeepWalk(plan, k, v, eta, g, mu, W_up, W_down, call.recurrence == "titans", call.memory_residual)
+    blocks = make_blocks(segments, BLOCK, q.device)
+    if gate.aggregation in ("soup", "mean"):
+        return _read_soup(q, walk, gate, call, blocks)
+    rows = plan.take(q)
+    online, ups, downs = [], [], []
+    for chunk in walk:
+        x = rows[:, chunk.start : chunk.stop]
+        y = chunk.down.read(gelu(chunk.up.read(x, chunk.by), approximate="tanh"), chunk.by)
+        online.append(y + x if call.memory_residual else y)
+        ups.append(chunk.closed_up)
+        downs.append(chunk.closed_down)
+    memories = Deep(plan.gather(ups), plan.gather(downs), call.memory_residual)
+    return read(q, _tokens(plan, online), memories, gate, blocks, segments.count)
+
+
+def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, blocks: tuple[Block, ...]) -> Tensor:
+    """One memory whose every parameter is the weighted mean of the states' (Eq. 14-15): two gated reads in a row."""
+    plan, N = walk.plan, call.segments.count
+    # A second pass computes the writes again, unless autograd keeps the first one's anyway.
+    steps: Iterable[Chunk] = list(walk) if torch.is_grad_enabled() else walk
+    rows = plan.take(q)
+    online, ups, downs = [], [], []
+    for chunk in steps:
+        online.append(chunk.up.read(rows[:, chunk.start : chunk.stop], chunk.by))
+        ups.append(chunk.closed_up)
+        downs.append(chunk.closed_down)
+    hidden = read(q, _tokens(plan, online), Linear(plan.gather(ups)), gate, blocks, N)
+    z = gelu(hidden, approximate="tanh")
+    rows = plan.take(z)
+    online = [chunk.down.read(rows[:, chunk.start : chunk.stop], chunk.by) for chunk in steps]
+    y = read(z, _tokens(plan, online), Linear(plan.gather(downs)), gate, blocks, N)
+    return y + q if call.memory_residual else y
+
+
+def _tokens(plan: Plan, steps: list[Tensor]) -> Tensor:
+    """What each step computed, [G, A, b, D] each, as [G, T, D]."""
+    return plan.put(torch.cat(steps, 1))

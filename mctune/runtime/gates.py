@@ -1,0 +1,96 @@
+"""How much of each cached segment a token reads (arXiv:2602.24281, Eq. 8-10 and 16-17).
+
+Arrays carry one leading axis G = B * H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .plan import Block, chunk_size, make_plan
+from .segments import Segments
+
+Tensor = torch.Tensor
+_CHUNK = 64
+
+
+def descriptors(u: Tensor, k: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Mean key of every segment, and the logit of every token against the running mean of its own.
+
+    Args:
+        u, k: [G, T, Dk].
+
+    Returns:
+        p [G, N, Dk], the mean of k over each segment, and r [G, T], the inner product of u_t with the mean of k over
+        the tokens of t's segment up to and including t.
+    """
+    plan = make_plan(segments, chunk_size(segments, _CHUNK), False, k.device)
+    rows = plan.take(k)
+    running = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril() @ rows
+    if len(plan.steps) > 1:
+        totals = plan.at_last(running)
+        carried, before = torch.zeros_like(totals[:, : plan.steps[0].stop]), []
+        for step in plan.steps:
+            carried = carried[:, : step.stop - step.start]
+            before.append(carried)
+            carried = carried + totals[:, step.start : step.stop]
+        running = running + torch.cat(before, 1)[:, :, None]
+    begin, end = (bound.to(k.device, torch.int64) for bound in (segments.begin, segments.end))
+    count = torch.arange(1, k.shape[1] + 1, device=k.device) - begin.repeat_interleave(end - begin)
+    mean = plan.put(running) / count[:, None]
+    return mean.index_select(1, end - 1), (u * mean).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The weights of the read, a block of tokens at a time.
+
+    Attributes:
+        aggregation: ``residual`` (all ones), ``mean`` (1 / s), ``grm`` and ``soup`` (softmax), ``ssc`` (softmax over the
+            online segment and the ``top_k`` best cached ones).
+        u, p, r: [G, T, Dk], [G, N, Dk], [G, T] of :func:`descriptors`; ``None`` for ``residual`` and ``mean``.
+    """
+
+    aggregation: str
+    top_k: int
+    like: Tensor
+    u: Tensor | None = None
+    p: Tensor | None = None
+    r: Tensor | None = None
+
+    def logits(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Of the cached segments [G, t, n] (-inf where a token may not look) and of the online one [G, t, 1]."""
+        assert self.u is not None and self.p is not None and self.r is not None
+        past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
+        if block.visible is not None:
+            past = past.masked_fill(~block.visible, float("-inf"))
+        return past, self.r[:, block.begin : block.end, None]
+
+    def weights(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
+        if self.aggregation in ("residual", "mean"):
+            past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)
+            if block.visible is not None:
+                past = past * block.visible
+            share = 1.0 / block.rank[None, :, None].to(past.dtype)
+            return (past, torch.ones_like(share)) if self.aggregation == "residual" else (past * share, share)
+        past, online = self.logits(block)
+        if self.aggregation == "ssc" and self.top_k < past.shape[-1]:
+            chosen = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, self.top_k), True)
+            past = past.masked_fill(~chosen, float("-inf"))
+        gamma = torch.cat([past, online], -1).softmax(-1)
+        return gamma[..., :-1], gamma[..., -1:]
+
+
+def make_gate(aggregation: str, top_k: int, u: Tensor, k: Tensor, segments: Segments) -> Gate:
+    """The gate of an aggregation; u and k [G, T, Dk]."""
+    if aggregation in ("residual", "mean") or segments.count == 1:
+        return Gate("residual" if segments.count == 1 else aggregation, top_k, k)
+    return Gate(aggregation, top_k, k, u, *descriptors(u, k, segments))
+
+
+def best(logits: Tensor, top_k: int) -> Tensor:
+    """Indices [..., top_k] of the largest logits; among equals the earlier one. The choice carries no gradient."""
+    return logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]

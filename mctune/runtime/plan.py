@@ -1,0 +1,148 @@
+"""How a row of tokens is laid out for vectorised work: chunks, in steps, over independent lanes.
+
+A chunk is a run of at most ``size`` tokens inside one segment. A lane is a chain of chunks that must follow one
+another: a segment where states start afresh, a whole sequence where they are carried over. Step c holds the c-th chunk
+of every lane that has one, so a scan needs one vectorised operation a step, however many lanes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .segments import Segments
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Chunks ``start`` to ``stop``, one for each of the first ``stop - start`` lanes."""
+
+    start: int
+    stop: int
+    closing: Tensor
+    """int64 [X]: the lanes whose segment ends with this step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """M chunks of at most ``size`` tokens, ordered by step, then by lane (lanes with most chunks first).
+
+    Attributes:
+        size: b, slots of a chunk.
+        tokens: int64 [M, b], the token in each slot; slots past a chunk's end repeat its last token.
+        last: int64 [M], the last slot in use.
+        segment: int64 [M], the segment that the chunk belongs to.
+        follows: bool [M], whether the token before the chunk belongs to the same lane.
+        slot: int64 [T], where each token stands among the M * b slots.
+        order: int64 [N], where each segment stands in the order in which the steps close them.
+    """
+
+    size: int
+    tokens: Tensor
+    last: Tensor
+    segment: Tensor
+    follows: Tensor
+    slot: Tensor
+    order: Tensor
+    steps: tuple[Step, ...]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Tokens to chunks: [G, T, ...] to [G, M, b, ...]."""
+        return x.index_select(1, self.tokens.flatten()).unflatten(1, tuple(self.tokens.shape))
+
+    def take_previous(self, x: Tensor) -> Tensor:
+        """[G, T, ...] to [G, M, b + 1, ...]: each chunk after the token before it (any token, where there is none)."""
+        rows = torch.cat([(self.tokens[:, :1] - 1).clamp(min=0), self.tokens], 1)
+        return x.index_select(1, rows.flatten()).unflatten(1, tuple(rows.shape))
+
+    def put(self, chunks: Tensor) -> Tensor:
+        """Chunks back to tokens: [G, M, b, ...] to [G, T, ...]."""
+        return chunks.flatten(1, 2).index_select(1, self.slot)
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """The row of each chunk's last token: [G, M, b, ...] to [G, M, ...]."""
+        return x[:, torch.arange(len(self.last), device=self.last.device), self.last]
+
+    def gather(self, closed: list[Tensor]) -> Tensor:
+        """What the steps closed, [G, X, ...] each, in the order of the segments: [G, N, ...]."""
+        return torch.cat(closed, 1).index_select(1, self.order)
+
+
+@lru_cache(maxsize=256)
+def make_plan(segments: Segments, size: int, carried: bool, device: torch.device) -> Plan:
+    """Lay out ``segments`` in chunks of at most ``size`` tokens; ``carried`` makes a lane of each sequence."""
+    lanes: dict[int, list[tuple[int, int, int]]] = {}
+    for index, (begin, end, first) in enumerate(segments.spans):
+        lane = lanes.setdefault(first if carried else index, [])
+        lane += [(left, min(left + size, end), index) for left in range(begin, end, size)]
+    ordered = sorted(lanes.values(), key=len, reverse=True)
+    chunks: list[tuple[int, int, int, bool]] = []
+    steps, closed = [], []
+    for depth in range(len(ordered[0])):
+        start, closing = len(chunks), []
+        for position, lane in enumerate(ordered):
+            if depth >= len(lane):
+                break
+            left, right, index = lane[depth]
+            chunks.append((left, right, index, depth > 0))
+            if right == segments.spans[index][1]:
+                closing.append(position)
+                closed.append(index)
+        steps.append(Step(start, len(chunks), torch.tensor(closing, dtype=torch.int64, device=device)))
+    left, right, index_of, after = (torch.tensor(column) for column in zip(*chunks, strict=True))
+    last = right - left - 1
+    places = torch.arange(size)
+    tokens = left[:, None] + torch.minimum(places, last[:, None])
+    used = places <= last[:, None]
+    slot = torch.empty(segments.spans[-1][1], dtype=torch.int64)
+    slot[tokens[used]] = torch.arange(tokens.numel()).view_as(tokens)[used]
+    order = torch.tensor(closed).argsort()
+    tensors = (tokens, last, index_of, after, slot, order)
+    return Plan(size, *(tensor.to(device) for tensor in tensors), tuple(steps))
+
+
+def chunk_size(segments: Segments, at_most: int) -> int:
+    """Slots a chunk, so that the longest segment is cut evenly."""
+    pieces = -(-segments.longest // at_most)
+    return -(-segments.longest // pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Tokens ``begin`` to ``end`` and the cached segments ``lo`` to ``hi`` that any of them may read.
+
+    ``visible`` is bool [end - begin, hi - lo] (``None``: all of them), ``rank`` int64 [end - begin] counts the segments
+    of the token's sequence up to and including its own.
+    """
+
+    begin: int
+    end: int
+    lo: int
+    hi: int
+    visible: Tensor | None
+    rank: Tensor
+
+
+@lru_cache(maxsize=64)
+def make_blocks(segments: Segments, size: int, device: torch.device) -> tuple[Block, ...]:
+    """Cut the row into blocks of ``size`` tokens, each with the past that it can see: the future is skipped."""
+    return tuple(_blocks(segments, size, device))
+
+
+def _blocks(segments: Segments, size: int, device: torch.device) -> Iterator[Block]:
+    T = segments.spans[-1][1]
+    lengths = (segments.end - segments.begin).long()
+    of = torch.arange(segments.count).repeat_interleave(lengths)
+    first = segments.first.long().repeat_interleave(lengths)
+    for begin in range(0, T, size):
+        end = min(begin + size, T)
+        lo, hi = int(first[begin]), int(of[end - 1])
+        columns = torch.arange(lo, hi)
+        visible = (columns < of[begin:end, None]) & (columns >= first[begin:end, None])
+        rank = of[begin:end] - first[begin:end] + 1
+        yield Block(begin, end, lo, hi, None if bool(visible.all()) else visible.to(device), rank.to(device))
