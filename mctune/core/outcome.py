@@ -1,0 +1,131 @@
+"""What became of a candidate: a sum type, matched to the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mctune.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FailedBuild:
+    """The template could not be rendered or compiled."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """The candidate exceeds the target; ``message`` carries the arithmetic (``need`` and ``limit`` in ``unit``)."""
+
+    message: str
+    need: int
+    limit: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The process that ran the candidate died or raised."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """The candidate did not finish ``stage`` (build, verify, time) within ``seconds``."""
+
+    seconds: float
+    stage: str
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """The result misses the oracle: ``error`` is RMS(difference) / RMS(reference), ``case`` the problem it failed on."""
+
+    error: float
+    tolerance: float
+    case: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle."""
+
+    ms: float
+    low: float
+    high: float
+    repeats: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Not measured: what a cost model says, in milliseconds."""
+
+    ms: float
+    model: str
+
+
+Outcome = FailedBuild | TooLarge | Crashed | TimedOut | Wrong | Timed | Predicted
+
+_KINDS: dict[str, type[Any]] = {
+    "failed_build": FailedBuild,
+    "too_large": TooLarge,
+    "crashed": Crashed,
+    "timed_out": TimedOut,
+    "wrong": Wrong,
+    "timed": Timed,
+    "predicted": Predicted,
+}
+_NAMES = {cls: name for name, cls in _KINDS.items()}
+
+
+def kind(outcome: Outcome) -> str:
+    """The outcome's name in JSON and in tables, for example ``failed_build``."""
+    return _NAMES[type(outcome)]
+
+
+def to_json(outcome: Outcome) -> str:
+    """One line of JSON with the field ``kind``."""
+    return json.dumps({"kind": kind(outcome), **asdict(outcome)}, sort_keys=True)
+
+
+def from_json(text: str) -> Outcome:
+    """The inverse of :func:`to_json`."""
+    values = json.loads(text)
+    name = values.pop("kind", None)
+    if name not in _KINDS:
+        raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
+    outcome: Outcome = _KINDS[name](**values)
+    return outcome
+
+
+def cost(outcome: Outcome) -> float | None:
+    """Milliseconds where there are any, ``None`` for every outcome that cannot win."""
+    match outcome:
+        case Timed(ms=ms) | Predicted(ms=ms):
+            return ms
+        case FailedBuild() | TooLarge() | Crashed() | TimedOut() | Wrong():
+            return None
+
+
+def describe(outcome: Outcome) -> str:
+    """One line for a person."""
+    match outcome:
+        case FailedBuild(message):
+            return f"failed to build: {message}"
+        case TooLarge(message):
+            return f"too large: {message}"
+        case Crashed(message):
+            return f"crashed: {message}"
+        case TimedOut(seconds, stage):
+            return f"timed out: {stage} took longer than {seconds:g} s"
+        case Wrong(error, tolerance, where):
+            return f"wrong: error {error:.2e} over {tolerance:.0e} on {where}"
+        case Timed(ms, low, high):
+            return f"measured {ms:.3f} ms ({low:.3f} to {high:.3f})"
+        case Predicted(ms, model):
+            return f"predicted {ms:.3f} ms ({model})"

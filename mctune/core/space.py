@@ -1,0 +1,109 @@
+"""A search space is data: typed parameters with static ranges, and named constraints with reasons."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mctune.core.config import Config, Scalar
+from mctune.core.errors import UsageError
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter with a finite, static list of values; ``ordered`` says that neighbours in the list are alike."""
+
+    name: str
+    values: tuple[Scalar, ...]
+    ordered: bool
+    help: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.values or len(set(self.values)) != len(self.values):
+            raise UsageError(f"parameter {self.name!r} needs at least one value and no value twice: {self.values}")
+
+
+def Pow2(name: str, low: int, high: int, help: str = "") -> Param:
+    """Powers of two from ``low`` to ``high``, both included."""
+    return Param(name, tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length())), True, help)
+
+
+def Int(name: str, values: Sequence[int], help: str = "") -> Param:
+    """Integers in increasing order."""
+    return Param(name, tuple(values), True, help)
+
+
+def Choice(name: str, values: Sequence[Scalar], help: str = "") -> Param:
+    """Values without an order."""
+    return Param(name, tuple(values), False, help)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``holds(config, problem, target)`` must be true; ``reason`` completes "rejected because ..."."""
+
+    name: str
+    holds: Callable[[Config, Problem, Target], bool]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Parameters, constraints, and the default configuration that is used when nothing was tuned."""
+
+    params: tuple[Param, ...]
+    constraints: tuple[Constraint, ...] = ()
+    default: Config = field(default_factory=lambda: Config(()))
+
+    def __post_init__(self) -> None:
+        names = [param.name for param in self.params]
+        if len(set(names)) != len(names):
+            raise UsageError(f"a search space names a parameter twice: {names}")
+
+    @property
+    def size(self) -> int:
+        """Number of points before constraints."""
+        return math.prod(len(param.values) for param in self.params)
+
+    def param(self, name: str) -> Param:
+        """The parameter of that name."""
+        for param in self.params:
+            if param.name == name:
+                return param
+        raise UsageError(f"no parameter {name!r}; the space has {', '.join(p.name for p in self.params)}")
+
+    def broken(self, config: Config, problem: Problem, target: Target) -> tuple[Constraint, ...]:
+        """The constraints that ``config`` does not meet, in the space's order."""
+        return tuple(c for c in self.constraints if not c.holds(config, problem, target))
+
+    def valid(self, config: Config, problem: Problem, target: Target) -> bool:
+        """Whether ``config`` meets every constraint."""
+        return all(c.holds(config, problem, target) for c in self.constraints)
+
+    def at(self, indices: Sequence[int]) -> Config:
+        """The configuration at these positions in the parameters' lists of values."""
+        return Config.of({p.name: p.values[i] for p, i in zip(self.params, indices, strict=True)})
+
+    def indices(self, config: Config) -> tuple[int, ...]:
+        """The inverse of :meth:`at`."""
+        return tuple(param.values.index(config[param.name]) for param in self.params)
+
+    def points(self) -> Iterator[Config]:
+        """Every configuration, before constraints, in lexicographic order."""
+        for values in itertools.product(*(param.values for param in self.params)):
+            yield Config.of(dict(zip((param.name for param in self.params), values, strict=True)))
+
+    def fixed(self, **values: Sequence[Scalar]) -> SearchSpace:
+        """A smaller space: each named parameter keeps only the given values."""
+        for name, kept in values.items():
+            absent = [value for value in kept if value not in self.param(name).values]
+            if absent:
+                raise UsageError(f"{name}={absent[0]!r} is not in the space; it has {self.param(name).values}")
+        params = tuple(
+            Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params
+        )
+        return SearchSpace(params, self.constraints, self.default)

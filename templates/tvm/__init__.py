@@ -1,0 +1,1 @@
+"""TVM templates: ``build(problem, config, target)`` returns the PrimFuncs of one pass."""

@@ -1,0 +1,397 @@
+"""Read of a linear or SWLA Memory Caching layer (Eq. 6-17), float32, on a CPU.
+
+    y_t = gamma_t^(s) M_t(q_t) + sum_{i < s} gamma_t^(i) M^(i)(q_t)
+
+One task is one segment of one head. It walks the segment in chunks of BT tokens with a running state M:
+
+    online = (W . Q K^T) V + decay * (Q M)          W: the causal weights of the recurrence
+    y      = gamma^(s) * online + the cached states, in one of these formulations
+        per_segment   C += gamma^(i) * (Q M^(i)), one product a segment
+        gated         C += [gamma^(i) * Q]_i [M^(i)]_i, one long-K product over panels of ``panel`` segments
+        summed        C += gamma * (Q sum_i M^(i)), where gamma is the same for every segment (residual, mean)
+        gather        each state times just the tokens that chose it (ssc)
+
+For a linear memory the soup of the states is their gated sum (Eq. 14-15), so soup is computed as grm.
+"""
+
+from tvm.script import tirx as T
+
+from .tiles import LANES, dot_rows, exp, gather, multiply
+
+_LOW = -3.0e38
+
+
+def build(problem, config, target):
+    """The PrimFunc ``read_forward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
+
+    Arguments of the kernel: q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]`` (one element each
+    where the recurrence has none); states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` of ``segment_states``; begin,
+    end, first ``[N]`` int32; T, H, top_k, scale; then the output y ``[B*T*H, Dv]``.
+    """
+    Dk, Dv = problem.Dk, problem.Dv
+    BT, MR, NR = config["chunk"], config["rows"], config["cols"]
+    JR, TL = config["score_rows"], config["score_lanes"]
+    formulation = config["formulation"]
+    panel = config["panel"]
+    by_head = config["parallel"] == "head"
+    rows_outer = config["loop_order"] == "rows_outer"
+    swla = problem.recurrence == "swla"
+    checkpoint = problem.state_init == "checkpoint"
+    routed = problem.aggregation in ("grm", "soup", "ssc")
+    chooses = problem.aggregation == "ssc"
+    averages = problem.aggregation == "mean"
+    lead = 1 if swla else 0  # swla's chunk starts with the row before it
+
+    product = multiply(MR, NR, config["unroll"])
+    intra = multiply(MR, NR, 1)
+    write = multiply(config["update_rows"], NR, 1)
+    scores = dot_rows(JR, TL, config["unroll"], Dk)
+    scattered = gather(MR, NR, Dk)
+
+    @T.prim_func(s_tir=True)
+    def read_forward(
+        q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle, lam_: T.handle,
+        states_: T.handle, means_: T.handle, begin_: T.handle, end_: T.handle, first_: T.handle,
+        tokens: T.int32, heads: T.int32, longest: T.int32, top_k: T.int32, scale: T.float32, y_: T.handle,
+    ):  # fmt: skip
+        T.func_attr({"global_symbol": "read_forward", "tirx.noalias": True})
+        R, N, S, G = T.int32(), T.int32(), T.int32(), T.int32()
+        q = T.match_buffer(q_, (R, Dk), "float32")
+        u = T.match_buffer(u_, (R, Dk), "float32")
+        k = T.match_buffer(k_, (R, Dk), "float32")
+        v = T.match_buffer(v_, (R, Dv), "float32")
+        g = T.match_buffer(g_, (G,), "float32")
+        beta = T.match_buffer(beta_, (G,), "float32")
+        lam = T.match_buffer(lam_, (G,), "float32")
+        states = T.match_buffer(states_, (S * Dk, Dv), "float32")
+        means = T.match_buffer(means_, (S, Dk), "float32")
+        begin = T.match_buffer(begin_, (N,), "int32")
+        end = T.match_buffer(end_, (N,), "int32")
+        first = T.match_buffer(first_, (N,), "int32")
+        y = T.match_buffer(y_, (R, Dv), "float32")
+
+        for outer in T.parallel(S // N if by_head else S):
+            for inner in range(N if by_head else 1):
+                bh: T.let = outer if by_head else outer // N
+                turn: T.let = inner if by_head else outer % N
+                # Late segments read more: pairing early with late ones balances contiguous shares of the tasks.
+                s: T.let = turn if by_head else T.if_then_else(turn % 2 == 0, turn // 2, N - 1 - turn // 2)
+                row0: T.let = bh // heads * tokens * heads + bh % heads
+                past: T.let = s - first[s]
+                base: T.let = bh * N + first[s]
+                length: T.let = end[s] - begin[s]
+                picks: T.let = T.min(top_k, past)
+                C = T.alloc_buffer((BT, Dv), "float32")
+                QT = T.alloc_buffer((Dk, BT), "float32")
+                UT = T.alloc_buffer((Dk, BT), "float32")
+                K = T.alloc_buffer((BT + lead * JR, Dk), "float32")
+                V = T.alloc_buffer((BT + lead, Dv), "float32")
+                W = T.alloc_buffer((BT + lead * JR, BT), "float32")
+                M = T.alloc_buffer((Dk, Dv), "float32")
+                total = T.alloc_buffer((Dk,), "float32")
+                own = T.alloc_buffer((2, BT), "float32")
+                gamma = T.alloc_buffer((N + JR, BT), "float32")
+                lanes = T.alloc_buffer((4, LANES), "float32")
+                best = T.alloc_buffer((LANES,), "int32")
+                token_gates = T.alloc_buffer((4, BT + 1), "float32")
+
+                if formulation == "gated":
+                    A = T.alloc_buffer((panel * Dk, BT), "float32")
+                if chooses:
+                    chosen = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "int32")
+                    value = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "float32")
+
+                @T.inline
+                def over_tiles(count, body):
+                    if rows_outer:
+                        for tt in range(count):
+                            for nn in range(Dv // NR):
+                                body(tt * MR, nn * NR)
+                    else:
+                        for nn in range(Dv // NR):
+                            for tt in range(count):
+                                body(tt * MR, nn * NR)
+
+                @T.inline
+                def pack(t0, rows, linked):
+                    for t in range(rows):
+                        for d in range(Dk):
+                            QT[d, t] = q[row0 + (t0 + t) * heads, d]
+                        for d in T.vectorized(Dk):
+                            K[lead + t, d] = k[row0 + (t0 + t) * heads, d]
+                        for n in T.vectorized(Dv):
+                            V[lead + t, n] = v[row0 + (t0 + t) * heads, n]
+                    for t in range(BT - rows):
+                        for d in range(Dk):
+                            QT[d, rows + t] = T.float32(0)
+                        for d in T.vectorized(Dk):
+                            K[lead + rows + t, d] = T.float32(0)
+                        for n in T.vectorized(Dv):
+                            V[lead + rows + t, n] = T.float32(0)
+                    if swla:
+                        for j in range(JR - 1):
+                            for d in T.vectorized(Dk):
+                                K[BT + 1 + j, d] = T.float32(0)
+                        for d in T.vectorized(Dk):
+                            K[0, d] = T.float32(0)
+                        for n in T.vectorized(Dv):
+                            V[0, n] = T.float32(0)
+                        if linked:
+                            for d in T.vectorized(Dk):
+                                K[0, d] = k[row0 + (t0 - 1) * heads, d]
+                            for n in T.vectorized(Dv):
+                                V[0, n] = v[row0 + (t0 - 1) * heads, n]
+
+                @T.inline
+                def own_logits(t0, rows, seen):
+                    for t in range(rows):
+                        for d in range(Dk):
+                            UT[d, t] = u[row0 + (t0 + t) * heads, d]
+                    for t in range(BT - rows):
+                        own[0, rows + t] = T.float32(0)
+                        for d in range(Dk):
+                            UT[d, rows + t] = T.float32(0)
+                    for t in range(rows):
+                        for x in T.vectorized(LANES):
+                            lanes[0, x] = T.float32(0)
+                        for e in T.unroll(Dk // LANES):
+                            for x in T.vectorized(LANES):
+                                total[e * LANES + x] = total[e * LANES + x] + K[lead + t, e * LANES + x]
+                                lanes[0, x] = (
+                                    lanes[0, x]
+                                    + total[e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
+                                )
+                        own[0, t] = T.float32(0)
+                        for x in T.unroll(LANES):
+                            own[0, t] = own[0, t] + lanes[0, x]
+                        own[0, t] = own[0, t] / T.cast(seen + t + 1, "float32")
+
+                # Gates of LANES tokens, from ``count`` cached logits and their own, times scale.
+                @T.inline
+                def softmax(count, logits, at, t):
+                    for x in T.vectorized(LANES):
+                        lanes[0, x] = own[0, t + x]
+                    for i in range(count):
+                        for x in T.vectorized(LANES):
+                            lanes[0, x] = T.max(lanes[0, x], logits[i, at + x])
+                    for x in T.vectorized(LANES):
+                        own[0, t + x] = exp(own[0, t + x] - lanes[0, x])
+                        lanes[1, x] = own[0, t + x]
+                    for i in range(count):
+                        for x in T.vectorized(LANES):
+                            logits[i, at + x] = exp(logits[i, at + x] - lanes[0, x])
+                            lanes[1, x] = lanes[1, x] + logits[i, at + x]
+                    for x in T.vectorized(LANES):
+                        lanes[1, x] = scale / lanes[1, x]
+                        own[0, t + x] = own[0, t + x] * lanes[1, x]
+                    for i in range(count):
+                        for x in T.vectorized(LANES):
+                            logits[i, at + x] = logits[i, at + x] * lanes[1, x]
+
+                # The ``picks`` largest of ``past`` logits for LANES tokens; in a tie the earlier segment.
+                @T.inline
+                def choose(t, at):
+                    for p in range(picks):
+                        for x in T.vectorized(LANES):
+                            lanes[0, x] = gamma[0, t + x]
+                            best[x] = 0
+                        for i in range(past - 1):
+                            for x in T.vectorized(LANES):
+                                best[x] = T.Select(gamma[i + 1, t + x] > lanes[0, x], i + 1, best[x])
+                                lanes[0, x] = T.max(lanes[0, x], gamma[i + 1, t + x])
+                        for x in range(LANES):
+                            chosen[p, at + x] = best[x]
+                            value[p, at + x] = lanes[0, x]
+                            gamma[best[x], t + x] = T.float32(_LOW)
+
+                # W[lead + j, t] = (q_t . k_j) * (weight of token j in the state of token t) * gate of the own segment.
+                @T.inline
+                def weigh(t0):
+                    for jj in range((BT + lead + JR - 1) // JR):
+                        for tt in range(BT // TL):
+                            if jj * JR - lead < (tt + 1) * TL:
+                                scores(K, jj * JR, jj * JR + JR - 1, QT, W, jj * JR, tt * TL)
+                    if swla:
+                        for j in range(BT):
+                            token_gates[0, j] = exp(g[row0 + T.min(t0 + j, end[s] - 1) * heads])
+                            token_gates[1, j] = beta[row0 + T.min(t0 + j, end[s] - 1) * heads]
+                            token_gates[2, j] = lam[row0 + T.min(t0 + j, end[s] - 1) * heads]
+                        token_gates[0, BT] = T.float32(1)
+                        token_gates[1, BT] = T.float32(0)
+                        for tb in range(BT // LANES):
+                            for x in T.vectorized(LANES):
+                                lanes[0, x] = T.float32(0)
+                            for i in range(BT):
+                                j: T.let = BT - 1 - i
+                                for x in T.vectorized(LANES):
+                                    lanes[1, x] = lanes[0, x]
+                                    lanes[0, x] = T.Select(
+                                        tb * LANES + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1]
+                                    )
+                                    lanes[2, x] = token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]
+                                    W[1 + j, tb * LANES + x] = T.Select(
+                                        tb * LANES + x >= j,
+                                        W[1 + j, tb * LANES + x] * lanes[2, x] * own[0, tb * LANES + x],
+                                        T.float32(0),
+                                    )
+                                token_gates[3, 1 + j] = lanes[2, LANES - 1]
+                            token_gates[3, 0] = token_gates[1, 0] * lanes[0, LANES - 1]
+                            for x in T.vectorized(LANES):
+                                W[0, tb * LANES + x] = (
+                                    W[0, tb * LANES + x] * token_gates[1, 0] * lanes[0, x] * own[0, tb * LANES + x]
+                                )
+                                own[1, tb * LANES + x] = own[0, tb * LANES + x] * lanes[0, x] * token_gates[0, 0]
+                            lanes[3, 0] = lanes[0, LANES - 1] * token_gates[0, 0]
+                    else:
+                        for j in range(BT):
+                            for tb in range(BT // LANES):
+                                for x in T.vectorized(LANES):
+                                    W[j, tb * LANES + x] = T.Select(
+                                        tb * LANES + x >= j, W[j, tb * LANES + x] * own[0, tb * LANES + x], T.float32(0)
+                                    )
+
+                # The running state at the end of a whole chunk.
+                @T.inline
+                def advance():
+                    if swla:
+                        for j in range(BT + 1):
+                            for d in T.vectorized(Dk):
+                                K[j, d] = K[j, d] * token_gates[3, j]
+                        for d in range(Dk):
+                            for n in T.vectorized(Dv):
+                                M[d, n] = M[d, n] * lanes[3, 0]
+                    for dd in range(Dk // config["update_rows"]):
+                        for nn in range(Dv // NR):
+                            write(K, 0, V, 0, BT + lead, M, dd * config["update_rows"], nn * NR, own, 0, False, False)
+
+                for d in range(Dk):
+                    for n in T.vectorized(Dv):
+                        M[d, n] = T.float32(0)
+                for d in T.vectorized(Dk):
+                    total[d] = T.float32(0)
+                if checkpoint:
+                    if past > 0:
+                        for d in range(Dk):
+                            for n in T.vectorized(Dv):
+                                M[d, n] = states[(base + past - 1) * Dk + d, n]
+                if formulation == "summed":
+                    summed = T.alloc_buffer((Dk, Dv), "float32")
+                    for d in range(Dk):
+                        for n in T.vectorized(Dv):
+                            summed[d, n] = T.float32(0)
+                    for i in range(past):
+                        for d in range(Dk):
+                            for n in T.vectorized(Dv):
+                                summed[d, n] = summed[d, n] + states[(base + i) * Dk + d, n]
+                for c in range((length + BT - 1) // BT):
+                    t0: T.let = begin[s] + c * BT
+                    rows: T.let = T.min(BT, end[s] - t0)
+                    tiles: T.let = (rows + MR - 1) // MR
+                    pack(t0, rows, T.Or(c > 0, T.And(checkpoint, past > 0)))
+                    if routed:
+                        own_logits(t0, rows, c * BT)
+                        for ii in range((past + JR - 1) // JR):
+                            for tt in range(BT // TL):
+                                scores(means, base + ii * JR, base + past - 1, UT, gamma, ii * JR, tt * TL)
+                        if chooses:
+                            at: T.let = c * BT if formulation == "gather" else 0
+                            for tb in range(BT // LANES):
+                                choose(tb * LANES, at + tb * LANES)
+                            for tb in range(BT // LANES):
+                                softmax(picks, value, at + tb * LANES, tb * LANES)
+                            if formulation != "gather":
+                                for i in range(past):
+                                    for t in T.vectorized(BT):
+                                        gamma[i, t] = T.float32(0)
+                                for p in range(picks):
+                                    for t in range(BT):
+                                        gamma[chosen[p, t], t] = value[p, t]
+                        else:
+                            for tb in range(BT // LANES):
+                                softmax(past, gamma, tb * LANES, tb * LANES)
+                    else:
+                        for t in T.vectorized(BT):
+                            own[0, t] = scale / T.cast(past + 1, "float32") if averages else scale
+                    if not swla:
+                        for t in T.vectorized(BT):
+                            own[1, t] = own[0, t]
+                    weigh(t0)
+
+                    @T.inline
+                    def from_tokens(t, n):
+                        intra(W, 0, V, 0, lead + T.min(t + MR, BT), C, t, n, own, 0, False, True)
+
+                    over_tiles(tiles, from_tokens)
+                    if T.Or(c > 0, T.And(checkpoint, past > 0)):
+
+                        @T.inline
+                        def from_running(t, n):
+                            product(QT, 0, M, 0, Dk, C, t, n, own, 1, True, False)
+
+                        over_tiles(tiles, from_running)
+                    if formulation == "summed":
+                        if past > 0:
+
+                            @T.inline
+                            def from_sum(t, n):
+                                product(QT, 0, summed, 0, Dk, C, t, n, own, 0, True, False)
+
+                            over_tiles(tiles, from_sum)
+                    if formulation == "per_segment":
+                        for i in range(past):
+
+                            @T.inline
+                            def from_segment(t, n):
+                                product(
+                                    QT, 0, states, (base + i) * Dk, Dk, C, t, n,
+                                    gamma if routed else own, i if routed else 0, True, False,
+                                )  # fmt: skip
+
+                            over_tiles(tiles, from_segment)
+                    if formulation == "gated":
+                        for i in range((past + panel - 1) // panel):
+                            width: T.let = T.min(panel, past - i * panel)
+                            for p in range(width):
+                                for d in range(Dk):
+                                    for t in T.vectorized(BT):
+                                        A[p * Dk + d, t] = QT[d, t] * gamma[i * panel + p, t]
+
+                            @T.inline
+                            def from_panel(t, n):
+                                product(
+                                    A, 0, states, (base + i * panel) * Dk, width * Dk, C, t, n, own, 0, False, False
+                                )
+
+                            over_tiles(tiles, from_panel)
+                    for t in range(rows):
+                        for n in T.vectorized(Dv):
+                            y[row0 + (t0 + t) * heads, n] = C[t, n]
+                    if (c + 1) * BT < length:
+                        advance()
+
+                if formulation == "gather":
+                    where = T.alloc_buffer((N + 2,), "int32")
+                    tokens_of = T.alloc_buffer((top_k * longest + 1,), "int32")
+                    gates_of = T.alloc_buffer((top_k * longest + 1,), "float32")
+                    for i in range(past + 2):
+                        where[i] = 0
+                    for p in range(picks):
+                        for t in range(length):
+                            where[chosen[p, t] + 2] = where[chosen[p, t] + 2] + 1
+                    for i in range(past):
+                        where[i + 2] = where[i + 2] + where[i + 1]
+                    for p in range(picks):
+                        for t in range(length):
+                            tokens_of[where[chosen[p, t] + 1]] = t
+                            gates_of[where[chosen[p, t] + 1]] = value[p, t]
+                            where[chosen[p, t] + 1] = where[chosen[p, t] + 1] + 1
+                    for i in range(past):
+                        for nn in range(Dv // NR):
+                            for xx in range((where[i + 1] - where[i] + MR - 1) // MR):
+                                scattered(
+                                    q, states, (base + i) * Dk, y, nn * NR, tokens_of, gates_of, where[i] + xx * MR,
+                                    where[i + 1] - where[i] - xx * MR, row0 + begin[s] * heads, heads,
+                                )  # fmt: skip
+
+
+    return read_forward
