@@ -122,7 +122,7 @@ def check_call(
     """
     check_options(recurrence, aggregation, segmentation, state_init, segment_length, top_k, inner_chunk)
     _check_tensors(q, k, v, u)
-    B, T, H, Dk = q.shape
+    B, T, _, Dk = q.shape
     Dv = v.shape[-1]
     for name, gate in gates.items():
         if gate is not None:
@@ -195,7 +195,7 @@ def _check_gate(name: str, gate: Tensor, recurrence: str, q: Tensor) -> None:
     _check_device(name, gate, q)
     # Reading values would stall a GPU and break a graph; there, a positive g goes unnoticed.
     if name == "g" and gate.device.type == "cpu" and not torch.compiler.is_compiling() and bool((gate > 0).any()):
-        raise ArgumentError(f"g reaches {float(gate.max()):g}; it must be at most 0 (the decay is e^g), as -softplus(x)")
+        raise ArgumentError(f"g reaches {float(gate.max()):g}; it is the logarithm of a decay, at most 0")
 
 
 def _check_deep(
@@ -205,13 +205,13 @@ def _check_deep(
     if recurrence not in DEEP:
         for name, weight in (("W_up", W_up), ("W_down", W_down)):
             if weight is not None:
-                raise ArgumentError(f"{name} with recurrence={recurrence!r}, whose memory has no layers; use dla or titans")
+                raise ArgumentError(f"{name} with recurrence={recurrence!r}, which has no layers; use dla or titans")
         return
     if W_up is None or W_down is None:
         missing = "W_up" if W_up is None else "W_down"
-        raise ArgumentError(f"recurrence={recurrence!r} needs {missing}: W_up [H, Dk, E] and W_down [H, E, Dv], learned")
+        raise ArgumentError(f"recurrence={recurrence!r} needs {missing}: W_up is [H, Dk, E], W_down [H, E, Dv]")
     if W_up.dim() != 3 or W_up.shape[:2] != (H, Dk) or W_up.shape[2] == 0:
-        raise ArgumentError(f"W_up is {list(W_up.shape)}; it must be [H, Dk, E] with H={H}, Dk={Dk} (E = 4 Dk is usual)")
+        raise ArgumentError(f"W_up is {list(W_up.shape)}; it must be [H, Dk, E] with H={H}, Dk={Dk} (usually E = 4 Dk)")
     if W_down.shape != (H, W_up.shape[2], Dv):
         raise ArgumentError(f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}")
     for name, weight in (("W_up", W_up), ("W_down", W_down)):

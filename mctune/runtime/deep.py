@@ -1,16 +1,17 @@
 """Deep memories, chunkwise: ``dla`` and ``titans`` (arXiv:2602.24281, Eq. 30-31 and 34-36).
 
-The memory is M(x) = gelu(x W_up) W_down (+ x). All gradients of an inner chunk are taken at the state that enters it, so
-within a chunk every layer W obeys
+The memory is M(x) = gelu(x W_up) W_down (+ x). All gradients of an inner chunk are taken at the state that enters it,
+so within a chunk every layer W obeys
 
     W_t = c_t W_0 - d_t S_0 - sum_{j <= t} c_tj x_j^T e_j,
 
-with x_j the layer's input, e_j its error row and S_0 the momentum that enters: a token reads its own W_t without forming
-it. Arrays carry one leading axis G = B * H.
+with x_j the layer's input, e_j its error row and S_0 the momentum that enters: a token reads its own W_t without
+forming it. Arrays carry one leading axis G = B * H.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,9 +26,10 @@ Tensor = torch.Tensor
 
 def gelu_slope(x: Tensor) -> Tensor:
     """Derivative of the tanh form of GELU."""
-    inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
-    tanh = inner.tanh()
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * x**2)
+    root = math.sqrt(2 / math.pi)
+    square = x * x
+    tanh = torch.tanh(root * x * (1 + 0.044715 * square))
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * root * (1 + 3 * 0.044715 * square)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from .gates import Gate, make_gate
 from .linear import read_total, run_linear
 from .plan import Block, Plan, chunk_size, make_blocks, make_plan
 from .read import Deep, Linear, firsts, read
-from .segments import Segments
 
 Tensor = torch.Tensor
 CHUNK = 64

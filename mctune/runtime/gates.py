@@ -14,6 +14,8 @@ from .segments import Segments
 
 Tensor = torch.Tensor
 _CHUNK = 64
+_FEW = 8
+"""Up to this many maxima are found one by one, which is faster than a stable sort."""
 
 
 def descriptors(u: Tensor, k: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -48,8 +50,8 @@ class Gate:
     """The weights of the read, a block of tokens at a time.
 
     Attributes:
-        aggregation: ``residual`` (all ones), ``mean`` (1 / s), ``grm`` and ``soup`` (softmax), ``ssc`` (softmax over the
-            online segment and the ``top_k`` best cached ones).
+        aggregation: ``residual`` (all ones), ``mean`` (1 / s), ``grm`` and ``soup`` (softmax), ``ssc`` (softmax over
+            the online segment and the ``top_k`` best cached ones).
         u, p, r: [G, T, Dk], [G, N, Dk], [G, T] of :func:`descriptors`; ``None`` for ``residual`` and ``mean``.
     """
 
@@ -78,7 +80,7 @@ class Gate:
             return (past, torch.ones_like(share)) if self.aggregation == "residual" else (past * share, share)
         past, online = self.logits(block)
         if self.aggregation == "ssc" and self.top_k < past.shape[-1]:
-            chosen = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, self.top_k), True)
+            chosen = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, self.top_k)[0], True)
             past = past.masked_fill(~chosen, float("-inf"))
         gamma = torch.cat([past, online], -1).softmax(-1)
         return gamma[..., :-1], gamma[..., -1:]
@@ -91,6 +93,19 @@ def make_gate(aggregation: str, top_k: int, u: Tensor, k: Tensor, segments: Segm
     return Gate(aggregation, top_k, k, u, *descriptors(u, k, segments))
 
 
-def best(logits: Tensor, top_k: int) -> Tensor:
-    """Indices [..., top_k] of the largest logits; among equals the earlier one. The choice carries no gradient."""
-    return logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Indices [..., top_k] of the largest logits, among equals the earlier one, and whether each is more than -inf.
+
+    The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
+    """
+    left = logits.detach()
+    if top_k > _FEW:
+        value, index = left.sort(dim=-1, descending=True, stable=True)
+        return index[..., :top_k], value[..., :top_k] > float("-inf")
+    left, values, indices = left.clone(), [], []
+    for _ in range(top_k):
+        value, index = left.max(-1, keepdim=True)
+        left.scatter_(-1, index, float("-inf"))
+        values.append(value)
+        indices.append(index)
+    return torch.cat(indices, -1), torch.cat(values, -1) > float("-inf")

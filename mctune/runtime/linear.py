@@ -6,6 +6,8 @@ difference of sums: g may be -inf.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from .plan import Plan
@@ -85,7 +87,7 @@ def read_total(q: Tensor, states: Tensor, plan: Plan, firsts: tuple[int, ...]) -
         firsts: the index of the first segment of each sequence, and N.
     """
     sums = []
-    for first, stop in zip(firsts[:-1], firsts[1:], strict=True):
+    for first, stop in pairwise(firsts):
         sums.append(torch.zeros_like(states[:, :1]))
         if stop - first > 1:
             sums.append(states[:, first : stop - 1].cumsum(1))

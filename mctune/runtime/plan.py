@@ -53,12 +53,12 @@ class Plan:
 
     def take(self, x: Tensor) -> Tensor:
         """Tokens to chunks: [G, T, ...] to [G, M, b, ...]."""
-        return x.index_select(1, self.tokens.flatten()).unflatten(1, tuple(self.tokens.shape))
+        return _take(x, self.tokens)
 
     def take_previous(self, x: Tensor) -> Tensor:
         """[G, T, ...] to [G, M, b + 1, ...]: each chunk after the token before it (any token, where there is none)."""
         rows = torch.cat([(self.tokens[:, :1] - 1).clamp(min=0), self.tokens], 1)
-        return x.index_select(1, rows.flatten()).unflatten(1, tuple(rows.shape))
+        return _take(x, rows)
 
     def put(self, chunks: Tensor) -> Tensor:
         """Chunks back to tokens: [G, M, b, ...] to [G, T, ...]."""
@@ -73,6 +73,10 @@ class Plan:
         return torch.cat(closed, 1).index_select(1, self.order)
 
 
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(1, rows.flatten()).view(x.shape[0], *rows.shape, *x.shape[2:])
+
+
 @lru_cache(maxsize=256)
 def make_plan(segments: Segments, size: int, carried: bool, device: torch.device) -> Plan:
     """Lay out ``segments`` in chunks of at most ``size`` tokens; ``carried`` makes a lane of each sequence."""
@@ -84,7 +88,7 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
     chunks: list[tuple[int, int, int, bool]] = []
     steps, closed = [], []
     for depth in range(len(ordered[0])):
-        start, closing = len(chunks), []
+        opening, closing = len(chunks), []
         for position, lane in enumerate(ordered):
             if depth >= len(lane):
                 break
@@ -93,17 +97,25 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
             if right == segments.spans[index][1]:
                 closing.append(position)
                 closed.append(index)
-        steps.append(Step(start, len(chunks), torch.tensor(closing, dtype=torch.int64, device=device)))
-    left, right, index_of, after = (torch.tensor(column) for column in zip(*chunks, strict=True))
-    last = right - left - 1
+        steps.append(Step(opening, len(chunks), torch.tensor(closing, dtype=torch.int64, device=device)))
+    start, stop, segment, follows = (torch.tensor(column) for column in zip(*chunks, strict=True))
+    last = stop - start - 1
     places = torch.arange(size)
-    tokens = left[:, None] + torch.minimum(places, last[:, None])
+    tokens = start[:, None] + torch.minimum(places, last[:, None])
     used = places <= last[:, None]
     slot = torch.empty(segments.spans[-1][1], dtype=torch.int64)
     slot[tokens[used]] = torch.arange(tokens.numel()).view_as(tokens)[used]
     order = torch.tensor(closed).argsort()
-    tensors = (tokens, last, index_of, after, slot, order)
-    return Plan(size, *(tensor.to(device) for tensor in tensors), tuple(steps))
+    return Plan(
+        size,
+        tokens.to(device),
+        last.to(device),
+        segment.to(device),
+        follows.to(device),
+        slot.to(device),
+        order.to(device),
+        tuple(steps),
+    )
 
 
 def chunk_size(segments: Segments, at_most: int) -> int:

@@ -62,7 +62,7 @@ class Deep:
     def read(self, x: Tensor, past: Tensor, block: Block) -> Tensor:
         up, down = (W[:, block.lo : block.hi] for W in (self.up, self.down))
         hidden = x @ up.transpose(1, 2).flatten(2)
-        z = gelu(hidden, approximate="tanh").unflatten(2, (up.shape[1], up.shape[3]))
+        z = gelu(hidden, approximate="tanh").view(*hidden.shape[:2], up.shape[1], up.shape[3])
         y = (past[..., None] * z).flatten(2) @ down.flatten(1, 2)
         return y + past.sum(-1, keepdim=True) * x if self.residual else y
 
@@ -94,18 +94,19 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tupl
     return torch.cat(parts, 1)
 
 
-def _read_sparse(x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tuple[Block, ...], N: int) -> Tensor:
+def _read_sparse(
+    x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tuple[Block, ...], N: int
+) -> Tensor:
     """ssc: every state reads the tokens that chose it, and only those."""
     G, T, _ = x.shape
     row, group, share, shares = [], [], [], []
     lane = torch.arange(G, device=x.device)[:, None, None]
     for block in blocks:
         past, own = gate.logits(block)
-        index = best(past, gate.top_k)
-        past = past.gather(-1, index)
+        index, keep = best(past, min(gate.top_k, past.shape[-1]))
+        past = past.gather(-1, index).masked_fill(~keep, float("-inf"))
         gamma = torch.cat([past, own], -1).softmax(-1)
         shares.append(gamma[..., -1:])
-        keep = (past > float("-inf")).nonzero(as_tuple=True)
         token = torch.arange(block.begin, block.end, device=x.device)[:, None]
         row.append((lane * T + token).expand_as(index)[keep])
         group.append((lane * N + block.lo + index)[keep])
@@ -115,13 +116,13 @@ def _read_sparse(x: Tensor, online: Tensor, memories: Memories, gate: Gate, bloc
     order = groups.argsort(stable=True)
     rows, weights = rows[order], weights[order]
     counts = torch.bincount(groups, minlength=G * N).tolist()
-    chosen = x.flatten(0, 1).index_select(0, rows).split(counts)
+    chosen = x.flatten(0, 1).index_select(0, rows).split_with_sizes(counts)
     reads = [
         memories.read_one(part, state) for part, state in zip(chosen, memories.split(), strict=True) if part.shape[0]
     ]
     if reads:
         y = y.index_add(0, rows, weights[:, None] * torch.cat(reads))
-    return y.unflatten(0, (G, T))
+    return y.view(G, T, -1)
 
 
 def firsts(segments: Segments) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -77,9 +78,9 @@ def _checked_bounds(T: int, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
     bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
     if bounds[0] != 0 or bounds[-1] != T:
         raise ArgumentError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to T={T}")
-    for sequence, (left, right) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for sequence, (left, right) in enumerate(pairwise(bounds)):
         if right < left:
-            raise ArgumentError(f"cu_seqlens falls from {left} to {right} at sequence {sequence}; it must never decrease")
+            raise ArgumentError(f"cu_seqlens falls from {left} to {right} at sequence {sequence}; it must not decrease")
     return bounds
 
 
@@ -98,7 +99,7 @@ def _one_sequence(T: int, segment_length: int | None) -> Segments:
 @lru_cache(maxsize=64)
 def _packed(segment_length: int, bounds: tuple[int, ...]) -> Segments:
     spans: list[tuple[int, int, int]] = []
-    for left, right in zip(bounds[:-1], bounds[1:], strict=True):
+    for left, right in pairwise(bounds):
         first = len(spans)
         spans += [(begin, min(begin + segment_length, right), first) for begin in range(left, right, segment_length)]
     return _build(spans)

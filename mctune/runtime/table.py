@@ -1,0 +1,123 @@
+"""The tuned table of an emitted package: which kernel serves which problem."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .errors import PackageError
+from .manifest import check_manifest
+
+NAME = "tuned.json"
+SCHEMA = 1
+LAUNCHED = ("tvm",)
+"""Backends whose kernels this runtime can launch."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc."""
+
+    recurrence: str
+    aggregation: str
+    segmentation: str
+    state_init: str
+    B: int
+    T: int
+    H: int
+    Dk: int
+    Dv: int
+    segment_length: int | None
+    top_k: int | None
+    dtype: str
+
+    def to_json(self) -> str:
+        """The problem in the form that `mctune search --problem` takes."""
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        return json.dumps(fields | {"pass": "forward"}, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tuned kernel: the problem it was tuned at, its backend, its file, and its whole record in the table."""
+
+    problem: Mapping[str, Any]
+    backend: str
+    kernel: Path
+    record: Mapping[str, Any]
+
+    def serves(self, request: Request) -> bool:
+        """Whether the kernel computes what is asked for, at any B, T, H and top_k."""
+        same = ("recurrence", "segmentation", "state_init", "Dk", "Dv")
+        return (
+            self.problem.get("pass", "forward") == "forward"
+            and all(self.problem.get(name) == getattr(request, name) for name in same)
+            and _aggregation(self.problem.get("aggregation"), request.recurrence)
+            == _aggregation(request.aggregation, request.recurrence)
+            and (self.problem.get("segment_length") == request.segment_length or request.segment_length is None)
+            and self.problem.get("dtype", "float32") in ("float32", request.dtype)
+        )
+
+    def distance(self, request: Request) -> float:
+        """How far the tuned shape is from the asked one: |log| of the ratios of B * H, T and top_k, summed."""
+        ratios = [
+            self.problem.get("B", 1) * self.problem["H"] / (request.B * request.H),
+            self.problem["T"] / request.T,
+            (self.problem.get("top_k") or 1) / (request.top_k or 1) if request.top_k else 1.0,
+        ]
+        return sum(abs(math.log(ratio)) for ratio in ratios)
+
+
+def _aggregation(name: str | None, recurrence: str) -> str | None:
+    """soup = grm where the memory is linear, so one kernel serves both."""
+    return "grm" if name == "soup" and recurrence in ("linear", "swla") else name
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The entries of a tuned.json in its order; ``target`` names the device they were tuned on."""
+
+    entries: tuple[Entry, ...] = ()
+    target: str | None = None
+
+
+@lru_cache(maxsize=1024)
+def find(table: Table, request: Request, backend: str | None = None) -> Entry | None:
+    """The serving entry nearest to the request (the first of equals), of one backend if it is named; or ``None``."""
+    launched = [entry for entry in table.entries if entry.backend in LAUNCHED and backend in (None, entry.backend)]
+    serving = [entry for entry in launched if entry.serves(request)]
+    return min(serving, key=lambda entry: entry.distance(request), default=None)
+
+
+def load_table(root: Path) -> Table:
+    """The table of the package at ``root``, after checking every file against the manifest; empty without tuned.json.
+
+    Raises:
+        PackageError: if a file is missing, has changed, or is not what the table needs.
+    """
+    path = root / NAME
+    if not path.is_file():
+        return Table()
+    vouched = check_manifest(root)
+    if NAME not in vouched:
+        raise PackageError(f"{NAME} is not in the manifest of {root}; emit the package again with `mctune emit`")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("schema") != SCHEMA:
+        raise PackageError(
+            f"{path} has schema {data.get('schema')!r}, this runtime reads {SCHEMA}; emit the package again with "
+            "`mctune emit`"
+        )
+    entries = []
+    for record in data["entries"]:
+        if record["kernel"] not in vouched:
+            raise PackageError(
+                f"{record['kernel']} is in {NAME} and not in the manifest of {root}; emit the package again with "
+                "`mctune emit`"
+            )
+        entries.append(Entry(record["problem"], record["backend"], root / record["kernel"], record))
+    return Table(tuple(entries), str(data.get("target", {}).get("name")))
