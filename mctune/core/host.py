@@ -1,0 +1,87 @@
+"""The CPU that this runs on, as far as the operating system tells: flags, cores, cache, a safe LLVM name."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# The levels of the x86-64 psABI, as the flags of /proc/cpuinfo, widest first. LLVM knows each by this name. The host's
+# own name is no guide: a hypervisor may mask AVX-512 on a CPU whose LLVM name implies it (illegal instruction).
+_V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
+_V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_LEVELS = (("x86-64-v4", _V4, 16), ("x86-64-v3", _V3, 8), ("x86-64-v2", _V2, 4))
+
+
+@dataclass(frozen=True)
+class Host:
+    """``arch`` is an LLVM ``mcpu``; ``vector_floats`` the float32 lanes of its widest registers; ``clock_ghz`` and
+    ``cache_mb`` (the last-level cache) are ``None`` where the system does not say."""
+
+    model: str
+    arch: str
+    vector_floats: int
+    cores: int
+    clock_ghz: float | None
+    cache_mb: float | None
+
+
+def read_host(cpuinfo: Path = Path("/proc/cpuinfo"), caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> Host:
+    """Read the host; every file may be absent (macOS), which leaves the baseline architecture and ``None``."""
+    fields = _cpuinfo(cpuinfo)
+    arch, vector_floats = llvm_arch(platform.machine(), frozenset(fields.get("flags", "").split()))
+    mhz = fields.get("cpu MHz")
+    return Host(
+        model=fields.get("model name") or platform.processor() or platform.machine() or "unknown",
+        arch=arch,
+        vector_floats=vector_floats,
+        cores=usable_cores(),
+        clock_ghz=round(float(mhz) / 1e3, 3) if mhz else None,
+        cache_mb=_last_level_mb(caches),
+    )
+
+
+def llvm_arch(machine: str, flags: frozenset[str]) -> tuple[str, int]:
+    """The widest LLVM ``mcpu`` all of whose features are in ``flags``, and its float32 lanes."""
+    if machine.lower() not in ("x86_64", "amd64"):
+        return "generic", 4
+    for name, needed, lanes in _LEVELS:
+        if needed <= flags:
+            return name, lanes
+    return "x86-64", 4
+
+
+def usable_cores() -> int:
+    """Logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first processor's fields."""
+    fields: dict[str, str] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return fields
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon:
+            break
+        fields[name.strip()] = value.strip()
+    return fields
+
+
+def _last_level_mb(caches: Path) -> float | None:
+    """Size of the cache of the highest level, in MiB."""
+    found: dict[int, float] = {}
+    for index in sorted(caches.glob("index*")):
+        try:
+            level, size = int((index / "level").read_text()), (index / "size").read_text().strip()
+            found[level] = int(size.removesuffix("K")) / 1024
+        except (OSError, ValueError):
+            continue
+    return found[max(found)] if found else None

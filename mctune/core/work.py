@@ -1,0 +1,160 @@
+"""How much work a problem is: operations, bytes, and the time that no implementation on a target can beat.
+
+Per token and head, for a matrix-valued memory (a multiply-add counts 2), in the s-th segment of its sequence:
+
+    state update                               2 Dk Dv
+    online, intra-chunk, causal half           (BT + 1) (Dk + Dv)
+    online, entering state                     2 Dk Dv      (independent: none in a segment's first chunk)
+    cached read: grm, soup                     2 (s - 1) Dk Dv
+                 ssc                           2 min(top_k, s - 1) Dk Dv
+                 residual, mean                2 Dk Dv for s > 1, and Dk Dv additions a later segment: their weights are
+                                               the same for all cached states, so the sum of the states is read
+    gate logits: grm, soup, ssc                2 s Dk       (residual and mean have none)
+
+The sums run over the segments as they are, short ones included. SWLA (Eq. 26-27) counts like linear: its decays and
+strengths scale rows and are no matrix work. A backward pass is twice the forward and one recomputed forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mctune.core.errors import UsageError
+from mctune.core.problem import Problem
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GATE_BYTES = 4
+_STATE_BYTES = 4
+_GATED = ("grm", "soup", "ssc")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and the fewest bytes of a problem; ``parts`` splits the operations by name; ``chunk`` is BT."""
+
+    operations: int
+    bytes: int
+    parts: tuple[tuple[str, int], ...]
+    chunk: int
+
+
+def work(problem: Problem, chunk: int | None = None) -> Work:
+    """Count ``problem``; ``chunk`` is BT, by default the divisor of the segment length with the fewest operations.
+
+    Bytes: q, k, v, u (where there are logits) and SWLA's gates read once, y written once, every state that a later
+    segment reads written once and read once, as if one read served every tile. A backward pass reads dy too, writes
+    the gradients of its inputs and does to the states' gradients what it does to the states. ``decode`` is one step at
+    context T: the online state read and written, the cached states and descriptors that it needs read once.
+
+    Raises:
+        UsageError: for dla and titans, whose deep memories have no count here, and for a chunk below 1.
+    """
+    if problem.deep:
+        raise UsageError(
+            f"no work count for recurrence={problem.recurrence!r}: counts cover matrix-valued memories, linear and swla"
+        )
+    if chunk is not None and chunk < 1:
+        raise UsageError(f"chunk={chunk}: must be at least 1")
+    if problem.pass_ == "decode":
+        return _decode(problem)
+    candidates = [chunk] if chunk else _divisors(max(end - begin for begin, end in problem.spans()))
+    counted = {size: _forward_parts(problem, size) for size in candidates}
+    best = min(counted, key=lambda size: sum(counted[size].values()))
+    parts = counted[best]
+    if problem.pass_ == "backward":
+        parts = {name: 3 * count for name, count in parts.items()}
+    return Work(sum(parts.values()), _bytes(problem), tuple(parts.items()), best)
+
+
+def bound(counted: Work, matrix_rate: float, bandwidth: float) -> float:
+    """Seconds below which the work cannot go: ``matrix_rate`` in operations/s, ``bandwidth`` in bytes/s."""
+    return max(counted.operations / matrix_rate, counted.bytes / bandwidth)
+
+
+def attention_operations(problem: Problem) -> int:
+    """Operations of causal softmax attention at the same shape, for comparison: T (Dk + Dv) per token and head."""
+    return problem.B * problem.H * problem.T * problem.T * (problem.Dk + problem.Dv)
+
+
+def cached_states(problem: Problem) -> int:
+    """Number of segments of one sequence, each of which leaves one state per head."""
+    return len(problem.spans())
+
+
+def cached_state_bytes(problem: Problem) -> int:
+    """Bytes of the cache after T tokens, all heads and batches: float32 states, and the segments' mean keys where the
+    aggregation needs them (Eq. 10). A deep memory's state is its W_up and W_down."""
+    state = problem.E * (problem.Dk + problem.Dv) if problem.deep else problem.Dk * problem.Dv
+    descriptor = problem.Dk if problem.aggregation in _GATED else 0
+    return problem.B * problem.H * cached_states(problem) * (state + descriptor) * _STATE_BYTES
+
+
+def _forward_parts(problem: Problem, chunk: int) -> dict[str, int]:
+    """Operations of one forward pass by part."""
+    heads, matrix, rows = problem.B * problem.H, problem.Dk * problem.Dv, problem.Dk + problem.Dv
+    intra = entering = cached = logits = 0
+    for past, (begin, end) in enumerate(problem.spans()):
+        length = end - begin
+        full, rest = divmod(length, chunk)
+        intra += (full * chunk * (chunk + 1) + rest * (rest + 1)) * rows
+        entering += 2 * matrix * (length - min(chunk, length) if problem.state_init == "independent" else length)
+        cached += _cached_read(problem, past, length)
+        logits += 2 * (past + 1) * problem.Dk * length if problem.aggregation in _GATED else 0
+    parts = {
+        "state update": 2 * matrix * problem.T,
+        "intra-chunk": intra,
+        "entering state": entering,
+        "cached read": cached,
+        "gate logits": logits,
+    }
+    return {name: heads * count for name, count in parts.items()}
+
+
+def _cached_read(problem: Problem, past: int, tokens: int) -> int:
+    """Operations of ``tokens`` tokens that read ``past`` cached states of one head."""
+    matrix = problem.Dk * problem.Dv
+    if problem.aggregation in ("residual", "mean"):
+        return matrix * (2 * tokens + 1) if past else 0
+    read = min(problem.top_k, past) if problem.top_k else past
+    return 2 * read * matrix * tokens
+
+
+def _decode(problem: Problem) -> Work:
+    """One step at context T: all but the last segment are cached."""
+    heads, matrix, past = problem.B * problem.H, problem.Dk * problem.Dv, cached_states(problem) - 1
+    gated = problem.aggregation in _GATED
+    read = min(problem.top_k, past) if problem.top_k else past
+    parts = {
+        "state update": 2 * matrix,
+        "online read": 2 * matrix,
+        # One token reads each state once: a running sum of the states would have to be kept up by the cache.
+        "cached read": 2 * read * matrix,
+        "gate logits": 2 * (past + 1) * problem.Dk if gated else 0,
+    }
+    state_bytes = _STATE_BYTES * ((2 + read) * matrix + (past * problem.Dk if gated else 0))
+    total = heads * (_token_bytes(problem) + state_bytes)
+    return Work(heads * sum(parts.values()), total, tuple((n, heads * c) for n, c in parts.items()), 1)
+
+
+def _token_bytes(problem: Problem) -> int:
+    """Bytes of q, k, v, u, y and the gates of one token and head."""
+    size = _BYTES[problem.dtype]
+    keys = 3 if problem.aggregation in _GATED else 2
+    gates = 3 if problem.recurrence == "swla" else 0
+    return size * (keys * problem.Dk + 2 * problem.Dv) + gates * _GATE_BYTES
+
+
+def _bytes(problem: Problem) -> int:
+    """Fewest bytes of a whole-sequence pass."""
+    heads = problem.B * problem.H
+    states = heads * (cached_states(problem) - 1) * problem.Dk * problem.Dv * _STATE_BYTES * 2
+    tokens = heads * problem.T * _token_bytes(problem)
+    if problem.pass_ == "forward":
+        return tokens + states
+    # q, k, v, u and the gates in and their gradients out, dy in: twice a forward's rows but for one of its two y.
+    dy = heads * problem.T * problem.Dv * _BYTES[problem.dtype]
+    return 2 * tokens - dy + 2 * states
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
