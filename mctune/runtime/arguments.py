@@ -44,7 +44,7 @@ class Call:
     W_down: Tensor | None
     memory_residual: bool
     inner_chunk: int
-    segments: Segments
+    cu_seqlens: Tensor | None
 
     @property
     def deep(self) -> bool:
@@ -60,6 +60,11 @@ class Call:
     def compute_dtype(self) -> torch.dtype:
         """float64 for float64 inputs, else float32."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def segments(self) -> Segments:
+        """Where the row is cut; computing it checks ``cu_seqlens``."""
+        return make_segments(self.q.shape[1], self.segmentation, self.segment_length, self.cu_seqlens)
 
     @property
     def requires_grad(self) -> bool:
@@ -122,12 +127,11 @@ def check_call(
     """
     check_options(recurrence, aggregation, segmentation, state_init, segment_length, top_k, inner_chunk)
     _check_tensors(q, k, v, u)
-    B, T, _, Dk = q.shape
-    Dv = v.shape[-1]
+    B, _, _, Dk = q.shape
     for name, gate in gates.items():
         if gate is not None:
             _check_gate(name, gate, recurrence, q)
-    _check_deep(recurrence, W_up, W_down, memory_residual, q, Dv)
+    _check_deep(recurrence, W_up, W_down, memory_residual, q, v.shape[-1])
     if scale is not None and not math.isfinite(scale):
         raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
     if segmentation == "packed" and B != 1:
@@ -156,7 +160,7 @@ def check_call(
         W_down,
         memory_residual,
         inner_chunk,
-        make_segments(T, segmentation, segment_length, cu_seqlens),
+        cu_seqlens,
     )
 
 

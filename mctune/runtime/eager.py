@@ -15,24 +15,32 @@ from .arguments import Call
 from .deep import Chunk, DeepWalk
 from .gates import Gate, make_gate
 from .linear import read_total, run_linear
-from .plan import Block, Plan, chunk_size, make_blocks, make_plan
-from .read import Deep, Linear, firsts, read
+from .plan import Layout, Plan, chunk_size, make_layout
+from .read import Deep, Linear, read
 
 Tensor = torch.Tensor
-CHUNK = 64
-"""Tokens of a chunk of a linear memory, at most."""
-BLOCK = 256
-"""Tokens that read the cached states together."""
 
 
-def run_eager(call: Call) -> Tensor:
-    """y [B, T, H, Dv] in the dtype of q, for arguments that :func:`check_call` has passed."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def lay_out(call: Call) -> Layout:
+    """The layout of a call: Python over segments, cached, and left alone by torch.compile.
+
+    Raises:
+        ArgumentError: if ``cu_seqlens`` does not cut up the row.
+    """
+    segments = call.segments
+    size = min(call.inner_chunk, segments.longest) if call.deep else chunk_size(segments)
+    return make_layout(segments, size, call.carried, call.q.device)
+
+
+def run_eager(call: Call, layout: Layout) -> Tensor:
+    """y [B, T, H, Dv] in the dtype of q, for arguments that :func:`check_call` has passed and their layout."""
     with torch.autocast(call.q.device.type, enabled=False):
         q, k, v = (_by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
         u = q if call.u is None else _by_head(call.u, call.compute_dtype)
-        gate = make_gate(call.aggregation, call.top_k, u, k, call.segments)
+        gate = make_gate(call.aggregation, call.top_k, u, k, layout)
         run = _run_deep if call.deep else _run_linear
-        y = run(call, q * call.scale, k, v, gate)
+        y = run(call, layout, q * call.scale, k, v, gate)
         B, T, H, _ = call.q.shape
         return y.view(B, H, T, -1).transpose(1, 2).to(call.q.dtype).contiguous()
 
@@ -42,9 +50,7 @@ def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _run_linear(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
-    segments = call.segments
-    plan = make_plan(segments, chunk_size(segments, CHUNK), call.carried, q.device)
+def _run_linear(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
     gates = None
     if call.recurrence == "swla":
         g, beta, lam = (
@@ -52,29 +58,25 @@ def _run_linear(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tens
             for x, absent in ((call.g, 0.0), (call.beta, 0.0), (call.lam, 1.0))
         )
         gates = (g, beta, lam)
-    online, states = run_linear(q, k, v, plan, gates)
-    if segments.count == 1:
+    online, states = run_linear(q, k, v, layout.states, gates)
+    if layout.count == 1:
         return online
     if gate.aggregation == "residual":
-        return online + read_total(q, states, plan, firsts(segments))
-    blocks = make_blocks(segments, BLOCK, q.device)
+        return online + read_total(q, states, layout)
     if gate.aggregation == "mean":
-        rank = torch.cat([block.rank for block in blocks])
-        return (online + read_total(q, states, plan, firsts(segments))) / rank[:, None]
-    return read(q, online, Linear(states), gate, blocks, segments.count)
+        return (online + read_total(q, states, layout)) / layout.rank[:, None]
+    return read(q, online, Linear(states), gate, layout)
 
 
-def _run_deep(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
+def _run_deep(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
     assert call.W_up is not None and call.W_down is not None
-    segments, B = call.segments, call.q.shape[0]
-    plan = make_plan(segments, min(call.inner_chunk, segments.longest), call.carried, q.device)
+    plan, B = layout.states, call.q.shape[0]
     eta = k.new_ones(k.shape[:2]) if call.eta is None else _by_head(call.eta, call.compute_dtype)
     g, mu = (None if x is None else _by_head(x, call.compute_dtype) for x in (call.g, call.mu))
     W_up, W_down = (W.to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
     walk = DeepWalk(plan, k, v, eta, g, mu, W_up, W_down, call.recurrence == "titans", call.memory_residual)
-    blocks = make_blocks(segments, BLOCK, q.device)
     if gate.aggregation in ("soup", "mean"):
-        return _read_soup(q, walk, gate, call, blocks)
+        return _read_soup(q, walk, gate, call, layout)
     rows = plan.take(q)
     online, ups, downs = [], [], []
     for chunk in walk:
@@ -84,12 +86,12 @@ def _run_deep(call: Call, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor
         ups.append(chunk.closed_up)
         downs.append(chunk.closed_down)
     memories = Deep(plan.gather(ups), plan.gather(downs), call.memory_residual)
-    return read(q, _tokens(plan, online), memories, gate, blocks, segments.count)
+    return read(q, _tokens(plan, online), memories, gate, layout)
 
 
-def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, blocks: tuple[Block, ...]) -> Tensor:
+def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, layout: Layout) -> Tensor:
     """One memory whose every parameter is the weighted mean of the states' (Eq. 14-15): two gated reads in a row."""
-    plan, N = walk.plan, call.segments.count
+    plan = walk.plan
     # A second pass computes the writes again, unless autograd keeps the first one's anyway.
     steps: Iterable[Chunk] = list(walk) if torch.is_grad_enabled() else walk
     rows = plan.take(q)
@@ -98,11 +100,11 @@ def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, blocks: tuple[
         online.append(chunk.up.read(rows[:, chunk.start : chunk.stop], chunk.by))
         ups.append(chunk.closed_up)
         downs.append(chunk.closed_down)
-    hidden = read(q, _tokens(plan, online), Linear(plan.gather(ups)), gate, blocks, N)
+    hidden = read(q, _tokens(plan, online), Linear(plan.gather(ups)), gate, layout)
     z = gelu(hidden, approximate="tanh")
     rows = plan.take(z)
     online = [chunk.down.read(rows[:, chunk.start : chunk.stop], chunk.by) for chunk in steps]
-    y = read(z, _tokens(plan, online), Linear(plan.gather(downs)), gate, blocks, N)
+    y = read(z, _tokens(plan, online), Linear(plan.gather(downs)), gate, layout)
     return y + q if call.memory_residual else y
 
 

@@ -6,7 +6,7 @@ import torch
 
 from .arguments import check_call
 from .dispatch import BACKENDS, serve
-from .eager import run_eager
+from .eager import lay_out, run_eager
 from .errors import ArgumentError
 
 Tensor = torch.Tensor
@@ -90,4 +90,4 @@ def memory_caching(
         cu_seqlens=cu_seqlens,
     )
     y = None if backend == "eager" else serve(call, backend)
-    return run_eager(call) if y is None else y
+    return run_eager(call, lay_out(call)) if y is None else y

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .plan import Block, chunk_size, make_plan
-from .segments import Segments
+from .plan import Block, Layout
 
 Tensor = torch.Tensor
-_CHUNK = 64
 _FEW = 8
 """Up to this many maxima are found one by one, which is faster than a stable sort."""
 
 
-def descriptors(u: Tensor, k: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def descriptors(u: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean key of every segment, and the logit of every token against the running mean of its own.
 
     Args:
@@ -28,7 +26,7 @@ def descriptors(u: Tensor, k: Tensor, segments: Segments) -> tuple[Tensor, Tenso
         p [G, N, Dk], the mean of k over each segment, and r [G, T], the inner product of u_t with the mean of k over
         the tokens of t's segment up to and including t.
     """
-    plan = make_plan(segments, chunk_size(segments, _CHUNK), False, k.device)
+    plan = layout.keys
     rows = plan.take(k)
     running = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril() @ rows
     if len(plan.steps) > 1:
@@ -39,10 +37,8 @@ def descriptors(u: Tensor, k: Tensor, segments: Segments) -> tuple[Tensor, Tenso
             before.append(carried)
             carried = carried + totals[:, step.start : step.stop]
         running = running + torch.cat(before, 1)[:, :, None]
-    begin, end = (bound.to(k.device, torch.int64) for bound in (segments.begin, segments.end))
-    count = torch.arange(1, k.shape[1] + 1, device=k.device) - begin.repeat_interleave(end - begin)
-    mean = plan.put(running) / count[:, None]
-    return mean.index_select(1, end - 1), (u * mean).sum(-1)
+    mean = plan.put(running) / layout.place[:, None]
+    return mean.index_select(1, layout.closing), (u * mean).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +82,11 @@ class Gate:
         return gamma[..., :-1], gamma[..., -1:]
 
 
-def make_gate(aggregation: str, top_k: int, u: Tensor, k: Tensor, segments: Segments) -> Gate:
+def make_gate(aggregation: str, top_k: int, u: Tensor, k: Tensor, layout: Layout) -> Gate:
     """The gate of an aggregation; u and k [G, T, Dk]."""
-    if aggregation in ("residual", "mean") or segments.count == 1:
-        return Gate("residual" if segments.count == 1 else aggregation, top_k, k)
-    return Gate(aggregation, top_k, k, u, *descriptors(u, k, segments))
+    if aggregation in ("residual", "mean") or layout.count == 1:
+        return Gate("residual" if layout.count == 1 else aggregation, top_k, k)
+    return Gate(aggregation, top_k, k, u, *descriptors(u, k, layout))
 
 
 def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from .plan import Plan
+from .plan import Layout, Plan
 
 Tensor = torch.Tensor
 
@@ -78,16 +78,15 @@ def decay_between(g: Tensor) -> Tensor:
     return sums.exp().tril()
 
 
-def read_total(q: Tensor, states: Tensor, plan: Plan, firsts: tuple[int, ...]) -> Tensor:
+def read_total(q: Tensor, states: Tensor, layout: Layout) -> Tensor:
     """Sum of the reads of all cached states that a token sees, as one read of their sum (Eq. 6-7), [G, T, Dv].
 
     Args:
         q: [G, T, Dk], scaled.
         states: [G, N, Dk, Dv].
-        firsts: the index of the first segment of each sequence, and N.
     """
-    sums = []
-    for first, stop in pairwise(firsts):
+    plan, sums = layout.states, []
+    for first, stop in pairwise(layout.firsts):
         sums.append(torch.zeros_like(states[:, :1]))
         if stop - first > 1:
             sums.append(states[:, first : stop - 1].cumsum(1))

@@ -16,6 +16,10 @@ import torch
 from .segments import Segments
 
 Tensor = torch.Tensor
+CHUNK = 64
+"""Tokens of a chunk of a linear memory, at most."""
+BLOCK = 256
+"""Tokens that read the cached states together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,6 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(1, rows.flatten()).view(x.shape[0], *rows.shape, *x.shape[2:])
 
 
-@lru_cache(maxsize=256)
 def make_plan(segments: Segments, size: int, carried: bool, device: torch.device) -> Plan:
     """Lay out ``segments`` in chunks of at most ``size`` tokens; ``carried`` makes a lane of each sequence."""
     lanes: dict[int, list[tuple[int, int, int]]] = {}
@@ -118,12 +121,6 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
     )
 
 
-def chunk_size(segments: Segments, at_most: int) -> int:
-    """Slots a chunk, so that the longest segment is cut evenly."""
-    pieces = -(-segments.longest // at_most)
-    return -(-segments.longest // pieces)
-
-
 @dataclass(frozen=True, eq=False)
 class Block:
     """Tokens ``begin`` to ``end`` and the cached segments ``lo`` to ``hi`` that any of them may read.
@@ -140,19 +137,58 @@ class Block:
     rank: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All that a call needs to know of its segments, on its device.
+
+    Attributes:
+        count: N, the number of segments.
+        firsts: the index of the first segment of each sequence, and N.
+        states, keys: the plans for the states and for the running means of the keys.
+        blocks: of the read.
+        place: int64 [T], tokens of its segment up to and including each token.
+        rank: int64 [T], segments of its sequence up to and including the one of each token.
+        closing: int64 [N], the last token of each segment.
+    """
+
+    count: int
+    firsts: tuple[int, ...]
+    states: Plan
+    keys: Plan
+    blocks: tuple[Block, ...]
+    place: Tensor
+    rank: Tensor
+    closing: Tensor
+
+
 @lru_cache(maxsize=64)
-def make_blocks(segments: Segments, size: int, device: torch.device) -> tuple[Block, ...]:
-    """Cut the row into blocks of ``size`` tokens, each with the past that it can see: the future is skipped."""
-    return tuple(_blocks(segments, size, device))
+def make_layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
+    """Lay out ``segments``: states in chunks of ``size`` tokens, their lanes as :func:`make_plan` says."""
+    begin, end, first = (bound.long() for bound in (segments.begin, segments.end, segments.first))
+    of = torch.arange(segments.count).repeat_interleave(end - begin)
+    place = torch.arange(1, len(of) + 1) - begin[of]
+    blocks = tuple(_blocks(of, first[of], device))
+    return Layout(
+        segments.count,
+        (*sorted({first for _, _, first in segments.spans}), segments.count),
+        make_plan(segments, size, carried, device),
+        make_plan(segments, chunk_size(segments), False, device),
+        blocks,
+        place.to(device),
+        (of - first[of] + 1).to(device),
+        (end - 1).to(device),
+    )
 
 
-def _blocks(segments: Segments, size: int, device: torch.device) -> Iterator[Block]:
-    T = segments.spans[-1][1]
-    lengths = (segments.end - segments.begin).long()
-    of = torch.arange(segments.count).repeat_interleave(lengths)
-    first = segments.first.long().repeat_interleave(lengths)
-    for begin in range(0, T, size):
-        end = min(begin + size, T)
+def chunk_size(segments: Segments) -> int:
+    """Tokens of a chunk of a linear memory, so that the longest segment is cut evenly."""
+    return -(-segments.longest // -(-segments.longest // CHUNK))
+
+
+def _blocks(of: Tensor, first: Tensor, device: torch.device) -> Iterator[Block]:
+    """Cut the row into blocks, each with the past that it can see: the future is skipped."""
+    for begin in range(0, len(of), BLOCK):
+        end = min(begin + BLOCK, len(of))
         lo, hi = int(first[begin]), int(of[end - 1])
         columns = torch.arange(lo, hi)
         visible = (columns < of[begin:end, None]) & (columns >= first[begin:end, None])

@@ -12,8 +12,7 @@ import torch
 from torch.nn.functional import gelu
 
 from .gates import Gate, best
-from .plan import Block
-from .segments import Segments
+from .plan import Block, Layout
 
 Tensor = torch.Tensor
 DENSE_STATES = 4
@@ -74,18 +73,17 @@ class Deep:
         return y + x if self.residual else y
 
 
-def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tuple[Block, ...], N: int) -> Tensor:
+def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layout) -> Tensor:
     """gamma_s online + sum over the cached states that the gate chooses, [G, T, D'].
 
     Args:
         x: [G, T, D], what the memories are read with.
         online: [G, T, D'], the reads of the online memory.
-        N: number of segments.
     """
-    if gate.aggregation == "ssc" and N - 1 > DENSE_STATES * gate.top_k:
-        return _read_sparse(x, online, memories, gate, blocks, N)
+    if gate.aggregation == "ssc" and layout.count - 1 > DENSE_STATES * gate.top_k:
+        return _read_sparse(x, online, memories, gate, layout)
     parts = []
-    for block in blocks:
+    for block in layout.blocks:
         past, share = gate.weights(block)
         y = share * online[:, block.begin : block.end]
         if block.hi > block.lo:
@@ -94,14 +92,12 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tupl
     return torch.cat(parts, 1)
 
 
-def _read_sparse(
-    x: Tensor, online: Tensor, memories: Memories, gate: Gate, blocks: tuple[Block, ...], N: int
-) -> Tensor:
+def _read_sparse(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layout) -> Tensor:
     """ssc: every state reads the tokens that chose it, and only those."""
-    G, T, _ = x.shape
+    (G, T, _), N = x.shape, layout.count
     row, group, share, shares = [], [], [], []
     lane = torch.arange(G, device=x.device)[:, None, None]
-    for block in blocks:
+    for block in layout.blocks:
         past, own = gate.logits(block)
         index, keep = best(past, min(gate.top_k, past.shape[-1]))
         past = past.gather(-1, index).masked_fill(~keep, float("-inf"))
@@ -123,8 +119,3 @@ def _read_sparse(
     if reads:
         y = y.index_add(0, rows, weights[:, None] * torch.cat(reads))
     return y.view(G, T, -1)
-
-
-def firsts(segments: Segments) -> tuple[int, ...]:
-    """The index of the first segment of each sequence, and N."""
-    return (*sorted({first for _, _, first in segments.spans}), segments.count)
