@@ -59,7 +59,7 @@ def test_names_and_aliases() -> None:
 
 
 def test_an_unknown_name_gets_its_neighbours() -> None:
-    with pytest.raises(UsageError, match="unknown target 'h10'.*h100") as caught:
+    with pytest.raises(UsageError, match=r"unknown target 'h10'.*h100") as caught:
         resolve("h10")
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError, match="known: cpu, a100-40g"):

@@ -1,0 +1,46 @@
+"""What a measurement was made with: versions and hardware, without importing any of it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from mctune.core.target import Target
+
+PACKAGES = (
+    "mctune", "torch", "apache-tvm", "apache-tvm-ffi", "triton", "optuna", "numpy", "libcst", "click", "rich",
+)  # fmt: skip
+"""Distributions whose versions matter to a result, or to a command."""
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or ``None``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Python and every installed one of :data:`PACKAGES`."""
+    found = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
+
+
+def environment(target: Target) -> dict[str, Any]:
+    """A JSON-able account of where a row was measured; it names neither the user nor the machine."""
+    return {
+        "target": {
+            "name": target.name,
+            "title": target.title,
+            "kind": target.kind,
+            "arch": target.arch,
+            "cores": target.cores,
+            "clock_ghz": target.clock_ghz,
+            "cache_mb": target.cache_mb,
+        },
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "versions": versions(),
+    }

@@ -1,0 +1,103 @@
+"""Named sets of problems to search: ``search_spaces/workloads/*.toml``."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mctune.core.errors import UsageError
+from mctune.core.paths import search_spaces_dir
+from mctune.core.problem import Problem
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_KEYS = ("description", "trials", "timeout_s", "segment_lengths", "problems")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One study: a problem, and the segment lengths it may be computed with, in increasing order.
+
+    ``problem.segment_length`` is the first of them. Both are absent under logarithmic segmentation.
+    """
+
+    problem: Problem
+    segment_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any], segment_lengths: tuple[int, ...]) -> Case:
+        """The case of a problem's public fields; a ``segment_length`` among them is the only candidate."""
+        if fields.get("segmentation") == "logarithmic":
+            return cls(Problem.from_dict(fields), ())
+        lengths = (fields["segment_length"],) if "segment_length" in fields else tuple(sorted(set(segment_lengths)))
+        if not lengths:
+            raise UsageError("no segment length to try: give segment_length or at least one of segment_lengths")
+        problems = [Problem.from_dict({**fields, "segment_length": length}) for length in lengths]
+        return cls(problems[0], lengths)
+
+    def __str__(self) -> str:
+        if len(self.segment_lengths) < 2:
+            return str(self.problem)
+        tried = ",".join(str(length) for length in self.segment_lengths)
+        return str(self.problem).replace(f" C{self.problem.segment_length} ", f" C{tried} ")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``trials`` is per case, ``timeout_s`` for all cases together (``None``: no limit)."""
+
+    name: str
+    description: str
+    trials: int
+    timeout_s: float | None
+    cases: tuple[Case, ...]
+
+
+def workload_names() -> tuple[str, ...]:
+    """The names that :func:`load_workload` knows."""
+    return tuple(sorted(path.stem for path in (search_spaces_dir() / "workloads").glob("*.toml")))
+
+
+def load_workload(name: str) -> Workload:
+    """The workload of that name.
+
+    Raises:
+        UsageError: unknown name, unknown key or a problem that cannot be.
+    """
+    known = workload_names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        raise UsageError(f"unknown workload {name!r}; {hint}")
+    return read_workload(search_spaces_dir() / "workloads" / f"{name}.toml")
+
+
+def read_workload(path: Path) -> Workload:
+    """Read one file. A field whose value is a list stands for one problem per value."""
+    values = tomllib.loads(path.read_text())
+    unknown = sorted(set(values) - set(_KEYS))
+    if unknown:
+        raise UsageError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(_KEYS)}")
+    absent = [key for key in ("description", "trials", "problems") if key not in values]
+    if absent:
+        raise UsageError(f"{path.name}: {absent[0]!r} is missing")
+    lengths = tuple(values.get("segment_lengths", ()))
+    try:
+        cases = tuple(Case.of(fields, lengths) for entry in values["problems"] for fields in _expand(entry))
+    except UsageError as error:
+        raise UsageError(f"{path.name}: {error}") from error
+    return Workload(path.stem, values["description"], values["trials"], values.get("timeout_s"), cases)
+
+
+def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    lists = [value if isinstance(value, list) else [value] for value in entry.values()]
+    for choice in itertools.product(*lists):
+        yield dict(zip(entry, choice, strict=True))

@@ -1,0 +1,70 @@
+"""Workloads: the files that ship, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mctune.core.errors import UsageError
+from mctune.core.work import cached_states
+from mctune.core.workload import Case, load_workload, read_workload, workload_names
+
+
+def test_the_shipped_workloads() -> None:
+    assert workload_names() == ("decode", "paper", "quick")
+    quick = load_workload("quick")
+    assert quick.timeout_s is not None and quick.timeout_s <= 300
+    assert [(c.problem.recurrence, c.problem.aggregation, c.problem.top_k) for c in quick.cases] == [
+        ("linear", "grm", None),
+        ("linear", "ssc", 4),
+        ("swla", "grm", None),
+    ]
+    assert all(case.segment_lengths == (64, 128, 256, 512) for case in quick.cases)
+    paper = load_workload("paper")
+    shapes = {(c.problem.H * c.problem.Dk, c.problem.T, c.problem.aggregation) for c in paper.cases}
+    assert shapes == {
+        (hidden, T, a) for hidden in (1536, 2048) for T in (4096, 16384) for a in ("grm", "ssc", "residual")
+    }
+    assert len(paper.cases) == 12 and paper.cases[0].segment_lengths == (16, 32, 64, 128, 256, 512)
+    assert all(c.problem.pass_ == "decode" and cached_states(c.problem) == 64 for c in load_workload("decode").cases)
+
+
+def test_an_unknown_workload() -> None:
+    with pytest.raises(UsageError, match=r"unknown workload 'quik'; did you mean quick\?"):
+        load_workload("quik")
+
+
+def test_cases() -> None:
+    fields = {"T": 100, "H": 1, "Dk": 8, "Dv": 8}
+    case = Case.of(fields, (64, 32, 64))
+    assert case.segment_lengths == (32, 64) and case.problem.segment_length == 32
+    assert " C32,64 " in str(case)
+    assert Case.of({**fields, "segment_length": 16}, (32,)).segment_lengths == (16,)
+    assert Case.of({**fields, "segmentation": "logarithmic"}, (32,)).segment_lengths == ()
+    with pytest.raises(UsageError, match="no segment length"):
+        Case.of(fields, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trails = 3", "w.toml: unknown key 'trails'"),
+        ("trials = 3", "w.toml: 'description' is missing"),
+        (
+            "description = ''\ntrials = 1\nsegment_lengths = [8]\n[[problems]]\nT = 1\nH = 1\nDk = 1\nDv = 1\nX = 1",
+            "w.toml: unknown problem field 'X'",
+        ),
+    ],
+)
+def test_what_is_refused_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "w.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_workload(tmp_path / "w.toml")
+
+
+def test_a_list_of_values_is_one_problem_each(tmp_path: Path) -> None:
+    text = "description = ''\ntrials = 1\nsegment_lengths = [8]\n[[problems]]\nT = [1, 2]\nH = [3, 4]\nDk = 1\nDv = 1"
+    (tmp_path / "w.toml").write_text(text)
+    cases = read_workload(tmp_path / "w.toml").cases
+    assert [(c.problem.T, c.problem.H) for c in cases] == [(1, 3), (1, 4), (2, 3), (2, 4)]
