@@ -16,7 +16,7 @@ For a linear memory the soup of the states is their gated sum (Eq. 14-15), so so
 
 from tvm.script import tirx as T
 
-from .tiles import LANES, dot_rows, exp, gather, multiply
+from .tiles import BLOCK, LANES, dot_rows, exp, gather, multiply, transpose
 
 _LOW = -3.0e38
 
@@ -44,7 +44,8 @@ def build(problem, config, target):
 
     product = multiply(MR, NR, config["unroll"])
     intra = multiply(MR, NR, 1)
-    write = multiply(config["update_rows"], NR, 1)
+    SR, SC = config["state_rows"], config["state_cols"]
+    write = multiply(SR, SC, 1)
     scores = dot_rows(JR, TL, config["unroll"], Dk)
     scattered = gather(MR, NR, Dk)
 
@@ -114,18 +115,17 @@ def build(problem, config, target):
 
                 @T.inline
                 def pack(t0, rows, linked):
+                    for tb in range((rows + BLOCK - 1) // BLOCK):
+                        for db in range(Dk // BLOCK):
+                            transpose(
+                                q, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, QT, db * BLOCK, tb * BLOCK
+                            )
                     for t in range(rows):
-                        for d in range(Dk):
-                            QT[d, t] = q[row0 + (t0 + t) * heads, d]
                         for d in T.vectorized(Dk):
                             K[lead + t, d] = k[row0 + (t0 + t) * heads, d]
                         for n in T.vectorized(Dv):
                             V[lead + t, n] = v[row0 + (t0 + t) * heads, n]
                     for t in range(BT - rows):
-                        for d in range(Dk):
-                            QT[d, rows + t] = T.float32(0)
-                        for d in T.vectorized(Dk):
-                            K[lead + rows + t, d] = T.float32(0)
                         for n in T.vectorized(Dv):
                             V[lead + rows + t, n] = T.float32(0)
                     if swla:
@@ -144,13 +144,13 @@ def build(problem, config, target):
 
                 @T.inline
                 def own_logits(t0, rows, seen):
-                    for t in range(rows):
-                        for d in range(Dk):
-                            UT[d, t] = u[row0 + (t0 + t) * heads, d]
+                    for tb in range((rows + BLOCK - 1) // BLOCK):
+                        for db in range(Dk // BLOCK):
+                            transpose(
+                                u, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, UT, db * BLOCK, tb * BLOCK
+                            )
                     for t in range(BT - rows):
                         own[0, rows + t] = T.float32(0)
-                        for d in range(Dk):
-                            UT[d, rows + t] = T.float32(0)
                     for t in range(rows):
                         for x in T.vectorized(LANES):
                             lanes[0, x] = T.float32(0)
@@ -260,9 +260,9 @@ def build(problem, config, target):
                         for d in range(Dk):
                             for n in T.vectorized(Dv):
                                 M[d, n] = M[d, n] * lanes[3, 0]
-                    for dd in range(Dk // config["update_rows"]):
-                        for nn in range(Dv // NR):
-                            write(K, 0, V, 0, BT + lead, M, dd * config["update_rows"], nn * NR, own, 0, False, False)
+                    for dd in range(Dk // SR):
+                        for nn in range(Dv // SC):
+                            write(K, 0, V, 0, BT + lead, M, dd * SR, nn * SC, own, 0, False, False)
 
                 for d in range(Dk):
                     for n in T.vectorized(Dv):

@@ -100,3 +100,42 @@ def gather(rows, cols, width):
                     )
 
     return tile
+
+
+BLOCK = 8
+"""Side of the square block that ``transpose`` moves in registers."""
+
+
+# Lanes of two vectors in one butterfly step: runs of 4, 2 or 1 lanes of each in turn, the low or the high ones.
+LOW4, HIGH4 = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+LOW2, HIGH2 = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+LOW1, HIGH1 = [0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15]
+
+
+@T.inline
+def transpose(source, first, stride, last, target, d0, t0):
+    # target[d0 + d, t0 + t] = source[first + min(t, last) * stride, d0 + d] for a block of BLOCK tokens and widths, in
+    # three butterfly steps of vector shuffles: element by element, LLVM makes scatters of it, eight times slower.
+    a = T.alloc_buffer((BLOCK, BLOCK), "float32", scope="local")
+    b = T.alloc_buffer((BLOCK, BLOCK), "float32", scope="local")
+    for r in T.unroll(BLOCK):
+        for x in T.vectorized(BLOCK):
+            a[r, x] = source[first + T.min(r, last) * stride, d0 + x]
+    for r in T.unroll(4):
+        b[r, T.Ramp(0, 1, 8)] = T.Shuffle([a[r, T.Ramp(0, 1, 8)], a[r + 4, T.Ramp(0, 1, 8)]], LOW4)
+        b[r + 4, T.Ramp(0, 1, 8)] = T.Shuffle([a[r, T.Ramp(0, 1, 8)], a[r + 4, T.Ramp(0, 1, 8)]], HIGH4)
+    for e in T.unroll(2):
+        for r in T.unroll(2):
+            a[e * 4 + r, T.Ramp(0, 1, 8)] = T.Shuffle(
+                [b[e * 4 + r, T.Ramp(0, 1, 8)], b[e * 4 + r + 2, T.Ramp(0, 1, 8)]], LOW2
+            )
+            a[e * 4 + r + 2, T.Ramp(0, 1, 8)] = T.Shuffle(
+                [b[e * 4 + r, T.Ramp(0, 1, 8)], b[e * 4 + r + 2, T.Ramp(0, 1, 8)]], HIGH2
+            )
+    for r in T.unroll(4):
+        target[d0 + r * 2, T.Ramp(t0, 1, 8)] = T.Shuffle(
+            [a[r * 2, T.Ramp(0, 1, 8)], a[r * 2 + 1, T.Ramp(0, 1, 8)]], LOW1
+        )
+        target[d0 + r * 2 + 1, T.Ramp(t0, 1, 8)] = T.Shuffle(
+            [a[r * 2, T.Ramp(0, 1, 8)], a[r * 2 + 1, T.Ramp(0, 1, 8)]], HIGH1
+        )

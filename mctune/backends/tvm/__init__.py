@@ -1,0 +1,81 @@
+"""The TVM backend: templates compiled by LLVM into libraries that run without TVM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from mctune.backends.protocol import Built, Kernel
+from mctune.backends.tvm.templates import OPERATIONS, load_space, render, source_hash
+from mctune.backends.tvm.versions import TVM, check_versions
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.problem import Problem
+from mctune.core.space import SearchSpace
+from mctune.core.target import Target
+from mctune.runtime.tvm_forward import TvmForward, padded
+
+
+class TvmBackend:
+    """Templates of ``templates/tvm`` for a CPU."""
+
+    name = "tvm"
+
+    def space(self, problem: Problem) -> SearchSpace:
+        """The parameters that the templates of ``problem`` take."""
+        self.check(problem)
+        return load_space(problem.pass_)
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that no TVM template computes.
+
+        Raises:
+            UsageError: naming the field and what works.
+        """
+        if problem.pass_ not in OPERATIONS:
+            raise UsageError(f"pass={problem.pass_!r} has no TVM template; there are {', '.join(OPERATIONS)}")
+        if problem.deep:
+            raise UsageError(f"recurrence={problem.recurrence!r} has no TVM template; there are linear, swla")
+
+    def padded(self, problem: Problem) -> Problem:
+        """The problem with the widths that kernels are compiled for."""
+        return problem.replace(Dk=padded(problem.Dk), Dv=padded(problem.Dv))
+
+    def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
+        """Compile ``config`` into ``folder``: a library, and beside it the TVMScript that it came from.
+
+        Raises:
+            DeviceError: if TVM is missing or is a wrong pair.
+            Exception: whatever TVM raises on a configuration that does not compile.
+        """
+        self.check(problem)
+        name = self._name(problem, config, target)
+        built = Built(folder / f"{name}.so", folder / f"{name}.py")
+        if built.library.is_file() and built.source.is_file():
+            return built
+        check_versions()
+        import tvm
+
+        module = render(self.padded(problem), config, target)
+        device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
+        compiled = tvm.compile(module, target=device)
+        folder.mkdir(parents=True, exist_ok=True)
+        built.source.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
+        scratch = built.library.with_suffix(".tmp.so")
+        compiled.export_library(str(scratch))
+        scratch.replace(built.library)
+        return built
+
+    def load(self, problem: Problem, built: Built) -> Kernel:
+        """The compiled candidate, through the same launcher that an emitted package uses."""
+        return TvmForward(built.library, {"problem": problem.to_dict()})
+
+    def _name(self, problem: Problem, config: Config, target: Target) -> str:
+        """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
+        static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init)
+        static += (str(padded(problem.Dk)), str(padded(problem.Dv)))
+        values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
+        identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        return f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}_{digest}"

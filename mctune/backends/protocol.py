@@ -1,0 +1,42 @@
+"""What a backend does for the search: compile one configuration for a target, and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.core.space import SearchSpace
+from mctune.core.target import Target
+
+
+@dataclass(frozen=True)
+class Built:
+    """The files of one compiled candidate: ``library`` is what was compiled, ``source`` what it came from."""
+
+    library: Path
+    source: Path
+
+
+Kernel = Callable[..., torch.Tensor]
+"""y = kernel(q, k, v, u, *, g, beta, lam, scale, top_k, segments), arrays as in ``mctune.runtime``."""
+
+
+class Backend(Protocol):
+    """One way to compile templates."""
+
+    name: str
+
+    def space(self, problem: Problem) -> SearchSpace:
+        """The parameters that the templates of ``problem`` take, without the segment length."""
+
+    def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
+        """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""
+
+    def load(self, problem: Problem, built: Built) -> Kernel:
+        """The compiled candidate as a function of torch tensors."""

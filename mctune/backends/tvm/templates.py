@@ -1,0 +1,66 @@
+"""Find the TVM templates and search spaces, and turn a problem and a configuration into an IRModule."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from mctune.core.config import Config
+from mctune.core.paths import search_spaces_dir, templates_dir
+from mctune.core.problem import Problem
+from mctune.core.space import SearchSpace
+from mctune.core.target import Target
+
+OPERATIONS = {"forward": ("segment_states", "read_forward")}
+"""The templates of each pass; one exported library holds them all."""
+
+
+def _folder_package(name: str, folder: Any) -> ModuleType:
+    """A folder of modules, importable as the package ``name`` wherever it stands."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@cache
+def load_space(pass_: str) -> SearchSpace:
+    """The search space of a pass, ``search_spaces/tvm/<pass>.py``."""
+    path = search_spaces_dir() / "tvm" / f"{pass_}.py"
+    spec = importlib.util.spec_from_file_location(f"mctune_space_tvm_{pass_}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    space: SearchSpace = module.SPACE
+    return space
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 of every TVM template, so that a change to one is a new kernel."""
+    digest = hashlib.sha256()
+    for path in sorted((templates_dir() / "tvm").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def render(problem: Problem, config: Config, target: Target) -> Any:
+    """The ``tvm.IRModule`` of a pass; ``problem`` has padded widths."""
+    import tvm
+
+    _folder_package("mctune_templates", templates_dir())
+    functions = {}
+    for operation in OPERATIONS[problem.pass_]:
+        template = importlib.import_module(f"mctune_templates.tvm.{operation}")
+        functions[operation] = template.build(problem, config, target)
+    return tvm.IRModule(functions)

@@ -1,0 +1,99 @@
+"""Launch the forward kernels of one exported library: segment states, then the read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .segments import Segments
+from .tvm_loader import KernelError, load_library
+
+LANES = 16
+"""Kernels are compiled for widths that are multiples of this many floats; others are padded with zeros here."""
+_ALIGNMENT = 64
+_INT32 = 2**31 - 1
+
+
+def padded(width: int) -> int:
+    """The width that a kernel is compiled for."""
+    return -(-width // LANES) * LANES
+
+
+class TvmForward:
+    """y = memory_caching(q, k, v, u) on the CPU by ``segment_states`` and ``read_forward`` of one library.
+
+    Args:
+        library: the exported ``.so``.
+        record: its entry in the tuned table; ``record["problem"]`` names the recurrence and the widths.
+
+    Raises:
+        KernelError: if the library cannot be run on this machine.
+    """
+
+    def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
+        module = load_library(library)
+        self.segment_states = module["segment_states"]
+        self.read_forward = module["read_forward"]
+        problem = record["problem"]
+        self.gated = problem["recurrence"] == "swla"
+        self.Dk, self.Dv = padded(problem["Dk"]), padded(problem["Dv"])
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        u: torch.Tensor,
+        *,
+        g: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        lam: torch.Tensor | None,
+        scale: float,
+        top_k: int,
+        segments: Segments,
+    ) -> torch.Tensor:
+        """y ``[B, T, H, Dv]``, float32, from float32 q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``.
+
+        Raises:
+            KernelError: if an array has more elements than the kernels' 32-bit indices reach.
+        """
+        B, T, H, Dv = v.shape
+        N = segments.count
+        largest = max(B * T * H * max(self.Dk, self.Dv), B * H * N * self.Dk * self.Dv)
+        if largest > _INT32:
+            raise KernelError(f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use the eager path")
+        q, k, u = (_rows(x, self.Dk) for x in (q, k, u))
+        v = _rows(v, self.Dv)
+        gates = self._gates(q, B * T * H, g, beta, lam)
+        states = q.new_empty(B * H * N * self.Dk, self.Dv)
+        means = q.new_empty(B * H * N, self.Dk)
+        y = q.new_empty(B * T * H, self.Dv)
+        spans = (segments.begin, segments.end, segments.first)
+        self.segment_states(k, v, *gates, *spans, T, H, states, means)
+        self.read_forward(
+            q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, max(top_k, 1), float(scale), y
+        )
+        return y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
+
+    def _gates(
+        self, like: torch.Tensor, rows: int, g: torch.Tensor | None, beta: torch.Tensor | None, lam: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """g, beta, lam as ``[rows]``; absent ones are 0, 0, 1. A recurrence without gates gets one element each."""
+        if not self.gated:
+            return (like.new_zeros(1),) * 3
+        return tuple(
+            like.new_full((rows,), absent) if gate is None else gate.to(torch.float32).reshape(rows).contiguous()
+            for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
+        )
+
+
+def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """``[B, T, H, D]`` as ``[B * T * H, width]``, contiguous, aligned to a cache line, padded with zeros."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[-1] != width:
+        rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()

@@ -1,0 +1,104 @@
+"""Inside the worker process: build one candidate, verify it, time it; or time several finalists side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mctune.backends import get_backend
+from mctune.backends.protocol import Backend, Kernel
+from mctune.core.config import Config
+from mctune.core.errors import MctuneError
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, to_json
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.search.inputs import make_inputs
+from mctune.search.timing import summary, time_rotated
+from mctune.search.verify import run_kernel, verify
+from mctune.search.worker import Handler, Stage
+
+_ROUNDS = 7
+_FINAL_ROUNDS = 21
+_TIMING_S = 2.0
+_FINAL_S = 20.0
+
+
+@dataclass(frozen=True)
+class _Bench:
+    backend: Backend
+    target: Target
+    folder: Path
+    seed: int
+
+    def evaluate(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
+        """What became of one candidate; a crash or hang takes the process along and is the parent's to record."""
+        stage("build")
+        try:
+            built = self.backend.build(problem, config, self.target, self.folder)
+            kernel = self.backend.load(problem, built)
+        except MctuneError:
+            raise
+        except Exception as error:
+            return FailedBuild(_first_line(error))
+        stage("verify")
+        try:
+            error_ = verify(kernel, problem, self._seed(problem, config))
+        except Exception as error:
+            return Crashed(_first_line(error))
+        if isinstance(error_, Wrong):
+            return error_
+        stage("time")
+        samples = time_rotated([self._call(kernel, problem)], rounds=_ROUNDS, limit_s=_TIMING_S)[0]
+        ms, low, high = summary(samples)
+        return Timed(ms, low, high, len(samples), error_)
+
+    def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
+        """Milliseconds of each finalist in each round, in rotated order."""
+        stage("build")
+        calls = [
+            self._call(self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder)), problem)
+            for problem, config in candidates
+        ]
+        stage("time")
+        return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
+
+    def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
+        inputs = make_inputs(problem, self.seed)
+        return lambda: run_kernel(kernel, problem, inputs)
+
+    def _seed(self, problem: Problem, config: Config) -> int:
+        """Fresh inputs for every candidate, the same ones when it is evaluated again."""
+        text = f"{self.seed} {problem.key} {config.key}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def start(setup: dict[str, Any]) -> Handler:
+    """The worker's handler. ``setup``: backend, target, folder, seed, threads.
+
+    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
+    ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``.
+    """
+    torch.set_num_threads(setup["threads"])
+    target, _ = resolve(setup["target"])
+    bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
+
+    def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "compare" in payload:
+            return {"samples": bench.compare([_candidate(values) for values in payload["compare"]], stage)}
+        return {"outcome": to_json(bench.evaluate(*_candidate(payload["evaluate"]), stage))}
+
+    return handle
+
+
+def _candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
+    return Problem.from_dict(values["problem"]), Config.of(values["config"])
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}".rstrip(": ")
