@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .arguments import Call
 from .errors import BackendError
 from .table import Entry, Request, Table, find, load_table
+from .tvm_forward import TvmForward
+from .tvm_loader import KernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 """An emitted package keeps tuned.json, manifest.json and the kernels beside the runtime's folder."""
@@ -25,7 +26,7 @@ _NO_KERNELS = (
 _warned: set[tuple[str, ...]] = set()
 
 
-def serve(call: Call, backend: str, table: Table = TABLE) -> torch.Tensor | None:
+def serve(call: Call, backend: str) -> torch.Tensor | None:
     """y [B, T, H, Dv] from a tuned kernel; ``None`` where ``backend="auto"`` leaves the call to the eager path.
 
     Raises:
@@ -33,7 +34,7 @@ def serve(call: Call, backend: str, table: Table = TABLE) -> torch.Tensor | None
     """
     reason, kind = beyond_kernels(call), None
     if reason is None:
-        found = _serve(call, backend, table) if table.entries else _NO_KERNELS
+        found = _serve(call, backend, TABLE) if TABLE.entries else _NO_KERNELS
         if isinstance(found, torch.Tensor):
             return found
         reason, kind = found
@@ -69,8 +70,6 @@ def _serve(call: Call, backend: str, table: Table) -> torch.Tensor | tuple[str, 
             f"`mctune search --gpu cpu --problem '{problem}'`"
         )
         return reason, (request.recurrence, request.aggregation, request.segmentation, request.state_init)
-    from .tvm_loader import KernelError
-
     try:
         return run_kernel(call, entry)
     except KernelError as error:
@@ -116,9 +115,7 @@ def run_kernel(call: Call, entry: Entry) -> torch.Tensor:
 
 
 @cache
-def _kernel(entry: Entry) -> Any:
-    from .tvm_forward import TvmForward
-
+def _kernel(entry: Entry) -> TvmForward:
     return TvmForward(entry.kernel, entry.record)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from calls import arguments
+
 from mctune import reference
 from mctune.runtime.functional import memory_caching
 
@@ -57,3 +57,124 @@ def test_every_problem_with_gradients(recurrence: str, aggregation: str, state_i
         inner_chunk=3,
         cu_seqlens=torch.tensor([0, 0, 5, 6, 6, 15, 15], dtype=torch.int32) if packed else None,
     )
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize(
+    "shape",
+    (
+        {"B": 1, "T": 1, "H": 1},
+        {"B": 2, "T": 3, "H": 1, "segment_length": 5},
+        {"B": 1, "T": 13, "H": 3, "Dk": 3, "Dv": 5, "segment_length": 5},
+        {"B": 1, "T": 9, "H": 1, "segment_length": 1, "inner_chunk": 1},
+        {"B": 1, "T": 12, "H": 1, "segment_length": 6, "inner_chunk": 100},
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("aggregation", ("grm", "soup", "ssc"))
+def test_odd_sizes(recurrence: str, shape: dict[str, int], aggregation: str) -> None:
+    options = {"segment_length": 4, "inner_chunk": 4} | {name: n for name, n in shape.items() if "_" in name}
+    tensors = arguments(recurrence, **{name: n for name, n in shape.items() if "_" not in name})
+    residual = tensors["q"].shape[3] == tensors["v"].shape[3]
+    compare(tensors, recurrence=recurrence, aggregation=aggregation, memory_residual=residual, **options)
+
+
+@pytest.mark.parametrize("recurrence", ("linear", "swla"))
+@pytest.mark.parametrize("segmentation", ("constant", "logarithmic", "packed"))
+@pytest.mark.parametrize("aggregation", ("residual", "grm", "mean"))
+def test_several_chunks_and_blocks(recurrence: str, segmentation: str, aggregation: str) -> None:
+    """Segments longer than a chunk and rows longer than a block of the read."""
+    tensors = arguments(recurrence, T=331, H=1)
+    compare(
+        tensors,
+        grad_bound=0,
+        recurrence=recurrence,
+        aggregation=aggregation,
+        state_init="checkpoint",
+        segmentation=segmentation,
+        segment_length=100,
+        cu_seqlens=torch.tensor([0, 7, 331], dtype=torch.int32) if segmentation == "packed" else None,
+    )
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("packed", (False, True))
+def test_ssc_reads_sparsely(recurrence: str, packed: bool) -> None:
+    """More cached states for each chosen one than the dense form takes."""
+    tensors = arguments(recurrence, B=1 if packed else 2, T=29, H=2)
+    options: dict[str, Any] = {"segment_length": 3, "top_k": 1, "aggregation": "ssc"}
+    if packed:
+        options |= {"segmentation": "packed", "cu_seqlens": torch.tensor([0, 2, 22, 29], dtype=torch.int32)}
+    compare(tensors, recurrence=recurrence, **options)
+
+
+@pytest.mark.parametrize("top_k", (1, 2, 9))
+@pytest.mark.parametrize("segments", (4, 12, 40))
+def test_ssc_ties_go_to_the_earlier_segment(top_k: int, segments: int) -> None:
+    """Equal keys everywhere, so that every cached segment has the same logit, and values that tell segments apart."""
+    T = 2 * segments
+    q = k = torch.ones(1, T, 1, 2)
+    v = torch.arange(T, dtype=torch.float32).view(1, T, 1, 1)
+    compare({"q": q, "k": k, "v": v}, grad_bound=0, aggregation="ssc", segment_length=2, top_k=top_k)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_absent_gates_have_their_defaults(recurrence: str) -> None:
+    tensors = {
+        name: x for name, x in arguments(recurrence).items() if name not in ("g", "beta", "lam", "eta", "mu", "u")
+    }
+    tensors["v"] = 0.1 * tensors["v"]
+    compare(tensors, recurrence=recurrence, segment_length=4, inner_chunk=2, scale=0.7)
+
+
+@pytest.mark.parametrize("recurrence", ("swla", "titans"))
+@pytest.mark.parametrize("g", (-1e30, float("-inf")))
+def test_decays_that_forget_everything(recurrence: str, g: float) -> None:
+    """A very negative g forgets what came before and leaves later, mild decays exact."""
+    tensors = arguments(recurrence, T=13)
+    tensors["g"][:, 2::3] = g
+    compare(tensors, recurrence=recurrence, segment_length=8, inner_chunk=8, state_init="checkpoint")
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_rounds_only_inputs_and_output(recurrence: str, dtype: torch.dtype) -> None:
+    tensors = arguments(recurrence, dtype=dtype)
+    compare(tensors, bound=torch.finfo(dtype).eps, grad_bound=0, recurrence=recurrence, segment_length=4)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_float64_is_computed_in_float64(recurrence: str) -> None:
+    tensors = {name: x.double() for name, x in arguments(recurrence).items()}
+    compare(tensors, bound=1e-13, grad_bound=1e-12, recurrence=recurrence, segment_length=4)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    tensors = arguments("swla", B=2)
+    strided = {
+        name: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x.mT.contiguous().mT
+        for name, x in tensors.items()
+    }
+    assert not strided["q"].is_contiguous()
+    expected = memory_caching(**tensors, recurrence="swla", segment_length=4, backend="eager")
+    torch.testing.assert_close(
+        memory_caching(**strided, recurrence="swla", segment_length=4, backend="eager"), expected
+    )
+
+
+def test_autocast_leaves_states_in_float32() -> None:
+    tensors = arguments("linear")
+    expected = memory_caching(**tensors, segment_length=4, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(memory_caching(**tensors, segment_length=4, backend="eager"), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles() -> None:
+    tensors = arguments("swla")
+    torch._dynamo.reset()
+
+    def function(**tensors: torch.Tensor) -> torch.Tensor:
+        return memory_caching(**tensors, recurrence="swla", segment_length=4, backend="eager")
+
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(**tensors), function(**tensors))
