@@ -13,6 +13,9 @@ PACKAGES = (
 )  # fmt: skip
 """Distributions whose versions matter to a result, or to a command."""
 
+TVM_PAIR = ("0.27.0.post1", "0.1.14.post1")
+"""The apache-tvm and apache-tvm-ffi that go together; a later ffi crashes this compiler in ``tensorize``."""
+
 
 def version(package: str) -> str | None:
     """The installed version of a distribution, or ``None``."""

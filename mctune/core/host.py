@@ -53,6 +53,11 @@ def llvm_arch(machine: str, flags: frozenset[str]) -> tuple[str, int]:
     return "x86-64", 4
 
 
+def needed_flags(arch: str) -> tuple[str, ...]:
+    """The flags of /proc/cpuinfo that code compiled for ``arch`` (one of the x86-64 levels) relies on."""
+    return next((tuple(sorted(needed)) for name, needed, _ in _LEVELS if name == arch), ())
+
+
 def usable_cores() -> int:
     """Logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,11 +96,15 @@ def to_json(outcome: Outcome) -> str:
 
 def from_json(text: str) -> Outcome:
     """The inverse of :func:`to_json`."""
-    values = json.loads(text)
-    name = values.pop("kind", None)
+    return from_dict(json.loads(text))
+
+
+def from_dict(values: Mapping[str, Any]) -> Outcome:
+    """An outcome from the object that :func:`to_json` writes."""
+    name = values.get("kind")
     if name not in _KINDS:
         raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
-    outcome: Outcome = _KINDS[name](**values)
+    outcome: Outcome = _KINDS[name](**{field: value for field, value in values.items() if field != "kind"})
     return outcome
 
 

@@ -1,0 +1,168 @@
+"""``mctune search``: from problems to a tuned package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mctune.cli._main import INTERRUPTED
+from mctune.cli._output import json_option, print_json, say, size, text_table
+from mctune.core.errors import NoValidConfigError, UsageError
+from mctune.core.target import Target, resolve
+from mctune.core.workload import Case, load_workload
+from mctune.search.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
+
+_SEGMENT_LENGTHS = (64, 128, 256, 512)
+_TRIALS = 100
+
+
+@click.command()
+@click.option("--gpu", "--target", "target_name", metavar="NAME", default="cpu", show_default=True,
+              help="What to tune for; see `mctune targets`.")  # fmt: skip
+@click.option("--workload", metavar="NAME", help="Named set of problems; see `mctune spaces`.  [default: quick]")
+@click.option("--problem", metavar="FIELDS",
+              help="One problem instead: T=4096,H=4,Dk=64,Dv=64,aggregation=grm, or JSON.")  # fmt: skip
+@click.option("--segment-lengths", metavar="LIST", help="Segment lengths to try, for example 64,128,256.")
+@click.option("--trials", type=click.IntRange(min=1), help="Candidates a study.  [default: the workload's, or 100]")
+@click.option("--timeout", type=float, metavar="SECONDS",
+              help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
+@click.option("--max-slowdown", type=float, default=1.10, show_default=True,
+              help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
+@click.option("--trial-timeout", type=float, default=60.0, show_default=True, metavar="SECONDS",
+              help="Kill a candidate after this time.")  # fmt: skip
+@json_option
+def command(
+    target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, trials: int | None,
+    timeout: float | None, sampler: str, seed: int, storage: str | None, out: Path | None, max_slowdown: float,
+    trial_timeout: float, as_json: bool,
+) -> int:  # fmt: skip
+    """Search kernels for every problem of a workload and leave a package that a model can import.
+
+    Each candidate is built, verified against the oracle, then timed, in a process that can be killed. The same command
+    again goes on where an interrupted one stopped.
+    """
+    target, note = resolve(target_name)
+    if note:
+        say(note)
+    cases, default_trials, default_timeout = _cases(workload, problem, segment_lengths)
+    request = SearchRequest(
+        target=target,
+        cases=cases,
+        out=out or default_out(target),
+        trials=trials or default_trials,
+        timeout_s=timeout if timeout is not None else default_timeout,
+        sampler=sampler,
+        seed=seed,
+        storage=storage,
+        max_slowdown=max_slowdown,
+        trial_timeout_s=trial_timeout,
+    )
+    from mctune.cli._progress import SearchProgress
+    from mctune.search.run import search
+
+    with SearchProgress() as progress:
+        report = search(request, progress)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(report_text(report))
+    if report.interrupted:
+        say("interrupted: what stands above is the best so far; the same command goes on from here")
+        return INTERRUPTED
+    if not any(study.recommended for study in report.studies):
+        raise NoValidConfigError(_nothing_valid(report))
+    return 0
+
+
+def default_out(target: Target) -> Path:
+    """``build/mctune_<target>``, a name that Python can import."""
+    return Path("build") / f"mctune_{target.name.replace('-', '_')}"
+
+
+def report_text(report: SearchReport) -> str:
+    """The frontier of each study, the recommendation marked."""
+    return "\n\n".join(_study_text(study) for study in report.studies)
+
+
+def _study_text(study: StudyReport) -> str:
+    lines = []
+    for point in study.frontier:
+        length = point.problem.segment_length
+        mark = "recommended" if point == study.recommended else ""
+        lines.append(
+            (
+                str(length or "log"),
+                str(point.states),
+                size(point.bytes),
+                f"{point.outcome.ms:.3f}",
+                mark,
+                str(point.config),
+            )
+        )
+    if not lines:
+        return f"{study.case}\nno valid configuration"
+    ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
+    return f"{study.case}\n" + text_table(("segment", "states", "cache", "ms", "", "configuration"), lines) + ties
+
+
+def _cases(
+    workload: str | None, problem: str | None, segment_lengths: str | None
+) -> tuple[tuple[Case, ...], int, float | None]:
+    """The cases, and the trials and time limit that go with them."""
+    lengths = _lengths(segment_lengths) if segment_lengths else None
+    if problem is not None:
+        if workload is not None:
+            raise UsageError("--workload and --problem exclude each other; give one")
+        return (Case.of(parse_problem(problem), lengths or _SEGMENT_LENGTHS),), _TRIALS, None
+    loaded = load_workload(workload or "quick")
+    cases = loaded.cases
+    if lengths:
+        cases = tuple(Case.of(_without_length(case), lengths) for case in cases)
+    return cases, loaded.trials, loaded.timeout_s
+
+
+def _without_length(case: Case) -> dict[str, Any]:
+    return {name: value for name, value in case.problem.to_dict().items() if name != "segment_length"}
+
+
+def parse_problem(text: str) -> dict[str, Any]:
+    """The fields of a problem, from a JSON object or from ``name=value,name=value``."""
+    if text.lstrip().startswith("{"):
+        try:
+            fields: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--problem is not JSON: {error}") from error
+        return fields
+    fields = {}
+    for part in text.replace(" ", ",").split(","):
+        name, equals, value = part.partition("=")
+        if not part:
+            continue
+        if not equals or not value:
+            raise UsageError(f"--problem: {part!r} is not of the form name=value")
+        fields[name] = int(value) if value.lstrip("-").isdigit() else value
+    return fields
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--segment-lengths {text!r} is not a list of integers such as 64,128,256") from None
+
+
+def _nothing_valid(report: SearchReport) -> str:
+    counts: dict[str, int] = {}
+    for study in report.studies:
+        for kind, count in study.outcomes:
+            counts[kind] = counts.get(kind, 0) + count
+    told = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "no trial finished"
+    return f"no valid configuration for {report.target.name}: {told}; give more --trials, --timeout or --trial-timeout"

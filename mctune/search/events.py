@@ -1,0 +1,149 @@
+"""What a search is asked for, what it says while it runs, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Outcome, Predicted, Timed
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+from mctune.core.workload import Case
+
+SAMPLERS = ("tpe", "random", "gp", "grid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """One search, a study for each case.
+
+    Args:
+        target: the machine to tune for.
+        cases: problems with the segment lengths that each may take.
+        out: the directory of the package to be emitted; the default storage lives in it too.
+        trials: unique candidates a study, those of an interrupted earlier run included.
+        timeout_s: seconds for all studies together, ``None`` for no limit.
+        sampler: one of :data:`SAMPLERS`.
+        seed: of the sampler and of the random inputs.
+        storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
+        max_slowdown: the shortest segment within this factor of the fastest one's time is recommended.
+        trial_timeout_s: seconds after which a candidate is killed.
+    """
+
+    target: Target
+    cases: tuple[Case, ...]
+    out: Path
+    trials: int
+    timeout_s: float | None = None
+    sampler: str = "tpe"
+    seed: int = 0
+    storage: str | None = None
+    max_slowdown: float = 1.10
+    trial_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise UsageError("nothing to search: give a workload or a problem")
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"sampler={self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        if self.trials < 1:
+            raise UsageError(f"trials={self.trials}: must be at least 1")
+        if self.max_slowdown < 1:
+            raise UsageError(f"max_slowdown={self.max_slowdown:g}: a factor of at least 1 (1.10 allows 10% more time)")
+        for name, seconds in (("timeout", self.timeout_s), ("trial_timeout", self.trial_timeout_s)):
+            if seconds is not None and not seconds > 0:
+                raise UsageError(f"{name}={seconds:g}: must be more than 0 seconds")
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The best candidate at one segment length: ``states`` cached states a sequence and head, ``bytes`` in all.
+
+    ``problem`` carries the segment length (``None`` under logarithmic segmentation).
+    """
+
+    problem: Problem
+    states: int
+    bytes: int
+    config: Config
+    outcome: Timed | Predicted
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "segment_length": self.problem.segment_length,
+            "states": self.states,
+            "bytes": self.bytes,
+            "ms": self.outcome.ms,
+            "config": self.config.to_dict(),
+            "problem": self.problem.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What one study found: ``outcomes`` counts its candidates by kind; ``recommended`` is a point of ``frontier``,
+    ``None`` when no candidate was valid; ``ties`` are the configurations within noise of the recommended one."""
+
+    case: Case
+    outcomes: tuple[tuple[str, int], ...]
+    frontier: tuple[FrontierPoint, ...]
+    recommended: FrontierPoint | None
+    ties: tuple[Config, ...] = ()
+
+    @property
+    def trials(self) -> int:
+        """Candidates evaluated."""
+        return sum(count for _, count in self.outcomes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "problem": self.case.problem.to_dict(),
+            "segment_lengths": list(self.case.segment_lengths),
+            "trials": self.trials,
+            "outcomes": dict(self.outcomes),
+            "frontier": [point.to_dict() for point in self.frontier],
+            "recommended": self.recommended.to_dict() if self.recommended else None,
+            "ties": [config.to_dict() for config in self.ties],
+        }
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """What a search found; ``interrupted`` when Ctrl-C ended it, with everything up to there in it."""
+
+    target: Target
+    out: Path
+    studies: tuple[StudyReport, ...]
+    seconds: float
+    interrupted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "target": self.target.name,
+            "out": str(self.out),
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+            "studies": [study.to_dict() for study in self.studies],
+        }
+
+
+class Listener(Protocol):
+    """Whoever follows a search; called in the searching process, between candidates."""
+
+    def study_started(self, case: Case, total: int, done: int) -> None:
+        """A study of ``total`` trials begins, ``done`` of which an earlier run has left."""
+
+    def trial_done(self, number: int, config: Config, outcome: Outcome, best_ms: float | None) -> None:
+        """One candidate was evaluated; ``best_ms`` is the study's best so far."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know, in one line."""
+
+    def study_done(self, report: StudyReport) -> None:
+        """A study is over, its finalists timed."""

@@ -1,0 +1,94 @@
+"""The group: commands, errors and exit codes, and how little it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+import mctune
+import mctune.cli
+from mctune.cli import _main, main
+from mctune.core.errors import DeviceError, MctuneError, NoValidConfigError, UsageError
+
+HEAVY = "{'torch', 'tvm', 'tvm_ffi', 'triton', 'optuna', 'numpy', 'rich'}"
+
+
+def test_there_is_one_file_a_command(run: Callable[..., object]) -> None:
+    ran = run("--help")
+    files = {path.stem for path in Path(mctune.cli.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    listed = [line.split()[0] for line in ran.out.split("Commands:")[1].splitlines() if line.strip()]
+    assert set(listed) == files and {"search", "targets", "spaces", "report", "doctor"} <= files
+    for name in listed:
+        helped = run(name, "--help")
+        assert helped.code == 0 and "--json" in helped.out
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from mctune.cli import main\n"
+        "assert main(['--help']) == 0\n"
+        f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)\n"
+    )
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        spent.append(time.perf_counter() - began)
+    assert min(spent) < 0.5
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "mctune", "targets", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mctune: error: unknown target 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (UsageError("x"), 2),
+        (DeviceError("x"), 3),
+        (NoValidConfigError("x"), 4),
+        (MctuneError("x"), 1),
+        (KeyboardInterrupt(), 130),
+        (click.UsageError("x"), 2),
+    ],
+)
+def test_exit_codes(
+    run: Callable[..., object], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    @click.command()
+    def failing() -> None:
+        raise raised
+
+    monkeypatch.setattr(_main._Commands, "get_command", lambda *_: failing)
+    ran = run("targets")
+    assert ran.code == code and ran.out == ""
+    assert ran.err.strip() and "Traceback" not in ran.err
+    assert len(ran.err.splitlines()) == 1 or isinstance(raised, click.UsageError | KeyboardInterrupt)
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def failing() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(_main._Commands, "get_command", lambda *_: failing)
+    with pytest.raises(ZeroDivisionError):
+        main(["targets"])
+
+
+def test_an_unknown_command_is_a_usage_error(run: Callable[..., object]) -> None:
+    ran = run("serach")
+    assert ran.code == 2 and "serach" in ran.err
+
+
+def test_version(run: Callable[..., object]) -> None:
+    assert run("--version").out == f"mctune {mctune.__version__}\n"

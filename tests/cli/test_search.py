@@ -1,0 +1,192 @@
+"""The search command: what its options ask for, what it prints, and what it returns. The search itself is planted."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mctune.cli._progress import SearchProgress
+from mctune.cli.search import parse_problem
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Timed, TimedOut, Wrong
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+from mctune.core.work import cached_state_bytes, cached_states
+from mctune.core.workload import Case
+from mctune.search.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+
+FIELDS = "T=512,H=1,Dk=16,Dv=16"
+GOOD = Timed(ms=1.25, low=1.2, high=1.3, repeats=9, error=1e-7)
+BAD = Wrong(error=0.5, tolerance=2e-5, case="T=1")
+
+
+def study(case: Case, valid: bool = True) -> StudyReport:
+    points = []
+    for length in case.segment_lengths if valid else ():
+        problem = case.problem.replace(segment_length=length)
+        config = Config.of({"BT": 16, "segment_length": length})
+        points.append(FrontierPoint(problem, cached_states(problem), cached_state_bytes(problem), config, GOOD))
+    counts = (("timed", len(points)), ("wrong", 2))
+    return StudyReport(case, counts, tuple(points), points[0] if points else None)
+
+
+class Planted:
+    """Stands in for ``mctune.search.run``."""
+
+    def __init__(self) -> None:
+        self.request: SearchRequest | None = None
+        self.valid, self.interrupted = True, False
+
+    def search(self, request: SearchRequest, listener: Listener) -> SearchReport:
+        self.request = request
+        studies = []
+        for case in request.cases:
+            listener.study_started(case, request.trials, 0)
+            listener.trial_done(0, Config.of({"BT": 8}), BAD, None)
+            listener.trial_done(1, Config.of({"BT": 16}), GOOD, GOOD.ms)
+            listener.note("two finalists are within noise")
+            studies.append(study(case, self.valid))
+            listener.study_done(studies[-1])
+        return SearchReport(request.target, request.out, tuple(studies), 1.0, self.interrupted)
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
+    stand_in, module = Planted(), ModuleType("mctune.search.run")
+    module.search = stand_in.search  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mctune.search.run", module)
+    yield stand_in
+
+
+def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[..., Any], planted: Planted) -> None:
+    ran = run("search")
+    request = planted.request
+    assert ran.code == 0 and request is not None
+    assert request.target.name == "cpu" and len(request.cases) == 3
+    assert request.out == Path("build/mctune_cpu")
+    assert (request.trials, request.timeout_s, request.storage) == (40, 240, None)
+    assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("tpe", 0, 1.10, 60.0)
+
+
+def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tmp_path: Path) -> None:
+    ran = run(
+        "search", "--gpu", "h100", "--problem", FIELDS, "--segment-lengths", "64,32", "--trials", "7", "--timeout", "9",
+        "--sampler", "random", "--seed", "3", "--storage", "sqlite:///x.db", "--out", str(tmp_path),
+        "--max-slowdown", "1.5", "--trial-timeout", "2.5",
+    )  # fmt: skip
+    assert ran.code == 0 and "h100 means h100-sxm" in ran.err
+    problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32)
+    assert planted.request == SearchRequest(
+        target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=tmp_path, trials=7, timeout_s=9.0,
+        sampler="random", seed=3, storage="sqlite:///x.db", max_slowdown=1.5, trial_timeout_s=2.5,
+    )  # fmt: skip
+
+
+def test_an_output_directory_can_be_imported(run: Callable[..., Any], planted: Planted) -> None:
+    run("search", "--gpu", "a100", "--problem", FIELDS)
+    assert planted.request is not None and planted.request.out == Path("build/mctune_a100_80g")
+
+
+def test_segment_lengths_replace_those_of_a_workload(run: Callable[..., Any], planted: Planted) -> None:
+    run("search", "--segment-lengths", "128")
+    assert planted.request is not None
+    assert {case.segment_lengths for case in planted.request.cases} == {(128,)}
+
+
+def test_data_on_stdout_and_progress_on_stderr(run: Callable[..., Any], planted: Planted) -> None:
+    ran = run("search", "--problem", FIELDS, "--segment-lengths", "32,64")
+    lines = [line.split() for line in ran.out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["32", "64"]
+    assert "recommended" in lines[0] and "recommended" not in lines[1]
+    assert "1.250" in lines[0] and "16" in lines[0]
+    assert "trial 0 wrong: error 5.00e-01" in ran.err and "[BT=8]" in ran.err and "BT=8" not in ran.out
+    assert "best 1.250 ms" in ran.err and "within noise" in ran.err and "\x1b" not in ran.err
+    data = json.loads(run("search", "--problem", FIELDS, "--json").out)
+    assert data["studies"][0]["recommended"]["ms"] == 1.25 and data["interrupted"] is False
+    assert data["studies"][0]["outcomes"] == {"timed": 4, "wrong": 2}
+
+
+def test_nothing_valid_is_exit_4(run: Callable[..., Any], planted: Planted) -> None:
+    planted.valid = False
+    ran = run("search", "--problem", FIELDS)
+    assert ran.code == 4
+    assert "no valid configuration for cpu: 0 timed, 2 wrong" in ran.err
+
+
+def test_an_interrupted_search_prints_what_it_has_and_exits_130(run: Callable[..., Any], planted: Planted) -> None:
+    planted.interrupted = True
+    ran = run("search", "--problem", FIELDS)
+    assert ran.code == 130 and "recommended" in ran.out and "interrupted" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "h1"), "unknown target"),
+        (("--workload", "fast"), "unknown workload 'fast'"),
+        (("--workload", "quick", "--problem", FIELDS), "exclude each other"),
+        (("--problem", "T=512"), "'Dk' is missing"),
+        (("--problem", "T=512,H"), "'H' is not of the form name=value"),
+        (("--problem", "{"), "not JSON"),
+        (("--problem", FIELDS, "--segment-lengths", "a"), "not a list of integers"),
+        (("--trials", "0"), "0 is not in the range"),
+        (("--sampler", "magic"), "'magic' is not one of"),
+        (("--max-slowdown", "0.9"), "max_slowdown=0.9"),
+        (("--timeout", "0"), "timeout=0"),
+        (("--trial-timeout", "-1"), "trial_timeout=-1"),
+    ],
+)
+def test_usage_errors(run: Callable[..., Any], planted: Planted, arguments: tuple[str, ...], message: str) -> None:
+    ran = run("search", *arguments)
+    assert ran.code == 2 and message in ran.err
+    assert planted.request is None
+
+
+def test_problems_as_text_and_as_json() -> None:
+    expected = {"T": 8, "aggregation": "ssc", "top_k": 4}
+    assert parse_problem("T=8,aggregation=ssc,top_k=4") == parse_problem("T=8 aggregation=ssc top_k=4") == expected
+    assert parse_problem(json.dumps(expected)) == expected
+    with pytest.raises(UsageError, match="name=value"):
+        parse_problem("T:8")
+
+
+def progress_of(terminal: bool, trials: int = 20) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
+    case = Case(Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32), (32, 64))
+    with SearchProgress(console) as progress:
+        progress.study_started(case, trials, 2)
+        for number in range(2, trials):
+            failed = number % 2 == 0
+            outcome = TimedOut(60.0, "build") if failed else GOOD
+            progress.trial_done(number, Config.of({"BT": number}), outcome, None if number == 2 else 1.25)
+        progress.study_done(study(case))
+    return stream.getvalue()
+
+
+def test_off_a_terminal_nothing_moves() -> None:
+    text = progress_of(terminal=False)
+    assert "\x1b" not in text and "\r" not in text
+    assert "C32,64" in text and "2 done before" in text
+    assert text.count("timed out: build took longer than 60 s") == 3 and "further timed out trials" in text
+    assert "20/20, best 1.250 ms, 9 timed out, about 0 s left" in text
+    assert len([line for line in text.splitlines() if "left" in line]) <= 12
+    assert "recommended 1.250 ms" in text
+
+
+def test_on_a_terminal_there_is_a_bar_without_colour_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = progress_of(terminal=True)
+    assert "20/20" in coloured and "\x1b[33m" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = progress_of(terminal=True)
+    assert "20/20" in plain and "\x1b[33m" not in plain
