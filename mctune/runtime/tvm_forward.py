@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .segments import Segments
-from .tvm_loader import KernelError, load_library
+from .tvm_loader import KernelError, load_library, runnable
 
 LANES = 16
 """Kernels are compiled for widths that are multiples of this many floats; others are padded with zeros here."""
@@ -27,14 +27,15 @@ class TvmForward:
 
     Args:
         library: the exported ``.so``.
-        record: its entry in the tuned table; ``record["problem"]`` names the recurrence and the widths.
+        record: its entry in the tuned table; ``record["problem"]`` names the recurrence and the widths,
+            ``cpu_flags`` what the library needs of the CPU.
 
     Raises:
         KernelError: if the library cannot be run on this machine.
     """
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
-        module = load_library(library)
+        module = load_library(runnable(library, record))
         self.segment_states = module["segment_states"]
         self.read_forward = module["read_forward"]
         problem = record["problem"]
@@ -64,7 +65,9 @@ class TvmForward:
         N = segments.count
         largest = max(B * T * H * max(self.Dk, self.Dv), B * H * N * self.Dk * self.Dv)
         if largest > _INT32:
-            raise KernelError(f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use the eager path")
+            raise KernelError(
+                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use the eager path"
+            )
         q, k, u = (_rows(x, self.Dk) for x in (q, k, u))
         v = _rows(v, self.Dv)
         gates = self._gates(q, B * T * H, g, beta, lam)

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,30 @@ def load_library(path: Path) -> Any:
         return tvm_ffi.load_module(str(path))
     except (OSError, RuntimeError) as error:
         raise KernelError(f"kernel library {path.name} does not load: {error}") from error
+
+
+@cache
+def host_flags() -> frozenset[str]:
+    """The flags of this CPU, as /proc/cpuinfo names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def runnable(library: Path, record: Mapping[str, Any]) -> Path:
+    """The build of a kernel that this CPU can execute: the tuned one, else the portable one (x86-64-v3).
+
+    Raises:
+        KernelError: if it can execute neither; running it all the same would be an illegal instruction.
+    """
+    lacking = sorted(set(record.get("cpu_flags", ())) - host_flags())
+    if not lacking:
+        return library
+    if record.get("portable") and {"avx2", "fma", "bmi2", "f16c"} <= host_flags():
+        return library.with_name(Path(record["portable"]).name)
+    raise KernelError(f"{library.name} needs {', '.join(lacking)}, which this CPU lacks; tune for it: `mctune search`")
 
 
 @cache

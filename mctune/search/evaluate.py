@@ -61,7 +61,9 @@ class _Bench:
         """Milliseconds of each finalist in each round, in rotated order."""
         stage("build")
         calls = [
-            self._call(self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder)), problem)
+            self._call(
+                self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder)), problem
+            )
             for problem, config in candidates
         ]
         stage("time")

@@ -118,7 +118,13 @@ def build(problem, config, target):
                     for tb in range((rows + BLOCK - 1) // BLOCK):
                         for db in range(Dk // BLOCK):
                             transpose(
-                                q, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, QT, db * BLOCK, tb * BLOCK
+                                q,
+                                row0 + (t0 + tb * BLOCK) * heads,
+                                heads,
+                                rows - 1 - tb * BLOCK,
+                                QT,
+                                db * BLOCK,
+                                tb * BLOCK,
                             )
                     for t in range(rows):
                         for d in T.vectorized(Dk):
@@ -147,7 +153,13 @@ def build(problem, config, target):
                     for tb in range((rows + BLOCK - 1) // BLOCK):
                         for db in range(Dk // BLOCK):
                             transpose(
-                                u, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, UT, db * BLOCK, tb * BLOCK
+                                u,
+                                row0 + (t0 + tb * BLOCK) * heads,
+                                heads,
+                                rows - 1 - tb * BLOCK,
+                                UT,
+                                db * BLOCK,
+                                tb * BLOCK,
                             )
                     for t in range(BT - rows):
                         own[0, rows + t] = T.float32(0)
@@ -158,8 +170,7 @@ def build(problem, config, target):
                             for x in T.vectorized(LANES):
                                 total[e * LANES + x] = total[e * LANES + x] + K[lead + t, e * LANES + x]
                                 lanes[0, x] = (
-                                    lanes[0, x]
-                                    + total[e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
+                                    lanes[0, x] + total[e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
                                 )
                         own[0, t] = T.float32(0)
                         for x in T.unroll(LANES):
@@ -392,6 +403,5 @@ def build(problem, config, target):
                                     q, states, (base + i) * Dk, y, nn * NR, tokens_of, gates_of, where[i] + xx * MR,
                                     where[i + 1] - where[i] - xx * MR, row0 + begin[s] * heads, heads,
                                 )  # fmt: skip
-
 
     return read_forward

@@ -1,0 +1,129 @@
+"""Write a package directory: the runtime as it is, the kernels, the tuned table, the manifest, a card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mctune.core.config import Config
+from mctune.core.environment import environment
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Predicted, Timed, kind
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+from mctune.emit.card import card
+from mctune.runtime import manifest
+from mctune.runtime.table import NAME as TABLE
+from mctune.runtime.table import SCHEMA
+from mctune.runtime.tvm_loader import build_threads_library
+
+_RUNTIME = Path(manifest.__file__).parent
+_INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
+
+from .runtime import MemoryCaching, memory_caching
+
+__all__ = ["MemoryCaching", "memory_caching"]
+'''
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A tuned kernel on its way into a package.
+
+    Args:
+        problem: the problem it was tuned at, segment length included.
+        config: its configuration.
+        outcome: its time: measured, or predicted by a cost model.
+        backend: what compiled it.
+        library, source: the kernel that was timed, and what it came from.
+        portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
+        cpu_flags: what ``library`` needs of a CPU, as /proc/cpuinfo names it.
+        recommended: whether the search recommends this segment length.
+        verified: how it was held to the oracle (cases, error, tolerance).
+    """
+
+    problem: Problem
+    config: Config
+    outcome: Timed | Predicted
+    backend: str
+    library: Path
+    source: Path
+    portable: Path | None
+    cpu_flags: tuple[str, ...]
+    recommended: bool
+    verified: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The entry of the tuned table."""
+        return {
+            "problem": self.problem.to_dict(),
+            "config": self.config.to_dict(),
+            "kernel": f"kernels/{self.library.name}",
+            "source": f"kernels/{self.source.name}",
+            "portable": f"kernels/{self.portable.name}" if self.portable else None,
+            "cpu_flags": list(self.cpu_flags),
+            "backend": self.backend,
+            "outcome": {"kind": kind(self.outcome), **asdict(self.outcome)},
+            "recommended": self.recommended,
+            "verified": self.verified,
+        }
+
+
+def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
+    """Write the package into ``out`` and return it; what else is in ``out`` (a study, say) stays.
+
+    The manifest goes first and comes back last: a package that was interrupted while it was written is refused when it
+    is imported, and writing it again mends it.
+
+    Raises:
+        UsageError: without winners, or if ``out`` holds files that are not a package's.
+    """
+    if not winners:
+        raise UsageError("nothing to emit: the studies have no candidate that was verified and timed")
+    if not out.name.isidentifier():
+        raise UsageError(f"{out.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
+    _make_room(out)
+    shutil.copytree(_RUNTIME, out / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    kernels = out / "kernels"
+    kernels.mkdir()
+    for winner in winners:
+        for path in (winner.library, winner.source, winner.portable):
+            if path is not None:
+                shutil.copyfile(path, kernels / path.name)
+    build_threads_library(kernels / "threads.so")
+    made_with = environment(target)
+    table = {
+        "schema": SCHEMA,
+        "target": made_with["target"],
+        "versions": made_with["versions"],
+        "entries": [winner.record() for winner in winners],
+    }
+    (out / TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (out / "__init__.py").write_text(_INIT.format(target=target.name), encoding="utf-8")
+    (out / "README.md").write_text(card(out.name, table), encoding="utf-8")
+    _write_manifest(out)
+    return out
+
+
+def _make_room(out: Path) -> None:
+    """Remove an earlier package from ``out``, and nothing else."""
+    stranger = out / "__init__.py"
+    if stranger.is_file() and not (out / TABLE).is_file():
+        raise UsageError(f"{out} is a Python package that mctune did not write; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (manifest.NAME, TABLE, "__init__.py", "README.md"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("runtime", "kernels"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _write_manifest(out: Path) -> None:
+    """SHA-256 of every file of the package."""
+    paths = [out / "__init__.py", out / "README.md", out / TABLE]
+    paths += sorted(path for name in ("runtime", "kernels") for path in (out / name).rglob("*") if path.is_file())
+    files = {path.relative_to(out).as_posix(): manifest.digest(path) for path in paths}
+    (out / manifest.NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
