@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +11,7 @@ from typing import Any
 from mctune.core.errors import UsageError
 from mctune.core.host import Host, read_host
 from mctune.core.paths import search_spaces_dir
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mctune.core.toml import read_toml
 
 KINDS = ("cpu", "cuda", "hip")
 FIGURES = (
@@ -116,7 +111,7 @@ def load_target(path: Path) -> Target:
     Raises:
         UsageError: a figure is unknown, or carries neither a source nor ``unsure``.
     """
-    values: dict[str, Any] = tomllib.loads(path.read_text())
+    values: dict[str, Any] = read_toml(path)
     figures: dict[str, dict[str, Any]] = values.pop("figures", {})
     values["aliases"] = tuple(values.get("aliases", ()))
     if values["kind"] == "cpu":

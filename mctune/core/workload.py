@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,7 @@ from typing import Any
 from mctune.core.errors import UsageError
 from mctune.core.paths import search_spaces_dir
 from mctune.core.problem import Problem
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mctune.core.toml import read_toml
 
 _KEYS = ("description", "trials", "timeout_s", "segment_lengths", "problems")
 
@@ -82,7 +77,7 @@ def load_workload(name: str) -> Workload:
 
 def read_workload(path: Path) -> Workload:
     """Read one file. A field whose value is a list stands for one problem per value."""
-    values = tomllib.loads(path.read_text())
+    values = read_toml(path)
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise UsageError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(_KEYS)}")
