@@ -44,7 +44,7 @@ class TimedOut:
 
 @dataclass(frozen=True)
 class Wrong:
-    """The result misses the oracle: ``error`` is RMS(difference) / RMS(reference), ``case`` the problem it failed on."""
+    """The result misses the oracle: ``error`` is RMS(difference) / RMS(reference), ``case`` what it failed on."""
 
     error: float
     tolerance: float

@@ -103,7 +103,5 @@ class SearchSpace:
             absent = [value for value in kept if value not in self.param(name).values]
             if absent:
                 raise UsageError(f"{name}={absent[0]!r} is not in the space; it has {self.param(name).values}")
-        params = tuple(
-            Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params
-        )
+        params = tuple(Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params)
         return SearchSpace(params, self.constraints, self.default)

@@ -15,7 +15,7 @@ def card(name: str, table: dict[str, Any]) -> str:
     lines = [
         f"# {name}: Memory Caching tuned for {target['title'] or target['name']}",
         "",
-        "Kernels for [Memory Caching](https://arxiv.org/abs/2602.24281), emitted by mctune. Import it like any package:",
+        "Kernels for [Memory Caching](https://arxiv.org/abs/2602.24281), emitted by mctune.",
         "",
         "```python",
         f"from {name} import memory_caching, MemoryCaching",

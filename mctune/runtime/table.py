@@ -37,9 +37,9 @@ class Request:
     dtype: str
 
     def to_json(self) -> str:
-        """The problem in the form that `mctune search --problem` takes."""
+        """The problem in the form that `mctune search --problem` takes: in float32, which serves every dtype."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
-        return json.dumps(fields | {"pass": "forward"}, sort_keys=True, separators=(",", ":"))
+        return json.dumps(fields | {"dtype": "float32", "pass": "forward"}, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, eq=False)

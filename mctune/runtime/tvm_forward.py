@@ -66,7 +66,7 @@ class TvmForward:
         largest = max(B * T * H * max(self.Dk, self.Dv), B * H * N * self.Dk * self.Dv)
         if largest > _INT32:
             raise KernelError(
-                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use the eager path"
+                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
             )
         q, k, u = (_rows(x, self.Dk) for x in (q, k, u))
         v = _rows(v, self.Dv)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class _Bench:
             return FailedBuild(_first_line(error))
         stage("verify")
         try:
-            error_ = verify(kernel, problem, self._seed(problem, config))
+            error_ = verify(partial(run_kernel, kernel), problem, self._seed(problem, config))
         except Exception as error:
             return Crashed(_first_line(error))
         if isinstance(error_, Wrong):
@@ -60,14 +61,21 @@ class _Bench:
     def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
         stage("build")
-        calls = [
-            self._call(
-                self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder)), problem
-            )
-            for problem, config in candidates
-        ]
+        calls = [self._call(self._load(problem, config), problem) for problem, config in candidates]
         stage("time")
         return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
+
+    def portable(self, problem: Problem, config: Config, arch: str, stage: Stage) -> Path | Wrong:
+        """The same source compiled for every CPU of ``arch``, verified: the library, or what was wrong with it."""
+        stage("build")
+        built = self.backend.build(problem, config, replace(self.target, arch=arch), self.folder)
+        stage("verify")
+        kernel = self.backend.load(problem, built)
+        error = verify(partial(run_kernel, kernel), problem, self._seed(problem, config) + 1)
+        return error if isinstance(error, Wrong) else built.library
+
+    def _load(self, problem: Problem, config: Config) -> Kernel:
+        return self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder))
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
         inputs = make_inputs(problem, self.seed)
@@ -83,13 +91,17 @@ def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads.
 
     A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
-    ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``.
+    ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``, or
+    ``{"portable": {"problem", "config"}, "arch"}``, answered by ``{"library"}``.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
     bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "portable" in payload:
+            found = bench.portable(*_candidate(payload["portable"]), payload["arch"], stage)
+            return {"library": None if isinstance(found, Wrong) else str(found)}
         if "compare" in payload:
             return {"samples": bench.compare([_candidate(values) for values in payload["compare"]], stage)}
         return {"outcome": to_json(bench.evaluate(*_candidate(payload["evaluate"]), stage))}

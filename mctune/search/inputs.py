@@ -3,57 +3,86 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mctune.core.problem import Problem
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of ``memory_caching``: arrays as in its docstring; absent ones are ``None``."""
+    """Arguments of ``memory_caching``: arrays as in its docstring; ``gates`` are those that the recurrence takes."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     u: torch.Tensor
-    g: torch.Tensor | None
-    beta: torch.Tensor | None
-    lam: torch.Tensor | None
+    gates: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
     cu_seqlens: torch.Tensor | None
+
+    def arguments(self, problem: Problem) -> dict[str, Any]:
+        """Every keyword argument of ``memory_caching``, the oracle's or the runtime's, for this problem."""
+        options = {
+            "recurrence": problem.recurrence,
+            "aggregation": problem.aggregation,
+            "segmentation": problem.segmentation,
+            "state_init": problem.state_init,
+            "cu_seqlens": self.cu_seqlens,
+            "memory_residual": problem.Dk == problem.Dv,
+        }
+        for name in ("segment_length", "top_k", "inner_chunk"):
+            if getattr(problem, name) is not None:
+                options[name] = getattr(problem, name)
+        return {"q": self.q, "k": self.k, "v": self.v, "u": self.u, **options, **self.gates, **self.weights}
 
 
 def make_inputs(problem: Problem, seed: int) -> Inputs:
-    """Fresh arguments for a problem with a matrix-valued memory (linear, swla), in the problem's dtype.
+    """Fresh arguments for a problem, arrays in its dtype, gates and deep memories' weights in float32.
 
-    q and k have mean 1, so that no q . k is close to 0: at T = 1 the output is (q . k) v, and its relative error against
-    an exact result would be unbounded for any implementation. Packed rows are cut at random, empty sequences included.
+    q and k have mean 1, so that no q . k is close to 0: at T = 1 the output is (q . k) v, whose relative error against
+    an exact result would be unbounded for any implementation. Deep memories take steps that do not diverge: small keys
+    and small eta. Packed rows are cut at random, empty sequences included.
     """
     generator = torch.Generator().manual_seed(seed)
     B, T, H = problem.B, problem.T, problem.H
     dtype = _DTYPES[problem.dtype]
+    size = problem.Dk**-0.5 if problem.deep else 1.0
 
-    def normal(width: int, mean: float) -> torch.Tensor:
-        return (torch.randn(B, T, H, width, generator=generator) + mean).to(dtype)
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
 
     def uniform() -> torch.Tensor:
         return torch.rand(B, T, H, generator=generator)
 
-    swla = problem.recurrence == "swla"
+    gates = {
+        "g": -0.2 * uniform(),
+        "beta": uniform(),
+        "lam": uniform() + 0.5,
+        "eta": 0.1 * uniform(),
+        "mu": 0.5 * uniform(),
+    }
+    weights = {}
+    if problem.deep:
+        weights = {
+            "W_up": normal(H, problem.Dk, problem.E) * problem.Dk**-0.5,
+            "W_down": normal(H, problem.E, problem.Dv) * problem.E**-0.5,
+        }
     cu_seqlens = None
     if problem.segmentation == "packed":
         cuts = torch.randint(0, T + 1, (min(4, T),), generator=generator)
         cu_seqlens = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([T])]).to(torch.int32)
     return Inputs(
-        q=normal(problem.Dk, 1.0),
-        k=normal(problem.Dk, 1.0),
-        v=normal(problem.Dv, 0.0),
-        u=normal(problem.Dk, 0.0) * problem.Dk**-0.25,
-        g=-0.2 * uniform() if swla else None,
-        beta=uniform() if swla else None,
-        lam=uniform() + 0.5 if swla else None,
+        q=((normal(B, T, H, problem.Dk) + 1) * size).to(dtype),
+        k=((normal(B, T, H, problem.Dk) + 1) * size).to(dtype),
+        v=normal(B, T, H, problem.Dv).to(dtype),
+        u=(normal(B, T, H, problem.Dk) * problem.Dk**-0.25).to(dtype),
+        gates={name: gates[name] for name in _GATES[problem.recurrence]},
+        weights=weights,
         cu_seqlens=cu_seqlens,
     )
 

@@ -1,4 +1,4 @@
-"""Wall-clock timing on a CPU: warm-up, a cold cache before every repeat, medians; several functions in rotated order."""
+"""Wall-clock timing on a CPU: warm-up, a cold cache before each repeat, medians, several functions in rotated order."""
 
 from __future__ import annotations
 

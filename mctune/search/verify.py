@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,22 +37,7 @@ def poisoned_memory() -> Iterator[None]:
 def expected(problem: Problem, inputs: Inputs) -> torch.Tensor:
     """The oracle's y, float64 ``[B, T, H, Dv]``."""
     with torch.no_grad():
-        y: torch.Tensor = memory_caching(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.u,
-            recurrence=problem.recurrence,
-            aggregation=problem.aggregation,
-            segment_length=problem.segment_length or 1,
-            segmentation=problem.segmentation,
-            state_init=problem.state_init,
-            top_k=problem.top_k or 1,
-            g=inputs.g,
-            beta=inputs.beta,
-            lam=inputs.lam,
-            cu_seqlens=inputs.cu_seqlens,
-        )
+        y: torch.Tensor = memory_caching(**inputs.arguments(problem))
     return y
 
 
@@ -79,18 +64,9 @@ def _choice_gap(problem: Problem, inputs: Inputs) -> float:
     segments = make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
     assert problem.top_k is not None
     with torch.no_grad():
-        _, p = segment_states(
-            inputs.k,
-            inputs.v,
-            recurrence=problem.recurrence,
-            segment_length=problem.segment_length or 1,
-            segmentation=problem.segmentation,
-            state_init=problem.state_init,
-            g=inputs.g,
-            beta=inputs.beta,
-            lam=inputs.lam,
-            cu_seqlens=inputs.cu_seqlens,
-        )
+        arguments = inputs.arguments(problem)
+        absent = ("q", "u", "aggregation", "top_k")
+        _, p = segment_states(**{name: value for name, value in arguments.items() if name not in absent})
         gap = float("inf")
         for number, (begin, end, first) in enumerate(segments.spans):
             if number - first > problem.top_k:
@@ -108,23 +84,32 @@ def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor
         inputs.k,
         inputs.v,
         inputs.u,
-        g=inputs.g,
-        beta=inputs.beta,
-        lam=inputs.lam,
+        g=inputs.gates.get("g"),
+        beta=inputs.gates.get("beta"),
+        lam=inputs.gates.get("lam"),
         scale=problem.Dk**-0.5,
         top_k=problem.top_k or 1,
         segments=segments,
     )
 
 
-def verify(kernel: Kernel, problem: Problem, seed: int) -> float | Wrong:
+Run = Callable[[Problem, Inputs], torch.Tensor]
+"""What is held to the oracle: y ``[B, T, H, Dv]`` of a problem's inputs."""
+
+
+def verify_case(run: Run, problem: Problem, seed: int) -> float:
+    """The error of one run on fresh random inputs: RMS(difference) / RMS(reference), inf for NaN or a wrong shape."""
+    inputs, reference = judged_inputs(problem, seed)
+    with poisoned_memory():
+        y = run(problem, inputs)
+    return error_ratio(y, reference)
+
+
+def verify(run: Run, problem: Problem, seed: int) -> float | Wrong:
     """The largest error over the odd relatives of ``problem``, or what was wrong with the first that failed."""
     worst = 0.0
     for number, case in enumerate(odd_problems(problem)):
-        inputs, reference = judged_inputs(case, seed + 1000 * number)
-        with poisoned_memory():
-            y = run_kernel(kernel, case, inputs)
-        error = error_ratio(y, reference)
+        error = verify_case(run, case, seed + 1000 * number)
         if not error <= TOLERANCE[problem.dtype]:
             return Wrong(error, TOLERANCE[problem.dtype], str(case))
         worst = max(worst, error)

@@ -26,7 +26,7 @@ def exp(x):
 
 
 def multiply(rows, cols, unroll):
-    """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate[r] * sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
+    """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate_r sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
 
     Consecutive elements of A are broadcast against whole vectors of B. ``steps``, the number of d, is a multiple of
     ``unroll``. ``gate`` is row ``g0`` of G, or absent (``gated=False``); ``fresh`` overwrites C instead of adding.

@@ -73,8 +73,8 @@ class TvmBackend:
 
     def _name(self, problem: Problem, config: Config, target: Target) -> str:
         """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
-        static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init)
-        static += (str(padded(problem.Dk)), str(padded(problem.Dv)))
+        widths = (padded(problem.Dk), padded(problem.Dv))
+        static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init, *widths)
         values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
         identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
