@@ -12,6 +12,7 @@ import pytest
 import torch
 from calls import arguments
 
+from mctune.core.problem import Problem
 from mctune.runtime import dispatch
 from mctune.runtime.errors import BackendError, PackageError
 from mctune.runtime.functional import memory_caching
@@ -110,6 +111,13 @@ def test_other_sizes_dtypes_and_soup_are_served(change: dict[str, Any]) -> None:
 def test_logarithmic_is_served_whatever_the_segment_length() -> None:
     table = Table((entry(segmentation="logarithmic", segment_length=None),))
     assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None)) is not None
+
+
+def test_command_names_a_problem_that_would_serve() -> None:
+    request = replace(REQUEST, dtype="bfloat16", aggregation="ssc", top_k=3)
+    problem = Problem.from_json(request.to_json())
+    assert (problem.dtype, problem.top_k, problem.segment_length) == ("float32", 3, 4)
+    assert Entry(problem.to_dict(), "tvm", Path("a.so"), {}).serves(request)
 
 
 def test_other_passes_and_backends_do_not_serve() -> None:
