@@ -82,7 +82,7 @@ class Problem:
         if self.segmentation == "logarithmic":
             if self.segment_length is not None:
                 raise UsageError(
-                    f"segment_length={self.segment_length} with segmentation='logarithmic': the spans are the powers of "
+                    f"segment_length={self.segment_length} with segmentation='logarithmic': spans are the powers of "
                     "two of T; leave segment_length out or take segmentation='constant'"
                 )
             if self.pass_ == "decode":

@@ -16,10 +16,8 @@ For a linear memory the soup of the states is their gated sum (Eq. 14-15), so so
 
 from tvm.script import tirx as T
 
+from .gates import choose, softmax, sort_by_segment
 from .tiles import BLOCK, LANES, dot_rows, exp, gather, multiply, transpose
-
-_LOW = -3.0e38
-
 
 def build(problem, config, target):
     """The PrimFunc ``read_forward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
@@ -177,44 +175,6 @@ def build(problem, config, target):
                             own[0, t] = own[0, t] + lanes[0, x]
                         own[0, t] = own[0, t] / T.cast(seen + t + 1, "float32")
 
-                # Gates of LANES tokens, from ``count`` cached logits and their own, times scale.
-                @T.inline
-                def softmax(count, logits, at, t):
-                    for x in T.vectorized(LANES):
-                        lanes[0, x] = own[0, t + x]
-                    for i in range(count):
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = T.max(lanes[0, x], logits[i, at + x])
-                    for x in T.vectorized(LANES):
-                        own[0, t + x] = exp(own[0, t + x] - lanes[0, x])
-                        lanes[1, x] = own[0, t + x]
-                    for i in range(count):
-                        for x in T.vectorized(LANES):
-                            logits[i, at + x] = exp(logits[i, at + x] - lanes[0, x])
-                            lanes[1, x] = lanes[1, x] + logits[i, at + x]
-                    for x in T.vectorized(LANES):
-                        lanes[1, x] = scale / lanes[1, x]
-                        own[0, t + x] = own[0, t + x] * lanes[1, x]
-                    for i in range(count):
-                        for x in T.vectorized(LANES):
-                            logits[i, at + x] = logits[i, at + x] * lanes[1, x]
-
-                # The ``picks`` largest of ``past`` logits for LANES tokens; in a tie the earlier segment.
-                @T.inline
-                def choose(t, at):
-                    for p in range(picks):
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = gamma[0, t + x]
-                            best[x] = 0
-                        for i in range(past - 1):
-                            for x in T.vectorized(LANES):
-                                best[x] = T.Select(gamma[i + 1, t + x] > lanes[0, x], i + 1, best[x])
-                                lanes[0, x] = T.max(lanes[0, x], gamma[i + 1, t + x])
-                        for x in range(LANES):
-                            chosen[p, at + x] = best[x]
-                            value[p, at + x] = lanes[0, x]
-                            gamma[best[x], t + x] = T.float32(_LOW)
-
                 # W[lead + j, t] = (q_t . k_j) * (weight of token j in the state of token t) * gate of the own segment.
                 @T.inline
                 def weigh(t0):
@@ -307,9 +267,9 @@ def build(problem, config, target):
                         if chooses:
                             at: T.let = c * BT if formulation == "gather" else 0
                             for tb in range(BT // LANES):
-                                choose(tb * LANES, at + tb * LANES)
+                                choose(gamma, past, picks, tb * LANES, lanes, best, chosen, value, at + tb * LANES)
                             for tb in range(BT // LANES):
-                                softmax(picks, value, at + tb * LANES, tb * LANES)
+                                softmax(own, value, picks, at + tb * LANES, tb * LANES, scale, lanes)
                             if formulation != "gather":
                                 for i in range(past):
                                     for t in T.vectorized(BT):
@@ -319,7 +279,7 @@ def build(problem, config, target):
                                         gamma[chosen[p, t], t] = value[p, t]
                         else:
                             for tb in range(BT // LANES):
-                                softmax(past, gamma, tb * LANES, tb * LANES)
+                                softmax(own, gamma, past, tb * LANES, tb * LANES, scale, lanes)
                     else:
                         for t in T.vectorized(BT):
                             own[0, t] = scale / T.cast(past + 1, "float32") if averages else scale
@@ -384,18 +344,7 @@ def build(problem, config, target):
                     where = T.alloc_buffer((N + 2,), "int32")
                     tokens_of = T.alloc_buffer((top_k * longest + 1,), "int32")
                     gates_of = T.alloc_buffer((top_k * longest + 1,), "float32")
-                    for i in range(past + 2):
-                        where[i] = 0
-                    for p in range(picks):
-                        for t in range(length):
-                            where[chosen[p, t] + 2] = where[chosen[p, t] + 2] + 1
-                    for i in range(past):
-                        where[i + 2] = where[i + 2] + where[i + 1]
-                    for p in range(picks):
-                        for t in range(length):
-                            tokens_of[where[chosen[p, t] + 1]] = t
-                            gates_of[where[chosen[p, t] + 1]] = value[p, t]
-                            where[chosen[p, t] + 1] = where[chosen[p, t] + 1] + 1
+                    sort_by_segment(chosen, value, picks, length, past, where, tokens_of, gates_of)
                     for i in range(past):
                         for nn in range(Dv // NR):
                             for xx in range((where[i + 1] - where[i] + MR - 1) // MR):
