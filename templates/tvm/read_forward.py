@@ -19,6 +19,7 @@ from tvm.script import tirx as T
 from .gates import choose, softmax, sort_by_segment
 from .tiles import BLOCK, LANES, dot_rows, exp, gather, multiply, transpose
 
+
 def build(problem, config, target):
     """The PrimFunc ``read_forward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
