@@ -95,7 +95,7 @@ def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
     """
     left = logits.detach()
-    if top_k > _FEW:
+    if not 1 <= top_k <= _FEW:
         value, index = left.sort(dim=-1, descending=True, stable=True)
         return index[..., :top_k], value[..., :top_k] > float("-inf")
     left, values, indices = left.clone(), [], []

@@ -108,6 +108,21 @@ def test_ssc_reads_sparsely(recurrence: str, packed: bool) -> None:
     compare(tensors, recurrence=recurrence, **options)
 
 
+@pytest.mark.parametrize("lengths", ([1536], [256] * 6), ids=str)
+def test_ssc_reads_sparsely_where_blocks_have_no_past(lengths: list[int]) -> None:
+    """The first block of the read lies in one segment; in the second case each is a sequence of one segment."""
+    tensors = arguments("linear", T=sum(lengths), H=1)
+    compare(
+        tensors,
+        grad_bound=0,
+        aggregation="ssc",
+        top_k=1,
+        segmentation="packed",
+        segment_length=256,
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+    )
+
+
 @pytest.mark.parametrize("top_k", (1, 2, 9))
 @pytest.mark.parametrize("segments", (4, 12, 40))
 def test_ssc_ties_go_to_the_earlier_segment(top_k: int, segments: int) -> None:
