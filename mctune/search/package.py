@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-import mctune
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
+from mctune.runtime import functional
 from mctune.search.inputs import Inputs, odd_problems
 from mctune.search.verify import TOLERANCE, verify_case
 
@@ -112,7 +112,7 @@ def check_defaults(seed: int) -> Iterator[Check]:
             segment_length=None if segmentation == "logarithmic" else 12,
         )
         for number, case in enumerate(odd_problems(problem)):
-            yield _check(mctune, case, "eager", seed + number)
+            yield _check(functional, case, "eager", seed + number)
 
 
 def _check(module: ModuleType, problem: Problem, backend: str, seed: int) -> Check:
