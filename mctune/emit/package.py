@@ -22,9 +22,12 @@ from mctune.runtime.table import SCHEMA
 from mctune.runtime.tvm_loader import build_threads_library
 
 _RUNTIME = Path(manifest.__file__).parent
+_FILES = (manifest.NAME, "__init__.py", "README.md")
+_FOLDERS = ("runtime", "kernels")
 _INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
 
-from .runtime import MemoryCaching, memory_caching
+from .runtime.functional import memory_caching
+from .runtime.module import MemoryCaching
 
 __all__ = ["MemoryCaching", "memory_caching"]
 '''
@@ -76,8 +79,8 @@ class Winner:
 def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
     """Write the package into ``out`` and return it; what else is in ``out`` (a study, say) stays.
 
-    The manifest goes first and comes back last: a package that was interrupted while it was written is refused when it
-    is imported, and writing it again mends it.
+    The manifest goes first and comes back last, and the table is there from the start: a package that was interrupted
+    while it was written is refused when it is imported, and writing it again mends it.
 
     Raises:
         UsageError: without winners, or if ``out`` holds files that are not a package's.
@@ -86,7 +89,15 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
         raise UsageError("nothing to emit: the studies have no candidate that was verified and timed")
     if not out.name.isidentifier():
         raise UsageError(f"{out.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
+    made_with = environment(target)
+    table = {
+        "schema": SCHEMA,
+        "target": made_with["target"],
+        "versions": made_with["versions"],
+        "entries": [winner.record() for winner in winners],
+    }
     _make_room(out)
+    (out / TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copytree(_RUNTIME, out / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     kernels = out / "kernels"
     kernels.mkdir()
@@ -95,14 +106,6 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
             if path is not None:
                 shutil.copyfile(path, kernels / path.name)
     build_threads_library(kernels / "threads.so")
-    made_with = environment(target)
-    table = {
-        "schema": SCHEMA,
-        "target": made_with["target"],
-        "versions": made_with["versions"],
-        "entries": [winner.record() for winner in winners],
-    }
-    (out / TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (out / "__init__.py").write_text(_INIT.format(target=target.name), encoding="utf-8")
     (out / "README.md").write_text(card(out.name, table), encoding="utf-8")
     _write_manifest(out)
@@ -110,20 +113,24 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier package from ``out``, and nothing else."""
-    stranger = out / "__init__.py"
-    if stranger.is_file() and not (out / TABLE).is_file():
-        raise UsageError(f"{out} is a Python package that mctune did not write; give another --out")
+    """Remove an earlier package from ``out``, and nothing else: only a package of ours has a tuned table."""
+    strangers = [out / name for name in (*_FOLDERS, *_FILES) if (out / name).exists()]
+    if strangers and not (out / TABLE).is_file():
+        raise UsageError(
+            f"{strangers[0]} is in the way: {out} is not a package that mctune wrote (it has no {TABLE}); give another "
+            "--out"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    for name in (manifest.NAME, TABLE, "__init__.py", "README.md"):
+    for name in _FILES:
         (out / name).unlink(missing_ok=True)
-    for name in ("runtime", "kernels"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    for name in _FOLDERS:
+        if (out / name).exists():
+            shutil.rmtree(out / name)
 
 
 def _write_manifest(out: Path) -> None:
     """SHA-256 of every file of the package."""
     paths = [out / "__init__.py", out / "README.md", out / TABLE]
-    paths += sorted(path for name in ("runtime", "kernels") for path in (out / name).rglob("*") if path.is_file())
+    paths += sorted(path for name in _FOLDERS for path in (out / name).rglob("*") if path.is_file())
     files = {path.relative_to(out).as_posix(): manifest.digest(path) for path in paths}
     (out / manifest.NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
