@@ -32,6 +32,15 @@ class Backend(Protocol):
 
     name: str
 
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that no template computes, with what works instead."""
+
+    def ready(self) -> None:
+        """Refuse a machine that lacks what compiling takes, with what to install."""
+
+    def identity(self) -> dict[str, str]:
+        """What its results depend on besides problem, configuration and target: versions, the templates' digest."""
+
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take, without the segment length."""
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
+from mctune.cli._cases import cases_of, default_out
+from mctune.cli._emit import emit_report
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
-from mctune.core.errors import NoValidConfigError, UsageError
-from mctune.core.target import Target, resolve
-from mctune.core.workload import Case, load_workload
+from mctune.core.errors import NoValidConfigError
+from mctune.core.target import resolve
 from mctune.search.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
-
-_SEGMENT_LENGTHS = (64, 128, 256, 512)
-_TRIALS = 100
 
 
 @click.command()
@@ -52,7 +48,7 @@ def command(
     target, note = resolve(target_name)
     if note:
         say(note)
-    cases, default_trials, default_timeout = _cases(workload, problem, segment_lengths)
+    cases, default_trials, default_timeout = cases_of(workload, problem, segment_lengths)
     request = SearchRequest(
         target=target,
         cases=cases,
@@ -74,17 +70,15 @@ def command(
         print_json(report.to_dict())
     else:
         click.echo(report_text(report))
+    package = emit_report(request, report)
+    if package is not None:
+        say(f"{package} is a Python package: `from {'.'.join(package.parts)} import memory_caching` where it stands")
     if report.interrupted:
         say("interrupted: what stands above is the best so far; the same command goes on from here")
         return INTERRUPTED
     if not any(study.recommended for study in report.studies):
         raise NoValidConfigError(_nothing_valid(report))
     return 0
-
-
-def default_out(target: Target) -> Path:
-    """``build/mctune_<target>``, a name that Python can import."""
-    return Path("build") / f"mctune_{target.name.replace('-', '_')}"
 
 
 def report_text(report: SearchReport) -> str:
@@ -111,52 +105,6 @@ def _study_text(study: StudyReport) -> str:
         return f"{study.case}\nno valid configuration"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
     return f"{study.case}\n" + text_table(("segment", "states", "cache", "ms", "", "configuration"), lines) + ties
-
-
-def _cases(
-    workload: str | None, problem: str | None, segment_lengths: str | None
-) -> tuple[tuple[Case, ...], int, float | None]:
-    """The cases, and the trials and time limit that go with them."""
-    lengths = _lengths(segment_lengths) if segment_lengths else None
-    if problem is not None:
-        if workload is not None:
-            raise UsageError("--workload and --problem exclude each other; give one")
-        return (Case.of(parse_problem(problem), lengths or _SEGMENT_LENGTHS),), _TRIALS, None
-    loaded = load_workload(workload or "quick")
-    cases = loaded.cases
-    if lengths:
-        cases = tuple(Case.of(_without_length(case), lengths) for case in cases)
-    return cases, loaded.trials, loaded.timeout_s
-
-
-def _without_length(case: Case) -> dict[str, Any]:
-    return {name: value for name, value in case.problem.to_dict().items() if name != "segment_length"}
-
-
-def parse_problem(text: str) -> dict[str, Any]:
-    """The fields of a problem, from a JSON object or from ``name=value,name=value``."""
-    if text.lstrip().startswith("{"):
-        try:
-            fields: dict[str, Any] = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"--problem is not JSON: {error}") from error
-        return fields
-    fields = {}
-    for part in text.replace(" ", ",").split(","):
-        name, equals, value = part.partition("=")
-        if not part:
-            continue
-        if not equals or not value:
-            raise UsageError(f"--problem: {part!r} is not of the form name=value")
-        fields[name] = int(value) if value.lstrip("-").isdigit() else value
-    return fields
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--segment-lengths {text!r} is not a list of integers such as 64,128,256") from None
 
 
 def _nothing_valid(report: SearchReport) -> str:

@@ -92,6 +92,20 @@ class SearchSpace:
         """The inverse of :meth:`at`."""
         return tuple(param.values.index(config[param.name]) for param in self.params)
 
+    def with_param(self, param: Param, default: Scalar) -> SearchSpace:
+        """A larger space, with one more parameter and its default."""
+        return SearchSpace((*self.params, param), self.constraints, self.default.replace(**{param.name: default}))
+
+    def nearest_valid(self, ok: Callable[[Config], bool], changes: int = 4) -> Config | None:
+        """The default if it is valid, else a valid configuration with as few parameters changed as possible."""
+        for count in range(changes + 1):
+            for chosen in itertools.combinations(self.params, count):
+                for values in itertools.product(*(param.values for param in chosen)):
+                    config = self.default.replace(**dict(zip((p.name for p in chosen), values, strict=True)))
+                    if ok(config):
+                        return config
+        return None
+
     def points(self) -> Iterator[Config]:
         """Every configuration, before constraints, in lexicographic order."""
         for values in itertools.product(*(param.values for param in self.params)):

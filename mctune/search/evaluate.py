@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from mctune.backends import get_backend
-from mctune.backends.protocol import Backend, Kernel
+from mctune.backends.protocol import Backend, Built, Kernel
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, to_json
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.inputs import make_inputs
+from mctune.search.inputs import make_inputs, odd_problems
 from mctune.search.timing import summary, time_rotated
 from mctune.search.verify import run_kernel, verify
 from mctune.search.worker import Handler, Stage
@@ -65,14 +65,32 @@ class _Bench:
         stage("time")
         return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
 
-    def portable(self, problem: Problem, config: Config, arch: str, stage: Stage) -> Path | Wrong:
-        """The same source compiled for every CPU of ``arch``, verified: the library, or what was wrong with it."""
+    def ship(self, problem: Problem, config: Config, portable_arch: str, stage: Stage) -> dict[str, Any]:
+        """The winner's library and source, and the same source for every CPU of ``portable_arch``, both verified."""
+        built, error = self._checked(problem, config, self.target, stage)
+        portable, portable_error = self._checked(problem, config, replace(self.target, arch=portable_arch), stage)
+        return {
+            "library": str(built.library),
+            "source": str(built.source),
+            "portable": str(portable.library),
+            "errors": [error, portable_error],
+            "cases": [str(case) for case in odd_problems(problem)],
+        }
+
+    def _checked(self, problem: Problem, config: Config, target: Target, stage: Stage) -> tuple[Built, float]:
+        """Build for ``target`` and verify.
+
+        Raises:
+            MctuneError: if the result is wrong.
+        """
         stage("build")
-        built = self.backend.build(problem, config, replace(self.target, arch=arch), self.folder)
+        built = self.backend.build(problem, config, target, self.folder)
         stage("verify")
         kernel = self.backend.load(problem, built)
         error = verify(partial(run_kernel, kernel), problem, self._seed(problem, config) + 1)
-        return error if isinstance(error, Wrong) else built.library
+        if isinstance(error, Wrong):
+            raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
+        return built, error
 
     def _load(self, problem: Problem, config: Config) -> Kernel:
         return self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder))
@@ -92,16 +110,15 @@ def start(setup: dict[str, Any]) -> Handler:
 
     A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
     ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``, or
-    ``{"portable": {"problem", "config"}, "arch"}``, answered by ``{"library"}``.
+    ``{"ship": {"problem", "config"}, "portable_arch"}``, answered by what ``_Bench.ship`` returns.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
     bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
-        if "portable" in payload:
-            found = bench.portable(*_candidate(payload["portable"]), payload["arch"], stage)
-            return {"library": None if isinstance(found, Wrong) else str(found)}
+        if "ship" in payload:
+            return bench.ship(*_candidate(payload["ship"]), payload["portable_arch"], stage)
         if "compare" in payload:
             return {"samples": bench.compare([_candidate(values) for values in payload["compare"]], stage)}
         return {"outcome": to_json(bench.evaluate(*_candidate(payload["evaluate"]), stage))}

@@ -38,6 +38,18 @@ class TvmBackend:
         if problem.deep:
             raise UsageError(f"recurrence={problem.recurrence!r} has no TVM template; there are linear, swla")
 
+    def ready(self) -> None:
+        """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
+
+        Raises:
+            DeviceError: with what to install.
+        """
+        check_versions()
+
+    def identity(self) -> dict[str, str]:
+        """The TVM and the templates that results depend on."""
+        return {"name": self.name, "tvm": TVM, "templates": source_hash()[:16]}
+
     def padded(self, problem: Problem) -> Problem:
         """The problem with the widths that kernels are compiled for."""
         return problem.replace(Dk=padded(problem.Dk), Dv=padded(problem.Dv))

@@ -1,0 +1,65 @@
+"""Which problems a command is about: the options that `mctune search` and `mctune emit` share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mctune.core.errors import UsageError
+from mctune.core.target import Target
+from mctune.core.workload import Case, load_workload
+
+_SEGMENT_LENGTHS = (64, 128, 256, 512)
+_TRIALS = 100
+
+
+def default_out(target: Target) -> Path:
+    """``build/mctune_<target>``, a name that Python can import."""
+    return Path("build") / f"mctune_{target.name.replace('-', '_')}"
+
+
+def cases_of(
+    workload: str | None, problem: str | None, segment_lengths: str | None
+) -> tuple[tuple[Case, ...], int, float | None]:
+    """The cases, and the trials and time limit that go with them."""
+    lengths = _lengths(segment_lengths) if segment_lengths else None
+    if problem is not None:
+        if workload is not None:
+            raise UsageError("--workload and --problem exclude each other; give one")
+        return (Case.of(parse_problem(problem), lengths or _SEGMENT_LENGTHS),), _TRIALS, None
+    loaded = load_workload(workload or "quick")
+    cases = loaded.cases
+    if lengths:
+        cases = tuple(Case.of(_without_length(case), lengths) for case in cases)
+    return cases, loaded.trials, loaded.timeout_s
+
+
+def _without_length(case: Case) -> dict[str, Any]:
+    return {name: value for name, value in case.problem.to_dict().items() if name != "segment_length"}
+
+
+def parse_problem(text: str) -> dict[str, Any]:
+    """The fields of a problem, from a JSON object or from ``name=value,name=value``."""
+    if text.lstrip().startswith("{"):
+        try:
+            fields: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--problem is not JSON: {error}") from error
+        return fields
+    fields = {}
+    for part in text.replace(" ", ",").split(","):
+        name, equals, value = part.partition("=")
+        if not part:
+            continue
+        if not equals or not value:
+            raise UsageError(f"--problem: {part!r} is not of the form name=value")
+        fields[name] = int(value) if value.lstrip("-").isdigit() else value
+    return fields
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--segment-lengths {text!r} is not a list of integers such as 64,128,256") from None

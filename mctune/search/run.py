@@ -1,0 +1,124 @@
+"""A whole search: a study for each problem, and what becomes of the winners."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mctune.backends import get_backend
+from mctune.backends.protocol import Backend
+from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.host import needed_flags, usable_cores
+from mctune.search.events import Listener, SearchReport, SearchRequest, Shipment, StudyReport
+from mctune.search.one import OneStudy
+from mctune.search.verify import TOLERANCE
+from mctune.search.worker import Worker, WorkerDied
+
+BACKEND = "tvm"
+PORTABLE_ARCH = "x86-64-v3"
+"""What a shipped kernel is built for besides the CPU that it was tuned on."""
+_SHIP_LIMIT_S = 300.0
+
+
+def search(request: SearchRequest, listener: Listener) -> SearchReport:
+    """Run every study of ``request``, or go on with them; the default storage is ``<out>/search/study.db``.
+
+    Raises:
+        DeviceError: if there is no such device here, or what compiles for it is missing.
+        UsageError: for a problem that no template computes, or a storage that cannot be opened.
+    """
+    started = time.monotonic()
+    prepared = _studies(request)
+    reports: list[StudyReport] = []
+    interrupted = False
+    with _worker(request) as worker:
+        for number, study in enumerate(prepared):
+            left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - started)
+            share = None if left is None else max(1.0, left) / (len(prepared) - number)
+            report, interrupted = study.run(worker, listener, share)
+            reports.append(report)
+            listener.study_done(report)
+            if interrupted:
+                break
+    return SearchReport(request.target, request.out, tuple(reports), time.monotonic() - started, interrupted)
+
+
+def stored(request: SearchRequest) -> SearchReport:
+    """What the studies of ``request`` hold, as far as they went; nothing is evaluated.
+
+    Raises:
+        UsageError: if one of them was never begun.
+    """
+    return SearchReport(request.target, request.out, tuple(study.stored() for study in _studies(request)), 0.0)
+
+
+def ship(request: SearchRequest, report: SearchReport) -> list[Shipment]:
+    """Every point of every frontier, built for this CPU and for any x86-64-v3, both verified once more.
+
+    Raises:
+        MctuneError: if a build or its verification fails.
+    """
+    shipments = []
+    with _worker(request) as worker:
+        for study in report.studies:
+            for point in study.frontier:
+                candidate = {"problem": point.problem.to_dict(), "config": point.config.to_dict()}
+                reply = worker.call({"ship": candidate, "portable_arch": PORTABLE_ARCH}, _SHIP_LIMIT_S)
+                if not isinstance(reply, dict):
+                    what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
+                    raise MctuneError(f"cannot ship {point.problem} [{point.config}]: {what}")
+                shipments.append(
+                    Shipment(
+                        point=point,
+                        recommended=point == study.recommended,
+                        backend=BACKEND,
+                        library=Path(reply["library"]),
+                        source=Path(reply["source"]),
+                        portable=Path(reply["portable"]),
+                        cpu_flags=needed_flags(request.target.arch),
+                        verified=_verified(reply, TOLERANCE[point.problem.dtype]),
+                    )
+                )
+    return shipments
+
+
+def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    error, portable_error = reply["errors"]
+    return {
+        "against": "mctune.reference: token by token, float64",
+        "inputs": "random, drawn for this check; memory that a kernel does not write holds NaN",
+        "measure": "RMS(difference) / RMS(reference)",
+        "tolerance": tolerance,
+        "error": error,
+        "portable_error": portable_error,
+        "cases": reply["cases"],
+    }
+
+
+def _studies(request: SearchRequest) -> list[OneStudy]:
+    """The studies of a request, every problem checked before the first one starts."""
+    if not request.target.on_cpu:
+        raise DeviceError(
+            f"{request.target.name} is a GPU, and the templates here are for CPUs: use --gpu cpu (`mctune targets` "
+            "lists what is known of each machine)"
+        )
+    backend: Backend = get_backend(BACKEND)
+    for case in request.cases:
+        backend.check(case.problem)
+    backend.ready()
+    folder = request.out / "search"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = request.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    return [OneStudy(request, backend, case, storage) for case in request.cases]
+
+
+def _worker(request: SearchRequest) -> Worker:
+    setup = {
+        "backend": BACKEND,
+        "target": request.target.name,
+        "folder": str((request.out / "search" / "kernels").resolve()),
+        "seed": request.seed,
+        "threads": usable_cores(),
+    }
+    return Worker("mctune.search.evaluate:start", setup)

@@ -1,0 +1,258 @@
+"""The study: candidates are proposed, evaluated and recorded one at a time in an Optuna storage.
+
+Parameters are stored as integer indices with static ranges. A candidate that fails in any way is a COMPLETE trial with
+the constraint ``failed`` above zero and an infinite value, never a FAIL one; FAIL marks only a candidate whose
+evaluation was cut off, which is not counted and may be tried again. Configurations that break the space's constraints
+never become trials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from mctune.core import outcome as outcomes
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Outcome
+from mctune.core.space import SearchSpace
+from mctune.search.sampler import Proposer, Tried
+
+_ATTRS = "mctune"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated candidate; ``number`` is Optuna's, ``seconds`` what evaluating it took."""
+
+    number: int
+    config: Config
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def ms(self) -> float | None:
+        """Milliseconds, or ``None`` if the candidate cannot win."""
+        return outcomes.cost(self.outcome)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Every evaluated candidate of the study, earlier runs' included, in order.
+
+    ``stopped`` says why this run ended: ``trials`` (the total was reached), ``timeout``, ``exhausted`` (no valid
+    configuration is left) or ``interrupted`` (Ctrl-C).
+    """
+
+    trials: tuple[Trial, ...]
+    stopped: str
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.stopped == "interrupted"
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest trial; the earlier one of equals."""
+        return best(self.trials)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The fastest of ``trials`` (the earlier one of equals), ``None`` if none has a time."""
+    timed = [(trial.ms, trial.number, trial) for trial in trials if trial.ms is not None]
+    return min(timed)[2] if timed else None
+
+
+def run_study(
+    space: SearchSpace,
+    valid: Callable[[Config], bool],
+    evaluate: Callable[[Config], Outcome],
+    *,
+    trials: int,
+    timeout: float | None = None,
+    sampler: str = "tpe",
+    seed: int = 0,
+    storage: str | None = None,
+    study_name: str = "mctune",
+    attrs: Mapping[str, Any] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    balance: str | None = None,
+) -> StudyResult:
+    """Search ``space``, or go on searching it.
+
+    Called again with the same arguments after any interruption (``kill -9`` included), it loses no evaluated candidate,
+    repeats none, and proposes what an uninterrupted run would have proposed. One process at a time may search a study:
+    whatever is found running at the start counts as cut off.
+
+    Args:
+        space: the parameters. Their names and values are part of what a study is about.
+        valid: whether a configuration meets the constraints.
+        evaluate: builds, verifies and times a configuration; failures are returned, not raised.
+        trials: evaluated candidates in all, those of earlier runs included.
+        timeout: seconds after which no further candidate is started in this run; ``None`` for no limit.
+        sampler, seed, balance: see :class:`mctune.search.sampler.Proposer`; they may change between runs.
+        storage: an Optuna storage URL such as ``sqlite:///search.db``; ``None`` keeps the study in memory.
+        study_name: name of the study in its storage.
+        attrs: what the study is about (problem, target, versions), JSON-able; must be equal on every resumption.
+        on_trial: called after each candidate has been recorded.
+
+    Raises:
+        UsageError: if the storage cannot be opened, or holds under this name a study about something else.
+    """
+    if trials < 1:
+        raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
+    started = time.monotonic()
+    proposer = Proposer(space, valid, sampler, seed, balance)
+    adapter = _Given()
+    study = _open(storage, study_name, adapter, _about(space, attrs or {}))
+    ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in space.params}
+    try:
+        _settle(study)
+        history: list[Tried] = [(space.indices(trial.config), trial.ms) for trial in _evaluated(study)]
+        stopped = "trials"
+        while len(history) < trials:
+            if timeout is not None and time.monotonic() - started >= timeout:
+                stopped = "timeout"
+                break
+            point = proposer.propose(history)
+            if point is None:
+                stopped = "exhausted"
+                break
+            adapter.indices = dict(zip(ranges, point, strict=True))
+            trial = _evaluate(study.ask(ranges), study, space.at(point), evaluate)
+            history.append((point, trial.ms))
+            if on_trial is not None:
+                on_trial(trial)
+    except KeyboardInterrupt:
+        _settle(study)
+        stopped = "interrupted"
+    return StudyResult(tuple(_evaluated(study)), stopped)
+
+
+def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any], tuple[Trial, ...]]:
+    """What a stored study is about (the ``attrs`` it was run with) and its evaluated candidates.
+
+    Raises:
+        UsageError: if there is no such study.
+    """
+    try:
+        study = optuna.load_study(study_name=study_name, storage=_storage(storage))
+    except KeyError:
+        raise UsageError(f"{storage} holds no study {study_name!r}; run mctune search first") from None
+    about: dict[str, Any] = study.user_attrs.get(_ATTRS, {})
+    return dict(about.get("attrs", {})), tuple(_evaluated(study))
+
+
+class _Given(optuna.samplers.BaseSampler):
+    """Hands Optuna the point that the proposer chose."""
+
+    indices: Mapping[str, int] = MappingProxyType({})
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> int:
+        return self.indices[param_name]
+
+
+def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study is about, as it reads back from JSON."""
+    about = {"attrs": dict(attrs), "space": {param.name: list(param.values) for param in space.params}}
+    plain: dict[str, Any] = json.loads(json.dumps(about, sort_keys=True))
+    return plain
+
+
+def _storage(url: str | None) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"cannot open the storage {url}: {reason}; give an Optuna URL such as sqlite:///search.db, and install the "
+            "driver that it needs"
+        ) from error
+
+
+def _open(storage: str | None, name: str, sampler: _Given, about: dict[str, Any]) -> optuna.Study:
+    """Create the study or find it, and refuse one that is about something else."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # progress is the caller's, through on_trial
+    study = optuna.create_study(
+        storage=_storage(storage), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
+    )
+    found = study.user_attrs.get(_ATTRS)
+    if found is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(_ATTRS, about)
+    elif found != about:
+        raise UsageError(
+            f"the study {name!r} in {storage} is about something else ({_difference(found or {}, about)}); a study "
+            "never mixes problems, targets or spaces: give another study name, storage or output directory"
+        )
+    return study
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing in which two descriptions differ, for a person."""
+    for part in ("attrs", "space"):
+        old, new = found.get(part, {}), wanted[part]
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                return f"{name} is {json.dumps(old.get(name))} there and {json.dumps(new.get(name))} here"
+    return "its parameters stand in another order" if found else "mctune did not make it"
+
+
+def _evaluate(asked: optuna.Trial, study: optuna.Study, config: Config, evaluate: Callable[[Config], Outcome]) -> Trial:
+    """Evaluate and record one candidate. The outcome is written last but one: :func:`_settle` finishes the rest."""
+    asked.set_user_attr("config", config.to_json())
+    started = time.monotonic()
+    outcome = evaluate(config)
+    seconds = time.monotonic() - started
+    asked.set_user_attr("seconds", seconds)
+    asked.set_constraint("failed", 1.0 if outcomes.cost(outcome) is None else 0.0)
+    asked.set_user_attr("outcome", outcomes.to_json(outcome))
+    study.tell(asked.number, _value(outcome))
+    return Trial(asked.number, config, outcome, seconds)
+
+
+def _value(outcome: Outcome) -> float:
+    ms = outcomes.cost(outcome)
+    return math.inf if ms is None else ms
+
+
+def _settle(study: optuna.Study) -> None:
+    """Finish the trials that were cut off after their outcome was written; mark the others FAIL."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        text = trial.user_attrs.get("outcome")
+        if text is None:
+            study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            study.tell(trial.number, _value(outcomes.from_json(text)))
+
+
+def _evaluated(study: optuna.Study) -> list[Trial]:
+    return [
+        Trial(
+            found.number,
+            Config.from_json(found.user_attrs["config"]),
+            outcomes.from_json(found.user_attrs["outcome"]),
+            found.user_attrs["seconds"],
+        )
+        for found in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
