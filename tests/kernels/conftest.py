@@ -1,0 +1,122 @@
+"""Compiled kernels, run where mistakes show: scratch full of NaN, and nothing but NaN around every array."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from drawn import Drawn, host
+
+from mctune.backends.tvm import TvmBackend
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.runtime import tvm_loader
+from mctune.runtime.tvm_forward import TvmForward
+
+SCRATCH = """
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+enum { GUARD = 64 };
+static int overruns;
+int mctune_test_overruns(void) { return overruns; }
+void *mctune_test_alloc(int device, int id, uint64_t bytes, int code, int bits) {
+  char *block = aligned_alloc(GUARD, (bytes + 3 * GUARD - 1) / GUARD * GUARD);
+  if (block == NULL) return NULL;
+  memset(block, 0xff, bytes + 2 * GUARD);
+  *(uint64_t *)block = bytes;
+  return block + GUARD;
+}
+int mctune_test_free(int device, int id, void *scratch) {
+  unsigned char *block = (unsigned char *)scratch - GUARD, *after;
+  after = block + GUARD + *(uint64_t *)block;
+  for (int i = sizeof(uint64_t); i < GUARD; ++i)
+    if (block[i] != 0xff || after[i] != 0xff) __atomic_store_n(&overruns, 1, __ATOMIC_SEQ_CST);
+  free(block);
+  return 0;
+}
+"""
+"""Scratch memory for kernels: all bits set (NaN) when it is handed out, and a fence on both sides."""
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+    """Kernels that are loaded from now on get the scratch memory above."""
+    folder = tmp_path_factory.mktemp("scratch")
+    (folder / "scratch.c").write_text(SCRATCH)
+    command = ["gcc", "-O2", "-shared", "-fPIC", "scratch.c", "-o", "scratch.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "scratch.so"))
+    tvm_loader._prepare()
+    threads = ctypes.CDLL(str(tvm_loader._threads_library()))
+    _register(library.mctune_test_alloc, library.mctune_test_free)
+    yield library
+    _register(threads.mctune_alloc_workspace, threads.mctune_free_workspace)
+
+
+def _register(alloc: object, free: object) -> None:
+    from tvm_ffi import libinfo
+
+    register = ctypes.CDLL(libinfo.find_libtvm_ffi()).TVMFFIEnvModRegisterContextSymbol
+    register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    for symbol, function in ((b"__TVMBackendAllocWorkspace", alloc), (b"__TVMBackendFreeWorkspace", free)):
+        assert register(symbol, ctypes.cast(function, ctypes.c_void_p)) == 0  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward]:
+    """The launcher of a kernel, compiled once, with both of its functions fenced in."""
+
+    def build(problem: Problem, config: Config | None = None, *, fenced: bool = True) -> TvmForward:
+        backend = TvmBackend()
+        built = backend.build(problem, config or backend.space(problem).default, host(), kernel_folder)
+        kernel = backend.load(problem, built)
+        assert isinstance(kernel, TvmForward)
+        if fenced:
+            kernel.segment_states = fence(kernel.segment_states)
+            kernel.read_forward = fence(kernel.read_forward)
+        return kernel
+
+    return build
+
+
+def fence(function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` called on copies of its arrays that stand between two fences; both must be untouched after it."""
+
+    def call(*arguments: object) -> None:
+        copies = [_fenced(x) if isinstance(x, torch.Tensor) else (x, []) for x in arguments]
+        function(*(x for x, _ in copies))
+        for argument, (copy, fences) in zip(arguments, copies, strict=True):
+            for one in fences:
+                assert bool((one.isnan() if one.is_floating_point() else one == FENCE).all()), "an array was overrun"
+            if isinstance(argument, torch.Tensor):
+                argument.copy_(copy)
+
+    return call
+
+
+FENCE = -(2**31)
+"""What stands around integers; NaN stands around floats."""
+_MARGIN = 1024
+
+
+def _fenced(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    assert x.is_contiguous()
+    room = torch.full((x.numel() + 2 * _MARGIN,), float("nan") if x.is_floating_point() else FENCE, dtype=x.dtype)
+    assert room.data_ptr() % 64 == 0
+    before, inside, after = room.split([_MARGIN, x.numel(), _MARGIN])
+    inside.copy_(x.reshape(-1))
+    return inside.view(x.shape), [before, after]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    return str(val) if isinstance(val, Drawn) else None

@@ -1,0 +1,92 @@
+"""Which kernels the tests compile: every combination once, every formulation, configurations spread over the space."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import cycle, product
+
+from mctune.backends.tvm.templates import load_space
+from mctune.core.config import Config, Scalar
+from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.target import Target, resolve
+
+RECURRENCES = ("linear", "swla")
+WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
+SEGMENT_LENGTHS = (64, 100, 24, 256)
+EXTRA = 10
+"""Kernels beyond one for each (recurrence, aggregation, state init) and each (recurrence, formulation) of ssc."""
+_POOL = 40
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One kernel: the problem that it is built for, and its configuration."""
+
+    problem: Problem
+    config: Config
+
+    def __str__(self) -> str:
+        p = self.problem
+        return f"{p.recurrence}-{p.aggregation}-{p.state_init}-{self.config['formulation']}-{p.Dk}x{p.Dv}"
+
+
+def host() -> Target:
+    """The CPU that this runs on."""
+    return resolve("cpu")[0]
+
+
+def formulations(problem: Problem) -> list[Scalar]:
+    """Those that the search space allows for the problem's aggregation."""
+    space = load_space("forward")
+    rule = next(constraint for constraint in space.constraints if constraint.name == "formulation")
+    values = space.param("formulation").values
+    return [f for f in values if rule.holds(space.default.replace(formulation=f), problem, host())]
+
+
+def draw() -> list[Drawn]:
+    """The same kernels every time on a machine: of a few random valid configurations, the one with most news."""
+    rng = random.Random(0)
+    shapes = cycle(product(SEGMENT_LENGTHS, WIDTHS))
+    wanted: list[tuple[Problem, Scalar]] = []
+    for aggregation in AGGREGATIONS:
+        for number, (recurrence, state_init) in enumerate(product(RECURRENCES, STATE_INITS)):
+            problem = _problem(next(shapes), recurrence, aggregation, state_init)
+            some = formulations(problem)
+            # 0 1 1 0 of two: each recurrence and each state init meets both.
+            turn = number if len(some) > 2 else number ^ number >> 1
+            wanted.append((problem, some[turn % len(some)]))
+    for recurrence, formulation in product(RECURRENCES, formulations(_problem((64, (16, 16)), "linear", "ssc"))):
+        if not any(
+            p.recurrence == recurrence and p.aggregation == "ssc" and f == formulation for p, f in wanted
+        ):
+            wanted.append((_problem(next(shapes), recurrence, "ssc"), formulation))
+    for _ in range(EXTRA):
+        problem = _problem(next(shapes), *(rng.choice(c) for c in (RECURRENCES, AGGREGATIONS, STATE_INITS)))
+        wanted.append((problem, rng.choice(formulations(problem))))
+    drawn: list[Drawn] = []
+    seen: set[tuple[str, Scalar]] = set()
+    for problem, formulation in wanted:
+        pool = [_valid(rng, problem, formulation) for _ in range(_POOL)]
+        config = max(pool, key=lambda c: len(set(c.items) - seen))
+        seen |= set(config.items)
+        drawn.append(Drawn(problem, config))
+    return drawn
+
+
+def _problem(
+    shape: tuple[int, tuple[int, int]], recurrence: str, aggregation: str, state_init: str = "independent"
+) -> Problem:
+    segment_length, (Dk, Dv) = shape
+    return Problem(
+        recurrence=recurrence, aggregation=aggregation, state_init=state_init, T=segment_length, H=1, Dk=Dk, Dv=Dv,
+        segment_length=segment_length,
+    )  # fmt: skip
+
+
+def _valid(rng: random.Random, problem: Problem, formulation: Scalar) -> Config:
+    space, target = load_space("forward").fixed(formulation=(formulation,)), host()
+    while True:
+        config = space.at([rng.randrange(len(param.values)) for param in space.params])
+        if space.valid(config, problem, target):
+            return config

@@ -1,0 +1,93 @@
+"""Every combination of the forward pass, compiled, against the oracle on odd sizes of every segmentation."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from drawn import RECURRENCES, Drawn, draw, formulations, host
+
+from mctune.backends.tvm.templates import load_space
+from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.reference import error_ratio
+from mctune.runtime.tvm_forward import TvmForward
+from mctune.search import verify
+from mctune.search.inputs import Inputs, make_inputs
+from mctune.search.verify import expected, judged_inputs, poisoned_memory, run_kernel
+
+DRAWN = draw()
+TOLERANCE = 2e-5
+
+
+def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
+    """Problems that one kernel serves, each with the bounds of its packed sequences."""
+    C = problem.segment_length
+    assert C is not None
+
+    def sized(B: int, T: int, H: int, **changes: object) -> Problem:
+        return problem.replace(B=B, T=T, H=H, **changes)
+
+    def ssc(top_k: int) -> dict[str, int]:
+        return {"top_k": top_k} if problem.aggregation == "ssc" else {}
+
+    yield sized(1, 1, 1), None
+    yield sized(1, C - 1, 1), None
+    yield sized(2, 2 * C + C // 2 + 1, 3, **ssc(1)), None
+    # Segments shorter than a chunk, more of them than ssc reads or than a panel or a score tile holds.
+    yield sized(2, 150, 2, segment_length=13, **ssc(3)), None
+    yield sized(1, 40, 1, segment_length=1, **ssc(100)), None
+    for B, T, H in ((1, 1, 1), (2, 37, 3), (1, 127, 1)):
+        yield sized(B, T, H, segmentation="logarithmic", segment_length=None, **ssc(2)), None
+    packed = {"segmentation": "packed"}
+    yield sized(1, 1, 1, **packed), [0, 1]
+    yield sized(1, 2 * C + 9, 1, **packed, **ssc(1)), [0, 0, 5, 5, 2 * C + 8, 2 * C + 9, 2 * C + 9]
+    yield sized(1, 90, 3, **packed | {"segment_length": 7}, **ssc(4)), [0, 1, 1, 60, 66, 90]
+
+
+def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Inputs, torch.Tensor]:
+    """Inputs, and the oracle's y for them."""
+    if bounds is None:
+        return judged_inputs(problem, seed)
+    while True:
+        inputs = replace(make_inputs(problem, seed), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        if problem.aggregation != "ssc" or verify._choice_gap(problem, inputs) > 1e-5:
+            return inputs, expected(problem, inputs)
+        seed += 1
+
+
+@pytest.mark.parametrize("one", DRAWN)
+def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForward], scratch: ctypes.CDLL) -> None:
+    kernel = build(one.problem, one.config)
+    for seed, (problem, bounds) in enumerate(cases(one.problem)):
+        inputs, reference = judged(problem, bounds, seed)
+        with poisoned_memory():
+            y = run_kernel(kernel, problem, inputs)
+        assert y.shape == reference.shape and y.dtype == torch.float32 and y.is_contiguous()
+        assert error_ratio(y, reference) <= TOLERANCE, f"{problem} {bounds} with {one.config}"
+    assert scratch.mctune_test_overruns() == 0
+
+
+def test_every_combination_and_formulation_is_compiled() -> None:
+    drawn = {(d.problem.recurrence, d.problem.aggregation, d.problem.state_init) for d in DRAWN}
+    assert drawn == set(product(RECURRENCES, AGGREGATIONS, STATE_INITS))
+    used = {(d.problem.aggregation, d.config["formulation"]) for d in DRAWN}
+    for aggregation in AGGREGATIONS:
+        problem = Problem(aggregation=aggregation, T=1, H=1, Dk=16, Dv=16, segment_length=64)
+        assert len(formulations(problem)) >= 2
+        assert {(aggregation, formulation) for formulation in formulations(problem)} <= used
+
+
+def test_configurations_are_spread_over_the_space() -> None:
+    space, target = load_space("forward"), host()
+    for param in space.params:
+        used = {d.config[param.name] for d in DRAWN}
+        for value in set(param.values) - used:
+            # Only what no drawn problem allows is missing (64 columns, where registers are short).
+            changed = [(d.problem, d.config.replace(**{param.name: value})) for d in DRAWN]
+            assert not any(space.valid(config, problem, target) for problem, config in changed), (param.name, value)
+    assert all(space.valid(d.config, d.problem, target) for d in DRAWN)
+    assert any(d.config["formulation"] == "gated" and d.config.integer("panel") > 1 for d in DRAWN)
