@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: search test bench lint types wheel clean setup
+.PHONY: search test bench lint types wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
@@ -23,7 +23,19 @@ types: $(READY)
 	$(BIN)/mypy
 
 wheel: $(READY)
-	$(BIN)/pip wheel -q --no-deps -w dist .
+	rm -rf dist
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+# The wheel, installed away from this tree, searches and leaves a package that imports. The dependencies are this
+# environment's, through a .pth, which does not carry its editable mctune along.
+wheel-check: wheel
+	rm -rf build/elsewhere && mkdir -p build/elsewhere
+	$(PYTHON) -m venv build/elsewhere/venv
+	build/elsewhere/venv/bin/pip install -q --disable-pip-version-check --no-deps dist/mctune-*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$(build/elsewhere/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
+	cd build/elsewhere && venv/bin/mctune search --gpu cpu --problem T=512,H=2,Dk=32,Dv=32 --segment-lengths 64,128 \
+		--trials 4 --out mctune_cpu && venv/bin/mctune verify mctune_cpu
 
 setup: $(READY)
 
