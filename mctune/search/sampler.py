@@ -36,6 +36,7 @@ _RELATIVES = 20  # points 2 or 3 changes away from each elite
 _CLIMBS = 3
 _REFIT = 10  # candidates between two fits of the Gaussian process's weights
 _MODEL_MOST = 300  # points that a model sees: the cost of a proposal stays bounded in long searches
+_FIT_MOST = 64  # points that the weights are fitted to: the expensive step, and small enough for one BLAS thread
 _CLIP = 0.75  # slower than this quantile is all the same: a model should resolve the fast end
 
 
@@ -176,7 +177,7 @@ class Proposer:
             changed[p] = int(rng.integers(self._sizes[p]))
         return tuple(changed)
 
-    def _learn(self, history: Sequence[Tried]) -> tuple[Points, Array]:
+    def _learn(self, history: Sequence[Tried], most: int = _MODEL_MOST) -> tuple[Points, Array]:
         """Points and scores for the models: log milliseconds, clipped above; a failure scores like the slowest."""
         raw = np.array([math.nan if ms is None else math.log(max(ms, 1e-9)) for _, ms in history])
         points = np.array([point for point, _ in history], dtype=np.int64)
@@ -187,10 +188,10 @@ class Proposer:
                     raw[same] -= np.nanmin(raw[same])
         worst = 0.0 if np.isnan(raw).all() else float(np.nanmax(raw)) + 1e-6
         scores = np.where(np.isnan(raw), worst, raw)
-        if len(scores) > _MODEL_MOST:
+        if len(scores) > most:
             order = np.argsort(scores, kind="stable")
-            half = _MODEL_MOST // 2
-            spread = np.linspace(half, len(order) - 1, _MODEL_MOST - half).astype(np.int64)
+            half = most // 2
+            spread = np.linspace(half, len(order) - 1, most - half).astype(np.int64)
             kept = np.sort(np.concatenate([order[:half], order[spread]]))
             points, scores = points[kept], scores[kept]
         return points, scores
@@ -204,7 +205,7 @@ class Proposer:
             return self._parzen.gain
         checkpoint = _START + (len(history) - _START) // _REFIT * _REFIT
         if self._fitted is None or self._fitted[0] != checkpoint:
-            early, targets = self._learn(history[:checkpoint])
+            early, targets = self._learn(history[:checkpoint], _FIT_MOST)
             self._fitted = checkpoint, self._gp.fit(early, _standard(targets))
         self._gp.condition(points, _standard(scores), self._fitted[1])
         return self._gp.gain

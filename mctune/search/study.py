@@ -210,12 +210,14 @@ def _open(storage: str | None, name: str, sampler: _Given, about: dict[str, Any]
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first thing in which two descriptions differ, for a person."""
+    if not found:
+        return "mctune did not make it"
     for part in ("attrs", "space"):
         old, new = found.get(part, {}), wanted[part]
         for name in sorted({*old, *new}):
             if old.get(name) != new.get(name):
                 return f"{name} is {json.dumps(old.get(name))} there and {json.dumps(new.get(name))} here"
-    return "its parameters stand in another order" if found else "mctune did not make it"
+    return "what it says of itself cannot be read"
 
 
 def _evaluate(asked: optuna.Trial, study: optuna.Study, config: Config, evaluate: Callable[[Config], Outcome]) -> Trial:

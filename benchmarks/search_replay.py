@@ -1,0 +1,241 @@
+"""Replay searches over measured spaces: the study code of mctune, with a look-up in place of build, verify and time.
+
+    python benchmarks/search_replay.py SPACE.json[.gz] ... [--samplers tpe,gp,random] [--seeds 30] [--out DIR] [--json]
+
+A file is one space: {"tune_params_keys": [names], "tune_params": {name: [values]}, "cache": {"v1,v2,...": {"time": ms
+or the name of a failure, "times": [ms, ...]}}}, plain or gzipped. A configuration that is not in the cache breaks the
+space's constraints. One whose time is a string is a recorded failure and counts as an evaluation. Prints best found /
+optimum (1 = optimum) at several budgets of unique evaluations, over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mctune.core.config import Config, Scalar
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
+from mctune.core.space import Choice, Int, Param, SearchSpace
+from mctune.search.events import SAMPLERS
+from mctune.search.study import run_study
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A space with every configuration's outcome; ``optimum`` in milliseconds."""
+
+    name: str
+    space: SearchSpace
+    outcomes: Mapping[Config, Outcome]
+    optimum: float
+
+
+def load(path: Path) -> Measured:
+    """Read one space.
+
+    Raises:
+        UsageError: if the file is missing or is not such a space.
+    """
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        document = json.loads(text)
+        names = list(document["tune_params_keys"])
+        listed = {name: document["tune_params"][name] for name in names}
+        cache = document["cache"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a measured space: {error!r}; the schema is in this command's --help") from None
+    space = SearchSpace(tuple(_param(name, listed[name]) for name in names))
+    spelled = {name: {str(value): _scalar(value) for value in listed[name]} for name in names}
+    outcomes: dict[Config, Outcome] = {}
+    for key, record in cache.items():
+        parts = dict(zip(names, key.split(","), strict=True))
+        outcomes[Config.of({name: spelled[name][part] for name, part in parts.items()})] = _outcome(record)
+    times = [outcome.ms for outcome in outcomes.values() if isinstance(outcome, Timed)]
+    if not times:
+        raise UsageError(f"{path}: no configuration has a time")
+    return Measured(path.name.removesuffix(".gz").removesuffix(".json"), space, outcomes, min(times))
+
+
+def _scalar(value: Any) -> Scalar:
+    return value if isinstance(value, bool | int | str) else str(value)
+
+
+def _param(name: str, values: Sequence[Any]) -> Param:
+    """Three or more numbers in order are an ordered parameter, anything else a choice."""
+    ordered = len(values) > 2 and all(isinstance(v, int | float) for v in values) and list(values) == sorted(values)
+    scalars = [_scalar(value) for value in values]
+    if ordered and all(isinstance(scalar, int) for scalar in scalars):
+        return Int(name, [int(scalar) for scalar in scalars])
+    return Param(name, tuple(scalars), True) if ordered else Choice(name, scalars)
+
+
+def _outcome(record: Mapping[str, Any]) -> Outcome:
+    measured = record["time"]
+    if isinstance(measured, str):
+        return FailedBuild(measured) if "Compil" in measured else Crashed(measured)
+    samples = sorted(record.get("times") or [measured])
+    low, high = samples[len(samples) // 5], samples[-1 - len(samples) // 5]
+    return Timed(float(measured), low, high, len(samples), 0.0)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One search: best found / optimum after each evaluation (infinite before the first time), what it did."""
+
+    curve: tuple[float, ...]
+    failures: int
+    stopped: str
+    seconds: float
+
+
+def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
+    """Search ``measured`` with ``trials`` unique evaluations."""
+    started = time.perf_counter()
+    result = run_study(
+        measured.space,
+        measured.outcomes.__contains__,
+        measured.outcomes.__getitem__,
+        trials=trials,
+        sampler=sampler,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - started
+    if len({trial.config for trial in result.trials}) != len(result.trials):
+        raise AssertionError(f"{measured.name}, {sampler}, seed {seed}: a configuration was evaluated twice")
+    curve, lowest = [], math.inf
+    for trial in result.trials:
+        lowest = min(lowest, math.inf if trial.ms is None else trial.ms)
+        curve.append(lowest / measured.optimum)
+    return Replay(tuple(curve), sum(trial.ms is None for trial in result.trials), result.stopped, seconds)
+
+
+def summary(
+    measured: Measured, sampler: str, replays: Sequence[Replay], budgets: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row a budget, over the seeds; a search that exhausted its space keeps its last value."""
+    rows = []
+    for budget in budgets:
+        ratios = sorted(replay.curve[min(budget, len(replay.curve)) - 1] for replay in replays)
+        rows.append(
+            {
+                "space": measured.name,
+                "sampler": sampler,
+                "budget": budget,
+                "seeds": len(ratios),
+                "mean": statistics.fmean(ratios),
+                "median": statistics.median(ratios),
+                "p95": ratios[math.ceil(0.95 * len(ratios)) - 1],
+                "worst": ratios[-1],
+                "optimum_found": sum(ratio == 1.0 for ratio in ratios),
+                "ms_per_proposal": 1e3 * sum(r.seconds for r in replays) / sum(len(r.curve) for r in replays),
+                "failures": statistics.fmean(r.failures for r in replays),
+                "finished": sum(len(r.curve) >= budget or r.stopped == "exhausted" for r in replays),
+            }
+        )
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "| space | sampler | evaluations | mean | median | 95% | worst | optimum found | seeds finished |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['space']} | {r['sampler']} | {r['budget']} | {r['mean']:.4f} | {r['median']:.4f} | {r['p95']:.4f} | "
+            f"{r['worst']:.4f} | {r['optimum_found']} of {r['seeds']} | {r['finished']} of {r['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def document(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows and what made them."""
+    names = [Path(file).name for file in arguments.files]
+    again = ["python", "benchmarks/search_replay.py", *names, "--samplers", ",".join(arguments.samplers)]
+    again += ["--seeds", str(arguments.seeds), "--first-seed", str(arguments.first_seed)]
+    again += ["--budgets", ",".join(map(str, arguments.budgets))]
+    return {
+        "command": shlex.join(again),
+        "versions": {
+            "python": platform.python_version(),
+            "optuna": version("optuna"),
+            "numpy": version("numpy"),
+        },
+        "rows": list(rows),
+    }
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """``replay.json`` and ``README.md`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "replay.json").write_text(json.dumps(content, indent=1) + "\n")
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    spent = sorted({(r["sampler"], r["space"], round(r["ms_per_proposal"], 1)) for r in content["rows"]})
+    (folder / "README.md").write_text(
+        "# Search replayed over measured spaces\n\n"
+        "Best found / optimum (1 = the space's optimum) after so many unique evaluations, failures included, over "
+        "seeds. Made by the command below; do not edit.\n\n"
+        f"    {content['command']} --out {folder.name if folder.is_absolute() else folder}\n\n{versions}\n\n{markdown(content['rows'])}\n\n"
+        "Milliseconds a candidate, proposal and bookkeeping in memory together: "
+        + "; ".join(f"{sampler} on {space} {ms}" for sampler, space, ms in spent)
+        + ".\n"
+    )
+
+
+def _list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="measured spaces, .json or .json.gz")
+    parser.add_argument("--samplers", type=_list, default=["tpe", "gp", "random"], help=f"of {','.join(SAMPLERS)}")
+    parser.add_argument("--budgets", type=lambda s: sorted(map(int, _list(s))), default=[50, 100, 150, 200])
+    parser.add_argument("--seeds", type=int, default=30, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write replay.json and README.md into this folder")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table on stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _arguments(argv)
+    if arguments.seeds < 1 or not arguments.budgets or arguments.budgets[0] < 1:
+        print("--seeds and --budgets must be at least 1", file=sys.stderr)
+        return 2
+    rows: list[dict[str, Any]] = []
+    try:
+        for file in arguments.files:
+            measured = load(Path(file))
+            for sampler in arguments.samplers:
+                seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+                replays = [replay(measured, sampler, seed, arguments.budgets[-1]) for seed in seeds]
+                rows += summary(measured, sampler, replays, arguments.budgets)
+                print(f"{measured.name} {sampler}: mean {rows[-1]['mean']:.4f} of the optimum", file=sys.stderr)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    content = document(rows, arguments)
+    print(json.dumps(content, indent=1) if arguments.json else markdown(rows))
+    if arguments.out is not None:
+        write(arguments.out, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The samplers: better than chance, bounded in time, fair to what is balanced, at home in awkward spaces."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+import pytest
+
+from mctune.core.config import Config
+from mctune.core.space import Choice, Int, SearchSpace
+from mctune.search.sampler import Proposer, Tried
+from mctune.search.study import run_study
+from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
+
+WIDE = SearchSpace((*(Int(f"p{i}", range(10)) for i in range(5)), Choice("form", ("a", "b", "c", "d"))))
+"""400,000 points."""
+
+
+def bowl(config: Config) -> float:
+    away = sum((config.integer(f"p{i}") - 2 - i) ** 2 for i in range(5))
+    return 1.0 + away / 20 + (config["form"] != "c")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_the_models_beat_chance(sampler: str) -> None:
+    def mean_best(name: str) -> float:
+        found = []
+        for seed in range(4):
+            result = run_study(
+                WIDE, lambda config: True, lambda config: timed(bowl(config)), trials=70, sampler=name, seed=seed
+            )
+            assert result.best is not None and result.best.ms is not None
+            found.append(result.best.ms)
+        return statistics.fmean(found)
+
+    chance, guided = mean_best("random"), mean_best(sampler)
+    assert guided < 1.15 and guided < chance - 0.2
+
+
+def test_the_default_configuration_is_tried_first() -> None:
+    default = SPACE.at([1, 2, 3, 2])
+    space = SearchSpace(SPACE.params, default=default)
+    result = run_study(space, valid, evaluate, trials=3, seed=9)
+    assert result.trials[0].config == default
+    broken = SearchSpace(SPACE.params, default=SPACE.at([5, 4, 0, 0]))
+    assert not valid(broken.default)
+    assert run_study(broken, valid, evaluate, trials=3, seed=9).trials[0].config != broken.default
+
+
+def test_a_needle_in_a_large_space_is_found_by_scanning() -> None:
+    space = SearchSpace(tuple(Int(f"p{i}", range(10)) for i in range(5)))
+    needles = [space.at([0, 3, 7, 7, i]) for i in range(3)]
+    result = run_study(space, needles.__contains__, lambda config: timed(1.0), trials=10)
+    assert result.stopped == "exhausted" and {trial.config for trial in result.trials} == set(needles)
+
+
+def test_a_proposal_takes_little_time_at_200_trials_and_later() -> None:
+    proposer = Proposer(WIDE, lambda config: True, "tpe", 0)
+    points = Proposer(WIDE, lambda config: True, "random", 0)
+    history: list[Tried] = []
+    while len(history) < 600:
+        point = points.propose(history)
+        assert point is not None
+        history.append((point, bowl(WIDE.at(point))))
+    for count in (200, 580):
+        moments = [time.perf_counter()]
+        for step in range(count, count + 10):
+            assert proposer.propose(history[:step]) is not None
+            moments.append(time.perf_counter())
+        taken = [after - before for before, after in pairwise(moments)]
+        assert statistics.median(taken) < 0.25  # 0.01 s on an idle machine
+
+
+def test_balance_gives_every_value_its_share_and_its_own_best() -> None:
+    """Without it the search flocks to BT=64, which is fastest."""
+
+    def count(balance: str | None) -> dict[int, int]:
+        result = run_study(SPACE, valid, evaluate, trials=90, seed=4, balance=balance)
+        lengths = [trial.config.integer("BT") for trial in result.trials]
+        if balance:
+            for bt in set(lengths):
+                reachable = [c for c in SPACE.points() if c["BT"] == bt and valid(c)]
+                found = min(t.ms for t in result.trials if t.config["BT"] == bt and t.ms is not None)
+                assert found <= 1.06 * min(milliseconds(config) for config in reachable)
+        return {bt: lengths.count(bt) for bt in set(lengths)}
+
+    assert set(count("BT").values()) == {15}
+    assert min(count(None).values()) < 10

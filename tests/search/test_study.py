@@ -1,0 +1,218 @@
+"""The study engine: what is recorded, what is refused, and that nothing is lost or repeated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import (
+    Crashed,
+    FailedBuild,
+    Outcome,
+    Predicted,
+    Timed,
+    TimedOut,
+    TooLarge,
+    Wrong,
+    cost,
+    from_json,
+)
+from mctune.core.space import Choice, Int, SearchSpace
+from mctune.search.events import SAMPLERS
+from mctune.search.study import Trial, load_study, run_study
+from tests.search.spaces import SPACE, evaluate, timed, valid
+
+LINE = SearchSpace((Int("x", range(8)),))
+EVERY_KIND: tuple[Outcome, ...] = (
+    FailedBuild("no such intrinsic"),
+    TooLarge("needs 300 B of 200 B", 300, 200, "B"),
+    Crashed("signal 11"),
+    TimedOut(5.0, "build"),
+    Wrong(0.5, 2e-5, "T=1"),
+    Timed(2.0, 1.9, 2.1, 20, 1e-7),
+    Predicted(3.0, "roofline"),
+    Wrong(float("inf"), 2e-5, "T=7"),
+)
+
+
+def always(config: Config) -> bool:
+    return True
+
+
+def plain(trials: tuple[Trial, ...]) -> list[tuple[Config, Outcome]]:
+    return [(trial.config, trial.outcome) for trial in trials]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'search.db'}"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equal_seeds_give_equal_searches_without_duplicates_or_invalid_points(sampler: str) -> None:
+    def searched(seed: int) -> list[tuple[Config, Outcome]]:
+        return plain(run_study(SPACE, valid, evaluate, trials=60, sampler=sampler, seed=seed).trials)
+
+    first = searched(5)
+    assert first == searched(5)
+    assert len({config for config, _ in first}) == 60
+    assert all(valid(config) for config, _ in first)
+    assert sampler == "grid" or first != searched(6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_small_space_is_exhausted_and_the_search_ends(sampler: str) -> None:
+    space = SearchSpace((Int("x", range(9)), Choice("y", ("a", "b")), Choice("z", (False, True))))
+
+    def odd(config: Config) -> bool:
+        return config.integer("x") % 2 == 1 or config["y"] == "a"
+
+    result = run_study(space, odd, lambda config: timed(1.0 + config.integer("x")), trials=500, sampler=sampler)
+    assert result.stopped == "exhausted"
+    assert {trial.config for trial in result.trials} == {config for config in space.points() if odd(config)}
+
+
+def test_a_space_without_a_valid_point_ends_at_once() -> None:
+    result = run_study(LINE, lambda config: False, evaluate, trials=5)
+    assert (result.trials, result.stopped, result.best) == ((), "exhausted", None)
+
+
+def test_every_candidate_may_fail() -> None:
+    result = run_study(SPACE, valid, lambda config: Crashed("boom"), trials=50)
+    assert len(result.trials) == 50 and result.best is None
+
+
+def test_every_kind_of_outcome_is_recorded_as_a_complete_trial(url: str) -> None:
+    shown: list[Trial] = []
+    result = run_study(
+        LINE, always, lambda config: EVERY_KIND[config.integer("x")], trials=8, storage=url, on_trial=shown.append
+    )
+    assert {trial.config.integer("x"): trial.outcome for trial in result.trials} == dict(enumerate(EVERY_KIND))
+    assert tuple(shown) == result.trials
+    best = result.best
+    assert best is not None and best.ms == 2.0
+
+    stored = optuna.load_study(study_name="mctune", storage=url)
+    assert Counter(trial.state for trial in stored.trials) == {TrialState.COMPLETE: 8}
+    assert stored.best_value == 2.0
+    for trial in stored.trials:
+        outcome = from_json(trial.user_attrs["outcome"])
+        assert Config.from_json(trial.user_attrs["config"]) == LINE.at([trial.params["x"]])
+        assert trial.user_attrs["seconds"] >= 0
+        assert trial.constraints == {"failed": float(cost(outcome) is None)}
+
+
+def test_going_on_is_the_same_as_never_having_stopped(url: str) -> None:
+    whole = run_study(SPACE, valid, evaluate, trials=45, seed=2)
+    for total in (1, 10, 30, 45, 45):
+        result = run_study(SPACE, valid, evaluate, trials=total, seed=2, storage=url)
+        assert len(result.trials) == total and result.stopped == "trials"
+    assert plain(result.trials) == plain(whole.trials)
+
+
+def test_kill_9_loses_no_finished_trial_and_repeats_none(url: str, tmp_path: Path) -> None:
+    log = tmp_path / "evaluations"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def run(dies_at: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.search.spaces", url, str(log), str(dies_at)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    for dies_at, finished in ((7, 6), (30, 28)):  # the 30th evaluation overall is candidate 29: the 7th was made twice
+        assert run(dies_at).returncode == -signal.SIGKILL
+        assert len(load_study(url)[1]) == finished
+    last = run(0)
+    assert last.returncode == 0 and last.stdout.split() == ["40"], last.stderr
+
+    _, trials = load_study(url)
+    assert len({trial.config for trial in trials}) == len(trials) == 40
+    evaluations = log.read_text().splitlines()
+    assert len(evaluations) == 42
+    cut_off = Counter(evaluations[6:7] + evaluations[29:30])
+    assert Counter(evaluations) - cut_off == Counter(trial.config.to_json() for trial in trials)
+    assert plain(trials) == plain(run_study(SPACE, valid, evaluate, trials=40, seed=3).trials)
+
+
+def test_a_trial_cut_off_between_its_outcome_and_the_end_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = optuna.Study.tell
+
+    def cut_off(self: optuna.Study, trial: int, *args: object, **kwargs: object) -> object:
+        if trial == 3:
+            raise RuntimeError("power cut")
+        return tell(self, trial, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(optuna.Study, "tell", cut_off)
+        run_study(SPACE, valid, evaluate, trials=10, storage=url)
+    evaluated: list[Config] = []
+
+    def watched(config: Config) -> Outcome:
+        evaluated.append(config)
+        return evaluate(config)
+
+    result = run_study(SPACE, valid, watched, trials=10, storage=url)
+    assert len(result.trials) == 10 and len(evaluated) == 6
+    assert optuna.load_study(study_name="mctune", storage=url).trials[3].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_ctrl_c_returns_what_is_there_and_the_study_goes_on(url: str, stored: bool) -> None:
+    calls = 0
+
+    def interrupted(config: Config) -> Outcome:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return evaluate(config)
+
+    storage = url if stored else None
+    result = run_study(SPACE, valid, interrupted, trials=20, seed=1, storage=storage)
+    assert result.interrupted and len(result.trials) == 5 and result.best is not None
+    if stored:
+        again = run_study(SPACE, valid, evaluate, trials=20, seed=1, storage=storage)
+        assert plain(again.trials) == plain(run_study(SPACE, valid, evaluate, trials=20, seed=1).trials)
+
+
+def test_the_timeout_ends_a_run() -> None:
+    result = run_study(SPACE, valid, evaluate, trials=20, timeout=0.0)
+    assert result.stopped == "timeout" and result.trials == ()
+
+
+def test_a_study_of_something_else_is_refused(url: str, tmp_path: Path) -> None:
+    about = {"problem": {"T": 4096}, "target": "cpu"}
+    run_study(LINE, always, lambda config: timed(1.0), trials=2, storage=url, attrs=about)
+    assert load_study(url)[0] == about
+    with pytest.raises(UsageError, match='target is "cpu" there and "a100-80g" here'):
+        run_study(LINE, always, evaluate, trials=3, storage=url, attrs={**about, "target": "a100-80g"})
+    with pytest.raises(UsageError, match=r"x is \[0, 1.*give another study name"):
+        run_study(LINE.fixed(x=(0, 1)), always, evaluate, trials=3, storage=url, attrs=about)
+    run_study(LINE, always, lambda config: timed(1.0), trials=2, storage=url, study_name="other", attrs={"target": "x"})
+    optuna.create_study(storage=url, study_name="foreign").ask()
+    with pytest.raises(UsageError, match="mctune did not make it"):
+        run_study(LINE, always, evaluate, trials=3, storage=url, study_name="foreign", attrs=about)
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trials=0"):
+        run_study(LINE, always, evaluate, trials=0)
+    with pytest.raises(UsageError, match=r"annealing.*tpe, random, gp, grid"):
+        run_study(LINE, always, evaluate, trials=1, sampler="annealing")
+    with pytest.raises(UsageError, match="no parameter 'segment_length'"):
+        run_study(LINE, always, evaluate, trials=1, balance="segment_length")
+    with pytest.raises(UsageError, match=r"cannot open the storage sqlite:////nowhere/at/all\.db"):
+        run_study(LINE, always, evaluate, trials=1, storage="sqlite:////nowhere/at/all.db")
+    with pytest.raises(UsageError, match="cannot open the storage nonsense"):
+        run_study(LINE, always, evaluate, trials=1, storage="nonsense")
+    with pytest.raises(UsageError, match="holds no study 'mctune'"):
+        load_study(f"sqlite:///{tmp_path / 'empty.db'}")
