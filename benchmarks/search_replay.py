@@ -184,12 +184,13 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "replay.json").write_text(json.dumps(content, indent=1) + "\n")
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    shown = folder.name if folder.is_absolute() else folder
     spent = sorted({(r["sampler"], r["space"], round(r["ms_per_proposal"], 1)) for r in content["rows"]})
     (folder / "README.md").write_text(
         "# Search replayed over measured spaces\n\n"
         "Best found / optimum (1 = the space's optimum) after so many unique evaluations, failures included, over "
         "seeds. Made by the command below; do not edit.\n\n"
-        f"    {content['command']} --out {folder.name if folder.is_absolute() else folder}\n\n{versions}\n\n{markdown(content['rows'])}\n\n"
+        f"    {content['command']} --out {shown}\n\n{versions}\n\n{markdown(content['rows'])}\n\n"
         "Milliseconds a candidate, proposal and bookkeeping in memory together: "
         + "; ".join(f"{sampler} on {space} {ms}" for sampler, space, ms in spent)
         + ".\n"
