@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,8 @@ from mctune.core.space import Choice, Int, SearchSpace
 from mctune.search.sampler import Proposer, Tried
 from mctune.search.study import run_study
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
+
+ROOT = Path(__file__).parents[2]
 
 WIDE = SearchSpace((*(Int(f"p{i}", range(10)) for i in range(5)), Choice("form", ("a", "b", "c", "d"))))
 """400,000 points."""
@@ -56,21 +62,30 @@ def test_a_needle_in_a_large_space_is_found_by_scanning() -> None:
     assert result.stopped == "exhausted" and {trial.config for trial in result.trials} == set(needles)
 
 
-def test_a_proposal_takes_little_time_at_200_trials_and_later() -> None:
+def proposal_seconds(count: int) -> float:
+    """Median processor seconds of ten proposals after ``count`` random points."""
     proposer = Proposer(WIDE, lambda config: True, "tpe", 0)
-    points = Proposer(WIDE, lambda config: True, "random", 0)
+    chance = Proposer(WIDE, lambda config: True, "random", 0)
     history: list[Tried] = []
-    while len(history) < 600:
-        point = points.propose(history)
+    moments = []
+    while len(history) < count + 10:
+        point = chance.propose(history)
         assert point is not None
         history.append((point, bowl(WIDE.at(point))))
-    for count in (200, 580):
-        moments = [time.perf_counter()]
-        for step in range(count, count + 10):
-            assert proposer.propose(history[:step]) is not None
-            moments.append(time.perf_counter())
-        taken = [after - before for before, after in pairwise(moments)]
-        assert statistics.median(taken) < 0.25  # 0.01 s on an idle machine
+    for step in range(count, count + 11):
+        moments.append(time.process_time())
+        assert proposer.propose(history[:step]) is not None
+    return statistics.median(after - before for before, after in pairwise(moments))
+
+
+@pytest.mark.parametrize("count", [200, 600])
+def test_a_proposal_takes_little_time(count: int) -> None:
+    """In a process of one BLAS thread: on a machine that is busy, threads that wait for each other are all one sees."""
+    code = f"from tests.search.test_sampler import proposal_seconds; print(proposal_seconds({count}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.15  # 0.01 s measured
 
 
 def test_balance_gives_every_value_its_share_and_its_own_best() -> None:
