@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -61,6 +62,8 @@ def command(
         max_slowdown=max_slowdown,
         trial_timeout_s=trial_timeout,
     )
+    # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mctune.cli._progress import SearchProgress
     from mctune.search.run import search
 
@@ -72,7 +75,7 @@ def command(
         click.echo(report_text(report))
     package = emit_report(request, report)
     if package is not None:
-        say(f"{package} is a Python package: `from {'.'.join(package.parts)} import memory_caching` where it stands")
+        say(f"{package} is a package: `from {package.name} import memory_caching` with {package.parent} on PYTHONPATH")
     if report.interrupted:
         say("interrupted: what stands above is the best so far; the same command goes on from here")
         return INTERRUPTED
