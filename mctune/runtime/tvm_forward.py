@@ -75,10 +75,10 @@ class TvmForward:
         means = q.new_empty(B * H * N, self.Dk)
         y = q.new_empty(B * T * H, self.Dv)
         spans = (segments.begin, segments.end, segments.first)
+        # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
+        top_k = min(max(top_k, 1), N)
         self.segment_states(k, v, *gates, *spans, T, H, states, means)
-        self.read_forward(
-            q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, max(top_k, 1), float(scale), y
-        )
+        self.read_forward(q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, top_k, float(scale), y)
         return y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
 
     def _gates(
