@@ -22,9 +22,15 @@ SCRATCH = """
 #include <stdlib.h>
 #include <string.h>
 enum { GUARD = 64 };
-static int overruns;
+static int overruns, callers, period = 1;
+static _Thread_local int counted;
 int mctune_test_overruns(void) { return overruns; }
+int mctune_test_callers(void) { /* threads that asked for memory since the last call of this */
+  int seen = callers;
+  return callers = 0, ++period, seen;
+}
 void *mctune_test_alloc(int device, int id, uint64_t bytes, int code, int bits) {
+  if (counted != period) counted = period, __atomic_fetch_add(&callers, 1, __ATOMIC_SEQ_CST);
   char *block = aligned_alloc(GUARD, (bytes + 3 * GUARD - 1) / GUARD * GUARD);
   if (block == NULL) return NULL;
   memset(block, 0xff, bytes + 2 * GUARD);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
 
@@ -16,7 +17,7 @@ WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
 SEGMENT_LENGTHS = (64, 100, 24, 256)
 EXTRA = 10
 """Kernels beyond one for each (recurrence, aggregation, state init) and each (recurrence, formulation) of ssc."""
-_POOL = 40
+_POOL, _STRIDE = 20, 40
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ def draw() -> list[Drawn]:
             turn = number if len(some) > 2 else number ^ number >> 1
             wanted.append((problem, some[turn % len(some)]))
     for recurrence, formulation in product(RECURRENCES, formulations(_problem((64, (16, 16)), "linear", "ssc"))):
-        if not any(
-            p.recurrence == recurrence and p.aggregation == "ssc" and f == formulation for p, f in wanted
-        ):
+        if not any(p.recurrence == recurrence and p.aggregation == "ssc" and f == formulation for p, f in wanted):
             wanted.append((_problem(next(shapes), recurrence, "ssc"), formulation))
     for _ in range(EXTRA):
         problem = _problem(next(shapes), *(rng.choice(c) for c in (RECURRENCES, AGGREGATIONS, STATE_INITS)))
@@ -67,8 +66,7 @@ def draw() -> list[Drawn]:
     drawn: list[Drawn] = []
     seen: set[tuple[str, Scalar]] = set()
     for problem, formulation in wanted:
-        pool = [_valid(rng, problem, formulation) for _ in range(_POOL)]
-        config = max(pool, key=lambda c: len(set(c.items) - seen))
+        config = max(_walk(rng, problem, formulation), key=lambda c: len(set(c.items) - seen))
         seen |= set(config.items)
         drawn.append(Drawn(problem, config))
     return drawn
@@ -84,9 +82,15 @@ def _problem(
     )  # fmt: skip
 
 
-def _valid(rng: random.Random, problem: Problem, formulation: Scalar) -> Config:
-    space, target = load_space("forward").fixed(formulation=(formulation,)), host()
-    while True:
-        config = space.at([rng.randrange(len(param.values)) for param in space.params])
-        if space.valid(config, problem, target):
-            return config
+def _walk(rng: random.Random, problem: Problem, formulation: Scalar) -> Iterator[Config]:
+    """Valid configurations, far apart on a random walk that changes one parameter at a time."""
+    space, target = load_space("forward"), host()
+    config = space.default.replace(formulation=formulation, chunk=16, rows=1, score_rows=2, state_rows=2)
+    assert space.valid(config, problem, target)
+    for step in range(1, _POOL * _STRIDE + 1):
+        param = rng.choice(space.params)
+        other = config.replace(**{param.name: rng.choice(param.values)})
+        if other["formulation"] == formulation and space.valid(other, problem, target):
+            config = other
+        if step % _STRIDE == 0:
+            yield config

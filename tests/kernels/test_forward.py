@@ -36,7 +36,7 @@ def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
 
     yield sized(1, 1, 1), None
     yield sized(1, C - 1, 1), None
-    yield sized(2, 2 * C + C // 2 + 1, 3, **ssc(1)), None
+    yield sized(2, (2 if C <= 100 else 1) * C + C // 2 + 1, 3, **ssc(1)), None
     # Segments shorter than a chunk, more of them than ssc reads or than a panel or a score tile holds.
     yield sized(2, 150, 2, segment_length=13, **ssc(3)), None
     yield sized(1, 40, 1, segment_length=1, **ssc(100)), None
@@ -44,7 +44,7 @@ def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
         yield sized(B, T, H, segmentation="logarithmic", segment_length=None, **ssc(2)), None
     packed = {"segmentation": "packed"}
     yield sized(1, 1, 1, **packed), [0, 1]
-    yield sized(1, 2 * C + 9, 1, **packed, **ssc(1)), [0, 0, 5, 5, 2 * C + 8, 2 * C + 9, 2 * C + 9]
+    yield sized(1, C + 29, 1, **packed, **ssc(1)), [0, 0, 5, 5, C + 28, C + 29, C + 29]
     yield sized(1, 90, 3, **packed | {"segment_length": 7}, **ssc(4)), [0, 1, 1, 60, 66, 90]
 
 
