@@ -44,11 +44,13 @@ def load_library(path: Path) -> Any:
     Raises:
         KernelError: if the machine, apache-tvm-ffi or the library cannot run it.
     """
-    _prepare()
+    functions = _host_functions()
     import tvm_ffi
 
     if not path.is_file():
         raise KernelError(f"kernel library {path} is missing; emit the package again with `mctune emit`")
+    # A library takes its pointers as it is loaded, and an `import tvm` at any time puts its own pool in their place.
+    _register(functions)
     try:
         return tvm_ffi.load_module(str(path))
     except (OSError, RuntimeError) as error:
@@ -80,24 +82,29 @@ def runnable(library: Path, record: Mapping[str, Any]) -> Path:
 
 
 @cache
-def _prepare() -> None:
-    """Fill the pointers through which kernels reach threads and scratch memory."""
+def _host_functions() -> dict[str, ctypes.c_void_p]:
+    """The functions through which kernels reach threads and scratch memory, by the name of their pointer."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise KernelError(
             f"the kernels are for Linux on x86_64, this is {platform.system()} on {platform.machine()}; "
             'use backend="eager"'
         )
     _check_ffi()
-    from tvm_ffi import libinfo
-
     threads = ctypes.CDLL(str(_threads_library()))
     threads.mctune_set_openmp(*_openmp())
+    return {symbol: ctypes.cast(getattr(threads, name), ctypes.c_void_p) for symbol, name in _SYMBOLS.items()}
+
+
+def _register(functions: Mapping[str, ctypes.c_void_p]) -> None:
+    """Have apache-tvm-ffi fill these pointers in the libraries that it loads from now on."""
+    from tvm_ffi import libinfo
+
     # Kernels resolve their error helper in the process's global scope.
     ffi = ctypes.CDLL(libinfo.find_libtvm_ffi(), mode=ctypes.RTLD_GLOBAL)
     register = ffi.TVMFFIEnvModRegisterContextSymbol
     register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    for symbol, function in _SYMBOLS.items():
-        if register(symbol.encode(), ctypes.cast(getattr(threads, function), ctypes.c_void_p)) != 0:
+    for symbol, function in functions.items():
+        if register(symbol.encode(), function) != 0:
             raise KernelError(f"apache-tvm-ffi refused to register {symbol}; {_FFI_REMEDY}")
 
 
