@@ -62,20 +62,13 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     command = ["gcc", "-O2", "-shared", "-fPIC", "scratch.c", "-o", "scratch.so"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "scratch.so"))
-    tvm_loader._prepare()
-    threads = ctypes.CDLL(str(tvm_loader._threads_library()))
-    _register(library.mctune_test_alloc, library.mctune_test_free)
-    yield library
-    _register(threads.mctune_alloc_workspace, threads.mctune_free_workspace)
-
-
-def _register(alloc: object, free: object) -> None:
-    from tvm_ffi import libinfo
-
-    register = ctypes.CDLL(libinfo.find_libtvm_ffi()).TVMFFIEnvModRegisterContextSymbol
-    register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    for symbol, function in ((b"__TVMBackendAllocWorkspace", alloc), (b"__TVMBackendFreeWorkspace", free)):
-        assert register(symbol, ctypes.cast(function, ctypes.c_void_p)) == 0  # type: ignore[arg-type]
+    ours = {"__TVMBackendAllocWorkspace": "mctune_test_alloc", "__TVMBackendFreeWorkspace": "mctune_test_free"}
+    pointers = {symbol: ctypes.cast(getattr(library, name), ctypes.c_void_p) for symbol, name in ours.items()}
+    functions = tvm_loader._host_functions()
+    assert set(pointers) < set(functions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tvm_loader, "_host_functions", lambda: functions | pointers)
+        yield library
 
 
 @pytest.fixture(scope="session")

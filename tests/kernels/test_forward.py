@@ -69,6 +69,7 @@ def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForwa
         assert y.shape == reference.shape and y.dtype == torch.float32 and y.is_contiguous()
         assert error_ratio(y, reference) <= TOLERANCE, f"{problem} {bounds} with {one.config}"
     assert scratch.mctune_test_overruns() == 0
+    assert scratch.mctune_test_callers() > 0, "the kernel did not use the tests' scratch memory"
 
 
 def test_every_combination_and_formulation_is_compiled() -> None:

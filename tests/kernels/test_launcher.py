@@ -240,6 +240,46 @@ def test_a_missing_or_broken_library(tmp_path: Path) -> None:
         TvmForward(tmp_path / "broken.so", record)
 
 
+AFTER_TVM = """
+import os, sys
+from pathlib import Path
+
+import torch
+
+from mctune.core.problem import Problem
+from mctune.runtime.tvm_forward import TvmForward
+from mctune.search.inputs import make_inputs
+from mctune.search.verify import run_kernel
+
+problem = Problem.from_json(sys.argv[1])
+first, second = (TvmForward(Path(path), {"problem": problem.to_dict()}) for path in sys.argv[2:4])
+inputs = make_inputs(problem, 0)
+torch.set_num_threads(2)
+run_kernel(first, problem, inputs)
+import tvm
+
+pool = set(os.listdir("/proc/self/task"))
+third = TvmForward(Path(sys.argv[4]), {"problem": problem.to_dict()})
+assert torch.equal(run_kernel(third, problem, inputs), run_kernel(second, problem, inputs))
+assert set(os.listdir("/proc/self/task")) == pool, "a second pool of threads was started"
+"""
+
+
+def test_importing_the_compiler_between_two_kernels_changes_no_threads(
+    build: Build, kernel_folder: Path, tmp_path: Path
+) -> None:
+    """The compiler brings a pool of its own, which would take the cores from torch's."""
+    problem = GRM.replace(Dk=16, Dv=16)
+    built = TvmBackend().build(problem, TvmBackend().space(problem).default, host(), kernel_folder)
+    copies = [tmp_path / f"{name}.so" for name in "abc"]
+    for copy in copies:
+        copy.write_bytes(built.library.read_bytes())
+    command = [sys.executable, "-c", AFTER_TVM, problem.to_json(), *map(str, copies)]
+    environment = os.environ | {"TVM_NUM_THREADS": "4"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 RAW = """
 import sys
 from pathlib import Path
