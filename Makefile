@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+TUNED := build/mctune_cpu
 
 .PHONY: search test bench lint types wheel wheel-check clean setup
 
@@ -13,7 +14,7 @@ test: $(READY)
 	$(BIN)/pytest
 
 bench: $(READY)
-	$(BIN)/mctune bench --out results/cpu/bench.json
+	$(BIN)/python benchmarks/forward.py --out results/cpu/bench.json $(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED))
 
 lint: $(READY)
 	$(BIN)/ruff check .

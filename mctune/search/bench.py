@@ -119,7 +119,8 @@ def measure(contenders: Sequence[Contender], *, rounds: int, seed: int = 0, note
             except Exception as error:
                 if not contender.optional:
                     raise
-                note(f"{contender.name} left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+                reason = (str(error).strip() or "no message").splitlines()[0][:200]
+                note(f"{contender.name} left out: {type(error).__name__}: {reason}")
                 continue
             errors[contender.name] = _check(contender, y, references[contender.problem])
             calls[contender.name] = call
