@@ -1,0 +1,45 @@
+"""A backend whose compiled kernels fail in the way that ``config["fault"]`` says; see ``faulty_read``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from pathlib import Path
+
+from faulty_read import build as read_forward
+
+from mctune.backends.protocol import Built
+from mctune.backends.tvm import TvmBackend
+from mctune.backends.tvm.templates import render
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+
+
+class FaultyBackend(TvmBackend):
+    """The TVM backend with the real ``segment_states`` and the planted ``read_forward``."""
+
+    name = "faulty"
+
+    def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
+        fault = config["fault"]
+        if fault == "build_aborts":
+            os.abort()
+        if fault == "build_hangs":
+            time.sleep(600)
+        if fault == "build_raises":
+            raise ValueError("planted: the template\nrefuses this\n")
+        name = f"{fault}_{target.arch}"
+        built = Built(folder / f"{name}.so", folder / f"{name}.py")
+        if built.library.is_file():
+            return built
+        tvm = importlib.import_module("tvm")
+        problem, real = self.padded(problem), self.space(problem).default
+        module = render(problem, real, target)
+        module["read_forward"] = read_forward(problem, fault)
+        device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
+        compiled = tvm.compile(module, target=device)
+        built.source.write_text(module.script())
+        compiled.export_library(str(built.library))
+        return built

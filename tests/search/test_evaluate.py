@@ -1,0 +1,278 @@
+"""Candidates that fail in every way there is, as compiled kernels in a worker process; and timing and judging."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mctune.backends import get_backend
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, from_json
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+from mctune.reference import error_ratio
+from mctune.search import timing, verify
+from mctune.search.inputs import Inputs, make_inputs, odd_problems
+from mctune.search.timing import summary, time_rotated
+from mctune.search.verify import judged_inputs, poisoned_memory
+from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
+
+PLANTED = Path(__file__).parent.parent / "planted"
+PROBLEM = Problem(aggregation="residual", T=1024, H=1, Dk=16, Dv=16, segment_length=32)
+SSC = Problem(aggregation="ssc", T=150, H=2, Dk=8, Dv=8, segment_length=20, top_k=2)
+LIMIT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where candidates are compiled; the planted backend can be imported, by the workers too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PLANTED))
+        yield tmp_path_factory.mktemp("candidates")
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path) -> Iterator[Worker]:
+    setup = {
+        "backend": "faulty_backend:FaultyBackend", "target": "cpu", "folder": str(folder), "seed": 0,
+        "threads": min(2, os.cpu_count() or 1),
+    }  # fmt: skip
+    with Worker("mctune.search.evaluate:start", setup) as running:
+        yield running
+
+
+def candidate(fault: str) -> dict[str, Any]:
+    return {"problem": PROBLEM.to_dict(), "config": {"fault": fault}}
+
+
+def evaluate(worker: Worker, fault: str, limit_s: float = LIMIT_S) -> Outcome | WorkerDied | WorkerTimedOut:
+    reply = worker.call({"evaluate": candidate(fault)}, limit_s)
+    return from_json(reply["outcome"]) if isinstance(reply, dict) else reply
+
+
+def build_here(fault: str, folder: Path) -> None:
+    """Compile a candidate, so that a worker's short limit is spent on running it."""
+    backend = get_backend("faulty_backend:FaultyBackend")
+    backend.build(PROBLEM, Config.of({"fault": fault}), resolve("cpu")[0], folder)
+
+
+def assert_the_search_goes_on(worker: Worker) -> None:
+    outcome = evaluate(worker, "none")
+    assert isinstance(outcome, Timed), outcome
+    assert 0 < outcome.low <= outcome.ms <= outcome.high and outcome.repeats >= 3
+    assert 0 < outcome.error < 1e-6
+
+
+def test_a_build_that_fails(worker: Worker) -> None:
+    outcome = evaluate(worker, "build")
+    assert isinstance(outcome, FailedBuild)
+    assert "Failed to vectorize loop with extent tokens" in outcome.message and "\n" not in outcome.message
+    assert evaluate(worker, "build_raises") == FailedBuild("ValueError: refuses this")
+    assert_the_search_goes_on(worker)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "case"),
+    [
+        # Off by 1e-4 everywhere; each segment forgets the ones before it; the last token is left as it was: NaN.
+        ("off", 1e-4, "B1 T1 H1"),
+        ("forgets", 0.9, "B2 T177 H2"),
+        ("unwritten", float("inf"), "B1 T31 H1"),
+    ],
+)
+def test_a_result_that_is_wrong(fault: str, error: float, case: str, worker: Worker) -> None:
+    outcome = evaluate(worker, fault)
+    assert isinstance(outcome, Wrong)
+    assert outcome.error == pytest.approx(error, rel=0.05) and outcome.tolerance == 2e-5
+    assert case in outcome.case
+    assert_the_search_goes_on(worker)
+
+
+def test_a_kernel_that_refuses(worker: Worker) -> None:
+    assert evaluate(worker, "raise") == Crashed("RuntimeError: planted: refused by the kernel")
+    assert_the_search_goes_on(worker)
+
+
+@pytest.mark.parametrize(
+    ("fault", "signal", "stage"),
+    [("abort", "SIGABRT", "verify"), ("wild", "SIGSEGV", "verify"), ("build_aborts", "SIGABRT", "build")],
+)
+def test_a_crash_takes_only_the_worker_along(fault: str, signal: str, stage: str, worker: Worker) -> None:
+    started = worker.started
+    died = evaluate(worker, fault)
+    assert isinstance(died, WorkerDied), died
+    assert signal in died.message and died.stage == stage
+    assert_the_search_goes_on(worker)
+    assert worker.started > started
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit_s", "stage"), [("hang", 6.0, "verify"), ("hang_late", 12.0, "time"), ("build_hangs", 2.0, "build")]
+)
+def test_a_hang_is_ended(fault: str, limit_s: float, stage: str, worker: Worker, folder: Path) -> None:
+    if fault != "build_hangs":
+        build_here(fault, folder)
+    began = time.monotonic()
+    assert_the_search_goes_on(worker)
+    lead = time.monotonic() - began
+    assert evaluate(worker, fault, limit_s) == WorkerTimedOut(limit_s, stage)
+    assert time.monotonic() - began - lead < limit_s + 5
+    assert_the_search_goes_on(worker)
+
+
+def test_finalists_are_timed_side_by_side(worker: Worker) -> None:
+    reply = worker.call({"compare": [candidate("none"), candidate("off")]}, LIMIT_S)
+    assert isinstance(reply, dict)
+    one, other = reply["samples"]
+    assert len(one) == len(other) >= 3 and min(one + other) > 0
+    # The same loop twice.
+    assert 0.2 < statistics.median(one) / statistics.median(other) < 5
+
+
+def test_what_ships_is_verified_again(worker: Worker) -> None:
+    reply = worker.call({"ship": candidate("none"), "portable_arch": "x86-64-v3"}, LIMIT_S)
+    assert isinstance(reply, dict)
+    assert Path(reply["library"]).is_file() and Path(reply["source"]).is_file()
+    assert Path(reply["portable"]).is_file() and "x86-64-v3" in reply["portable"]
+    assert len(reply["errors"]) == 2 and max(reply["errors"]) < 1e-6
+    assert any("T177" in case for case in reply["cases"])
+    died = worker.call({"ship": candidate("forgets"), "portable_arch": "x86-64-v3"}, LIMIT_S)
+    assert isinstance(died, WorkerDied) and died.stage == "verify"
+    assert "wrong: error" in died.message and "fault=forgets" in died.message
+
+
+def test_a_backend_is_named_by_module_and_attribute(folder: Path) -> None:
+    assert get_backend("faulty_backend:FaultyBackend").name == "faulty"
+    assert get_backend("tvm").name == "tvm"
+    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; there is tvm, or give module:attribute"):
+        get_backend("cuda")
+
+
+def test_rounds_are_rotated_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "_flush", lambda scratch: calls.append("flush"))
+    functions = [lambda name=name: calls.append(name) for name in "abc"]
+    samples = time_rotated(functions, rounds=4, warmup=2)
+    assert [len(one) for one in samples] == [4, 4, 4]
+    assert "".join(calls[:6]) == "aabbcc"
+    assert calls[6::2] == ["flush"] * 12
+    assert "".join(calls[7::2]) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_timing_stops_after_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 1 << 10)
+    samples = time_rotated([lambda: None, lambda: None], rounds=100, limit_s=0.0)
+    assert [len(one) for one in samples] == [3, 3]
+    (slept,) = time_rotated([lambda: time.sleep(0.02)], rounds=3)
+    assert 20 <= min(slept) and statistics.median(slept) < 200
+
+
+def test_the_cache_is_flushed_in_place() -> None:
+    scratch = torch.zeros(8)
+    timing._flush(scratch)
+    assert scratch.tolist() == [1.0] * 8
+    # Larger than any last-level cache that a laptop or a slice of a server has.
+    assert timing._FLUSH_BYTES >= 64 << 20
+
+
+def test_summary() -> None:
+    assert summary([5.0]) == (5.0, 5.0, 5.0)
+    assert summary([4.0, 1.0, 100.0, 3.0, 2.0, 5.0]) == (3.5, 2.0, 5.0)
+
+
+def test_near_ties_of_ssc_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def tied(problem: Problem, seed: int) -> Inputs:
+        """Two segments with the same descriptor up to rounding, on the first two seeds."""
+        drawn.append(seed)
+        inputs = make_inputs(problem, seed)
+        if seed < 9:
+            k = inputs.k.clone()
+            k[:, 20:40] = k[:, :20] * (1 + 1e-7)
+            # Every other segment is read less than these two.
+            k[:, 40:] = -100 * k[:, :20].mean(1, keepdim=True) if seed == 7 else k[:, :20].repeat(1, 6, 1, 1)[:, :110]
+            return replace(inputs, k=k)
+        return inputs
+
+    monkeypatch.setattr(verify, "make_inputs", tied)
+    inputs, _ = judged_inputs(SSC.replace(top_k=1), 7)
+    assert drawn == [7, 8, *range(9, drawn[-1] + 1)] and drawn[-1] >= 9
+    assert torch.equal(inputs.k, make_inputs(SSC, drawn[-1]).k)
+    drawn.clear()
+    judged_inputs(PROBLEM.replace(T=50), 7)
+    assert drawn == [7]
+
+
+def test_the_choice_gap_is_that_of_the_nearest_decision() -> None:
+    inputs = make_inputs(SSC, 3)
+    gaps = []
+    for t in range(60, 150):
+        past = t // 20
+        p = inputs.k.double()[:, : past * 20].view(1, past, 20, 2, 8).mean(2)
+        for head in range(2):
+            logits = sorted((p[0, :, head] @ inputs.u[0, t, head].double()).tolist(), reverse=True)
+            gaps.append(logits[1] - logits[2])
+    assert verify._choice_gap(SSC, inputs) == pytest.approx(min(gaps), rel=1e-6)
+    # Where every segment is read there is nothing to decide.
+    assert verify._choice_gap(SSC.replace(top_k=7), inputs) == float("inf")
+
+
+def test_judging_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inputs, reference = judged_inputs(SSC, 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert reference.dtype == torch.float64 and reference.shape == inputs.v.shape
+    assert error_ratio(reference.float(), reference) < 1e-7
+
+
+def test_memory_is_poisoned_inside_only() -> None:
+    with poisoned_memory():
+        assert bool(torch.empty(100).isnan().all()) and bool(torch.ones(1).new_empty(5, 3).isnan().all())
+        assert torch.empty(2, dtype=torch.int32).tolist() == [2**31 - 1] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), poisoned_memory():
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("segmentation", ("constant", "logarithmic", "packed"))
+def test_odd_problems_cover_the_edges(segmentation: str) -> None:
+    C = None if segmentation == "logarithmic" else 128
+    problem = Problem(
+        aggregation="ssc", top_k=4, segmentation=segmentation, T=4096, H=8, Dk=16, Dv=48, segment_length=C
+    )
+    one, short, many = odd_problems(problem)
+    assert (one.B, one.T, one.H) == (1, 1, 1)
+    assert short.T == (C or 32) - 1 and short.segment_length == C
+    assert many.B * many.H > 1 and (C is None or many.T % 64 != 0)
+    assert C is None or many.T // 64 > problem.top_k + 1  # type: ignore[operator]
+    assert {(case.Dk, case.Dv, case.top_k, case.segmentation) for case in (one, short, many)} == {
+        (16, 48, 4, segmentation)
+    }
+
+
+def test_inputs_are_fresh_and_repeatable() -> None:
+    packed = Problem(recurrence="swla", segmentation="packed", T=50, H=2, Dk=4, Dv=6, segment_length=8, dtype="float16")
+    a, again, b = make_inputs(packed, 1), make_inputs(packed, 1), make_inputs(packed, 2)
+    for name in "qkvu":
+        assert torch.equal(getattr(a, name), getattr(again, name)) and getattr(a, name).dtype == torch.float16
+        assert not torch.equal(getattr(a, name), getattr(b, name))
+    assert set(a.gates) == {"g", "beta", "lam"} and float(a.gates["g"].max()) <= 0
+    assert all(gate.dtype == torch.float32 for gate in a.gates.values())
+    assert a.cu_seqlens is not None and a.cu_seqlens[0] == 0 and a.cu_seqlens[-1] == 50
+    assert bool((a.cu_seqlens.diff() >= 0).all()) and a.cu_seqlens.dtype == torch.int32
