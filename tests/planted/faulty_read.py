@@ -38,7 +38,7 @@ def build(problem, fault):
                 y[0, n] = T.call_extern("float32", "no_such_function", q[0, n])
         if fault == "wild":
             for far in range(1 << 24):
-                y[R + far * 4, 0] = T.float32(1)
+                y[R + (1 << 26) + far * 2, 0] = T.float32(1)
         for bh in T.parallel(R // tokens):
             row0: T.let = bh // heads * tokens * heads + bh % heads
             M = T.alloc_buffer((Dk, Dv), "float32")
