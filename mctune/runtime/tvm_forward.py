@@ -36,7 +36,9 @@ class TvmForward:
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))
-        self.segment_states = module["segment_states"]
+        # Absent where the read computes the states as it goes.
+        fused = not module.implements_function("segment_states")
+        self.segment_states = None if fused else module["segment_states"]
         self.read_forward = module["read_forward"]
         problem = record["problem"]
         self.gated = problem["recurrence"] == "swla"
@@ -77,7 +79,8 @@ class TvmForward:
         spans = (segments.begin, segments.end, segments.first)
         # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
         top_k = min(max(top_k, 1), N)
-        self.segment_states(k, v, *gates, *spans, T, H, states, means)
+        if self.segment_states is not None:
+            self.segment_states(k, v, *gates, *spans, T, H, states, means)
         self.read_forward(q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, top_k, float(scale), y)
         return y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
 

@@ -40,7 +40,7 @@ SPACE = SearchSpace(
         Choice("formulation", ("per_segment", "gated", "summed", "gather"), "of the cached read"),
         Pow2("panel", 1, 8, "segments of one long-K product, for gated"),
         Choice("loop_order", ("rows_outer", "cols_outer"), "of the register tiles"),
-        Choice("parallel", ("segment", "head"), "what one task is"),
+        Choice("parallel", ("segment", "head"), "what one task is; with head the read computes the states as it goes"),
         Int("score_rows", (2, 4, 8), "keys or segments of a score tile"),
         Int("score_lanes", (16, 32, 48, 64), "tokens of a score tile"),
         Pow2("state_chunk", 32, 256, "tokens packed at once for the segment states"),
@@ -68,6 +68,11 @@ SPACE = SearchSpace(
             "score_lanes must divide chunk",
         ),
         Constraint("score registers", _fits_registers("score_rows", "score_lanes"), "the score tile would spill"),
+        Constraint(
+            "state_chunk",
+            lambda c, p, t: c["parallel"] == "segment" or c["state_chunk"] == 32,
+            "with one task a head the states come from the read's own chunks",
+        ),
         Constraint(
             "state_rows",
             lambda c, p, t: _width(p.Dk) % c.integer("state_rows") == 0,

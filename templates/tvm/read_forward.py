@@ -2,7 +2,9 @@
 
     y_t = gamma_t^(s) M_t(q_t) + sum_{i < s} gamma_t^(i) M^(i)(q_t)
 
-One task is one segment of one head. It walks the segment in chunks of BT tokens with a running state M:
+One task is one segment of one head, or one head whose segments follow each other; then the running state at the end
+of each is the state that later ones read, and no ``segment_states`` runs before. A segment is walked in chunks of BT
+tokens with a running state M:
 
     online = (W . Q K^T) V + decay * (Q M)          W: the causal weights of the recurrence
     y      = gamma^(s) * online + the cached states, in one of these formulations
@@ -24,8 +26,8 @@ def build(problem, config, target):
     """The PrimFunc ``read_forward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
     Arguments of the kernel: q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]`` (one element each
-    where the recurrence has none); states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` of ``segment_states``; begin,
-    end, first ``[N]`` int32; T, H, top_k, scale; then the output y ``[B*T*H, Dv]``.
+    where the recurrence has none); states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` of ``segment_states``, or
+    scratch for them with one task a head; begin, end, first ``[N]`` int32; T, H, top_k, scale; then the output y ``[B*T*H, Dv]``.
     """
     Dk, Dv = problem.Dk, problem.Dv
     BT, MR, NR = config["chunk"], config["rows"], config["cols"]
@@ -81,6 +83,8 @@ def build(problem, config, target):
                 base: T.let = bh * N + first[s]
                 length: T.let = end[s] - begin[s]
                 picks: T.let = T.min(top_k, past)
+                # One task a head computes the states as it goes: what segment_states would have left.
+                read_later: T.let = T.And(by_head, T.And(s + 1 < N, first[T.min(s + 1, N - 1)] == first[s]))
                 C = T.alloc_buffer((BT, Dv), "float32")
                 QT = T.alloc_buffer((Dk, BT), "float32")
                 UT = T.alloc_buffer((Dk, BT), "float32")
@@ -131,6 +135,8 @@ def build(problem, config, target):
                         for n in T.vectorized(Dv):
                             V[lead + t, n] = v[row0 + (t0 + t) * heads, n]
                     for t in range(BT - rows):
+                        for d in T.vectorized(Dk):
+                            K[lead + rows + t, d] = T.float32(0)
                         for n in T.vectorized(Dv):
                             V[lead + rows + t, n] = T.float32(0)
                     if swla:
@@ -178,18 +184,20 @@ def build(problem, config, target):
 
                 # W[lead + j, t] = (q_t . k_j) * (weight of token j in the state of token t) * gate of the own segment.
                 @T.inline
-                def weigh(t0):
+                def weigh(t0, rows):
                     for jj in range((BT + lead + JR - 1) // JR):
                         for tt in range(BT // TL):
                             if jj * JR - lead < (tt + 1) * TL:
                                 scores(K, jj * JR, jj * JR + JR - 1, QT, W, jj * JR, tt * TL)
                     if swla:
-                        for j in range(BT):
-                            token_gates[0, j] = exp(g[row0 + T.min(t0 + j, end[s] - 1) * heads])
-                            token_gates[1, j] = beta[row0 + T.min(t0 + j, end[s] - 1) * heads]
-                            token_gates[2, j] = lam[row0 + T.min(t0 + j, end[s] - 1) * heads]
-                        token_gates[0, BT] = T.float32(1)
-                        token_gates[1, BT] = T.float32(0)
+                        for j in range(BT + 1):
+                            token_gates[0, j] = T.float32(1)
+                            token_gates[1, j] = T.float32(0)
+                            token_gates[2, j] = T.float32(0)
+                        for j in range(rows):
+                            token_gates[0, j] = exp(g[row0 + (t0 + j) * heads])
+                            token_gates[1, j] = beta[row0 + (t0 + j) * heads]
+                            token_gates[2, j] = lam[row0 + (t0 + j) * heads]
                         for tb in range(BT // LANES):
                             for x in T.vectorized(LANES):
                                 lanes[0, x] = T.float32(0)
@@ -222,7 +230,7 @@ def build(problem, config, target):
                                         tb * LANES + x >= j, W[j, tb * LANES + x] * own[0, tb * LANES + x], T.float32(0)
                                     )
 
-                # The running state at the end of a whole chunk.
+                # The running state at the end of a chunk.
                 @T.inline
                 def advance():
                     if swla:
@@ -287,7 +295,7 @@ def build(problem, config, target):
                     if not swla:
                         for t in T.vectorized(BT):
                             own[1, t] = own[0, t]
-                    weigh(t0)
+                    weigh(t0, rows)
 
                     @T.inline
                     def from_tokens(t, n):
@@ -338,8 +346,14 @@ def build(problem, config, target):
                     for t in range(rows):
                         for n in T.vectorized(Dv):
                             y[row0 + (t0 + t) * heads, n] = C[t, n]
-                    if (c + 1) * BT < length:
+                    if T.Or((c + 1) * BT < length, read_later):
                         advance()
+                if read_later:
+                    for d in range(Dk):
+                        for n in T.vectorized(Dv):
+                            states[(bh * N + s) * Dk + d, n] = M[d, n]
+                    for d in T.vectorized(Dk):
+                        means[bh * N + s, d] = total[d] / T.cast(length, "float32")
 
                 if formulation == "gather":
                     where = T.alloc_buffer((N + 2,), "int32")

@@ -15,9 +15,13 @@ from .tiles import LANES, exp, multiply
 def build(problem, config, target):
     """The PrimFunc ``segment_states`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
+    ``None`` with ``parallel="head"``: there ``read_forward`` computes the states as it goes.
+
     Arguments of the kernel: k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]``; begin, end, first ``[N]``
     int32; T and H; then the outputs states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]``.
     """
+    if config["parallel"] == "head":
+        return None
     Dk, Dv = problem.Dk, problem.Dv
     BT, MR, NR = config["state_chunk"], config["state_rows"], config["state_cols"]
     swla = problem.recurrence == "swla"

@@ -62,5 +62,7 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
     functions = {}
     for operation in OPERATIONS[problem.pass_]:
         template = importlib.import_module(f"mctune_templates.tvm.{operation}")
-        functions[operation] = template.build(problem, config, target)
+        function = template.build(problem, config, target)
+        if function is not None:  # an operation that this configuration fuses into another one
+            functions[operation] = function
     return tvm.IRModule(functions)
