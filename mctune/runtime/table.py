@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PackageError
+from .manifest import NAME as MANIFEST
 from .manifest import check_manifest
 
 NAME = "tuned.json"
@@ -95,13 +96,13 @@ def find(table: Table, request: Request, backend: str | None = None) -> Entry | 
 
 
 def load_table(root: Path) -> Table:
-    """The table of the package at ``root``, after checking every file against the manifest; empty without tuned.json.
+    """The table of the package at ``root``, after checking every file against the manifest; empty without either.
 
     Raises:
         PackageError: if a file is missing, has changed, or is not what the table needs.
     """
     path = root / NAME
-    if not path.is_file():
+    if not path.is_file() and not (root / MANIFEST).is_file():
         return Table()
     vouched = check_manifest(root)
     if NAME not in vouched:
