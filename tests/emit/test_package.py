@@ -1,0 +1,224 @@
+"""What an emitted package holds, what it refuses to load, and what emission does to the folder."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packages import GRM, forget
+
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Predicted
+from mctune.core.target import Target
+from mctune.emit import Winner, emit_package
+from mctune.emit import package as emitter
+from mctune.runtime.manifest import digest
+from mctune.search.inputs import make_inputs
+from mctune.search.package import check_package, load_package
+
+
+def emitted(path: Path) -> set[str]:
+    return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def assert_not_importable(out: Path) -> None:
+    """Neither by its path nor by its name."""
+    with pytest.raises((UsageError, RuntimeError)):
+        load_package(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(out.parent))
+        # ModuleNotFoundError where the interruption came before the runtime, else the manifest's RuntimeError.
+        with pytest.raises((ModuleNotFoundError, RuntimeError)):
+            importlib.import_module(f"{out.name}.runtime.functional")
+    forget(out.name)
+
+
+def test_contents(out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    assert emit_package(out, target, winners) == out
+    runtime = {f"runtime/{path.name}" for path in Path(emitter._RUNTIME).iterdir() if path.is_file()}
+    names = {path.name for path in (winners[0].library, winners[0].source, winners[0].portable) if path}
+    expected = {"__init__.py", "README.md", "tuned.json", "manifest.json", "kernels/threads.so", *runtime}
+    assert emitted(out) == expected | {f"kernels/{name}" for name in names}
+    assert {"runtime/functional.py", "runtime/tvm_threads.c"} <= runtime
+    for name in runtime:
+        assert (out / name).read_bytes() == (emitter._RUNTIME / Path(name).name).read_bytes()
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    assert set(files) == emitted(out) - {"manifest.json"}
+    assert all(digest(out / name) == value for name, value in files.items())
+
+
+def test_table(out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    emit_package(out, target, winners)
+    table = json.loads((out / "tuned.json").read_text())
+    assert table["schema"] == 1 and table["target"]["arch"] == target.arch
+    assert table["versions"]["apache-tvm-ffi"].startswith("0.1.14") and "torch" in table["versions"]
+    entry, other = table["entries"]
+    assert entry["problem"] == GRM.to_dict() and entry["config"]["segment_length"] == 32
+    assert entry["kernel"] == f"kernels/{winners[0].library.name}" and (out / entry["kernel"]).is_file()
+    assert entry["portable"] != entry["kernel"] and (out / entry["portable"]).is_file()
+    assert "# forward linear grm" in (out / entry["source"]).read_text() and entry["source"].endswith(".py")
+    assert entry["outcome"] == {"kind": "timed", "ms": 1.5, "low": 1.4, "high": 1.7, "repeats": 21, "error": 3e-7}
+    assert entry["verified"] == {"error": 3e-7, "tolerance": 2e-5, "cases": 3}
+    assert (entry["backend"], entry["recommended"], other["recommended"]) == ("tvm", True, False)
+    assert other["problem"]["segmentation"] == "logarithmic"
+
+
+def test_card(out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    predicted = replace(winners[1], outcome=Predicted(2.0, "roofline"), verified={}, portable=None)
+    emit_package(out, target, [winners[0], predicted])
+    text = (out / "README.md").read_text()
+    assert f"from {out.name} import memory_caching, MemoryCaching" in text
+    rows = [line for line in text.splitlines() if line.startswith("| forward")]
+    assert "measured 1.500 ms (1.400 to 1.700) | 3.0e-07 | yes |" in rows[0] and "chunk=32" in rows[0]
+    assert "predicted 2.000 ms (roofline) |  |  |" in rows[1]
+    assert "apache-tvm-ffi==0.1.14" in text
+
+
+def test_every_kernel_of_the_package_agrees_with_the_oracle(
+    out: Path, target: Target, winners: Sequence[Winner]
+) -> None:
+    emit_package(out, target, winners)
+    checks = list(check_package(out, 0))
+    assert len(checks) == 8 and all(check.passed for check in checks)
+    assert {check.problem.segmentation for check in checks} == {"constant", "logarithmic"}
+
+
+def test_the_portable_build_serves_a_lesser_cpu(
+    out: Path, target: Target, winners: Sequence[Winner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emit_package(out, target, [replace(winners[0], cpu_flags=("avx2", "amx_of_tomorrow"))])
+    package = load_package(out)
+    loader, launcher = (
+        __import__(f"{out.name}.runtime.{name}", fromlist=["x"]) for name in ("tvm_loader", "tvm_forward")
+    )
+    loaded: list[str] = []
+    real = loader.load_library
+    monkeypatch.setattr(launcher, "load_library", lambda path: loaded.append(path.name) or real(path))
+    monkeypatch.setattr(loader, "host_flags", lambda: frozenset({"avx2", "fma", "bmi2", "f16c"}))
+    call = make_inputs(GRM, 0).arguments(GRM)
+    assert package.memory_caching(**call, backend="tvm").shape == call["v"].shape
+    assert winners[0].portable is not None and loaded == [winners[0].portable.name]
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tuned.json", "__init__.py", "README.md", "runtime/read.py", "runtime/tvm_threads.c", "kernels/threads.so",
+        "{library}", "{source}", "{portable}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", (spoil, Path.unlink), ids=("changed", "missing"))
+def test_a_damaged_file_is_refused_by_name(
+    name: str, damage: Callable[[Path], None], out: Path, target: Target, winners: Sequence[Winner]
+) -> None:
+    emit_package(out, target, winners)
+    record = json.loads((out / "tuned.json").read_text())["entries"][0]
+    name = name.format(library=record["kernel"], source=record["source"], portable=record["portable"])
+    damage(out / name)
+    if name in ("__init__.py", "tuned.json") and not (out / name).exists():
+        assert_not_importable(out)
+    else:
+        if name == "__init__.py":
+            # A changed byte may be no Python any more: what counts is the check, not the accident.
+            (out / name).write_text("from .runtime.functional import memory_caching\n")
+        if name == "runtime/read.py":
+            (out / name).write_text((emitter._RUNTIME / "read.py").read_text() + "\n# changed\n" * (damage is spoil))
+            if damage is not spoil:
+                (out / name).unlink()
+        with pytest.raises((RuntimeError, ImportError)) as refused:
+            load_package(out)
+        assert Path(name).stem in str(refused.value)
+    if (out / "tuned.json").exists():
+        emit_package(out, target, winners)
+        assert callable(load_package(out).memory_caching)
+
+
+def test_a_changed_manifest_is_refused(out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    emit_package(out, target, winners)
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    for broken in ("{", "[]", json.dumps({"files": files | {"kernels/other.so": "0" * 64}}), json.dumps({"files": {}})):
+        (out / "manifest.json").write_text(broken)
+        with pytest.raises(RuntimeError, match=r"manifest"):
+            load_package(out)
+
+
+def test_emitting_again_keeps_the_search_and_drops_stale_kernels(
+    out: Path, target: Target, winners: Sequence[Winner]
+) -> None:
+    emit_package(out, target, winners)
+    (out / "search").mkdir()
+    (out / "search" / "study.db").write_text("trials")
+    (out / "notes.txt").write_text("mine")
+    stale = winners[0].library.with_name("other.so")
+    stale.write_bytes(winners[0].library.read_bytes())
+    emit_package(out, target, [replace(winners[0], library=stale)])
+    assert (out / "kernels" / "other.so").is_file()
+    (out / "runtime" / "left_over.py").write_text("")
+    emit_package(out, target, winners)
+    assert not (out / "kernels" / "other.so").exists() and not (out / "runtime" / "left_over.py").exists()
+    assert (out / "search" / "study.db").read_text() == "trials" and (out / "notes.txt").read_text() == "mine"
+    assert "search/study.db" not in (out / "manifest.json").read_text()
+    load_package(out)
+
+
+@pytest.mark.parametrize("name", ("__init__.py", "README.md", "runtime/mine.py", "kernels/mine.cu", "manifest.json"))
+def test_a_folder_of_others_is_left_alone(name: str, out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"is in the way: .* is not a package that mctune wrote .*--out"):
+        emit_package(out, target, winners)
+    assert emitted(out) == {name} and (out / name).read_text() == "mine"
+
+
+def test_a_search_that_never_emitted_may_be_emitted_into(out: Path, target: Target, winners: Sequence[Winner]) -> None:
+    (out / "search").mkdir(parents=True)
+    emit_package(out, target, winners)
+    load_package(out)
+
+
+@pytest.mark.parametrize("name", ("mctune-cpu", "1st", ""))
+def test_names_that_cannot_be_imported(name: str, tmp_path: Path, target: Target, winners: Sequence[Winner]) -> None:
+    with pytest.raises(UsageError, match="cannot be imported: name the directory like a Python module"):
+        emit_package(tmp_path / name if name else Path("/"), target, winners)
+    with pytest.raises(UsageError, match="nothing to emit"):
+        emit_package(tmp_path / "good", target, [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("again", (False, True), ids=("first", "again"))
+@pytest.mark.parametrize(
+    "step", ("shutil.copytree", "shutil.copyfile", "build_threads_library", "card", "_write_manifest")
+)
+def test_an_interrupted_emission_is_refused_and_mended(
+    step: str, again: bool, out: Path, target: Target, winners: Sequence[Winner]
+) -> None:
+    if again:
+        emit_package(out, target, winners)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"mctune.emit.package.{step}", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            emit_package(out, target, winners)
+    assert_not_importable(out)
+    if (out / "__init__.py").exists():
+        with pytest.raises(RuntimeError, match=r"manifest\.json is missing or unreadable .* emit the package again"):
+            load_package(out)
+    emit_package(out, target, winners)
+    package: Any = load_package(out)
+    x = torch.ones(1, 40, 2, 16)
+    assert package.memory_caching(x, x, x, segment_length=32, backend="tvm").shape == x.shape
