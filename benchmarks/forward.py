@@ -42,7 +42,7 @@ LONG_SSC = LONG_GRM.replace(aggregation="ssc", top_k=4)
 DENSE = Config.of(
     {
         "chunk": 64, "rows": 4, "cols": 64, "formulation": "gated", "panel": 2, "unroll": 1, "loop_order": "rows_outer",
-        "parallel": "segment", "score_rows": 8, "score_lanes": 32, "state_chunk": 64, "state_rows": 8, "state_cols": 32,
+        "parallel": "head", "score_rows": 8, "score_lanes": 32, "state_chunk": 32, "state_rows": 8, "state_cols": 32,
     }
 )  # fmt: skip
 """Good configurations for the shapes above, for where there is no tuned package."""
