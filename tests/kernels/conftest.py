@@ -81,7 +81,7 @@ def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward
         kernel = backend.load(problem, built)
         assert isinstance(kernel, TvmForward)
         if fenced:
-            kernel.segment_states = fence(kernel.segment_states)
+            kernel.segment_states = kernel.segment_states and fence(kernel.segment_states)
             kernel.read_forward = fence(kernel.read_forward)
         return kernel
 

@@ -15,7 +15,7 @@ from mctune.core.target import Target, resolve
 RECURRENCES = ("linear", "swla")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
 SEGMENT_LENGTHS = (64, 100, 24, 256)
-EXTRA = 10
+EXTRA = 8
 """Kernels beyond one for each (recurrence, aggregation, state init) and each (recurrence, formulation) of ssc."""
 _POOL, _STRIDE = 20, 40
 

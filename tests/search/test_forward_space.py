@@ -34,6 +34,7 @@ def cpu(vector_floats: int) -> Target:
         ("score_rows", "score_rows must divide chunk", {"chunk": 100, "score_lanes": 100, "score_rows": 8}),
         ("score_lanes", "score_lanes must divide chunk", {"score_lanes": 48, "score_rows": 1}),
         ("score registers", "the score tile would spill", {"score_rows": 8}),
+        ("state_chunk", "with one task a head the states come from the read's own chunks", {"parallel": "head"}),
         ("state_rows", "state_rows must divide Dk, padded to 16", {"state_rows": 3}),
         ("state_cols", "state_cols must divide Dv, padded to 16", {"state_cols": 48, "state_rows": 1}),
         ("state registers", "the state tile would spill", {"state_rows": 8}),
