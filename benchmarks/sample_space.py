@@ -88,9 +88,7 @@ def main() -> None:
         "environment": environment(resolve("cpu")[0]),
         "tune_params_keys": names,
         "tune_params": {param.name: list(param.values) for param in space.params},
-        "cache": {
-            ",".join(str(config[name]) for name in names): {"time": value} for config, value in measured.items()
-        },
+        "cache": {",".join(str(config[name]) for name in names): {"time": value} for config, value in measured.items()},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(arguments.out, "wt") as file:

@@ -90,8 +90,13 @@ def memory_caching(
         UsageError: naming the argument, the limit and the remedy.
     """
     problem: dict[str, str | int | None] = dict(
-        recurrence=recurrence, aggregation=aggregation, segmentation=segmentation, state_init=state_init,
-        segment_length=segment_length, top_k=top_k, inner_chunk=inner_chunk,
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        state_init=state_init,
+        segment_length=segment_length,
+        top_k=top_k,
+        inner_chunk=inner_chunk,
     )
     gates = dict(g=g, beta=beta, lam=lam, eta=eta, mu=mu)
     writes = check_writes(problem, k, v, gates, W_up, W_down, memory_residual, cu_seqlens)
@@ -99,7 +104,12 @@ def memory_caching(
     u64 = q64 if u is None else check_tensor("u", u, "[B, T, H, Dk]", tuple(k.shape), k)
     outputs = [
         aggregate(
-            aggregation, cache, memory, descriptor, q_t, u_t,
+            aggregation,
+            cache,
+            memory,
+            descriptor,
+            q_t,
+            u_t,
             scale=writes.problem.Dk**-0.5 if scale is None else scale,
             top_k=writes.problem.top_k,
             residual=writes.residual,
@@ -140,8 +150,12 @@ def segment_states(
         UsageError: naming the argument, the limit and the remedy.
     """
     problem: dict[str, str | int | None] = dict(
-        recurrence=recurrence, aggregation="grm", segmentation=segmentation, state_init=state_init,
-        segment_length=segment_length, inner_chunk=inner_chunk,
+        recurrence=recurrence,
+        aggregation="grm",
+        segmentation=segmentation,
+        state_init=state_init,
+        segment_length=segment_length,
+        inner_chunk=inner_chunk,
     )
     gates = dict(g=g, beta=beta, lam=lam, eta=eta, mu=mu)
     writes = check_writes(problem, k, v, gates, W_up, W_down, memory_residual, cu_seqlens)

@@ -19,10 +19,12 @@ from mctune.core.workload import Case
 from mctune.search.events import Listener, SearchRequest, StudyReport
 from mctune.search.finalists import decide, shortlist
 from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
+from mctune.search.sampler import START
 from mctune.search.study import Trial, load_study, run_study
 from mctune.search.timing import summary
 from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
 
+_LEAST_START = 8
 _FINALISTS = 3  # of each segment length
 _FINALISTS_LIMIT_S = 300.0
 
@@ -60,6 +62,7 @@ class OneStudy:
             attrs=self._about(),
             on_trial=on_trial,
             balance=SEGMENT_LENGTH if self.case.segment_lengths else None,
+            start=min(START, max(_LEAST_START, total // 5)),
         )
         if result.stopped == "timeout":
             listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")

@@ -27,7 +27,7 @@ Point = tuple[int, ...]
 Tried = tuple[Point, float | None]
 """A point and its milliseconds; ``None`` where the candidate failed."""
 
-_START = 24  # random points before a model is asked
+START = 24  # points, most of them random, before a model is asked
 _POOL = 300  # random valid points in a pool
 _DRAWS = 2048  # most draws to fill it with: constraints may leave few valid points
 _LONE_DRAWS = 16384  # most draws for one random point
@@ -49,17 +49,26 @@ class Proposer:
         sampler: one of :data:`mctune.search.events.SAMPLERS`.
         seed: of every random choice.
         balance: name of a parameter whose values should be tried about equally often, each compared with its own
-            best (a frontier over segment lengths needs a good configuration for each of them).
+            best (a frontier over segment lengths needs a good configuration for each of them). The default is then
+            tried with each of them.
+        start: points before a model is asked; a short search cannot afford as many as a long one.
     """
 
     def __init__(
-        self, space: SearchSpace, valid: Callable[[Config], bool], sampler: str, seed: int, balance: str | None = None
+        self,
+        space: SearchSpace,
+        valid: Callable[[Config], bool],
+        sampler: str,
+        seed: int,
+        balance: str | None = None,
+        start: int = START,
     ) -> None:
         if sampler not in SAMPLERS:
             raise UsageError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
         self._space, self._valid, self._sampler, self._seed = space, valid, sampler, seed
         self._sizes = tuple(len(param.values) for param in space.params)
         self._balance = None if balance is None else space.params.index(space.param(balance))
+        self._start = start
         self._known: dict[Point, bool] = {}
         self._rest = self._scan()
         self._head: Point | None = None
@@ -73,12 +82,12 @@ class Proposer:
         step = len(history)
         if self._sampler == "grid":
             return self._next_in_order(seen)
-        default = self._default()
-        if default is not None and default not in seen:
-            return default
+        for default in self._defaults():
+            if default not in seen:
+                return default
         rng = np.random.default_rng([self._seed, step])
         point = None
-        if self._sampler != "random" and step >= _START:
+        if self._sampler != "random" and step >= self._start:
             point = self._guided(history, seen, rng)
         for stratum in dict.fromkeys((self._stratum(step), None)):
             if point is None:
@@ -89,12 +98,17 @@ class Proposer:
         """Parameter and index that this step is confined to."""
         return None if self._balance is None else (self._balance, step % self._sizes[self._balance])
 
-    def _default(self) -> Point | None:
+    def _defaults(self) -> Iterator[Point]:
+        """The space's default, then the same with every other value of the balanced parameter; valid ones only."""
         config = self._space.default
         if any(p.name not in config or config[p.name] not in p.values for p in self._space.params):
-            return None
+            return
         point = self._space.indices(config)
-        return point if self._ok(point) else None
+        variants = [point]
+        if self._balance is not None:
+            b = self._balance
+            variants += [(*point[:b], value, *point[b + 1 :]) for value in range(self._sizes[b]) if value != point[b]]
+        yield from (variant for variant in variants if self._ok(variant))
 
     def _ok(self, point: Point) -> bool:
         known = self._known.get(point)
@@ -203,7 +217,7 @@ class Proposer:
         if parzen:
             self._parzen.condition(points, scores)
             return self._parzen.gain
-        checkpoint = _START + (len(history) - _START) // _REFIT * _REFIT
+        checkpoint = self._start + (len(history) - self._start) // _REFIT * _REFIT
         if self._fitted is None or self._fitted[0] != checkpoint:
             early, targets = self._learn(history[:checkpoint], _FIT_MOST)
             self._fitted = checkpoint, self._gp.fit(early, _standard(targets))

@@ -26,7 +26,7 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Outcome
 from mctune.core.space import SearchSpace
-from mctune.search.sampler import Proposer, Tried
+from mctune.search.sampler import START, Proposer, Tried
 
 _ATTRS = "mctune"
 
@@ -88,6 +88,7 @@ def run_study(
     attrs: Mapping[str, Any] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     balance: str | None = None,
+    start: int = START,
 ) -> StudyResult:
     """Search ``space``, or go on searching it.
 
@@ -101,7 +102,7 @@ def run_study(
         evaluate: builds, verifies and times a configuration; failures are returned, not raised.
         trials: evaluated candidates in all, those of earlier runs included.
         timeout: seconds after which no further candidate is started in this run; ``None`` for no limit.
-        sampler, seed, balance: see :class:`mctune.search.sampler.Proposer`; they may change between runs.
+        sampler, seed, balance, start: see :class:`mctune.search.sampler.Proposer`; they may change between runs.
         storage: an Optuna storage URL such as ``sqlite:///search.db``; ``None`` keeps the study in memory.
         study_name: name of the study in its storage.
         attrs: what the study is about (problem, target, versions), JSON-able; must be equal on every resumption.
@@ -113,7 +114,7 @@ def run_study(
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
     started = time.monotonic()
-    proposer = Proposer(space, valid, sampler, seed, balance)
+    proposer = Proposer(space, valid, sampler, seed, balance, start)
     adapter = _Given()
     study = _open(storage, study_name, adapter, _about(space, attrs or {}))
     ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in space.params}

@@ -27,7 +27,8 @@ def build(problem, config, target):
 
     Arguments of the kernel: q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]`` (one element each
     where the recurrence has none); states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` of ``segment_states``, or
-    scratch for them with one task a head; begin, end, first ``[N]`` int32; T, H, top_k, scale; then the output y ``[B*T*H, Dv]``.
+    scratch for them with one task a head; begin, end, first ``[N]`` int32; T, H, the longest segment, top_k, scale;
+    then the output y ``[B*T*H, Dv]``.
     """
     Dk, Dv = problem.Dk, problem.Dv
     BT, MR, NR = config["chunk"], config["rows"], config["cols"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mctune.cli._cases import parse_problem
 from mctune.cli._progress import SearchProgress
-from mctune.cli.search import parse_problem
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Timed, TimedOut, Wrong
@@ -63,6 +63,7 @@ class Planted:
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
     stand_in, module = Planted(), ModuleType("mctune.search.run")
     module.search = stand_in.search  # type: ignore[attr-defined]
+    module.ship = lambda request, report: []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mctune.search.run", module)
     yield stand_in
 
@@ -73,7 +74,7 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     assert ran.code == 0 and request is not None
     assert request.target.name == "cpu" and len(request.cases) == 3
     assert request.out == Path("build/mctune_cpu")
-    assert (request.trials, request.timeout_s, request.storage) == (40, 240, None)
+    assert (request.trials, request.timeout_s, request.storage) == (32, 210, None)
     assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("tpe", 0, 1.10, 60.0)
 
 

@@ -34,8 +34,13 @@ def make_call(
 
     B = 1 if segmentation == "packed" else B
     call: dict[str, Any] = {
-        "q": normal(B, T, H, Dk), "k": normal(B, T, H, Dk) / 2, "v": normal(B, T, H, Dv), "u": normal(B, T, H, Dk),
-        "recurrence": recurrence, "segment_length": segment_length, "segmentation": segmentation,
+        "q": normal(B, T, H, Dk),
+        "k": normal(B, T, H, Dk) / 2,
+        "v": normal(B, T, H, Dv),
+        "u": normal(B, T, H, Dk),
+        "recurrence": recurrence,
+        "segment_length": segment_length,
+        "segmentation": segmentation,
         "state_init": state_init,
     }
     for name in GATES[recurrence]:
@@ -44,7 +49,9 @@ def make_call(
     if recurrence in ("dla", "titans"):
         E = 2 * Dk
         call |= {
-            "W_up": normal(H, Dk, E) / 2, "W_down": normal(H, E, Dv) / 2, "memory_residual": Dk == Dv,
+            "W_up": normal(H, Dk, E) / 2,
+            "W_down": normal(H, E, Dv) / 2,
+            "memory_residual": Dk == Dv,
             "inner_chunk": inner_chunk,
         }
     if segmentation == "packed":
@@ -68,8 +75,14 @@ def calls() -> Callable[..., st.SearchStrategy[dict[str, Any]]]:
             "recurrence": st.sampled_from(("linear", "swla", "dla", "titans")),
             "segmentation": st.sampled_from(("constant", "logarithmic", "packed")),
             "state_init": st.sampled_from(("independent", "checkpoint")),
-            "seed": st.integers(0, 999), "B": st.integers(1, 2), "T": st.integers(1, 9), "H": st.integers(1, 2),
-            "Dk": widths, "Dv": widths, "segment_length": st.integers(1, 5), "inner_chunk": st.integers(1, 4),
+            "seed": st.integers(0, 999),
+            "B": st.integers(1, 2),
+            "T": st.integers(1, 9),
+            "H": st.integers(1, 2),
+            "Dk": widths,
+            "Dv": widths,
+            "segment_length": st.integers(1, 5),
+            "inner_chunk": st.integers(1, 4),
         }
         return st.builds(make_call, **{**free, **{name: st.just(value) for name, value in fixed.items()}})
 

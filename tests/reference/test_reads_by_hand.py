@@ -104,9 +104,7 @@ def test_heads_and_batch_do_not_mix() -> None:
 def test_a_deep_memory_adds_its_input_once_a_read(aggregation: str, copies: list[int]) -> None:
     # W = 0 and eta = 0: M(x) = x at x = q / 2; residual reads each of three memories
     deep = {"W_up": torch.zeros(1, 1, 4), "W_down": torch.zeros(1, 4, 1), "eta": torch.zeros(1, 3, 1)}
-    y = memory_caching(
-        Q, K, V, U, recurrence="dla", aggregation=aggregation, segment_length=1, scale=0.5, **deep
-    )
+    y = memory_caching(Q, K, V, U, recurrence="dla", aggregation=aggregation, segment_length=1, scale=0.5, **deep)
     assert listed(y) == pytest.approx([0.5 * copies[0], 0.5 * copies[1], 1.0 * copies[2]], rel=1e-14)
 
 

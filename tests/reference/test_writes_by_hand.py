@@ -162,9 +162,7 @@ def test_titans_momentum_is_dropped_or_carried_at_a_boundary() -> None:
     gates = {"eta": gate(0.1, 0.1), "mu": gate(0.9, 0.5)}
     (W_up, _), _ = segment_states(k, v, recurrence="titans", segment_length=1, **gates, **DEEP)
     assert listed(W_up) == pytest.approx([0.6, 0.0], rel=1e-12)
-    (W_up, _), _ = segment_states(
-        k, v, recurrence="titans", segment_length=1, state_init="checkpoint", **gates, **DEEP
-    )
+    (W_up, _), _ = segment_states(k, v, recurrence="titans", segment_length=1, state_init="checkpoint", **gates, **DEEP)
     assert listed(W_up) == pytest.approx([0.6, 0.6 + 0.3], rel=1e-12)
 
 
@@ -177,9 +175,7 @@ def test_absent_gates_of_deep_memories() -> None:
     assert listed(W_up) == pytest.approx([6], rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("T", "ends"), [(1, [1]), (2, [2]), (3, [2, 3]), (37, [32, 36, 37]), (22, [16, 20, 22])]
-)
+@pytest.mark.parametrize(("T", "ends"), [(1, [1]), (2, [2]), (3, [2, 3]), (37, [32, 36, 37]), (22, [16, 20, 22])])
 def test_logarithmic_segments_are_the_powers_of_two_of_T(T: int, ends: list[int]) -> None:
     ones = torch.ones(1, T, 1, 1)
     (M,), _ = segment_states(ones, ones, segmentation="logarithmic", state_init="checkpoint")
