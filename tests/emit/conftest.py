@@ -13,6 +13,7 @@ import pytest
 from packages import GRM, forget
 
 from mctune.backends.tvm import TvmBackend
+from mctune.core.config import Config
 from mctune.core.host import needed_flags
 from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
@@ -31,7 +32,14 @@ def target() -> Target:
 def winners(tmp_path_factory: pytest.TempPathFactory, target: Target) -> tuple[Winner, ...]:
     """One kernel, which serves constant segments and logarithmic ones."""
     backend, folder = TvmBackend(), tmp_path_factory.mktemp("candidates")
-    config = backend.space(GRM).default.replace(chunk=32)
+    config = Config.of(
+        {
+            "chunk": 32, "rows": 2, "cols": 16, "unroll": 1, "formulation": "per_segment", "panel": 1,
+            "loop_order": "rows_outer", "parallel": "segment", "score_rows": 2, "score_lanes": 16, "state_chunk": 32,
+            "state_rows": 2, "state_cols": 16,
+        }
+    )  # fmt: skip
+    assert backend.space(GRM).valid(config, GRM, target)
     built = backend.build(GRM, config, target, folder)
     portable = backend.build(GRM, config, replace(target, arch="x86-64-v3"), folder).library
     constant = Winner(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import Drawn, host
+from drawn import Drawn, host, plain
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
@@ -77,7 +77,7 @@ def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward
 
     def build(problem: Problem, config: Config | None = None, *, fenced: bool = True) -> TvmForward:
         backend = TvmBackend()
-        built = backend.build(problem, config or backend.space(problem).default, host(), kernel_folder)
+        built = backend.build(problem, config or plain(problem), host(), kernel_folder)
         kernel = backend.load(problem, built)
         assert isinstance(kernel, TvmForward)
         if fenced:

@@ -15,9 +15,14 @@ from mctune.core.target import Target, resolve
 RECURRENCES = ("linear", "swla")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
 SEGMENT_LENGTHS = (64, 100, 24, 256)
-EXTRA = 8
+EXTRA = 3
 """Kernels beyond one for each (recurrence, aggregation, state init) and each (recurrence, formulation) of ssc."""
 _POOL, _STRIDE = 20, 40
+SAFE: dict[str, Scalar] = {
+    "chunk": 16, "rows": 2, "cols": 16, "unroll": 1, "panel": 1, "loop_order": "rows_outer", "parallel": "segment",
+    "score_rows": 2, "score_lanes": 16, "state_chunk": 32, "state_rows": 2, "state_cols": 16,
+}  # fmt: skip
+"""Valid for every width, segment length and CPU."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,13 @@ class Drawn:
 def host() -> Target:
     """The CPU that this runs on."""
     return resolve("cpu")[0]
+
+
+def plain(problem: Problem, **changes: Scalar) -> Config:
+    """A configuration that is valid for the problem."""
+    config = Config.of({**SAFE, "chunk": 32, "formulation": formulations(problem)[0], **changes})
+    assert load_space("forward").valid(config, problem, host())
+    return config
 
 
 def formulations(problem: Problem) -> list[Scalar]:
@@ -85,7 +97,7 @@ def _problem(
 def _walk(rng: random.Random, problem: Problem, formulation: Scalar) -> Iterator[Config]:
     """Valid configurations, far apart on a random walk that changes one parameter at a time."""
     space, target = load_space("forward"), host()
-    config = space.default.replace(formulation=formulation, chunk=16, rows=1, score_rows=2, state_rows=2)
+    config = Config.of({**SAFE, "formulation": formulation})
     assert space.valid(config, problem, target)
     for step in range(1, _POOL * _STRIDE + 1):
         param = rng.choice(space.params)

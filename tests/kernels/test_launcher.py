@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import host
+from drawn import host, plain
 
 from mctune.backends.tvm import TvmBackend
+from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.reference import error_ratio
 from mctune.reference import memory_caching as oracle
@@ -45,8 +46,8 @@ def ssc(build: Build) -> TvmForward:
     return build(SSC, gather())
 
 
-def gather() -> Any:
-    return TvmBackend().space(SSC).default.replace(formulation="gather", chunk=32)
+def gather() -> Config:
+    return plain(SSC, formulation="gather")
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_importing_the_compiler_between_two_kernels_changes_no_threads(
 ) -> None:
     """The compiler brings a pool of its own, which would take the cores from torch's."""
     problem = GRM.replace(Dk=16, Dv=16)
-    built = TvmBackend().build(problem, TvmBackend().space(problem).default, host(), kernel_folder)
+    built = TvmBackend().build(problem, plain(problem), host(), kernel_folder)
     copies = [tmp_path / f"{name}.so" for name in "abc"]
     for copy in copies:
         copy.write_bytes(built.library.read_bytes())
@@ -350,7 +351,7 @@ print("done", len(bad))
 def test_a_raw_kernel_refuses_what_it_was_not_compiled_for(kernel_folder: Path) -> None:
     """Without the compiler, an argument check that fails must be an exception and never a crash."""
     problem = GRM.replace(Dk=16, Dv=16)
-    built = TvmBackend().build(problem, TvmBackend().space(problem).default, host(), kernel_folder)
+    built = TvmBackend().build(problem, plain(problem), host(), kernel_folder)
     done = subprocess.run(
         [sys.executable, "-c", RAW, str(built.library)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -35,7 +35,8 @@ class FaultyBackend(TvmBackend):
         if built.library.is_file():
             return built
         tvm = importlib.import_module("tvm")
-        problem, real = self.padded(problem), self.space(problem).default
+        problem = self.padded(problem)
+        real = self.space(problem).default.replace(parallel="segment", cols=16, state_rows=2, state_cols=16)
         module = render(problem, real, target)
         module["read_forward"] = read_forward(problem, fault)
         device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})

@@ -9,12 +9,20 @@ import pytest
 from mctune.backends import get_backend
 from mctune.backends.tvm import TvmBackend
 from mctune.backends.tvm.templates import load_space
-from mctune.core.config import Scalar
+from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import Target, resolve
 
 SPACE = load_space("forward")
+PLAIN = Config.of(
+    {
+        "chunk": 64, "rows": 4, "cols": 16, "unroll": 1, "formulation": "per_segment", "panel": 1,
+        "loop_order": "rows_outer", "parallel": "segment", "score_rows": 4, "score_lanes": 16, "state_chunk": 64,
+        "state_rows": 4, "state_cols": 16,
+    }
+)  # fmt: skip
+"""Valid for any width and CPU, segments of 64 and more."""
 PROBLEM = Problem(T=4096, H=4, Dk=64, Dv=64, segment_length=256)
 
 
@@ -43,7 +51,7 @@ def cpu(vector_floats: int) -> Target:
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_each_constraint_refuses_for_its_reason(constraint: str, reason: str, changes: dict[str, Scalar]) -> None:
-    broken = SPACE.broken(SPACE.default.replace(**changes), PROBLEM, cpu(8))
+    broken = SPACE.broken(PLAIN.replace(**changes), PROBLEM, cpu(8))
     named = [c.reason for c in broken if c.name == constraint]
     assert named == [reason]
     if constraint not in ("cols", "score_lanes", "score_rows", "state_cols"):
@@ -67,7 +75,7 @@ def test_register_tiles_end_where_the_registers_do(vector_floats: int) -> None:
                 for r in rows
                 if not any(
                     c.name == "registers"
-                    for c in SPACE.broken(SPACE.default.replace(rows=r, cols=cols), PROBLEM, cpu(vector_floats))
+                    for c in SPACE.broken(PLAIN.replace(rows=r, cols=cols), PROBLEM, cpu(vector_floats))
                 )
             ),
             default=None,
@@ -77,11 +85,21 @@ def test_register_tiles_end_where_the_registers_do(vector_floats: int) -> None:
 
 @pytest.mark.parametrize("width", (1, 7, 16, 20, 48, 64, 128, 200))
 @pytest.mark.parametrize("vector_floats", (8, 16))
-def test_the_default_is_valid_for_any_width(width: int, vector_floats: int) -> None:
+def test_plain_tiles_are_valid_for_any_width(width: int, vector_floats: int) -> None:
     for aggregation in AGGREGATIONS:
         for Dk, Dv in ((width, width), (width, 16), (64, width)):
             problem = PROBLEM.replace(aggregation=aggregation, Dk=Dk, Dv=Dv)
-            assert SPACE.broken(SPACE.default, problem, cpu(vector_floats)) == ()
+            assert SPACE.broken(PLAIN, problem, cpu(vector_floats)) == ()
+
+
+@pytest.mark.parametrize("width", (16, 20, 64, 128))
+@pytest.mark.parametrize("vector_floats", (8, 16))
+def test_close_to_the_default_there_is_a_valid_configuration(width: int, vector_floats: int) -> None:
+    problem, target = PROBLEM.replace(Dk=width, Dv=width), cpu(vector_floats)
+    config = SPACE.nearest_valid(lambda c: SPACE.valid(c, problem, target))
+    assert config is not None and SPACE.valid(config, problem, target)
+    if width in (64, 128) and vector_floats == 16:
+        assert config == SPACE.default
 
 
 def test_the_default_is_a_point_of_the_space() -> None:
@@ -94,8 +112,9 @@ def test_short_segments_have_valid_configurations_too(segment_length: int | None
     problem = PROBLEM.replace(
         segment_length=segment_length, segmentation="constant" if segment_length else "logarithmic"
     )
-    config = SPACE.nearest_valid(lambda c: SPACE.valid(c, problem, cpu(8)))
-    assert config is not None and SPACE.valid(config, problem, cpu(8))
+    assert SPACE.valid(PLAIN.replace(chunk=16), problem, cpu(8))
+    config = SPACE.nearest_valid(lambda c: SPACE.valid(c, problem, cpu(16)))
+    assert config is not None and SPACE.valid(config, problem, cpu(16))
     assert segment_length is None or config.integer("chunk") <= max(16, segment_length)
 
 
