@@ -53,11 +53,15 @@ class Constraint:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Parameters, constraints, and the default configuration that is used when nothing was tuned."""
+    """Parameters, constraints, and a default: where a search begins.
+
+    ``fallbacks`` take the default's place, in order, where it breaks a constraint (another CPU, other widths).
+    """
 
     params: tuple[Param, ...]
     constraints: tuple[Constraint, ...] = ()
     default: Config = field(default_factory=lambda: Config(()))
+    fallbacks: tuple[Config, ...] = ()
 
     def __post_init__(self) -> None:
         names = [param.name for param in self.params]
@@ -94,17 +98,12 @@ class SearchSpace:
 
     def with_param(self, param: Param, default: Scalar) -> SearchSpace:
         """A larger space, with one more parameter and its default."""
-        return SearchSpace((*self.params, param), self.constraints, self.default.replace(**{param.name: default}))
+        first, *others = (config.replace(**{param.name: default}) for config in (self.default, *self.fallbacks))
+        return SearchSpace((*self.params, param), self.constraints, first, tuple(others))
 
-    def nearest_valid(self, ok: Callable[[Config], bool], changes: int = 4) -> Config | None:
-        """The default if it is valid, else a valid configuration with as few parameters changed as possible."""
-        for count in range(changes + 1):
-            for chosen in itertools.combinations(self.params, count):
-                for values in itertools.product(*(param.values for param in chosen)):
-                    config = self.default.replace(**dict(zip((p.name for p in chosen), values, strict=True)))
-                    if ok(config):
-                        return config
-        return None
+    def first_valid(self, ok: Callable[[Config], bool]) -> Config | None:
+        """The default, or the first of its fallbacks, that ``ok`` accepts."""
+        return next((config for config in (self.default, *self.fallbacks) if ok(config)), None)
 
     def points(self) -> Iterator[Config]:
         """Every configuration, before constraints, in lexicographic order."""
@@ -118,4 +117,4 @@ class SearchSpace:
             if absent:
                 raise UsageError(f"{name}={absent[0]!r} is not in the space; it has {self.param(name).values}")
         params = tuple(Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params)
-        return SearchSpace(params, self.constraints, self.default)
+        return SearchSpace(params, self.constraints, self.default, self.fallbacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +88,7 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
     """
     if not winners:
         raise UsageError("nothing to emit: the studies have no candidate that was verified and timed")
-    if not out.name.isidentifier():
+    if not out.name.isidentifier() or keyword.iskeyword(out.name):
         raise UsageError(f"{out.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
     made_with = environment(target)
     table = {

@@ -89,7 +89,7 @@ class OneStudy:
         lengths = self.case.segment_lengths
         if lengths:
             space = space.with_param(Int(SEGMENT_LENGTH, lengths, "C: tokens of a segment"), lengths[len(lengths) // 2])
-        default = space.nearest_valid(self.valid)
+        default = space.first_valid(self.valid)
         return replace(space, default=default) if default is not None else space
 
     def valid(self, config: Config) -> bool:

@@ -31,6 +31,24 @@ def _fits_registers(rows: str, cols: str):
     return holds
 
 
+_WIDE = Config.of(
+    {
+        "chunk": 64,
+        "rows": 4,
+        "cols": 64,
+        "unroll": 1,
+        "formulation": "per_segment",
+        "panel": 1,
+        "loop_order": "rows_outer",
+        "parallel": "head",
+        "score_rows": 8,
+        "score_lanes": 32,
+        "state_chunk": 32,
+        "state_rows": 8,
+        "state_cols": 32,
+    }
+)
+
 SPACE = SearchSpace(
     params=(
         Int("chunk", (16, 32, 48, 64, 96, 128, 256), "BT: tokens of a chunk"),
@@ -90,21 +108,12 @@ SPACE = SearchSpace(
             "a chunk longer than a segment computes rows that do not exist",
         ),
     ),
-    default=Config.of(
-        {
-            "chunk": 64,
-            "rows": 4,
-            "cols": 64,
-            "unroll": 1,
-            "formulation": "per_segment",
-            "panel": 1,
-            "loop_order": "rows_outer",
-            "parallel": "head",
-            "score_rows": 8,
-            "score_lanes": 32,
-            "state_chunk": 32,
-            "state_rows": 8,
-            "state_cols": 32,
-        }
+    default=_WIDE,
+    # Short segments; narrow values; AVX2's sixteen registers; both.
+    fallbacks=(
+        _WIDE.replace(chunk=32),
+        _WIDE.replace(cols=32),
+        _WIDE.replace(cols=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16),
+        _WIDE.replace(chunk=16, cols=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16),
     ),
 )

@@ -94,17 +94,18 @@ def test_plain_tiles_are_valid_for_any_width(width: int, vector_floats: int) -> 
 
 @pytest.mark.parametrize("width", (16, 20, 64, 128))
 @pytest.mark.parametrize("vector_floats", (8, 16))
-def test_close_to_the_default_there_is_a_valid_configuration(width: int, vector_floats: int) -> None:
+def test_the_default_or_a_fallback_is_valid(width: int, vector_floats: int) -> None:
     problem, target = PROBLEM.replace(Dk=width, Dv=width), cpu(vector_floats)
-    config = SPACE.nearest_valid(lambda c: SPACE.valid(c, problem, target))
+    config = SPACE.first_valid(lambda c: SPACE.valid(c, problem, target))
     assert config is not None and SPACE.valid(config, problem, target)
     if width in (64, 128) and vector_floats == 16:
         assert config == SPACE.default
 
 
-def test_the_default_is_a_point_of_the_space() -> None:
-    assert SPACE.at(SPACE.indices(SPACE.default)) == SPACE.default
-    assert set(SPACE.default) == {param.name for param in SPACE.params}
+def test_the_defaults_are_points_of_the_space() -> None:
+    for config in (SPACE.default, *SPACE.fallbacks):
+        assert SPACE.at(SPACE.indices(config)) == config
+        assert set(config) == {param.name for param in SPACE.params}
 
 
 @pytest.mark.parametrize("segment_length", (1, 16, 32, 40, None))
@@ -113,7 +114,7 @@ def test_short_segments_have_valid_configurations_too(segment_length: int | None
         segment_length=segment_length, segmentation="constant" if segment_length else "logarithmic"
     )
     assert SPACE.valid(PLAIN.replace(chunk=16), problem, cpu(8))
-    config = SPACE.nearest_valid(lambda c: SPACE.valid(c, problem, cpu(16)))
+    config = SPACE.first_valid(lambda c: SPACE.valid(c, problem, cpu(16)))
     assert config is not None and SPACE.valid(config, problem, cpu(16))
     assert segment_length is None or config.integer("chunk") <= max(16, segment_length)
 

@@ -59,9 +59,13 @@ class TvmBackend:
 
         Raises:
             DeviceError: if TVM is missing or is a wrong pair.
+            ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
             Exception: whatever TVM raises on a configuration that does not compile.
         """
         self.check(problem)
+        broken = self.space(problem).broken(config, problem, target)
+        if broken:
+            raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
         name = self._name(problem, config, target)
         built = Built(folder / f"{name}.so", folder / f"{name}.py")
         if built.library.is_file() and built.source.is_file():
