@@ -186,6 +186,7 @@ def test_off_a_terminal_nothing_moves() -> None:
 
 def test_on_a_terminal_there_is_a_bar_without_colour_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = progress_of(terminal=True)
     assert "20/20" in coloured and "\x1b[33m" in coloured
     monkeypatch.setenv("NO_COLOR", "1")

@@ -1,8 +1,8 @@
-"""Measure random configurations of mctune's own forward space on this CPU, to judge searches by.
+"""Measure every configuration of a part of mctune's own forward space on this CPU, to judge searches by.
 
-    python benchmarks/sample_space.py --samples 1000 --out results/search_replay/forward-grm-cpu.json.gz
+    python benchmarks/exhaust_space.py --out results/search_replay/forward-grm-cpu.json.gz
 
-Each sample goes through what a search does to a candidate (build, verify, time, in a process that can be killed); the
+Each one goes through what a search does to a candidate (build, verify, time, in a process that can be killed); the
 builds run ahead on every core, the timings one at a time. The result has the schema that ``search_replay.py`` reads:
 ``tune_params_keys``, ``tune_params`` and ``cache`` (values joined by commas -> milliseconds, or why there are none).
 """
@@ -30,16 +30,28 @@ from mctune.search.worker import Worker, WorkerDied
 PROBLEM = Problem(T=4096, H=4, Dk=64, Dv=64, segment_length=256, aggregation="grm")
 
 
-def draw(space: SearchSpace, samples: int, seed: int) -> list[Config]:
-    """Valid configurations, uniformly, without repetition."""
+EXHAUSTED = {
+    "chunk": (32, 64, 128),
+    "rows": (4, 8),
+    "cols": (16, 32, 64),
+    "unroll": (1,),
+    "panel": (1, 2, 4),
+    "formulation": ("per_segment", "gated"),
+    "loop_order": ("rows_outer",),
+    "parallel": ("segment", "head"),
+    "score_rows": (8,),
+    "score_lanes": (32,),
+    "state_chunk": (32,),
+    "state_rows": (8,),
+    "state_cols": (32,),
+}
+"""The part of the forward space that is measured whole."""
+
+
+def valid_points(space: SearchSpace) -> list[Config]:
+    """Every configuration that meets the constraints."""
     target, _ = resolve("cpu")
-    rng = np.random.default_rng(seed)
-    drawn: dict[Config, None] = {}
-    while len(drawn) < samples:
-        config = space.at([int(rng.integers(len(param.values))) for param in space.params])
-        if space.valid(config, PROBLEM, target):
-            drawn[config] = None
-    return list(drawn)
+    return [config for config in space.points() if space.valid(config, PROBLEM, target)]
 
 
 def build(config: Config, folder: Path) -> None:
@@ -66,21 +78,16 @@ def measure(configs: list[Config], folder: Path) -> dict[Config, float | str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("build/sampled"), help="where kernels are built")
+    parser.add_argument("--folder", type=Path, default=Path("build/exhausted"), help="where kernels are built")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--build-only", action="store_true", help="compile, and leave the timing to a later run")
     arguments = parser.parse_args()
-    space = get_backend("tvm").space(PROBLEM)
-    configs = draw(space, arguments.samples, arguments.seed)
+    space = get_backend("tvm").space(PROBLEM).fixed(**EXHAUSTED)
+    configs = valid_points(space)
     with ProcessPoolExecutor(usable_cores()) as pool:
         builds = [pool.submit(build, config, arguments.folder) for config in configs]
         for number, done in enumerate(as_completed(builds), 1):
             if done.exception() is not None or number % 50 == 0:
                 print(f"built {number} of {len(configs)}", done.exception() or "", flush=True)
-    if arguments.build_only:
-        return
     measured = measure(configs, arguments.folder)
     names = [param.name for param in space.params]
     document = {
