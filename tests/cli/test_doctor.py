@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from mctune.backends.tvm import versions
 from mctune.cli import _checks
 from mctune.cli._checks import BAD, OK, WARN
 from mctune.core.environment import TVM_PAIR
+from mctune.runtime import tvm_loader
 
 GOOD = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "torch": "2.13.0+cpu", "triton": "3.7.1"}
 
 
-def test_the_pins_are_those_of_the_backend() -> None:
-    assert TVM_PAIR == (versions.TVM, versions.FFI)
+def test_the_pins_agree_with_the_constraints_and_the_shipped_runtime() -> None:
+    pins = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"apache-tvm=={TVM_PAIR[0]}" in pins and f"apache-tvm-ffi=={TVM_PAIR[1]}" in pins
+    assert TVM_PAIR[1] == tvm_loader.FFI_VERSION
 
 
 @pytest.mark.parametrize(

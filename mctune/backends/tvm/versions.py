@@ -6,10 +6,10 @@ import os
 import shutil
 from importlib import metadata
 
+from mctune.core.environment import TVM_PAIR
 from mctune.core.errors import DeviceError
 
-TVM = "0.27.0.post1"
-FFI = "0.1.14.post1"
+TVM, FFI = TVM_PAIR
 _REMEDY = f"pip install apache-tvm=={TVM} apache-tvm-ffi=={FFI}"
 
 
