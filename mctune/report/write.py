@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
+from mctune.core.work import bound, work
 from mctune.report.rows import Row, write_csv
 from mctune.report.tables import results_readme
 
@@ -21,11 +22,15 @@ TUNED_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Document:
-    """One input: its rows, where they were measured, and the tuned table if it is one."""
+    """One input: its rows, where they were measured, the tuned table if it is one, and the rates of a benchmark.
+
+    ``rates`` are the fastest matrix product (operations/s) and copy (bytes/s) that the benchmark saw.
+    """
 
     rows: tuple[Row, ...]
     environment: dict[str, Any]
     tuned: dict[str, Any] | None
+    rates: tuple[float, float] | None = None
 
 
 def read_document(path: Path) -> Document:
@@ -46,7 +51,8 @@ def read_document(path: Path) -> Document:
     if not isinstance(values, dict) or not ({"entries", "rows"} & set(values)):
         raise UsageError(f"{file} is neither a tuned table (entries) nor benchmark output (rows, environment)")
     if "rows" in values:
-        return Document(tuple(Row.from_dict(row) for row in values["rows"]), values["environment"], None)
+        rows = tuple(Row.from_dict(row) for row in values["rows"])
+        return Document(rows, values["environment"], None, _fastest(values.get("rates", [])))
     if values.get("schema") != TUNED_SCHEMA:
         raise UsageError(f"{file} has schema {values.get('schema')!r}; this mctune reads {TUNED_SCHEMA}")
     return Document(rows_of_tuned(values), {"target": values["target"], "versions": values["versions"]}, values)
@@ -79,7 +85,8 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     folders = []
     for name in sorted({document.environment["target"]["name"] for document in documents}):
         mine = [document for document in documents if document.environment["target"]["name"] == name]
-        rows = _merge([row for document in mine for row in document.rows])
+        rates = next((document.rates for document in mine if document.rates is not None), None)
+        rows = [_bounded(row, rates) for row in _merge([row for document in mine for row in document.rows])]
         if not rows:
             raise UsageError(f"nothing to report for {name}: no entry has a time")
         # Benchmark output says more of its environment than a tuned table does.
@@ -94,6 +101,19 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
             (folder / "tuned.json").write_text(json.dumps(tables[-1], indent=2, sort_keys=True) + "\n")
         folders.append(folder)
     return folders
+
+
+def _fastest(rates: Sequence[dict[str, float]]) -> tuple[float, float] | None:
+    if not rates:
+        return None
+    return max(rate["sgemm_gflops"] for rate in rates) * 1e9, max(rate["copy_gbs"] for rate in rates) * 1e9
+
+
+def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
+    """The row with its fraction of the bound; one that was timed without rates of its own gets a benchmark's."""
+    if row.fraction_of_bound is not None or rates is None or row.problem.deep:
+        return row
+    return replace(row, fraction_of_bound=bound(work(row.problem), *rates) * 1e3 / row.ms)
 
 
 def _merge(rows: Sequence[Row]) -> list[Row]:

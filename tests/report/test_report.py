@@ -14,9 +14,10 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
+from mctune.core.work import work
 from mctune.report.rows import COLUMNS, Row, read_csv, write_csv
 from mctune.report.tables import markdown_table, results_readme
-from mctune.report.write import read_document, write_results
+from mctune.report.write import Document, read_document, write_results
 
 GRM = Problem(T=4096, H=4, Dk=64, Dv=64, segment_length=256)
 SSC = GRM.replace(aggregation="ssc", top_k=4)
@@ -162,3 +163,14 @@ def test_an_absent_input_and_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").write_text(json.dumps(tuned()))
     with pytest.raises(UsageError, match="nothing to report for cpu"):
         write_results([read_document(tmp_path)], tmp_path)
+
+
+def test_a_tuned_row_gets_its_fraction_of_the_bound_from_a_benchmark_beside_it(tmp_path: Path) -> None:
+    problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=64)
+    timed = Timed(ms=2.0, low=1.9, high=2.1, repeats=7, error=1e-7)
+    row = Row.of("cpu", problem, "tvm", Config.of({"chunk": 16}), timed)
+    environment = {"target": {"name": "cpu"}}
+    rates = (1e9, 1e12)
+    write_results([Document((row,), environment, None), Document((), environment, None, rates)], tmp_path)
+    (written,) = read_csv(tmp_path / "cpu" / "rows.csv")
+    assert written.fraction_of_bound == pytest.approx(work(problem).operations / 1e9 / 2e-3, rel=1e-5)
