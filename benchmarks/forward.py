@@ -33,6 +33,7 @@ from mctune.core.work import work
 from mctune.search.bench import Contender, Measurement, Result, compiled, eager, fraction_of_bound, measure, threads
 from mctune.search.inputs import Inputs
 from mctune.search.package import load_package
+from mctune.search.passes import Results
 from mctune.search.verify import Run, run_kernel
 
 GRM = Problem(aggregation="grm", T=4096, H=4, Dk=64, Dv=64, segment_length=256)
@@ -129,7 +130,7 @@ def torch_form(name: str, problem: Problem, form: Form, *, optional: bool = Fals
     """A form as something that can be checked and timed."""
     C = problem.segment_length
     assert C is not None and problem.T % C == 0
-    return Contender(name, problem, lambda _, x: form(x.q, x.k, x.v, x.u, C), optional)
+    return Contender(name, problem, lambda _, x: {"y": form(x.q, x.k, x.v, x.u, C)}, optional)
 
 
 def baselines(problem: Problem) -> list[Contender]:
@@ -163,13 +164,13 @@ def ours(problem: Problem, config: Config, target: Target, package: Path | None,
             return Ours(Config.of(entry.record["config"]), _of_package(module.memory_caching))
         say(f"{package} has no kernel for {problem}; one is built")
     backend = TvmBackend()
-    kernel = backend.load(problem, backend.build(problem, config, target, folder))
+    kernel = backend.load(problem, config, backend.build(problem, config, target, folder))
     return Ours(config, lambda case, inputs: run_kernel(kernel, case, inputs))
 
 
 def _of_package(memory_caching: Callable[..., Tensor]) -> Run:
-    def run(problem: Problem, inputs: Inputs) -> Tensor:
-        return memory_caching(**inputs.arguments(problem), backend="tvm")
+    def run(problem: Problem, inputs: Inputs) -> Results:
+        return {"y": memory_caching(**inputs.arguments(problem), backend="tvm")}
 
     return run
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import Any, Protocol
 
 from mctune.core.config import Config
 from mctune.core.problem import Problem
@@ -23,8 +20,8 @@ class Built:
     source: Path
 
 
-Kernel = Callable[..., torch.Tensor]
-"""y = kernel(q, k, v, u, *, g, beta, lam, scale, top_k, segments), arrays as in ``mctune.runtime``."""
+Kernel = Any
+"""What a launcher of ``mctune.runtime`` is called like, by pass: ``TvmForward``, ``TvmBackward`` or ``TvmDecode``."""
 
 
 class Backend(Protocol):
@@ -47,5 +44,5 @@ class Backend(Protocol):
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
         """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""
 
-    def load(self, problem: Problem, built: Built) -> Kernel:
+    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate as a function of torch tensors."""

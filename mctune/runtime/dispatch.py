@@ -110,7 +110,7 @@ def run_kernel(call: Call, entry: Entry) -> torch.Tensor:
         scale=call.scale,
         top_k=call.top_k,
         segments=call.segments,
-    )
+    ).y
     return y.to(call.q.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,15 @@ _INT32 = 2**31 - 1
 def padded(width: int) -> int:
     """The width that a kernel is compiled for."""
     return -(-width // LANES) * LANES
+
+
+class Forward(NamedTuple):
+    """What a forward leaves, float32: y ``[B, T, H, Dv]``; for a backward or a cache the end state of every segment,
+    ``[B * H * N, Dk, Dv]``, and its mean key, ``[B * H * N, Dk]``, with widths padded to :data:`LANES`."""
+
+    y: torch.Tensor
+    states: torch.Tensor
+    means: torch.Tensor
 
 
 class TvmForward:
@@ -57,8 +66,8 @@ class TvmForward:
         scale: float,
         top_k: int,
         segments: Segments,
-    ) -> torch.Tensor:
-        """y ``[B, T, H, Dv]``, float32, from float32 q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``.
+    ) -> Forward:
+        """y and the segments' states from float32 q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -70,9 +79,9 @@ class TvmForward:
             raise KernelError(
                 f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
             )
-        q, k, u = (_rows(x, self.Dk) for x in (q, k, u))
-        v = _rows(v, self.Dv)
-        gates = self._gates(q, B * T * H, g, beta, lam)
+        q, k, u = (flat_rows(x, self.Dk) for x in (q, k, u))
+        v = flat_rows(v, self.Dv)
+        gates = flat_gates(q, B * T * H, g, beta, lam) if self.gated else (q.new_zeros(1),) * 3
         states = q.new_empty(B * H * N * self.Dk, self.Dv)
         means = q.new_empty(B * H * N, self.Dk)
         y = q.new_empty(B * T * H, self.Dv)
@@ -82,21 +91,21 @@ class TvmForward:
         if self.segment_states is not None:
             self.segment_states(k, v, *gates, *spans, T, H, states, means)
         self.read_forward(q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, top_k, float(scale), y)
-        return y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
-
-    def _gates(
-        self, like: torch.Tensor, rows: int, g: torch.Tensor | None, beta: torch.Tensor | None, lam: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """g, beta, lam as ``[rows]``; absent ones are 0, 0, 1. A recurrence without gates gets one element each."""
-        if not self.gated:
-            return (like.new_zeros(1),) * 3
-        return tuple(
-            like.new_full((rows,), absent) if gate is None else gate.to(torch.float32).reshape(rows).contiguous()
-            for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
-        )
+        y = y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
+        return Forward(y, states.view(B * H * N, self.Dk, self.Dv), means)
 
 
-def _rows(x: torch.Tensor, width: int) -> torch.Tensor:
+def flat_gates(
+    like: torch.Tensor, rows: int, g: torch.Tensor | None, beta: torch.Tensor | None, lam: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """g, beta, lam as ``[rows]``; absent ones are 0, 0, 1."""
+    return tuple(
+        like.new_full((rows,), absent) if gate is None else gate.to(torch.float32).reshape(rows).contiguous()
+        for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
+    )
+
+
+def flat_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     """``[B, T, H, D]`` as ``[B * T * H, width]``, contiguous, aligned to a cache line, padded with zeros."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[-1] != width:

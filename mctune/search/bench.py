@@ -22,12 +22,12 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import bound, work
 from mctune.core.workload import load_workload
-from mctune.reference import error_ratio
 from mctune.runtime.functional import memory_caching
 from mctune.search.inputs import Inputs, make_inputs
 from mctune.search.package import load_package, read_entries
+from mctune.search.passes import PASSES, Results
 from mctune.search.timing import summary, time_rotated
-from mctune.search.verify import TOLERANCE, Run, expected
+from mctune.search.verify import Run, decided_inputs, error_of, tolerance
 
 COPY_BYTES = 64 << 20
 _SGEMM = ((2048, 2048, 2048), (4096, 512, 64))
@@ -107,22 +107,22 @@ def measure(contenders: Sequence[Contender], *, rounds: int, seed: int = 0, note
         MctuneError: naming the first contender whose result is wrong.
     """
     torch.compiler.reset()
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], Results]] = {}
     errors: dict[str, float] = {}
-    arguments = {c.problem: make_inputs(c.problem, seed) for c in contenders}
+    arguments = {c.problem: _inputs(c.problem, seed) for c in contenders}
     with torch.no_grad():
         references = {problem: _oracle(problem, inputs) for problem, inputs in arguments.items()}
         for contender in contenders:
             call = _bind(contender, arguments[contender.problem])
             try:
-                y = call()
+                results = call()
             except Exception as error:
                 if not contender.optional:
                     raise
                 reason = (str(error).strip() or "no message").splitlines()[0][:200]
                 note(f"{contender.name} left out: {type(error).__name__}: {reason}")
                 continue
-            errors[contender.name] = _check(contender, y, references[contender.problem])
+            errors[contender.name] = _check(contender, results, references[contender.problem])
             calls[contender.name] = call
         machine = [_sgemm(*shape) for shape in _SGEMM] + [_copy()]
         samples = time_rotated([*calls.values(), *machine], rounds=rounds, limit_s=_LIMIT_S)
@@ -196,34 +196,40 @@ def _compare(judged: Contender, config: Config, baselines: list[Contender], roun
     return Result(judged.problem, judged.name, config, timed, times, measured.rates)
 
 
+def _inputs(problem: Problem, seed: int) -> Inputs:
+    # A gradient that flows into the other segment would reach every token of it.
+    return decided_inputs(problem, seed) if problem.pass_ == "backward" else make_inputs(problem, seed)
+
+
 def _run(function: Callable[..., torch.Tensor], backend: str) -> Run:
-    return lambda problem, inputs: function(**inputs.arguments(problem), backend=backend)
+    return lambda problem, inputs: {"y": function(**inputs.arguments(problem), backend=backend)}
 
 
-def _bind(contender: Contender, inputs: Inputs) -> Callable[[], torch.Tensor]:
+def _bind(contender: Contender, inputs: Inputs) -> Callable[[], Results]:
     return lambda: contender.run(contender.problem, inputs)
 
 
-def _oracle(problem: Problem, inputs: Inputs) -> torch.Tensor:
+def _oracle(problem: Problem, inputs: Inputs) -> Results:
     # Its operations are too small for threads.
     with threads(1):
-        return expected(problem, inputs)
+        return PASSES[problem.pass_].expected(problem, inputs)
 
 
-def _check(contender: Contender, y: torch.Tensor, reference: torch.Tensor) -> float:
-    """The error of y, RMS(difference) / RMS(reference).
+def _check(contender: Contender, results: Results, wanted: Results) -> float:
+    """The error of the results, as ``error_of`` has it.
 
-    ssc's choice is discontinuous: where two logits are closer than rounding, a right result may read the other segment.
+    ssc's choice is discontinuous: where two logits are closer than rounding, a right y may come from the other segment.
     So one token in a thousand, those that are farthest off, is left out of its comparison.
     """
-    problem, tolerance = contender.problem, TOLERANCE[contender.problem.dtype]
-    if problem.aggregation == "ssc" and y.shape == reference.shape:
+    problem = contender.problem
+    if problem.aggregation == "ssc" and set(results) == {"y"} and results["y"].shape == wanted["y"].shape:
+        y, reference = results["y"], wanted["y"]
         off = (y.double() - reference).square().sum(-1).flatten()
         kept = off.argsort()[: off.numel() - int(_UNDECIDED * off.numel())]
-        y, reference = y.flatten(0, 2)[kept], reference.flatten(0, 2)[kept]
-    error = error_ratio(y, reference)
-    if not error <= tolerance:
-        raise MctuneError(f"{contender.name} is wrong on {problem}: error {error:.2e} over {tolerance:.0e}")
+        results, wanted = {"y": y.flatten(0, 2)[kept]}, {"y": reference.flatten(0, 2)[kept]}
+    error = error_of(results, wanted)
+    if not error <= tolerance(problem):
+        raise MctuneError(f"{contender.name} is wrong on {problem}: error {error:.2e} over {tolerance(problem):.0e}")
     return error
 
 

@@ -19,6 +19,7 @@ from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, des
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.search.inputs import make_inputs, odd_problems
+from mctune.search.passes import PASSES
 from mctune.search.timing import summary, time_rotated
 from mctune.search.verify import run_kernel, verify
 from mctune.search.worker import Handler, Stage
@@ -41,7 +42,7 @@ class _Bench:
         stage("build")
         try:
             built = self.backend.build(problem, config, self.target, self.folder)
-            kernel = self.backend.load(problem, built)
+            kernel = self.backend.load(problem, config, built)
         except MctuneError:
             raise
         except Exception as error:
@@ -86,18 +87,17 @@ class _Bench:
         stage("build")
         built = self.backend.build(problem, config, target, self.folder)
         stage("verify")
-        kernel = self.backend.load(problem, built)
+        kernel = self.backend.load(problem, config, built)
         error = verify(partial(run_kernel, kernel), problem, self._seed(problem, config) + 1)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
 
     def _load(self, problem: Problem, config: Config) -> Kernel:
-        return self.backend.load(problem, self.backend.build(problem, config, self.target, self.folder))
+        return self.backend.load(problem, config, self.backend.build(problem, config, self.target, self.folder))
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
-        inputs = make_inputs(problem, self.seed)
-        return lambda: run_kernel(kernel, problem, inputs)
+        return PASSES[problem.pass_].call(kernel, problem, make_inputs(problem, self.seed))
 
     def _seed(self, problem: Problem, config: Config) -> int:
         """Fresh inputs for every candidate, the same ones when it is evaluated again."""

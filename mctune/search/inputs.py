@@ -15,7 +15,10 @@ _GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans":
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of ``memory_caching``: arrays as in its docstring; ``gates`` are those that the recurrence takes."""
+    """Arguments of ``memory_caching``: arrays as in its docstring; ``gates`` are those that the recurrence takes.
+
+    ``dy``, [B, T, H, Dv], is the gradient of y that a backward pass starts from.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -24,6 +27,7 @@ class Inputs:
     gates: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     cu_seqlens: torch.Tensor | None
+    dy: torch.Tensor
 
     def arguments(self, problem: Problem) -> dict[str, Any]:
         """Every keyword argument of ``memory_caching``, the oracle's or the runtime's, for this problem."""
@@ -84,6 +88,7 @@ def make_inputs(problem: Problem, seed: int) -> Inputs:
         gates={name: gates[name] for name in _GATES[problem.recurrence]},
         weights=weights,
         cu_seqlens=cu_seqlens,
+        dy=(normal(B, T, H, problem.Dv) + 1).to(dtype),
     )
 
 

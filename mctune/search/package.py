@@ -12,13 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime import functional
 from mctune.search.inputs import Inputs, odd_problems
-from mctune.search.verify import TOLERANCE, verify_case
+from mctune.search.passes import Results
+from mctune.search.verify import tolerance, verify_case
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ def check_defaults(seed: int) -> Iterator[Check]:
 
 
 def _check(module: ModuleType, problem: Problem, backend: str, seed: int) -> Check:
-    def run(case: Problem, inputs: Inputs) -> torch.Tensor:
-        y: torch.Tensor = module.memory_caching(**inputs.arguments(case), backend=backend)
-        return y
+    def run(case: Problem, inputs: Inputs) -> Results:
+        return {"y": module.memory_caching(**inputs.arguments(case), backend=backend)}
 
-    return Check(problem, backend, verify_case(run, problem, seed), TOLERANCE[problem.dtype])
+    return Check(problem, backend, verify_case(run, problem, seed), tolerance(problem))

@@ -12,7 +12,7 @@ from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.host import needed_flags, usable_cores
 from mctune.search.events import Listener, SearchReport, SearchRequest, Shipment, StudyReport
 from mctune.search.one import OneStudy
-from mctune.search.verify import TOLERANCE
+from mctune.search.verify import tolerance
 from mctune.search.worker import Worker, WorkerDied
 
 BACKEND = "tvm"
@@ -77,7 +77,7 @@ def ship(request: SearchRequest, report: SearchReport) -> list[Shipment]:
                         source=Path(reply["source"]),
                         portable=Path(reply["portable"]),
                         cpu_flags=needed_flags(request.target.arch),
-                        verified=_verified(reply, TOLERANCE[point.problem.dtype]),
+                        verified=_verified(reply, tolerance(point.problem)),
                     )
                 )
     return shipments

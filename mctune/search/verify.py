@@ -10,12 +10,15 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
-from mctune.reference import error_ratio, memory_caching, segment_states
-from mctune.runtime.segments import make_segments
+from mctune.reference import error_ratio, segment_states
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
+from mctune.search.passes import PASSES, Results, segments_of
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
-"""Largest RMS(difference) / RMS(reference) of a right result, by dtype of the problem."""
+"""Largest RMS(difference) / RMS(reference) of a right forward or decode result, by dtype of the problem."""
+_BACKWARD = 2.5
+"""A gradient may be this many times farther off: it is a sum of longer chains."""
+_VANISHING = 1e-3
 
 
 @contextmanager
@@ -34,34 +37,33 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def expected(problem: Problem, inputs: Inputs) -> torch.Tensor:
-    """The oracle's y, float64 ``[B, T, H, Dv]``."""
-    with torch.no_grad():
-        y: torch.Tensor = memory_caching(**inputs.arguments(problem))
-    return y
-
-
-def judged_inputs(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
-    """Random inputs that float32 can be judged on, and the oracle's y for them; one thread, the oracle's work is small.
+def decided_inputs(problem: Problem, seed: int) -> Inputs:
+    """Random inputs that float32 can be judged on.
 
     ssc's choice is discontinuous: where two logits at its edge are closer than float32 rounding, a right kernel may
     read the other segment. Such inputs are drawn again.
     """
+    inputs = make_inputs(problem, seed)
+    while problem.aggregation == "ssc" and _choice_gap(problem, inputs) < 1e-5:
+        seed += 1
+        inputs = make_inputs(problem, seed)
+    return inputs
+
+
+def judged_inputs(problem: Problem, seed: int) -> tuple[Inputs, Results]:
+    """Decided inputs, and the oracle's results for them; one thread, the oracle's work is small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        inputs = make_inputs(problem, seed)
-        while problem.aggregation == "ssc" and _choice_gap(problem, inputs) < 1e-5:
-            seed += 1
-            inputs = make_inputs(problem, seed)
-        return inputs, expected(problem, inputs)
+        inputs = decided_inputs(problem, seed)
+        return inputs, PASSES[problem.pass_].expected(problem, inputs)
     finally:
         torch.set_num_threads(threads)
 
 
 def _choice_gap(problem: Problem, inputs: Inputs) -> float:
     """The smallest difference between the last logit that ssc chooses and the first that it leaves."""
-    segments = make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
+    segments = segments_of(problem, inputs)
     assert problem.top_k is not None
     with torch.no_grad():
         arguments = inputs.arguments(problem)
@@ -76,33 +78,47 @@ def _choice_gap(problem: Problem, inputs: Inputs) -> float:
     return gap
 
 
-def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor:
-    """y of a compiled candidate."""
-    segments = make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
-    return kernel(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.u,
-        g=inputs.gates.get("g"),
-        beta=inputs.gates.get("beta"),
-        lam=inputs.gates.get("lam"),
-        scale=problem.Dk**-0.5,
-        top_k=problem.top_k or 1,
-        segments=segments,
-    )
+def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    """What a compiled candidate computes."""
+    return PASSES[problem.pass_].run(kernel, problem, inputs)
 
 
-Run = Callable[[Problem, Inputs], torch.Tensor]
-"""What is held to the oracle: y ``[B, T, H, Dv]`` of a problem's inputs."""
+Run = Callable[[Problem, Inputs], Results]
+"""What is held to the oracle: the results of a problem's inputs."""
+
+
+def tolerance(problem: Problem) -> float:
+    """Largest error of a right result."""
+    return TOLERANCE[problem.dtype] * (_BACKWARD if problem.pass_ == "backward" else 1.0)
+
+
+def error_of(results: Results, wanted: Results) -> float:
+    """The largest RMS(difference) / RMS(reference) of any result, inf for NaN, a wrong shape or a missing one.
+
+    A gradient may vanish (that of g at a sequence's first token does): below a thousandth of the largest RMS of all
+    results it is held to that thousandth.
+    """
+    if set(results) != set(wanted):
+        return float("inf")
+    sizes = {name: float(x.double().square().mean().sqrt()) if x.numel() else 0.0 for name, x in wanted.items()}
+    floor = _VANISHING * max(sizes.values())
+    worst = 0.0
+    for name, reference in wanted.items():
+        if reference.numel() == 0 and results[name].shape == reference.shape:
+            continue
+        error = error_ratio(results[name], reference)
+        if sizes[name] < floor and error < float("inf"):
+            error = float((results[name].double() - reference).square().mean().sqrt()) / floor
+        worst = max(worst, error)
+    return worst
 
 
 def verify_case(run: Run, problem: Problem, seed: int) -> float:
-    """The error of one run on fresh random inputs: RMS(difference) / RMS(reference), inf for NaN or a wrong shape."""
-    inputs, reference = judged_inputs(problem, seed)
+    """The error of one run on fresh random inputs, as :func:`error_of` has it."""
+    inputs, wanted = judged_inputs(problem, seed)
     with poisoned_memory():
-        y = run(problem, inputs)
-    return error_ratio(y, reference)
+        results = run(problem, inputs)
+    return error_of(results, wanted)
 
 
 def verify(run: Run, problem: Problem, seed: int) -> float | Wrong:
@@ -110,7 +126,7 @@ def verify(run: Run, problem: Problem, seed: int) -> float | Wrong:
     worst = 0.0
     for number, case in enumerate(odd_problems(problem)):
         error = verify_case(run, case, seed + 1000 * number)
-        if not error <= TOLERANCE[problem.dtype]:
-            return Wrong(error, TOLERANCE[problem.dtype], str(case))
+        if not error <= tolerance(problem):
+            return Wrong(error, tolerance(problem), str(case))
         worst = max(worst, error)
     return worst

@@ -76,16 +76,14 @@ def build(problem, config, target):
         for outer in T.parallel(S // N if by_head else S):
             for inner in range(N if by_head else 1):
                 bh: T.let = outer if by_head else outer // N
-                turn: T.let = inner if by_head else outer % N
+                place: T.let = inner if by_head else outer % N
                 # Late segments read more: pairing early with late ones balances contiguous shares of the tasks.
-                s: T.let = turn if by_head else T.if_then_else(turn % 2 == 0, turn // 2, N - 1 - turn // 2)
+                s: T.let = place if by_head else T.if_then_else(place % 2 == 0, place // 2, N - 1 - place // 2)
                 row0: T.let = bh // heads * tokens * heads + bh % heads
                 past: T.let = s - first[s]
                 base: T.let = bh * N + first[s]
                 length: T.let = end[s] - begin[s]
                 picks: T.let = T.min(top_k, past)
-                # One task a head computes the states as it goes: what segment_states would have left.
-                read_later: T.let = T.And(by_head, T.And(s + 1 < N, first[T.min(s + 1, N - 1)] == first[s]))
                 C = T.alloc_buffer((BT, Dv), "float32")
                 QT = T.alloc_buffer((Dk, BT), "float32")
                 UT = T.alloc_buffer((Dk, BT), "float32")
@@ -117,19 +115,19 @@ def build(problem, config, target):
                             for tt in range(count):
                                 body(tt * MR, nn * NR)
 
+                # Tokens of a chunk into columns.
                 @T.inline
-                def pack(t0, rows, linked):
+                def turn(source, t0, rows, target):
                     for tb in range((rows + BLOCK - 1) // BLOCK):
                         for db in range(Dk // BLOCK):
                             transpose(
-                                q,
-                                row0 + (t0 + tb * BLOCK) * heads,
-                                heads,
-                                rows - 1 - tb * BLOCK,
-                                QT,
-                                db * BLOCK,
-                                tb * BLOCK,
-                            )
+                                source, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK,
+                                target, db * BLOCK, tb * BLOCK,
+                            )  # fmt: skip
+
+                @T.inline
+                def pack(t0, rows, linked):
+                    turn(q, t0, rows, QT)
                     for t in range(rows):
                         for d in T.vectorized(Dk):
                             K[lead + t, d] = k[row0 + (t0 + t) * heads, d]
@@ -156,17 +154,7 @@ def build(problem, config, target):
 
                 @T.inline
                 def own_logits(t0, rows, seen):
-                    for tb in range((rows + BLOCK - 1) // BLOCK):
-                        for db in range(Dk // BLOCK):
-                            transpose(
-                                u,
-                                row0 + (t0 + tb * BLOCK) * heads,
-                                heads,
-                                rows - 1 - tb * BLOCK,
-                                UT,
-                                db * BLOCK,
-                                tb * BLOCK,
-                            )
+                    turn(u, t0, rows, UT)
                     for t in range(BT - rows):
                         own[0, rows + t] = T.float32(0)
                     for t in range(rows):
@@ -347,9 +335,10 @@ def build(problem, config, target):
                     for t in range(rows):
                         for n in T.vectorized(Dv):
                             y[row0 + (t0 + t) * heads, n] = C[t, n]
-                    if T.Or((c + 1) * BT < length, read_later):
+                    # One task a head computes the states as it goes: what segment_states would have left.
+                    if T.Or((c + 1) * BT < length, by_head):
                         advance()
-                if read_later:
+                if by_head:
                     for d in range(Dk):
                         for n in T.vectorized(Dv):
                             states[(bh * N + s) * Dk + d, n] = M[d, n]

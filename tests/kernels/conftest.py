@@ -77,8 +77,8 @@ def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward
 
     def build(problem: Problem, config: Config | None = None, *, fenced: bool = True) -> TvmForward:
         backend = TvmBackend()
-        built = backend.build(problem, config or plain(problem), host(), kernel_folder)
-        kernel = backend.load(problem, built)
+        config = config or plain(problem)
+        kernel = backend.load(problem, config, backend.build(problem, config, host(), kernel_folder))
         assert isinstance(kernel, TvmForward)
         if fenced:
             kernel.segment_states = kernel.segment_states and fence(kernel.segment_states)

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
 
+import torch
+
+from mctune.backends.protocol import Kernel
 from mctune.backends.tvm.templates import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target, resolve
+from mctune.search.inputs import Inputs
+from mctune.search.verify import judged_inputs, run_kernel
 
 RECURRENCES = ("linear", "swla")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
@@ -40,6 +45,17 @@ class Drawn:
 def host() -> Target:
     """The CPU that this runs on."""
     return resolve("cpu")[0]
+
+
+def y_of(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor:
+    """What a forward kernel computes."""
+    return run_kernel(kernel, problem, inputs)["y"]
+
+
+def judged(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
+    """Inputs of a forward, and the oracle's y for them."""
+    inputs, wanted = judged_inputs(problem, seed)
+    return inputs, wanted["y"]
 
 
 def plain(problem: Problem, **changes: Scalar) -> Config:

@@ -9,7 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-from drawn import RECURRENCES, Drawn, draw, formulations, host
+from drawn import RECURRENCES, Drawn, draw, formulations, host, y_of
+from drawn import judged as judged_whole
 
 from mctune.backends.tvm.templates import load_space
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
@@ -17,7 +18,8 @@ from mctune.reference import error_ratio
 from mctune.runtime.tvm_forward import TvmForward
 from mctune.search import verify
 from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.verify import expected, judged_inputs, poisoned_memory, run_kernel
+from mctune.search.passes import PASSES
+from mctune.search.verify import poisoned_memory
 
 DRAWN = draw()
 TOLERANCE = 2e-5
@@ -51,11 +53,11 @@ def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
 def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Inputs, torch.Tensor]:
     """Inputs, and the oracle's y for them."""
     if bounds is None:
-        return judged_inputs(problem, seed)
+        return judged_whole(problem, seed)
     while True:
         inputs = replace(make_inputs(problem, seed), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
         if problem.aggregation != "ssc" or verify._choice_gap(problem, inputs) > 1e-5:
-            return inputs, expected(problem, inputs)
+            return inputs, PASSES["forward"].expected(problem, inputs)["y"]
         seed += 1
 
 
@@ -65,7 +67,7 @@ def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForwa
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, reference = judged(problem, bounds, seed)
         with poisoned_memory():
-            y = run_kernel(kernel, problem, inputs)
+            y = y_of(kernel, problem, inputs)
         assert y.shape == reference.shape and y.dtype == torch.float32 and y.is_contiguous()
         assert error_ratio(y, reference) <= TOLERANCE, f"{problem} {bounds} with {one.config}"
     assert scratch.mctune_test_overruns() == 0

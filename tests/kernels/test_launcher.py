@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import host, plain
+from drawn import host, judged, plain, y_of
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
@@ -27,7 +27,7 @@ from mctune.runtime.table import Entry, Table
 from mctune.runtime.tvm_forward import TvmForward
 from mctune.runtime.tvm_loader import KernelError
 from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.verify import TOLERANCE, judged_inputs, poisoned_memory, run_kernel
+from mctune.search.verify import TOLERANCE, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 GRM = Problem(T=150, H=3, B=2, Dk=20, Dv=7, segment_length=32)
@@ -68,7 +68,7 @@ def test_half_precision_is_converted_at_the_boundary(
     problem: Problem, dtype: str, served: dict[str, TvmForward]
 ) -> None:
     problem = problem.replace(dtype=dtype)
-    inputs, reference = judged_inputs(problem, 1)
+    inputs, reference = judged(problem, 1)
     with poisoned_memory():
         y = memory_caching(**inputs.arguments(problem), backend="tvm")
     assert y.dtype == getattr(torch, dtype)
@@ -79,7 +79,7 @@ def test_half_precision_is_converted_at_the_boundary(
 
 
 def test_scale_and_connector_and_gates_by_default(served: dict[str, TvmForward]) -> None:
-    inputs, _ = judged_inputs(SSC, 2)
+    inputs, _ = judged(SSC, 2)
     options = inputs.arguments(SSC)
     absent = {name: x for name, x in options.items() if name not in ("u", "g", "beta", "lam")}
     for changed in (
@@ -120,8 +120,8 @@ def test_any_layout_gives_the_same(
         gates={name: awkward(gate)[layout] for name, gate in inputs.gates.items()},
     )
     before = {name: getattr(moved, name).clone() for name in "qkvu"}
-    y = run_kernel(kernel, problem, moved)
-    assert torch.equal(y, run_kernel(kernel, problem, inputs))
+    y = y_of(kernel, problem, moved)
+    assert torch.equal(y, y_of(kernel, problem, inputs))
     assert all(torch.equal(x, getattr(moved, name)) for name, x in before.items()), "an input was written to"
 
 
@@ -133,7 +133,7 @@ def test_the_number_of_threads_changes_nothing(problem: Problem, build: Build) -
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results += [run_kernel(kernel, problem.replace(T=1000), inputs) for _ in range(3)]
+            results += [y_of(kernel, problem.replace(T=1000), inputs) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], y) for y in results)
@@ -150,7 +150,7 @@ def test_kernels_run_on_the_threads_of_torch(build: Build, scratch: ctypes.CDLL)
         torch.ones(1 << 20).add_(1)
         pool = set(os.listdir("/proc/self/task"))
         scratch.mctune_test_callers()
-        run_kernel(kernel, problem, inputs)
+        y_of(kernel, problem, inputs)
         assert set(os.listdir("/proc/self/task")) == pool
         return int(scratch.mctune_test_callers())
 
@@ -167,12 +167,12 @@ def test_kernels_run_on_the_threads_of_torch(build: Build, scratch: ctypes.CDLL)
 def test_a_memory_that_forgets_everything_has_no_nan(g: float, aggregation: str, build: Build) -> None:
     problem = SSC if aggregation == "ssc" else SSC.replace(aggregation="grm", top_k=None)
     kernel = build(problem, gather() if aggregation == "ssc" else None)
-    inputs, _ = judged_inputs(problem, 6)
+    inputs, _ = judged(problem, 6)
     gate = torch.where(torch.rand(2, 150, 3, generator=torch.Generator().manual_seed(0)) < 0.5, g, 0.0)
     for forget in (gate, torch.full_like(gate, g)):
         inputs.gates["g"] = forget
         with poisoned_memory():
-            y = run_kernel(kernel, problem, inputs)
+            y = y_of(kernel, problem, inputs)
         assert error_ratio(y, oracle(**inputs.arguments(problem))) <= 2e-5
 
 
@@ -182,21 +182,21 @@ def test_ties_go_to_the_earlier_segment(ssc: TvmForward, build: Build) -> None:
         inputs = make_inputs(SSC, 7)
         once = inputs.k[:, :32]
         inputs = replace(inputs, k=torch.cat([once] * 5, 1)[:, :150].contiguous())
-        assert error_ratio(run_kernel(kernel, SSC, inputs), oracle(**inputs.arguments(SSC))) <= 2e-5
+        assert error_ratio(y_of(kernel, SSC, inputs), oracle(**inputs.arguments(SSC))) <= 2e-5
 
 
 def test_logits_far_apart_do_not_overflow(grm: TvmForward) -> None:
     inputs = make_inputs(GRM, 8)
     for factor in (1e3, -1e3, 1e30):
-        y = run_kernel(grm, GRM, replace(inputs, u=inputs.u * factor))
+        y = y_of(grm, GRM, replace(inputs, u=inputs.u * factor))
         assert bool(y.isfinite().all())
 
 
 def test_a_top_k_beyond_every_segment_reads_them_all(ssc: TvmForward) -> None:
     inputs = make_inputs(SSC, 9)
-    few = run_kernel(ssc, SSC.replace(top_k=5), inputs)
+    few = y_of(ssc, SSC.replace(top_k=5), inputs)
     for top_k in (10_000_000, 2**31 - 1, 2**40):
-        assert torch.equal(run_kernel(ssc, SSC.replace(top_k=top_k), inputs), few)
+        assert torch.equal(y_of(ssc, SSC.replace(top_k=top_k), inputs), few)
 
 
 @pytest.mark.parametrize(("T", "C", "B", "H"), ((2**26, 2**26, 1, 1), (2**13, 1, 2, 2**8)), ids=("tokens", "states"))
@@ -226,10 +226,10 @@ def test_a_cpu_that_lacks_what_a_kernel_needs(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_build_for_other_cpus_is_right_too(kernel_folder: Path, scratch: ctypes.CDLL) -> None:
     backend, folder = TvmBackend(), kernel_folder
-    inputs, reference = judged_inputs(SSC, 10)
+    inputs, reference = judged(SSC, 10)
     built = backend.build(SSC, gather(), replace(host(), arch="x86-64-v3"), folder)
     assert built != backend.build(SSC, gather(), host(), folder)
-    assert error_ratio(run_kernel(backend.load(SSC, built), SSC, inputs), reference) <= 2e-5
+    assert error_ratio(y_of(backend.load(SSC, plain(SSC), built), SSC, inputs), reference) <= 2e-5
 
 
 def test_a_missing_or_broken_library(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ import tvm
 
 pool = set(os.listdir("/proc/self/task"))
 third = TvmForward(Path(sys.argv[4]), {"problem": problem.to_dict()})
-assert torch.equal(run_kernel(third, problem, inputs), run_kernel(second, problem, inputs))
+assert torch.equal(run_kernel(third, problem, inputs)["y"], run_kernel(second, problem, inputs)["y"])
 assert set(os.listdir("/proc/self/task")) == pool, "a second pool of threads was started"
 """
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.tvm.templates import OPERATIONS, load_space, render, source_hash
@@ -14,7 +16,7 @@ from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-from mctune.runtime.tvm_forward import TvmForward, padded
+from mctune.runtime.tvm_forward import padded
 
 
 class TvmBackend:
@@ -51,7 +53,9 @@ class TvmBackend:
         return {"name": self.name, "tvm": TVM, "templates": source_hash()[:16]}
 
     def padded(self, problem: Problem) -> Problem:
-        """The problem with the widths that kernels are compiled for."""
+        """The problem with the widths that kernels are compiled for: decode works in place, on exact ones."""
+        if problem.pass_ == "decode":
+            return problem
         return problem.replace(Dk=padded(problem.Dk), Dv=padded(problem.Dv))
 
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
@@ -83,15 +87,21 @@ class TvmBackend:
         scratch.replace(built.library)
         return built
 
-    def load(self, problem: Problem, built: Built) -> Kernel:
+    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return TvmForward(built.library, {"problem": problem.to_dict()})
+        return _launcher(problem.pass_)(built.library, {"problem": problem.to_dict(), "config": config.to_dict()})
 
     def _name(self, problem: Problem, config: Config, target: Target) -> str:
         """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
-        widths = (padded(problem.Dk), padded(problem.Dv))
+        compiled = self.padded(problem)
+        widths = (compiled.Dk, compiled.Dv)
         static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init, *widths)
         values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
         identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}_{digest}"
+
+
+def _launcher(pass_: str) -> Any:
+    module = importlib.import_module(f"mctune.runtime.tvm_{pass_}")
+    return getattr(module, f"Tvm{pass_.capitalize()}")

@@ -16,7 +16,11 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 
-OPERATIONS = {"forward": ("segment_states", "read_forward")}
+OPERATIONS = {
+    "forward": ("segment_states", "read_forward"),
+    "backward": ("segment_states", "read_backward", "state_backward", "write_backward"),
+    "decode": ("decode_step",),
+}
 """The templates of each pass; one exported library holds them all."""
 
 

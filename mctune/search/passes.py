@@ -1,0 +1,220 @@
+"""What each pass is given, what a compiled candidate computes from it, and what the oracle says it should.
+
+One row of ``PASSES`` a pass. Results are named arrays: y of a forward; dq, dk, ... of a backward; y and the memory that
+is left of a decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.problem import Problem
+from mctune.reference import memory_caching, segment_states
+from mctune.runtime.memory import LayerMemory
+from mctune.runtime.segments import Segments, make_segments
+from mctune.runtime.tvm_forward import padded
+from mctune.search.inputs import Inputs
+
+Tensor = torch.Tensor
+Results = Mapping[str, Tensor]
+BLOCK = 7
+"""Tokens that a decode candidate is verified on: the first alone, the others as one block."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    Attributes:
+        expected: the oracle's results, float64.
+        run: a candidate's results.
+        call: what is timed: one run of a candidate, prepared.
+    """
+
+    expected: Callable[[Problem, Inputs], Results]
+    run: Callable[[Kernel, Problem, Inputs], Results]
+    call: Callable[[Kernel, Problem, Inputs], Callable[[], object]]
+
+
+def segments_of(problem: Problem, inputs: Inputs) -> Segments:
+    """Where the row of a problem is cut."""
+    return make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
+
+
+def _options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
+    """Keyword arguments that the launchers of every pass share."""
+    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
+    return {
+        **{name: None if gate is None else gate[:, tokens].contiguous() for name, gate in gates.items()},
+        "scale": problem.Dk**-0.5,
+        "top_k": problem.top_k or 1,
+    }
+
+
+# --- forward
+
+
+def _forward_expected(problem: Problem, inputs: Inputs) -> Results:
+    with torch.no_grad():
+        return {"y": memory_caching(**inputs.arguments(problem))}
+
+
+def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    return {"y": _forward_call(kernel, problem, inputs)().y}
+
+
+def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs)}
+    return lambda: kernel(inputs.q, inputs.k, inputs.v, inputs.u, **options)
+
+
+# --- backward
+
+
+def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
+    leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    with torch.enable_grad():
+        y = memory_caching(**{**inputs.arguments(problem), **leaves})
+        wanted = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double(), materialize_grads=True)
+    return {f"d{name}": gradient for name, gradient in zip(leaves, wanted, strict=True)}
+
+
+def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    states, means = _saved(problem, inputs) if kernel.saves else (None, None)
+    found = _backward(kernel, problem, inputs, states, means)()
+    return {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
+
+
+def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    if not kernel.saves:
+        return _backward(kernel, problem, inputs, None, None)
+    heads = problem.B * problem.H * segments_of(problem, inputs).count
+    Dk, Dv = padded(problem.Dk), padded(problem.Dv)
+    return _backward(kernel, problem, inputs, torch.randn(heads, Dk, Dv), torch.randn(heads, Dk))
+
+
+def _backward(
+    kernel: Kernel, problem: Problem, inputs: Inputs, states: Tensor | None, means: Tensor | None
+) -> Callable[[], Any]:
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "states": states, "means": means}
+    return lambda: kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **options)
+
+
+def _saved(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The segments' states and mean keys, exact, in the layout in which a forward kernel leaves them."""
+    (states,), means = _segment_states(problem, inputs, problem.T)
+    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
+    states = torch.nn.functional.pad(states.transpose(1, 2).flatten(0, 2).float(), (0, columns, 0, rows))
+    return states.contiguous(), torch.nn.functional.pad(means.transpose(1, 2).flatten(0, 2).float(), (0, rows))
+
+
+def _segment_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The oracle's end state and mean key of every segment of the first ``tokens`` tokens: [B, N, H, ...]."""
+    arguments = inputs.arguments(problem)
+    options = {name: value for name, value in arguments.items() if name not in ("q", "u", "aggregation", "top_k")}
+    for name in ("k", "v", *inputs.gates):
+        options[name] = options[name][:, :tokens]
+    with torch.no_grad():
+        cache = segment_states(**options)
+    return cache.states, cache.descriptors
+
+
+# --- decode: the last tokens of a row, after a memory of those before them
+
+
+def _decode_expected(problem: Problem, inputs: Inputs) -> Results:
+    left = memory_of(problem, inputs, problem.T, torch.float64)
+    y = _forward_expected(problem, inputs)["y"]
+    return {"y": y[:, problem.T - min(problem.T, BLOCK) :], **_left(left)}
+
+
+def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    T, C = problem.T, problem.segment_length or 1
+    first = T - min(T, BLOCK)
+    memory = memory_of(problem, inputs, first)
+    parts = []
+    for begin, end in ((first, first + 1), (first + 1, T)):
+        if begin < end:
+            parts.append(_decode(kernel, problem, inputs, slice(begin, end), memory)())
+            memory.advance(end - begin, C)
+    return {"y": torch.cat(parts, 1), **_left(memory)}
+
+
+def _decode_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    """The last token alone; the values of the memory do not matter."""
+    T, C = problem.T, problem.segment_length or 1
+    memory = _empty(problem, problem.B, -(-T // C))
+    for tensor in (memory.states[0], memory.descriptors, memory.online[0], memory.key_sum):
+        tensor.normal_()
+    memory.advance(T - 1, C)
+    return _decode(kernel, problem, inputs, slice(T - 1, T), memory)
+
+
+def _decode(
+    kernel: Kernel, problem: Problem, inputs: Inputs, tokens: slice, memory: LayerMemory
+) -> Callable[[], Tensor]:
+    options = {**_options(problem, inputs, tokens), "segment_length": problem.segment_length, "memory": memory}
+    q, k, v, u = (x[:, tokens].contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    return lambda: kernel(q, k, v, u, **options)
+
+
+def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+    """What a layer remembers after the first ``tokens`` tokens, by the oracle; unused states hold NaN."""
+    C, T = problem.segment_length or 1, problem.T
+    memory = _empty(problem, inputs.q.shape[0], T // C + 1, dtype)
+    memory.states[0].fill_(float("nan"))
+    memory.descriptors.fill_(float("nan"))
+    if tokens == 0:
+        return memory
+    (states,), means = _segment_states(problem, inputs, tokens)
+    cached, filled = divmod(tokens, C)
+    memory.states[0][:, :, :cached] = states[:, :cached].transpose(1, 2)
+    memory.descriptors[:, :, :cached] = means[:, :cached].transpose(1, 2)
+    if filled or problem.state_init == "checkpoint":
+        memory.online[0].copy_(states[:, -1])
+        memory.last_key.copy_(inputs.k[:, tokens - 1])
+        memory.last_value.copy_(inputs.v[:, tokens - 1])
+    if filled:
+        memory.key_sum.copy_(means[:, -1] * filled)
+    memory.advance(tokens, C)
+    return memory
+
+
+def _empty(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+    H, Dk, Dv = problem.H, problem.Dk, problem.Dv
+    return LayerMemory(
+        states=(torch.zeros(B, H, capacity, Dk, Dv, dtype=dtype),),
+        descriptors=torch.zeros(B, H, capacity, Dk, dtype=dtype),
+        online=(torch.zeros(B, H, Dk, Dv, dtype=dtype),),
+        key_sum=torch.zeros(B, H, Dk, dtype=dtype),
+        last_key=torch.zeros(B, H, Dk, dtype=dtype),
+        last_value=torch.zeros(B, H, Dv, dtype=dtype),
+        start=(),
+        momentum=(),
+        cached=torch.zeros(B, dtype=torch.int32),
+        filled=torch.zeros(B, dtype=torch.int32),
+    )
+
+
+def _left(memory: LayerMemory) -> dict[str, Tensor]:
+    """What is left behind, the cached states in use."""
+    used = int(memory.cached[0])
+    return {
+        "states": memory.states[0][:, :, :used],
+        "descriptors": memory.descriptors[:, :, :used],
+        "online": memory.online[0],
+        "key_sum": memory.key_sum,
+    }
+
+
+PASSES = {
+    "forward": Pass(_forward_expected, _forward_run, _forward_call),
+    "backward": Pass(_backward_expected, _backward_run, _backward_call),
+    "decode": Pass(_decode_expected, _decode_run, _decode_call),
+}
