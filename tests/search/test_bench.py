@@ -97,17 +97,17 @@ def test_rates_follow_from_the_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     "spoil", [lambda y: 1.001 * y, lambda y: y[:, :-1], lambda y: y.where(y != y[0, 5, 0, 3], torch.nan)]
 )
 def test_what_is_wrong_is_not_timed(spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    wrong = Contender("liar", TINY, lambda problem, inputs: spoil(exact(problem, inputs)), optional=True)
+    wrong = Contender("liar", TINY, lambda case, inputs: {"y": spoil(exact(case, inputs)["y"])}, optional=True)
     with pytest.raises(MctuneError, match="liar is wrong on forward linear grm"):
         measure([eager(TINY), wrong], rounds=1, note=pytest.fail)
 
 
 def test_ssc_may_read_another_segment_where_logits_are_equal() -> None:
     def differs(tokens: int) -> Contender:
-        def run(problem: Problem, inputs: Any) -> torch.Tensor:
-            y = eager(problem).run(problem, inputs)
-            y[0, :tokens, 0] *= 1.5
-            return y
+        def run(problem: Problem, inputs: Any) -> Any:
+            results = eager(problem).run(problem, inputs)
+            results["y"][0, :tokens, 0] *= 1.5
+            return results
 
         return Contender("kernel", SSC, run)
 
