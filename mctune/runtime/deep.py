@@ -40,6 +40,11 @@ class Coefficients:
     momentum: Tensor | None
     rows: Tensor
 
+    def last(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Those of the last token: c, d [G, A] and c_j [G, A, b]."""
+        state, momentum = (None if x is None else x[..., -1] for x in (self.state, self.momentum))
+        return state, momentum, self.rows[..., -1, :]
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -73,7 +78,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One step's inner chunks: chunks ``start`` to ``stop`` of the plan, and what they leave at segments that end."""
+    """One step's inner chunks: chunks ``start`` to ``stop`` of the plan, and what they leave at segments that end.
+
+    ``momentum`` is what they leave of S, one tensor a layer, [G, A, D, D']; empty where there is none.
+    """
 
     start: int
     stop: int
@@ -82,6 +90,7 @@ class Chunk:
     down: Layer
     closed_up: Tensor
     closed_down: Tensor
+    momentum: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +119,8 @@ class DeepWalk:
     def __iter__(self) -> Iterator[Chunk]:
         plan = self.plan
         keys, values = plan.take(self.k), plan.take(self.v)
-        state, momentum, rows, decay, products = self._coefficients()
+        g, mu = (None if x is None else plan.take(x) for x in (self.g, self.mu))
+        whole, decay, products = coefficients(plan.take(self.eta), g, mu)
         lanes = plan.steps[0].stop
         up, down = (W[:, None].expand(-1, lanes, -1, -1) for W in (self.W_up, self.W_down))
         s_up, s_down = (None, None) if self.mu is None else (torch.zeros_like(up), torch.zeros_like(down))
@@ -121,52 +131,55 @@ class DeepWalk:
             up, down = up[:, :active], down[:, :active]
             hidden = k @ up
             z = gelu(hidden, approximate="tanh")
-            error = self._error(z @ down, k, v)
+            error = error_rows(z @ down, k, v, self.squared, self.residual)
             back = (error @ down.mT) * gelu_slope(hidden)
             layer_up = Layer(up, None if s_up is None else s_up[:, :active], k, back)
             layer_down = Layer(down, None if s_down is None else s_down[:, :active], z, error)
             by = Coefficients(
-                None if state is None else state[:, part],
-                None if momentum is None else momentum[:, part],
-                rows[:, part],
+                None if whole.state is None else whole.state[:, part],
+                None if whole.momentum is None else whole.momentum[:, part],
+                whole.rows[:, part],
             )
             leaving = [None if x is None else self._last(x, part) for x in (by.state, by.momentum, by.rows)]
             assert leaving[2] is not None
             up, down = (layer.leave(leaving[0], leaving[1], leaving[2]) for layer in (layer_up, layer_down))
             if decay is not None and products is not None:
                 s_up, s_down = (
-                    _momentum(layer, self._last(decay[:, part], part), self._last(products[:, part], part))
+                    next_momentum(layer, self._last(decay[:, part], part), self._last(products[:, part], part))
                     for layer in (layer_up, layer_down)
                 )
             closed_up, closed_down = (W.index_select(1, step.closing) for W in (up, down))
-            yield Chunk(step.start, step.stop, by, layer_up, layer_down, closed_up, closed_down)
+            left = () if s_up is None or s_down is None else (s_up, s_down)
+            yield Chunk(step.start, step.stop, by, layer_up, layer_down, closed_up, closed_down, left)
 
     def _last(self, x: Tensor, part: slice) -> Tensor:
         last = self.plan.last[part]
         return x[:, torch.arange(len(last), device=last.device), last]
 
-    def _error(self, o: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.squared:
-            return -v
-        return 2 * ((o + k if self.residual else o) - v)
 
-    def _coefficients(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """c_t, d_t, c_tj of all chunks, then the momentum's own: prod mu up to t, and eta_j prod mu after j up to t."""
-        plan = self.plan
-        eta = plan.take(self.eta)[..., None, :]
-        g = None if self.g is None else plan.take(self.g)
-        ones = torch.ones(plan.size, plan.size, dtype=eta.dtype, device=eta.device).tril()
-        span = ones if g is None else decay_between(g)
-        state = None if g is None else g.cumsum(-1).exp()
-        if self.mu is None:
-            return state, None, eta * span, None, None
-        mu = plan.take(self.mu)
-        since = torch.where(ones.tril(-1) > 0, mu[..., :, None], 1.0).cumprod(-2).tril()
-        upto = mu.cumprod(-1)
-        return state, (span @ upto[..., None])[..., 0], eta * (span @ since), upto, eta * since
+def error_rows(o: Tensor, k: Tensor, v: Tensor, squared: bool, residual: bool) -> Tensor:
+    """e, the loss's gradient at the output: o is what the layers make of k, without the input that is added."""
+    if not squared:
+        return -v
+    return 2 * ((o + k if residual else o) - v)
 
 
-def _momentum(layer: Layer, decay: Tensor, rows: Tensor) -> Tensor:
-    """prod mu S_0 + sum_j eta_j prod mu x_j^T e_j."""
+def coefficients(
+    eta: Tensor, g: Tensor | None = None, mu: Tensor | None = None
+) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+    """c_t, d_t, c_tj of chunks with gates [..., b]; then the momentum's own: prod mu up to t, eta_j prod mu past j."""
+    ones = torch.ones(eta.shape[-1], eta.shape[-1], dtype=eta.dtype, device=eta.device).tril()
+    span = ones if g is None else decay_between(g)
+    state = None if g is None else g.cumsum(-1).exp()
+    eta = eta[..., None, :]
+    if mu is None:
+        return Coefficients(state, None, eta * span), None, None
+    since = torch.where(ones.tril(-1) > 0, mu[..., :, None], 1.0).cumprod(-2).tril()
+    upto = mu.cumprod(-1)
+    return Coefficients(state, (span @ upto[..., None])[..., 0], eta * (span @ since)), upto, eta * since
+
+
+def next_momentum(layer: Layer, decay: Tensor, rows: Tensor) -> Tensor:
+    """prod mu S_0 + sum_j eta_j prod mu x_j^T e_j, for decay [G, A] and rows [G, A, b]."""
     assert layer.momentum is not None
     return decay[..., None, None] * layer.momentum + layer.inputs.mT @ (rows[..., None] * layer.errors)

@@ -61,9 +61,13 @@ def run_linear(
 
 
 def _swla_weights(plan: Plan, g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of the previous row and of each row of a chunk at each of its rows, [G, M, b, b + 1]; decay [G, M, b]."""
     g, beta, lam = plan.take(g), plan.take(beta), plan.take(lam)
-    beta = torch.cat([beta[..., :1] * plan.follows[:, None], beta[..., 1:]], -1)
+    return swla_weights(g, torch.cat([beta[..., :1] * plan.follows[:, None], beta[..., 1:]], -1), lam)
+
+
+def swla_weights(g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """From gates [..., b], the weight of the previous row and of each row of a chunk at each of its rows,
+    [..., b, b + 1], and the decay of what enters the chunk, [..., b]."""
     span = decay_between(g)
     weights = torch.nn.functional.pad(lam[..., None, :] * span, (1, 0))
     weights = weights + torch.nn.functional.pad(beta[..., None, :] * span, (0, 1))

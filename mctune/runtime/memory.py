@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
+from .arguments import DEEP, Call
+from .errors import ArgumentError
+
 Tensor = torch.Tensor
+FIRST_CAPACITY = 4
+"""States that an empty memory has room for; it doubles when they are used up."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a memory is written: the same for its whole life."""
+
+    recurrence: str
+    state_init: str
+    segment_length: int
+    inner_chunk: int
+    memory_residual: bool
+
+    @property
+    def deep(self) -> bool:
+        """Whether the memory is a two-layer MLP."""
+        return self.recurrence in DEEP
+
+    @property
+    def carried(self) -> bool:
+        """Whether a segment starts from the end state of the one before it."""
+        return self.state_init == "checkpoint"
 
 
 @dataclass(eq=False)
 class LayerMemory:
     """The cache of one layer, float32, one row a sequence; sequences may be at different places.
 
+    Where a segment has just ended, ``filled`` is 0 and the memory is already as the next one starts: ``key_sum`` is 0
+    and, under independent, ``online`` is the initial state, ``momentum``, ``last_key`` and ``last_value`` are 0.
+
     Attributes:
         states: cached end states of segments (Eq. 4): ``(M,)`` with M [B, H, capacity, Dk, Dv] for a matrix memory,
-            ``(W_up, W_down)``, [B, H, capacity, Dk, E] and [B, H, capacity, E, Dv], for a deep one.
+            ``(W_up, W_down)``, [B, H, capacity, Dk, E] and [B, H, capacity, E, Dv], for a deep one. What lies past
+            ``cached`` means nothing, and is finite.
         descriptors: mean key of each cached segment, [B, H, capacity, Dk] (Eq. 10).
         online: the state of the segment under way, shaped as ``states`` without the capacity axis.
         key_sum: sum of the keys of the segment under way, [B, H, Dk].
@@ -25,6 +57,10 @@ class LayerMemory:
             (Eq. 34); empty for a matrix memory.
         cached: int32 [B] on the CPU, states in use of each sequence.
         filled: int32 [B] on the CPU, tokens of the segment under way, less than the segment length.
+        rules: how it is written; ``None`` leaves that to the calls.
+        initial: what a deep memory's segments start from, [H, Dk, E] and [H, E, Dv].
+        bound: most states to keep of a sequence; the oldest goes first.
+        dropped: int32 [B] on the CPU, states that the bound has cost each sequence.
     """
 
     states: tuple[Tensor, ...]
@@ -37,14 +73,149 @@ class LayerMemory:
     momentum: tuple[Tensor, ...]
     cached: Tensor
     filled: Tensor
+    rules: Rules | None = None
+    initial: tuple[Tensor, ...] = ()
+    bound: int | None = None
+    dropped: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+
+    def __post_init__(self) -> None:
+        if len(self.dropped) != len(self.cached):
+            self.dropped = torch.zeros_like(self.cached)
+
+    @classmethod
+    def empty(cls, call: Call, rows: int, bound: int | None = None) -> LayerMemory:
+        """A memory of ``rows`` sequences that have no token yet, for the tokens of ``call`` and those after them."""
+        H, Dk, Dv, like = call.q.shape[2], call.q.shape[3], call.v.shape[3], call.q
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=call.compute_dtype, device=like.device)
+
+        initial: tuple[Tensor, ...] = ()
+        online: tuple[Tensor, ...] = (zeros(rows, H, Dk, Dv),)
+        if call.W_up is not None and call.W_down is not None:
+            initial = tuple(W.detach().to(call.compute_dtype).clone() for W in (call.W_up, call.W_down))
+            online = tuple(W.expand(rows, -1, -1, -1).contiguous() for W in initial)
+        deep = call.deep
+        return cls(
+            tuple(zeros(rows, H, FIRST_CAPACITY, *x.shape[2:]) for x in online),
+            zeros(rows, H, FIRST_CAPACITY, Dk),
+            online,
+            zeros(rows, H, Dk),
+            zeros(rows, H, Dk),
+            zeros(rows, H, Dv),
+            tuple(x.clone() for x in online) if deep else (),
+            tuple(torch.zeros_like(x) for x in online) if deep else (),
+            torch.zeros(rows, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32),
+            rules_of(call),
+            initial,
+            bound,
+        )
 
     @property
     def capacity(self) -> int:
         """States that there is room for."""
         return self.descriptors.shape[2]
 
+    @property
+    def rows(self) -> int:
+        """B, the number of sequences."""
+        return self.descriptors.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B] on the CPU: tokens of each sequence so far."""
+        assert self.rules is not None
+        return (self.dropped.long() + self.cached) * self.rules.segment_length + self.filled
+
     def advance(self, tokens: int, segment_length: int) -> None:
         """Count ``tokens`` more tokens of every sequence."""
         total = self.filled + tokens
         self.cached += total // segment_length
         self.filled = total % segment_length
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for the states that ``tokens`` more tokens of every sequence add; room at least doubles."""
+        assert self.rules is not None
+        needed = int((self.cached + (self.filled + tokens) // self.rules.segment_length).max())
+        if needed > self.capacity:
+            self._resize(max(needed, 2 * self.capacity))
+
+    def _resize(self, capacity: int) -> None:
+        def grown(x: Tensor) -> Tensor:
+            room = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
+            room[:, :, : x.shape[2]] = x
+            return room
+
+        self.states = tuple(grown(x) for x in self.states)
+        self.descriptors = grown(self.descriptors)
+
+    def evict(self) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Drop the oldest state of the sequences that hold more than the bound.
+
+        Returns:
+            int64 [R], the rows, and what they lost: each of ``states`` and ``descriptors``, [R, H, ...].
+        """
+        if self.bound is None or not bool((self.cached > self.bound).any()):
+            return None
+        rows = (self.cached > self.bound).nonzero()[:, 0]
+        stores = (*self.states, self.descriptors)
+        lost = tuple(store[rows, :, 0].clone() for store in stores)
+        for store in stores:
+            store[rows, :, :-1] = store[rows, :, 1:]
+        self.cached[rows] -= 1
+        self.dropped[rows] += 1
+        return rows, lost
+
+    def restore(self, rows: Tensor, lost: tuple[Tensor, ...]) -> None:
+        """Undo an :meth:`evict`."""
+        for store, oldest in zip((*self.states, self.descriptors), lost, strict=True):
+            store[rows, :, 1:] = store[rows, :, :-1].clone()
+            store[rows, :, 0] = oldest
+        self.cached[rows] += 1
+        self.dropped[rows] -= 1
+
+    def check(self, call: Call) -> None:
+        """Refuse tokens that this memory cannot take.
+
+        Raises:
+            ArgumentError: if the call writes by other rules, or its shapes are others.
+        """
+        given = rules_of(call)
+        for name, now in vars(given).items():
+            was = getattr(self.rules, name, now)
+            if now != was and (name != "inner_chunk" or call.deep):
+                raise ArgumentError(f"{name}={now!r} on a memory written with {was!r}: start with an empty memory")
+        B, _, H, Dk = call.q.shape
+        new, here = (B, H, Dk, call.v.shape[3]), (*self.key_sum.shape, self.last_value.shape[2])
+        if new != here:
+            raise ArgumentError(f"tokens of [B, H, Dk, Dv] = {list(new)} on a memory of {list(here)}; these must agree")
+        if call.q.device != self.key_sum.device:
+            raise ArgumentError(f"q is on {call.q.device} and the memory on {self.key_sum.device}; move the memory")
+
+    def map(self, rowwise: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] | None = None) -> LayerMemory:
+        """A memory with ``rowwise`` applied to every tensor that has a row a sequence, ``shared`` to ``initial``."""
+
+        def each(name: str, x: Any) -> Any:
+            function = shared if name == "initial" else rowwise
+            if function is None:
+                return x
+            if isinstance(x, tuple):
+                return tuple(function(part) for part in x)
+            return function(x) if isinstance(x, Tensor) else x
+
+        return replace(self, **{f.name: each(f.name, getattr(self, f.name)) for f in fields(self)})
+
+    def stores(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name; of several, numbered."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                yield f.name, value
+            elif isinstance(value, tuple):
+                yield from ((f"{f.name}.{number}", part) for number, part in enumerate(value))
+
+
+def rules_of(call: Call) -> Rules:
+    """How a call writes."""
+    return Rules(call.recurrence, call.state_init, call.segment_length, call.inner_chunk, call.memory_residual)

@@ -1,0 +1,247 @@
+"""``memory_caching_step``: the next tokens of every sequence, from what a memory remembers of those before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .arguments import Call, check_call
+from .decode import decode
+from .dispatch import BACKENDS
+from .errors import ArgumentError
+from .memory import LayerMemory
+
+Tensor = torch.Tensor
+
+
+def memory_caching_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor | None = None,
+    *,
+    memory: LayerMemory,
+    recurrence: str = "linear",
+    aggregation: str = "grm",
+    segment_length: int = 256,
+    state_init: str = "independent",
+    top_k: int = 2,
+    scale: float | None = None,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    lam: Tensor | None = None,
+    eta: Tensor | None = None,
+    mu: Tensor | None = None,
+    W_up: Tensor | None = None,
+    W_down: Tensor | None = None,
+    memory_residual: bool = True,
+    inner_chunk: int = 16,
+    backend: str = "auto",
+) -> Tensor:
+    """Write n >= 1 new tokens of every sequence to ``memory`` and read them (arXiv:2602.24281, its sections 3 and 4).
+
+    Any way of cutting a sequence into calls gives what :func:`memory_caching` gives for the whole of it. Under
+    ``torch.compile`` the memory cannot grow: ``memory.reserve`` room beforehand. There is no backward.
+
+    Args:
+        q, k, v, u and the gates: of the new tokens, [B, n, H, ...] as in :func:`memory_caching`.
+        memory: what the sequences were so far; changed in place.
+        The rest: as in :func:`memory_caching`, the same for all calls on one memory.
+
+    Returns:
+        y [B, n, H, Dv] in the dtype of q.
+
+    Raises:
+        ArgumentError: if arguments contradict each other or the memory.
+        BackendError: if the backend asked for by name cannot serve the call.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    call = check_call(
+        q,
+        k,
+        v,
+        u,
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segment_length=segment_length,
+        segmentation="constant",
+        state_init=state_init,
+        top_k=top_k,
+        scale=scale,
+        gates={"g": g, "beta": beta, "lam": lam, "eta": eta, "mu": mu},
+        W_up=W_up,
+        W_down=W_down,
+        memory_residual=memory_residual,
+        inner_chunk=inner_chunk,
+        cu_seqlens=None,
+    )
+    return extend(call, memory, backend)
+
+
+def extend(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+    """The same for checked arguments."""
+    memory.check(call)
+    if memory.bound is None:
+        return _advance(call, memory, backend)
+    y: Tensor = _bounded(call, memory, backend)
+    return y
+
+
+def tokens(call: Call, begin: int, end: int) -> Call:
+    """The call on tokens ``begin`` to ``end`` of each row alone."""
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, begin:end]
+
+    q, k, v = (x[:, begin:end] for x in (call.q, call.k, call.v))
+    g, beta, lam, eta, mu = (part(x) for x in (call.g, call.beta, call.lam, call.eta, call.mu))
+    return replace(call, q=q, k=k, v=v, u=part(call.u), g=g, beta=beta, lam=lam, eta=eta, mu=mu)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _bounded(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+    """One call up to each segment's end: what the bound drops must be gone before the next token reads."""
+    outputs, begin, n = [], 0, call.q.shape[1]
+    while begin < n:
+        end = min(n, begin + call.segment_length - int(memory.filled.max()))
+        outputs.append(_advance(tokens(call, begin, end), memory, backend))
+        memory.evict()
+        begin = end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+    n = call.q.shape[1]
+    if not torch.compiler.is_compiling():
+        memory.reserve(n)
+    # The operator is what a graph keeps whole, and what refuses a backward; otherwise its overhead is saved.
+    run = _operator if torch.compiler.is_compiling() or call.requires_grad else _run
+    y: Tensor = run(
+        call.q,
+        call.k,
+        call.v,
+        call.u,
+        call.g,
+        call.beta,
+        call.lam,
+        call.eta,
+        call.mu,
+        call.W_up,
+        call.W_down,
+        memory.states,
+        memory.descriptors,
+        memory.online,
+        memory.key_sum,
+        memory.last_key,
+        memory.last_value,
+        memory.start,
+        memory.momentum,
+        memory.cached,
+        memory.filled,
+        call.recurrence,
+        call.aggregation,
+        call.state_init,
+        call.segment_length,
+        call.top_k,
+        call.scale,
+        call.memory_residual,
+        call.inner_chunk,
+        backend,
+    )
+    memory.advance(n, call.segment_length)
+    return y
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor | None,
+    g: Tensor | None,
+    beta: Tensor | None,
+    lam: Tensor | None,
+    eta: Tensor | None,
+    mu: Tensor | None,
+    W_up: Tensor | None,
+    W_down: Tensor | None,
+    states: Sequence[Tensor],
+    descriptors: Tensor,
+    online: Sequence[Tensor],
+    key_sum: Tensor,
+    last_key: Tensor,
+    last_value: Tensor,
+    start: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    cached: Tensor,
+    filled: Tensor,
+    recurrence: str,
+    aggregation: str,
+    state_init: str,
+    segment_length: int,
+    top_k: int,
+    scale: float,
+    memory_residual: bool,
+    inner_chunk: int,
+    backend: str,
+) -> Tensor:
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        u=u,
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segmentation="constant",
+        segment_length=segment_length,
+        state_init=state_init,
+        top_k=top_k,
+        scale=scale,
+        g=g,
+        beta=beta,
+        lam=lam,
+        eta=eta,
+        mu=mu,
+        W_up=W_up,
+        W_down=W_down,
+        memory_residual=memory_residual,
+        inner_chunk=inner_chunk,
+        cu_seqlens=None,
+    )
+    initial = () if W_up is None or W_down is None else (W_up.detach(), W_down.detach())
+    memory = LayerMemory(
+        tuple(states),
+        descriptors,
+        tuple(online),
+        key_sum,
+        last_key,
+        last_value,
+        tuple(start),
+        tuple(momentum),
+        cached,
+        filled,
+        initial=initial,
+    )
+    needed = int((cached + (filled + q.shape[1]) // segment_length).max())
+    if needed > memory.capacity:
+        raise ArgumentError(
+            f"{q.shape[1]} more tokens need room for {needed} states and the memory has room for {memory.capacity}; a "
+            f"compiled step cannot grow it: call memory.reserve(tokens), or MemoryCache.reserve, beforehand"
+        )
+    y = decode(call, memory)
+    assert y is not None
+    return y
+
+
+_operator = torch.library.custom_op(
+    "mctune::memory_caching_decode",
+    _run,
+    mutates_args=("states", "descriptors", "online", "key_sum", "last_key", "last_value", "start", "momentum"),
+)
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(v.shape)
