@@ -10,28 +10,13 @@ from mctune.search.events import SearchReport, SearchRequest
 
 def emit_report(request: SearchRequest, report: SearchReport) -> Path | None:
     """Write the package of every point of every frontier into ``request.out``; ``None`` if there is none."""
-    from mctune.emit import Winner, emit_package
+    from mctune.emit import emit_package
     from mctune.runtime.tvm_loader import KernelError
     from mctune.search.run import ship
 
-    shipments = ship(request, report)
-    if not shipments:
+    winners = ship(request, report)
+    if not winners:
         return None
-    winners = [
-        Winner(
-            problem=item.point.problem,
-            config=item.point.config,
-            outcome=item.point.outcome,
-            backend=item.backend,
-            library=item.library,
-            source=item.source,
-            portable=item.portable,
-            cpu_flags=item.cpu_flags,
-            recommended=item.recommended,
-            verified=item.verified,
-        )
-        for item in shipments
-    ]
     try:
         return emit_package(request.out, request.target, winners)
     except KernelError as error:

@@ -1,5 +1,5 @@
 """Winners become a package directory that imports without mctune."""
 
-from mctune.emit.package import Winner, emit_package
+from mctune.emit.package import emit_package
 
-__all__ = ["Winner", "emit_package"]
+__all__ = ["emit_package"]

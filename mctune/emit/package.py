@@ -6,16 +6,12 @@ import json
 import keyword
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from mctune.core.config import Config
 from mctune.core.environment import environment
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Predicted, Timed, kind
-from mctune.core.problem import Problem
 from mctune.core.target import Target
+from mctune.core.winner import Winner
 from mctune.emit.card import card
 from mctune.runtime import manifest
 from mctune.runtime.table import NAME as TABLE
@@ -32,49 +28,6 @@ from .runtime.module import MemoryCaching
 
 __all__ = ["MemoryCaching", "memory_caching"]
 '''
-
-
-@dataclass(frozen=True)
-class Winner:
-    """A tuned kernel on its way into a package.
-
-    Args:
-        problem: the problem it was tuned at, segment length included.
-        config: its configuration.
-        outcome: its time: measured, or predicted by a cost model.
-        backend: what compiled it.
-        library, source: the kernel that was timed, and what it came from.
-        portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
-        cpu_flags: what ``library`` needs of a CPU, as /proc/cpuinfo names it.
-        recommended: whether the search recommends this segment length.
-        verified: how it was held to the oracle (cases, error, tolerance).
-    """
-
-    problem: Problem
-    config: Config
-    outcome: Timed | Predicted
-    backend: str
-    library: Path
-    source: Path
-    portable: Path | None
-    cpu_flags: tuple[str, ...]
-    recommended: bool
-    verified: dict[str, Any]
-
-    def record(self) -> dict[str, Any]:
-        """The entry of the tuned table."""
-        return {
-            "problem": self.problem.to_dict(),
-            "config": self.config.to_dict(),
-            "kernel": f"kernels/{self.library.name}",
-            "source": f"kernels/{self.source.name}",
-            "portable": f"kernels/{self.portable.name}" if self.portable else None,
-            "cpu_flags": list(self.cpu_flags),
-            "backend": self.backend,
-            "outcome": {"kind": kind(self.outcome), **asdict(self.outcome)},
-            "recommended": self.recommended,
-            "verified": self.verified,
-        }
 
 
 def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:

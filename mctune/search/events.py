@@ -133,24 +133,6 @@ class SearchReport:
         }
 
 
-@dataclass(frozen=True)
-class Shipment:
-    """A winner ready to be emitted: its files, and how they were held to the oracle.
-
-    ``portable`` is the same source built for every CPU of the level x86-64-v3; ``cpu_flags`` is what ``library`` needs
-    of a CPU, as /proc/cpuinfo names it.
-    """
-
-    point: FrontierPoint
-    recommended: bool
-    backend: str
-    library: Path
-    source: Path
-    portable: Path | None
-    cpu_flags: tuple[str, ...]
-    verified: dict[str, Any]
-
-
 class Listener(Protocol):
     """Whoever follows a search; called in the searching process, between candidates."""
 

@@ -10,7 +10,8 @@ from mctune.backends import get_backend
 from mctune.backends.protocol import Backend
 from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.host import needed_flags, usable_cores
-from mctune.search.events import Listener, SearchReport, SearchRequest, Shipment, StudyReport
+from mctune.core.winner import Winner
+from mctune.search.events import Listener, SearchReport, SearchRequest, StudyReport
 from mctune.search.one import OneStudy
 from mctune.search.verify import tolerance
 from mctune.search.worker import Worker, WorkerDied
@@ -53,13 +54,13 @@ def stored(request: SearchRequest) -> SearchReport:
     return SearchReport(request.target, request.out, tuple(study.stored() for study in _studies(request)), 0.0)
 
 
-def ship(request: SearchRequest, report: SearchReport) -> list[Shipment]:
+def ship(request: SearchRequest, report: SearchReport) -> list[Winner]:
     """Every point of every frontier, built for this CPU and for any x86-64-v3, both verified once more.
 
     Raises:
         MctuneError: if a build or its verification fails.
     """
-    shipments = []
+    winners = []
     with _worker(request) as worker:
         for study in report.studies:
             for point in study.frontier:
@@ -68,9 +69,11 @@ def ship(request: SearchRequest, report: SearchReport) -> list[Shipment]:
                 if not isinstance(reply, dict):
                     what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
                     raise MctuneError(f"cannot ship {point.problem} [{point.config}]: {what}")
-                shipments.append(
-                    Shipment(
-                        point=point,
+                winners.append(
+                    Winner(
+                        problem=point.problem,
+                        config=point.config,
+                        outcome=point.outcome,
                         recommended=point == study.recommended,
                         backend=BACKEND,
                         library=Path(reply["library"]),
@@ -80,7 +83,7 @@ def ship(request: SearchRequest, report: SearchReport) -> list[Shipment]:
                         verified=_verified(reply, tolerance(point.problem)),
                     )
                 )
-    return shipments
+    return winners
 
 
 def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mctune.core.config import Config
 from mctune.core.host import needed_flags
 from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
-from mctune.emit import Winner
+from mctune.core.winner import Winner
 
 NEEDED = ("torch", "numpy", "apache-tvm-ffi")
 """What the README of a package names, and numpy, which torch uses if it is there."""

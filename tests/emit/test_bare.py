@@ -10,7 +10,8 @@ import torch
 from packages import GRM, run_bare
 
 from mctune.core.target import Target
-from mctune.emit import Winner, emit_package
+from mctune.core.winner import Winner
+from mctune.emit import emit_package
 from mctune.reference import error_ratio, memory_caching
 from mctune.search.inputs import make_inputs
 

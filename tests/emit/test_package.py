@@ -16,7 +16,8 @@ from packages import GRM, forget
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted
 from mctune.core.target import Target
-from mctune.emit import Winner, emit_package
+from mctune.core.winner import Winner
+from mctune.emit import emit_package
 from mctune.emit import package as emitter
 from mctune.runtime.manifest import digest
 from mctune.search.inputs import make_inputs

@@ -21,9 +21,10 @@ from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
+from mctune.core.winner import Winner
 from mctune.core.work import work
 from mctune.core.workload import Case, Workload
-from mctune.emit.package import Winner, emit_package
+from mctune.emit.package import emit_package
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
 from mctune.search import bench

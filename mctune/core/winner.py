@@ -1,0 +1,54 @@
+"""A tuned kernel between the search that found it and the package that ships it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mctune.core.config import Config
+from mctune.core.outcome import Predicted, Timed, kind
+from mctune.core.problem import Problem
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A tuned kernel on its way into a package.
+
+    Args:
+        problem: the problem it was tuned at, segment length included.
+        config: its configuration.
+        outcome: its time: measured, or predicted by a cost model.
+        backend: what compiled it.
+        library, source: the kernel that was timed, and what it came from.
+        portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
+        cpu_flags: what ``library`` needs of a CPU, as /proc/cpuinfo names it.
+        recommended: whether the search recommends this segment length.
+        verified: how it was held to the oracle (cases, error, tolerance).
+    """
+
+    problem: Problem
+    config: Config
+    outcome: Timed | Predicted
+    backend: str
+    library: Path
+    source: Path
+    portable: Path | None
+    cpu_flags: tuple[str, ...]
+    recommended: bool
+    verified: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The entry of the tuned table."""
+        return {
+            "problem": self.problem.to_dict(),
+            "config": self.config.to_dict(),
+            "kernel": f"kernels/{self.library.name}",
+            "source": f"kernels/{self.source.name}",
+            "portable": f"kernels/{self.portable.name}" if self.portable else None,
+            "cpu_flags": list(self.cpu_flags),
+            "backend": self.backend,
+            "outcome": {"kind": kind(self.outcome), **asdict(self.outcome)},
+            "recommended": self.recommended,
+            "verified": self.verified,
+        }
