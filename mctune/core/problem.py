@@ -94,6 +94,10 @@ class Problem:
             raise UsageError(f"segmentation={self.segmentation!r} needs segment_length (for example 256)")
         else:
             self._positive("segment_length")
+        if self.segmentation == "packed" and self.pass_ == "decode":
+            raise UsageError(
+                "pass='decode' with segmentation='packed': a step has one row a sequence; use segmentation='constant'"
+            )
         if self.segmentation == "packed" and self.B != 1:
             raise UsageError(
                 f"B={self.B} with segmentation='packed': the sequences stand in one row, so B is 1; put the batch "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mctune.core.problem import PASSES
 from mctune.core.target import targets
 from mctune.core.workload import workload_names
 
@@ -36,7 +37,7 @@ def test_the_cpu_target_names_its_lanes(run: Callable[..., object]) -> None:
 
 def test_spaces(run: Callable[..., object]) -> None:
     text, data = run("spaces").out, json.loads(run("spaces", "--json").out)
-    assert [space["name"] for space in data["spaces"]] == ["tvm/forward"]
+    assert [space["name"] for space in data["spaces"]] == [f"tvm/{pass_}" for pass_ in sorted(PASSES)]
     assert tuple(workload["name"] for workload in data["workloads"]) == workload_names()
     assert "tvm/forward" in text and "quick" in text
 
@@ -52,9 +53,9 @@ def test_one_space_in_full(run: Callable[..., object]) -> None:
 
 def test_one_workload_in_full(run: Callable[..., object]) -> None:
     text = run("spaces", "quick").out
-    assert "forward linear ssc top4 constant independent B1 T4096 H4 D64 C64,128,256,512 float32" in text
+    assert "forward linear grm constant independent B1 T4096 H4 D64 C64,128,256,512 float32" in text
     (workload,) = json.loads(run("spaces", "quick", "--json").out)["workloads"]
-    assert len(workload["cases"]) == 3
+    assert len(workload["cases"]) == 6
 
 
 def test_an_unknown_space(run: Callable[..., object]) -> None:

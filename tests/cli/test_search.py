@@ -72,7 +72,7 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     ran = run("search")
     request = planted.request
     assert ran.code == 0 and request is not None
-    assert request.target.name == "cpu" and len(request.cases) == 3
+    assert request.target.name == "cpu" and len(request.cases) == 6
     assert request.out == Path("build/mctune_cpu")
     assert (request.trials, request.timeout_s, request.storage) == (32, 210, None)
     assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("tpe", 0, 1.10, 60.0)

@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 
 from mctune.core.errors import UsageError
+from mctune.core.problem import PASSES
 from mctune.core.work import cached_states
 from mctune.core.workload import Case, load_workload, read_workload, workload_names
 
 
 def test_the_shipped_workloads() -> None:
-    assert workload_names() == ("decode", "paper", "quick")
+    assert workload_names() == ("decode", "paper", "quick", "train")
     quick = load_workload("quick")
     assert quick.timeout_s is not None and quick.timeout_s <= 300
-    assert [(c.problem.recurrence, c.problem.aggregation, c.problem.top_k) for c in quick.cases] == [
-        ("linear", "grm", None),
-        ("linear", "ssc", 4),
-        ("swla", "grm", None),
-    ]
-    assert all(case.segment_lengths == (64, 128, 256, 512) for case in quick.cases)
+    assert {(c.problem.pass_, c.problem.aggregation, c.problem.top_k) for c in quick.cases} == {
+        (pass_, *read) for pass_ in PASSES for read in (("grm", None), ("ssc", 4))
+    }
+    assert quick.cases[0].segment_lengths == (64, 128, 256, 512)
+    assert all(case.segment_lengths == (256,) for case in quick.cases[1:])
+    train = load_workload("train").cases
+    assert {c.problem.pass_ for c in train} == set(PASSES)
+    assert {c.problem.recurrence for c in train} == {"linear", "swla"}
     paper = load_workload("paper")
     shapes = {(c.problem.H * c.problem.Dk, c.problem.T, c.problem.aggregation) for c in paper.cases}
     assert shapes == {
