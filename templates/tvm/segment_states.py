@@ -20,7 +20,7 @@ def build(problem, config, target):
     Arguments of the kernel: k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]``; begin, end, first ``[N]``
     int32; T and H; then the outputs states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]``.
     """
-    if config["parallel"] == "head":
+    if "parallel" in config and config["parallel"] == "head":
         return None
     Dk, Dv = problem.Dk, problem.Dv
     BT, MR, NR = config["state_chunk"], config["state_rows"], config["state_cols"]
