@@ -1,85 +1,168 @@
-"""Which implementation serves a call: a tuned kernel where one fits, else the eager path. Nothing is tuned here."""
+"""Which implementation serves a call: tuned kernels where they fit, else the eager path. Nothing is tuned here."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .arguments import Call
+from .arguments import DEEP, Call
 from .errors import BackendError
-from .table import Entry, Request, Table, find, load_table
-from .tvm_forward import TvmForward
+from .table import Entry, Request, find, load_table
 from .tvm_loader import KernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 """An emitted package keeps tuned.json, manifest.json and the kernels beside the runtime's folder."""
 TABLE = load_table(ROOT)
+NAMESPACE = __name__.rsplit(".", 2)[0].replace(".", "_")
+"""Of this copy's operators in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
 BACKENDS = ("auto", "eager", "tvm", "triton")
-_NO_KERNELS = (
+_TYPICAL = {"B": 1, "T": 4096, "H": 4, "segment_length": 256}
+"""Stand for sizes that are not known while a graph is traced; a kernel serves any."""
+_warned: set[tuple[str, ...]] = set()
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the operators run a call.
+
+    Attributes:
+        backend: ``tvm`` (the nearest tuned kernels), ``auto`` (the same, and eager where one cannot be run) or
+            ``eager``.
+        saves: whether the forward keeps the segments' states for the backward.
+    """
+
+    backend: str
+    saves: bool = False
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why no tuned kernel serves, and the kind of reason, to warn of once; ``None``: no tuning would change that."""
+
+    reason: str
+    kind: tuple[str, ...] | None = None
+
+
+_NO_KERNELS = _Refusal(
     "there are no tuned kernels here. To tune some for this machine: `mctune search --gpu cpu`, then import "
     "memory_caching from the package that it leaves",
     ("untuned",),
 )
-_warned: set[tuple[str, ...]] = set()
 
 
-def serve(call: Call, backend: str) -> torch.Tensor | None:
-    """y [B, T, H, Dv] from a tuned kernel; ``None`` where ``backend="auto"`` leaves the call to the eager path.
+def route(call: Call, backend: str) -> Route | None:
+    """How the operators run the call; ``None`` leaves it to the eager path, in sight of autograd.
+
+    While a graph is traced, or a transform of torch.func is active, it is always an operator: one opaque node, with a
+    rule for batches.
 
     Raises:
         BackendError: if a backend was asked for by name and cannot serve the call: why, and what to do.
     """
-    reason, kind = beyond_kernels(call), None
-    if reason is None:
-        found = _serve(call, backend, TABLE) if TABLE.entries else _NO_KERNELS
-        if isinstance(found, torch.Tensor):
-            return found
-        reason, kind = found
+    if torch.compiler.is_compiling():
+        # The f-strings make constants of widths that are symbolic: a kernel is for one width.
+        Dk, Dv = f"{call.q.shape[3]}", f"{call.v.shape[3]}"
+        device, dtype, grad = call.q.device.type, str(call.q.dtype), call.requires_grad
+        names = (call.recurrence, call.aggregation, call.segmentation, call.state_init)
+        chosen, saves, reason = _choose_for_a_graph(backend, names, Dk, Dv, dtype, device, grad)
+        if chosen is None:
+            raise _unserved(backend, reason)
+        return Route(chosen, saves)
+    transformed = torch._C._are_functorch_transforms_active()
+    # What a transform of torch.func wraps does not tell whether a gradient is wanted.
+    grad = call.requires_grad or (transformed and torch.is_grad_enabled())
+    chosen = _choose(make_request(call, "forward"), call.q.device.type, backend, grad)
+    if isinstance(chosen, Route):
+        return replace(chosen, saves=False) if transformed else chosen
     if backend != "auto":
-        raise BackendError(f'backend="{backend}" cannot serve this call: {reason}; backend="eager" can')
-    if kind is not None:
-        _warn_once(kind, reason)
-    return None
+        raise _unserved(backend, chosen.reason)
+    if chosen.kind is not None:
+        warn_once(chosen.kind, chosen.reason)
+    return Route("eager") if transformed or call.q.is_meta else None
 
 
-def beyond_kernels(call: Call) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose_for_a_graph(
+    backend: str, names: tuple[str, str, str, str], Dk: str, Dv: str, dtype: str, device: str, grad: bool
+) -> tuple[str | None, bool, str]:
+    """The fields of the route, the backend ``None`` where the one asked for cannot serve, and why not."""
+    recurrence, aggregation, segmentation, state_init = names
+    request = Request(
+        pass_="forward",
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segmentation=segmentation,
+        state_init=state_init,
+        Dk=int(Dk),
+        Dv=int(Dv),
+        top_k=2 if aggregation == "ssc" else None,
+        dtype=dtype.removeprefix("torch."),
+        **(_TYPICAL | {"segment_length": None} if segmentation == "logarithmic" else _TYPICAL),
+    )
+    chosen = _choose(request, device, backend, grad)
+    if isinstance(chosen, Route):
+        return chosen.backend, chosen.saves, ""
+    if backend == "auto" and chosen.kind is not None:
+        warn_once(chosen.kind, chosen.reason)
+    return ("eager" if backend == "auto" else None), False, chosen.reason
+
+
+def _choose(request: Request, device: str, backend: str, grad: bool) -> Route | _Refusal:
+    """The tuned kernels of a forward and, with ``grad``, of its backward; or what stands in the way."""
+    reason = beyond_kernels(request.recurrence, request.dtype, device)
+    if reason is not None:
+        return _Refusal(reason)
+    if not TABLE.entries:
+        return _NO_KERNELS
+    saves = False
+    for wanted in (request, replace(request, pass_="backward")) if grad else (request,):
+        entry = entry_for(wanted, wanted.pass_, backend)
+        if entry is None:
+            return _Refusal(_misfit(wanted), (wanted.pass_, wanted.recurrence, wanted.aggregation, wanted.state_init))
+        try:
+            launcher(entry)
+        except KernelError as error:
+            return _Refusal(str(error), ("unusable", str(entry.kernel)))
+        saves = entry.record.get("config", {}).get("saved") == "states" and request.segmentation != "logarithmic"
+    return Route(backend, grad and saves)
+
+
+def _misfit(request: Request) -> str:
+    problem = request.to_json()
+    return (
+        f"none of the {len(TABLE.entries)} tuned kernels fits {problem}. To tune one: "
+        f"`mctune search --gpu cpu --problem '{problem}'`"
+    )
+
+
+def beyond_kernels(recurrence: str, dtype: str, device: str) -> str | None:
     """Why no kernel can serve the call, tuned or not; ``None`` if one could."""
-    if call.deep:
-        return f"recurrence={call.recurrence!r} has no kernels yet, only linear and swla have"
-    if call.requires_grad:
-        return "an argument requires a gradient and kernels have no backward yet (torch.no_grad() lifts that)"
-    if call.q.device.type != "cpu":
-        return f"the tensors are on {call.q.device} and the kernels run on the CPU"
-    if call.q.dtype == torch.float64:
+    if recurrence in DEEP:
+        return f"recurrence={recurrence!r} has no kernels yet, only linear and swla have"
+    if device != "cpu":
+        return f"the tensors are on {device} and the kernels run on the CPU"
+    if dtype == "float64":
         return "the tensors are float64 and kernels compute in float32"
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _serve(call: Call, backend: str, table: Table) -> torch.Tensor | tuple[str, tuple[str, ...]]:
-    """y, or why there is none and the kind of problem to warn of once."""
-    request = make_request(call)
-    entry = find(table, request, None if backend == "auto" else backend)
-    if entry is None:
-        problem = request.to_json()
-        reason = (
-            f"none of the {len(table.entries)} tuned kernels fits {problem}. To tune one: "
-            f"`mctune search --gpu cpu --problem '{problem}'`"
-        )
-        return reason, (request.recurrence, request.aggregation, request.segmentation, request.state_init)
-    try:
-        return run_kernel(call, entry)
-    except KernelError as error:
-        return str(error), ("unusable", str(entry.kernel))
+def entry_for(call: Call | Request, pass_: str, backend: str = "auto") -> Entry | None:
+    """The tuned kernel of a pass (forward, backward, decode) nearest to the call; ``None`` if none fits."""
+    request = make_request(call, pass_) if isinstance(call, Call) else replace(call, pass_=pass_)
+    return find(TABLE, request, None if backend == "auto" else backend)
 
 
-def make_request(call: Call) -> Request:
+def make_request(call: Call, pass_: str) -> Request:
     """The call as the table's key."""
     B, T, H, Dk = call.q.shape
     return Request(
+        pass_=pass_,
         recurrence=call.recurrence,
         aggregation=call.aggregation,
         segmentation=call.segmentation,
@@ -95,36 +178,46 @@ def make_request(call: Call) -> Request:
     )
 
 
-def run_kernel(call: Call, entry: Entry) -> torch.Tensor:
-    """The entry's kernel on a call that it serves; other dtypes are converted to float32 and back."""
-    g, beta, lam = (None if gate is None else _float32(gate) for gate in (call.g, call.beta, call.lam))
-    q = _float32(call.q)
-    y = _kernel(entry)(
-        q,
-        _float32(call.k),
-        _float32(call.v),
-        q if call.u is None else _float32(call.u),
-        g=g,
-        beta=beta,
-        lam=lam,
-        scale=call.scale,
-        top_k=call.top_k,
-        segments=call.segments,
-    ).y
-    return y.to(call.q.dtype)
-
-
 @cache
-def _kernel(entry: Entry) -> TvmForward:
-    return TvmForward(entry.kernel, entry.record)
+def launcher(entry: Entry) -> Any:
+    """What launches the entry's kernel: ``TvmForward``, ``TvmBackward`` or ``TvmDecode``.
+
+    Raises:
+        KernelError: if it cannot be run on this machine.
+    """
+    pass_ = entry.problem.get("pass", "forward")
+    module = import_module(f".tvm_{pass_}", __package__)
+    return getattr(module, f"Tvm{pass_.title()}")(entry.kernel, entry.record)
 
 
-def _float32(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(torch.float32).contiguous()
+def kernel_for(call: Call, pass_: str) -> Any:
+    """The launcher of the nearest kernel.
+
+    Raises:
+        KernelError: if there is none, or it cannot be run here.
+    """
+    request = make_request(call, pass_)
+    reason = beyond_kernels(request.recurrence, request.dtype, call.q.device.type)
+    entry = entry_for(request, pass_)
+    if reason is not None or entry is None:
+        raise KernelError(reason or _misfit(request))
+    return launcher(entry)
 
 
-def _warn_once(kind: tuple[str, ...], reason: str) -> None:
-    if kind not in _warned and not torch.compiler.is_compiling():
+def fall_back(error: KernelError, backend: str) -> None:
+    """An operator's kernel cannot be run: say so once and go on eagerly, unless the backend was asked for by name."""
+    if backend != "auto":
+        raise _unserved(backend, str(error)) from error
+    warn_once(("unusable", str(error)), str(error))
+
+
+def warn_once(kind: tuple[str, ...], reason: str) -> None:
+    """Warn that the eager path runs, once a kind."""
+    if kind not in _warned:
         _warned.add(kind)
-        # From here up: serve, memory_caching, its caller.
+        # From here up: route, memory_caching, its caller.
         warnings.warn(f"the eager path runs: {reason}", stacklevel=4)
+
+
+def _unserved(backend: str, reason: str) -> BackendError:
+    return BackendError(f'backend="{backend}" cannot serve this call: {reason}; backend="eager" can')

@@ -1,13 +1,17 @@
-"""``memory_caching``: the operation, on whichever backend serves the call."""
+"""``memory_caching``: the operation, on whichever backend serves the call; with its states, for a cache."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from .arguments import check_call
-from .dispatch import BACKENDS, serve
+from .dispatch import BACKENDS, route
 from .eager import lay_out, run_eager
 from .errors import ArgumentError
+from .ops import forward
+from .ops_run import saved_rows
 
 Tensor = torch.Tensor
 
@@ -89,5 +93,75 @@ def memory_caching(
         inner_chunk=inner_chunk,
         cu_seqlens=cu_seqlens,
     )
-    y = None if backend == "eager" else serve(call, backend)
-    return run_eager(call, lay_out(call)) if y is None else y
+    chosen = None if backend == "eager" else route(call, backend)
+    return run_eager(call, lay_out(call)) if chosen is None else forward(call, chosen)[0]
+
+
+def forward_with_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor | None = None,
+    *,
+    recurrence: str = "linear",
+    aggregation: str = "grm",
+    segment_length: int = 256,
+    segmentation: str = "constant",
+    state_init: str = "independent",
+    top_k: int = 2,
+    scale: float | None = None,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    lam: Tensor | None = None,
+    eta: Tensor | None = None,
+    mu: Tensor | None = None,
+    W_up: Tensor | None = None,
+    W_down: Tensor | None = None,
+    memory_residual: bool = True,
+    inner_chunk: int = 16,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same without a gradient, and what a cache keeps of the segments, if a tuned kernel runs.
+
+    Returns:
+        y, [B, T, H, Dv], as :func:`memory_caching` gives it; the state at every segment's end, [B, H, N, Dk, Dv], and
+        its mean key, [B, H, N, Dk], float32. Both are ``None`` where they are not at hand: on the eager path, under
+        logarithmic segmentation, and for a packed row in a traced graph.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`memory_caching` does.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    call = check_call(
+        q,
+        k,
+        v,
+        u,
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segment_length=segment_length,
+        segmentation=segmentation,
+        state_init=state_init,
+        top_k=top_k,
+        scale=scale,
+        gates={"g": g, "beta": beta, "lam": lam, "eta": eta, "mu": mu},
+        W_up=W_up,
+        W_down=W_down,
+        memory_residual=memory_residual,
+        inner_chunk=inner_chunk,
+        cu_seqlens=cu_seqlens,
+    )
+    with torch.no_grad():
+        chosen = None if backend == "eager" else route(call, backend)
+        if chosen is None:
+            return run_eager(call, lay_out(call)), None, None
+        unsized = segmentation == "packed" and torch.compiler.is_compiling()
+        if chosen.backend == "eager" or segmentation == "logarithmic" or unsized:
+            return forward(call, chosen)[0], None, None
+        y, states, means = forward(call, replace(chosen, saves=True))
+    (B, T, H, Dk), Dv = q.shape, v.shape[3]
+    N = call.segments.count if segmentation == "packed" else saved_rows(T, segmentation, segment_length, None)
+    states, means = (x[: B * H * N].view(B, H, N, *x.shape[1:]) for x in (states, means))
+    return y, states[..., :Dk, :Dv], means[..., :Dk]

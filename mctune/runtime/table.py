@@ -22,8 +22,12 @@ LAUNCHED = ("tvm",)
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc."""
+    """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc.
 
+    ``pass_`` is ``forward``, ``backward`` or ``decode``.
+    """
+
+    pass_: str
     recurrence: str
     aggregation: str
     segmentation: str
@@ -39,8 +43,8 @@ class Request:
 
     def to_json(self) -> str:
         """The problem in the form that `mctune search --problem` takes: in float32, which serves every dtype."""
-        fields = {name: value for name, value in vars(self).items() if value is not None}
-        return json.dumps(fields | {"dtype": "float32", "pass": "forward"}, sort_keys=True, separators=(",", ":"))
+        fields = {name.rstrip("_"): value for name, value in vars(self).items() if value is not None}
+        return json.dumps(fields | {"dtype": "float32"}, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +57,39 @@ class Entry:
     record: Mapping[str, Any]
 
     def serves(self, request: Request) -> bool:
-        """Whether the kernel computes what is asked for, at any B, T, H and top_k."""
-        same = ("recurrence", "segmentation", "state_init", "Dk", "Dv")
+        """Whether the kernel computes what is asked for, at any B, T, H, top_k and any cut into segments."""
+        same = ("recurrence", "state_init", "Dk", "Dv")
         return (
-            self.problem.get("pass", "forward") == "forward"
+            self.problem.get("pass", "forward") == request.pass_
             and all(self.problem.get(name) == getattr(request, name) for name in same)
             and _aggregation(self.problem.get("aggregation"), request.recurrence)
             == _aggregation(request.aggregation, request.recurrence)
-            and (self.problem.get("segment_length") == request.segment_length or request.segment_length is None)
             and self.problem.get("dtype", "float32") in ("float32", request.dtype)
         )
 
     def distance(self, request: Request) -> float:
-        """How far the tuned shape is from the asked one: |log| of the ratios of B * H, T and top_k, summed."""
-        ratios = [
-            self.problem.get("B", 1) * self.problem["H"] / (request.B * request.H),
-            self.problem["T"] / request.T,
-            (self.problem.get("top_k") or 1) / (request.top_k or 1) if request.top_k else 1.0,
+        """How far the tuned shape is from the asked one: the |log| of each ratio, summed.
+
+        The ratios are those of B * H, T, top_k, and the segment length; the longest span stands for a segment length
+        under logarithmic.
+        """
+        problem = self.problem
+        pairs = [
+            (problem.get("B", 1) * problem["H"], request.B * request.H),
+            (problem["T"], request.T),
+            (
+                problem.get("segment_length") or _longest_span(problem["T"]),
+                request.segment_length or _longest_span(request.T),
+            ),
         ]
-        return sum(abs(math.log(ratio)) for ratio in ratios)
+        if request.top_k:
+            pairs.append((problem.get("top_k") or 1, request.top_k))
+        return sum(abs(math.log(tuned / asked)) for tuned, asked in pairs)
+
+
+def _longest_span(T: int) -> int:
+    """The first span under logarithmic segmentation: the greatest power of two up to T."""
+    return 1 << T.bit_length() - 1
 
 
 def _aggregation(name: str | None, recurrence: str) -> str | None:

@@ -58,7 +58,7 @@ def served(
     kernels = {"grm": grm, "ssc": ssc}
     entries = [Entry(p.to_dict(), "tvm", tmp_path, {}) for p in (GRM, SSC)]
     monkeypatch.setattr(dispatch, "TABLE", Table(tuple(entries)))
-    monkeypatch.setattr(dispatch, "_kernel", lambda entry: kernels[entry.problem["aggregation"]])
+    monkeypatch.setattr(dispatch, "launcher", lambda entry: kernels[entry.problem["aggregation"]])
     yield kernels
 
 

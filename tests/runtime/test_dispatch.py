@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
+from collections import namedtuple
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calls import arguments
+from torch import Tensor
 
 from mctune.core.problem import Problem
 from mctune.runtime import dispatch
 from mctune.runtime.errors import BackendError, PackageError
-from mctune.runtime.functional import memory_caching
+from mctune.runtime.functional import forward_with_states, memory_caching
 from mctune.runtime.manifest import check_manifest, digest
 from mctune.runtime.table import Entry, Request, Table, find, load_table
+from mctune.runtime.tvm_forward import Forward
 from mctune.runtime.tvm_loader import KernelError
 
 PROBLEM = {
     "recurrence": "linear", "aggregation": "grm", "segmentation": "constant", "state_init": "independent",
     "pass": "forward", "B": 1, "T": 1024, "H": 4, "Dk": 4, "Dv": 4, "segment_length": 4, "dtype": "float32",
 }  # fmt: skip
-REQUEST = Request("linear", "grm", "constant", "independent", 1, 1024, 4, 4, 4, 4, None, "float32")
+REQUEST = Request("forward", "linear", "grm", "constant", "independent", 1, 1024, 4, 4, 4, 4, None, "float32")
 
 
 def entry(name: str = "a", backend: str = "tvm", **changes: Any) -> Entry:
@@ -92,8 +95,8 @@ def test_unknown_schema_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     (
-        {"recurrence": "swla"}, {"aggregation": "ssc", "top_k": 2}, {"segmentation": "packed"},
-        {"state_init": "checkpoint"}, {"Dk": 8}, {"Dv": 8}, {"segment_length": 8},
+        {"recurrence": "swla"}, {"aggregation": "ssc", "top_k": 2}, {"state_init": "checkpoint"}, {"Dk": 8}, {"Dv": 8},
+        {"pass_": "backward"}, {"pass_": "decode"},
     ),
     ids=str,
 )  # fmt: skip
@@ -102,15 +105,19 @@ def test_another_problem_is_not_served(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ({"B": 3}, {"T": 7}, {"H": 9}, {"dtype": "bfloat16"}, {"aggregation": "soup"}), ids=str
-)
-def test_other_sizes_dtypes_and_soup_are_served(change: dict[str, Any]) -> None:
+    "change",
+    (
+        {"B": 3}, {"T": 7}, {"H": 9}, {"dtype": "bfloat16"}, {"aggregation": "soup"}, {"segment_length": 8},
+        {"segmentation": "packed"}, {"segmentation": "logarithmic", "segment_length": None},
+    ),
+    ids=str,
+)  # fmt: skip
+def test_other_sizes_segments_dtypes_and_soup_are_served(change: dict[str, Any]) -> None:
     assert find(Table((entry(),)), replace(REQUEST, **change)) is not None
 
 
-def test_logarithmic_is_served_whatever_the_segment_length() -> None:
-    table = Table((entry(segmentation="logarithmic", segment_length=None),))
-    assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None)) is not None
+def test_soup_of_a_deep_memory_is_not_grm() -> None:
+    assert find(Table((entry(recurrence="dla"),)), replace(REQUEST, recurrence="dla", aggregation="soup")) is None
 
 
 def test_command_names_a_problem_that_would_serve() -> None:
@@ -118,10 +125,18 @@ def test_command_names_a_problem_that_would_serve() -> None:
     problem = Problem.from_json(request.to_json())
     assert (problem.dtype, problem.top_k, problem.segment_length) == ("float32", 3, 4)
     assert Entry(problem.to_dict(), "tvm", Path("a.so"), {}).serves(request)
+    backward = replace(request, pass_="backward")
+    assert Problem.from_json(backward.to_json()).pass_ == "backward"
 
 
-def test_other_passes_and_backends_do_not_serve() -> None:
-    assert find(Table((entry(**{"pass": "decode"}), entry(backend="triton"))), REQUEST) is None
+def test_each_pass_has_its_kernel() -> None:
+    table = Table((entry("step", **{"pass": "decode"}), entry("back", **{"pass": "backward"}), entry()))
+    for pass_, at in (("decode", 0), ("backward", 1), ("forward", 2)):
+        assert find(table, replace(REQUEST, pass_=pass_)) is table.entries[at]
+
+
+def test_other_backends_do_not_serve() -> None:
+    assert find(Table((entry(backend="triton"),)), REQUEST) is None
     assert find(Table((entry(),)), REQUEST, "triton") is None
 
 
@@ -135,64 +150,170 @@ def test_nearest_entry_serves() -> None:
     assert find(Table((few, many)), replace(REQUEST, aggregation="ssc", top_k=12)) is many
 
 
+def test_nearest_segment_length_serves() -> None:
+    """Under logarithmic segmentation the longest span, here 1024 of 1024 + 4 tokens, is compared."""
+    short, long = entry("short", segment_length=16), entry("long", segment_length=512)
+    log = entry("log", segmentation="logarithmic", segment_length=None, T=1028)
+    table = Table((short, long, log))
+    for length, nearest in ((4, short), (40, short), (200, long), (4000, log)):
+        assert find(table, replace(REQUEST, segment_length=length)) is nearest
+    assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None, T=1028)) is log
+    assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None, T=31)) is short
+
+
+@dataclass
+class Kernels:
+    """A table whose launches are recorded; y is ones, the gradient of each of q, k, v, u its place among them."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def launch(self, entry: Entry) -> Any:
+        return self.backward if entry.problem["pass"] == "backward" else self.forward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, **rest: Any) -> Forward:
+        self.calls.append({"pass": "forward", "q": q, "k": k, "v": v, "u": u, **rest})
+        rows = q.shape[0] * q.shape[2] * rest["segments"].count
+        return Forward(torch.ones_like(v), torch.full((rows, 16, 16), 2.0), torch.full((rows, 16), 3.0))
+
+    def backward(self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, u: Tensor, **rest: Any) -> Any:
+        self.calls.append({"pass": "backward", "dy": dy, "q": q, "k": k, "v": v, "u": u, **rest})
+        parts = {
+            name: place * torch.ones_like(x)
+            for place, (name, x) in enumerate(zip("qkvu", (q, k, v, u), strict=True), 1)
+        }
+        return Gradients(**parts, g=None, beta=None, lam=None)
+
+    @property
+    def passes(self) -> list[str]:
+        return [call["pass"] for call in self.calls]
+
+
+Gradients = namedtuple("Gradients", ("q", "k", "v", "u", "g", "beta", "lam"))
+
+
 @pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A table of one kernel whose launches are recorded and answered with ones."""
-    calls: list[dict[str, Any]] = []
-
-    def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor, **rest: Any) -> torch.Tensor:
-        calls.append({"q": q, "k": k, "v": v, "u": u, **rest})
-        return torch.ones_like(v)
-
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """A table of one forward kernel."""
+    kernels = Kernels()
     monkeypatch.setattr(dispatch, "TABLE", Table((entry(),)))
-    monkeypatch.setattr(dispatch, "_kernel", lambda entry: launch)
+    monkeypatch.setattr(dispatch, "launcher", kernels.launch)
     monkeypatch.setattr(dispatch, "_warned", set())
-    return calls
+    return kernels
 
 
-def test_fitting_call_runs_the_kernel(tuned: list[dict[str, Any]]) -> None:
+@pytest.fixture
+def trained(tuned: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """And one backward kernel."""
+    record = {"config": {"saved": "states"}}
+    backward = Entry(PROBLEM | {"pass": "backward"}, "tvm", Path("b.so"), record)
+    monkeypatch.setattr(dispatch, "TABLE", Table((entry(), backward)))
+    return tuned
+
+
+def test_fitting_call_runs_the_kernel(tuned: Kernels) -> None:
     tensors = arguments("linear", dtype=torch.bfloat16)
     y = memory_caching(**tensors, segment_length=4, scale=0.5)
     assert y.dtype == torch.bfloat16 and bool((y == 1).all())
-    (call,) = tuned
+    (call,) = tuned.calls
     assert all(call[name].dtype == torch.float32 and call[name].is_contiguous() for name in ("q", "k", "v", "u"))
     assert torch.equal(call["u"], tensors["u"].float())
     assert (call["scale"], call["top_k"], call["segments"].count, call["g"]) == (0.5, 2, 3, None)
 
 
-def test_connector_defaults_to_the_query(tuned: list[dict[str, Any]]) -> None:
+def test_connector_defaults_to_the_query(tuned: Kernels) -> None:
     tensors = arguments("linear")
     memory_caching(tensors["q"], tensors["k"], tensors["v"], segment_length=4, backend="tvm")
-    assert torch.equal(tuned[0]["u"], tensors["q"])
+    assert torch.equal(tuned.calls[0]["u"], tensors["q"])
 
 
-def test_gradients_deep_memories_and_float64_run_eagerly(tuned: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("connector", (True, False))
+def test_training_runs_both_kernels(trained: Kernels, connector: bool) -> None:
+    tensors = arguments("linear", B=2, dtype=torch.bfloat16)
+    if not connector:
+        del tensors["u"]
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    y = memory_caching(**leaves, segment_length=4, backend="tvm")
+    y.backward(torch.ones(1, dtype=y.dtype).expand(y.shape))
+    assert trained.passes == ["forward", "backward"]
+    call = trained.calls[1]
+    assert call["dy"].dtype == torch.float32 and call["dy"].is_contiguous() and bool((call["dy"] == 1).all())
+    assert call["states"].shape == (12, 16, 16) and bool((call["states"] == 2).all())
+    assert call["means"].shape == (12, 16) and bool((call["means"] == 3).all())
+    expected = {"q": 1, "k": 2, "v": 3, "u": 4} if connector else {"q": 5, "k": 2, "v": 3}
+    for name, x in leaves.items():
+        assert x.grad is not None and x.grad.dtype == torch.bfloat16 and bool((x.grad == expected[name]).all()), name
+
+
+def test_states_of_a_packed_row_are_saved_and_trimmed(trained: Kernels) -> None:
+    """Three sequences of 11 tokens can have 5 segments of 4, these have 4; zeros stand for the fifth."""
+    tensors = arguments("linear")
+    tensors["v"].requires_grad_()
+    bounds = torch.tensor([0, 4, 8, 11], dtype=torch.int32)
+    packed: dict[str, Any] = {"segmentation": "packed", "cu_seqlens": bounds, "segment_length": 4}
+    y = memory_caching(**tensors, **packed)
+    saved = y.grad_fn.saved_tensors[-2:]  # type: ignore[union-attr]
+    assert [list(x.shape) for x in saved] == [[10, 16, 16], [10, 16]]
+    assert all(bool((x[6:] == 0).all()) and bool((x[:6] > 0).all()) for x in saved)
+    y.sum().backward()
+    assert trained.calls[1]["states"].shape == (6, 16, 16) and trained.calls[1]["means"].shape == (6, 16)
+
+
+@pytest.mark.parametrize("saved", ("states", "nothing"))
+@pytest.mark.parametrize("segmentation", ("constant", "logarithmic"))
+def test_states_are_saved_where_the_backward_wants_them(
+    trained: Kernels, saved: str, segmentation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward = dispatch.TABLE.entries
+    backward = replace(backward, record={"config": {"saved": saved}})
+    monkeypatch.setattr(dispatch, "TABLE", Table((forward, backward)))
+    tensors = arguments("linear")
+    tensors["k"].requires_grad_()
+    y = memory_caching(**tensors, segmentation=segmentation, segment_length=4)
+    y.sum().backward()
+    assert ("states" in trained.calls[1]) == (saved == "states" and segmentation == "constant")
+
+
+def test_no_gradient_needs_no_backward_kernel(tuned: Kernels) -> None:
+    tensors = arguments("linear")
+    tensors["v"].requires_grad_()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory_caching(**tensors, segment_length=4)
+    assert tuned.passes == ["forward"]
+
+
+def test_missing_backward_kernel_runs_eagerly_and_names_the_command(tuned: Kernels) -> None:
+    tensors = arguments("linear")
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    with pytest.warns(UserWarning, match=r"`mctune search --gpu cpu --problem '\{.*\"pass\":\"backward\"") as caught:
+        for _ in range(2):
+            memory_caching(**leaves, segment_length=4).sum().backward()
+    assert len(caught) == 1 and caught[0].filename == __file__ and not tuned.calls
+    with pytest.raises(BackendError, match=r'cannot serve this call: none of the 1 .*"pass":"backward"'):
+        memory_caching(**leaves, segment_length=4, backend="tvm")
+
+
+def test_deep_memories_and_float64_run_eagerly(trained: Kernels) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tensors = arguments("linear")
-        tensors["v"].requires_grad_()
-        memory_caching(**tensors, segment_length=4).sum().backward()
         memory_caching(**arguments("dla"), recurrence="dla", segment_length=4)
         memory_caching(**{name: x.double() for name, x in arguments("linear").items()}, segment_length=4)
-    assert not tuned
-    with torch.no_grad():
-        memory_caching(**tensors, segment_length=4)
-    assert len(tuned) == 1
+    assert not trained.calls
 
 
-def test_misfit_warns_once_a_kind_with_the_command(tuned: list[dict[str, Any]]) -> None:
-    tensors = arguments("linear")
-    with pytest.warns(UserWarning, match=r"`mctune search --gpu cpu --problem '\{.*\"segment_length\":5") as caught:
+def test_misfit_warns_once_a_kind_with_the_command(tuned: Kernels) -> None:
+    tensors = arguments("linear", Dk=5)
+    with pytest.warns(UserWarning, match=r"`mctune search --gpu cpu --problem '\{.*\"Dk\":5") as caught:
         for _ in range(2):
             memory_caching(**tensors, segment_length=5)
         memory_caching(**tensors, segment_length=6)
         memory_caching(**tensors, segment_length=5, aggregation="ssc")
     assert len(caught) == 2
     assert caught[0].filename == __file__
-    assert not tuned
+    assert not tuned.calls
 
 
-def test_untuned_use_warns_once(tuned: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untuned_use_warns_once(tuned: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "TABLE", Table())
     with pytest.warns(UserWarning, match="no tuned kernels here.*`mctune search --gpu cpu`") as caught:
         for length in (4, 5):
@@ -203,33 +324,93 @@ def test_untuned_use_warns_once(tuned: list[dict[str, Any]], monkeypatch: pytest
 @pytest.mark.parametrize(
     ("backend", "options", "reason"),
     (
-        ("tvm", {"segment_length": 5}, "none of the 1 tuned kernels fits"),
-        ("triton", {"segment_length": 4}, "none of the 1 tuned kernels fits"),
+        ("tvm", {"aggregation": "mean"}, "none of the 1 tuned kernels fits"),
+        ("triton", {}, "none of the 1 tuned kernels fits"),
         ("tvm", {"recurrence": "dla"}, "recurrence='dla' has no kernels yet"),
     ),
 )
-def test_forced_backend_that_cannot_serve(
-    tuned: list[dict[str, Any]], backend: str, options: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(BackendError, match=f'backend="{backend}" cannot serve this call: {reason}'):
-        memory_caching(**arguments(options.get("recurrence", "linear")), **options, backend=backend)
+def test_forced_backend_that_cannot_serve(tuned: Kernels, backend: str, options: dict[str, Any], reason: str) -> None:
+    for function in (memory_caching, forward_with_states):
+        with pytest.raises(BackendError, match=f'backend="{backend}" cannot serve this call: {reason}'):
+            function(**arguments(options.get("recurrence", "linear")), **options, segment_length=4, backend=backend)
 
 
-def test_forced_backend_refuses_gradients(tuned: list[dict[str, Any]]) -> None:
-    tensors = arguments("linear")
-    tensors["q"].requires_grad_()
-    with pytest.raises(BackendError, match="requires a gradient and kernels have no backward yet"):
-        memory_caching(**tensors, segment_length=4, backend="tvm")
-
-
-def test_unusable_kernel(tuned: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_kernel(tuned: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(entry: Entry) -> None:
         raise KernelError("the pair is wrong")
 
-    monkeypatch.setattr(dispatch, "_kernel", refuse)
+    monkeypatch.setattr(dispatch, "launcher", refuse)
     tensors = arguments("linear")
     with pytest.warns(UserWarning, match="the eager path runs: the pair is wrong"):
         y = memory_caching(**tensors, segment_length=4)
     torch.testing.assert_close(y, memory_caching(**tensors, segment_length=4, backend="eager"))
     with pytest.raises(BackendError, match="the pair is wrong"):
         memory_caching(**tensors, segment_length=4, backend="tvm")
+
+
+@pytest.mark.parametrize("failing", ("forward", "backward"))
+def test_kernel_that_cannot_take_the_call(trained: Kernels, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads and then finds the arrays too large: the other pass must not mind."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise KernelError("the arrays are too large")
+
+    monkeypatch.setattr(trained, failing, refuse)
+    tensors = arguments("linear", B=2)
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    with pytest.warns(UserWarning, match="the eager path runs: the arrays are too large") as caught:
+        for _ in range(2):
+            y = memory_caching(**leaves, segment_length=4)
+            y.backward(torch.ones_like(y))
+    assert len(caught) == 1
+    expected = memory_caching(**tensors, segment_length=4, backend="eager")
+    if failing == "forward":
+        torch.testing.assert_close(y, expected)
+        real = reference_states(tensors)
+        torch.testing.assert_close(trained.calls[0]["states"].view_as(real[0]), real[0])
+        torch.testing.assert_close(trained.calls[0]["means"].view_as(real[1]), real[1])
+    else:
+        copies = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        for _ in range(2):
+            y = memory_caching(**copies, segment_length=4, backend="eager")
+            y.backward(torch.ones_like(y))
+        for name, x in leaves.items():
+            torch.testing.assert_close(x.grad, copies[name].grad)
+    with pytest.raises(BackendError, match="the arrays are too large"):
+        memory_caching(**leaves, segment_length=4, backend="tvm").sum().backward()
+
+
+def reference_states(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """[B, H, N, 16, 16] and [B, H, N, 16] of linear segments of 4 tokens, token by token."""
+    k, v = tensors["k"], tensors["v"]
+    (B, T, H, Dk), Dv = k.shape, v.shape[3]
+    states, means = torch.zeros(B, H, -(-T // 4), 16, 16), torch.zeros(B, H, -(-T // 4), 16)
+    for n in range(states.shape[2]):
+        part = slice(4 * n, 4 * n + 4)
+        states[:, :, n, :Dk, :Dv] = torch.einsum("bthi,bthj->bhij", k[:, part], v[:, part])
+        means[:, :, n, :Dk] = k[:, part].mean(1)
+    return states, means
+
+
+def test_states_for_a_cache(tuned: Kernels) -> None:
+    tensors = arguments("linear", B=2)
+    tensors["q"].requires_grad_()
+    y, states, means = forward_with_states(**tensors, segment_length=4)
+    assert not y.requires_grad and tuned.passes == ["forward"] and states is not None and means is not None
+    assert states.shape == (2, 2, 3, 4, 4) and bool((states == 2).all())
+    assert means.shape == (2, 2, 3, 4) and bool((means == 3).all())
+    bounds = torch.tensor([0, 4, 8, 11], dtype=torch.int32)
+    packed: dict[str, Any] = {"segmentation": "packed", "cu_seqlens": bounds, "segment_length": 4}
+    _, states, means = forward_with_states(**arguments("linear"), **packed)
+    assert states is not None and means is not None
+    assert states.shape == (1, 2, 3, 4, 4) and means.shape == (1, 2, 3, 4)
+    assert forward_with_states(**tensors, segmentation="logarithmic")[1:] == (None, None)
+    y, *rest = forward_with_states(**tensors, segment_length=4, backend="eager")
+    assert not y.requires_grad and rest == [None, None]
+    torch.testing.assert_close(y, memory_caching(**tensors, segment_length=4, backend="eager"))
+
+
+def test_operators_stand_in_the_namespace_of_their_copy() -> None:
+    """An emitted package is another copy of the runtime with another table."""
+    assert dispatch.NAMESPACE == "mctune"
+    assert {"memory_caching_forward", "memory_caching_backward"} <= set(dir(torch.ops.mctune))

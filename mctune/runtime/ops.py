@@ -1,0 +1,158 @@
+"""``memory_caching`` and its backward as operators of torch.library: opaque to compilers, known to autograd and vmap.
+
+The operators are ``memory_caching_forward`` and ``memory_caching_backward`` in the namespace of this copy of the
+runtime (``mctune::``). Their arguments are those of :class:`Call`: all tensors, then all options.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.library import custom_op
+
+from .arguments import Call
+from .dispatch import NAMESPACE, Route
+from .errors import BackendError
+from .ops_run import TENSORS, run_backward, run_forward, saved_rows
+from .ops_vmap import batch_backward, batch_forward
+from .tvm_forward import padded
+
+Tensor = torch.Tensor
+OPTIONS = (
+    "recurrence", "aggregation", "segmentation", "segment_length", "state_init", "top_k", "scale", "memory_residual",
+    "inner_chunk",
+)  # fmt: skip
+_INPUTS = (*TENSORS, "cu_seqlens")
+_TENSORS = "Tensor q, Tensor k, Tensor v, " + ", ".join(f"Tensor? {name}" for name in _INPUTS[3:])
+_OPTIONS = (
+    "str recurrence, str aggregation, str segmentation, SymInt segment_length, str state_init, SymInt top_k, "
+    "float scale, bool memory_residual, SymInt inner_chunk, str backend"
+)
+
+
+def forward(call: Call, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, T, H, Dv] and, if the route saves them, the segments' states and mean keys (:func:`run_forward`)."""
+    arguments = (*(getattr(call, name) for name in _INPUTS), *(getattr(call, name) for name in OPTIONS), route.backend)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        y: Tensor = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
+    done: tuple[Tensor, Tensor, Tensor] = forward_op(*arguments, route.saves)
+    return done
+
+
+def _call(*arguments: Any) -> Call:
+    return Call(**dict(zip((*_INPUTS, *OPTIONS), arguments, strict=True)))
+
+
+@custom_op(
+    f"{NAMESPACE}::memory_caching_forward",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_OPTIONS}, bool saves) -> (Tensor y, Tensor states, Tensor means)",
+)
+def forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, backend, saves = arguments
+    return run_forward(_call(*inputs), backend, saves)
+
+
+@custom_op(
+    f"{NAMESPACE}::memory_caching_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_TENSORS}, Tensor states, Tensor means, {_OPTIONS}) -> ("
+    + ", ".join(f"Tensor d{name}" for name in TENSORS)
+    + ")",
+)
+def backward_op(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    n = len(_INPUTS)
+    states, means, *options, backend = arguments[n:]
+    return run_backward(dy, _call(*arguments[:n], *options), states, means, backend)
+
+
+@forward_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, _, saves = arguments
+    call = _call(*inputs)
+    y = call.q.new_empty(call.v.shape)
+    if not saves:
+        return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
+    (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
+    rows = B * H * saved_rows(T, call.segmentation, call.segment_length, call.cu_seqlens)
+    states = y.new_empty((rows, padded(Dk), padded(Dv)), dtype=torch.float32)
+    return y, states, y.new_empty((rows, padded(Dk)), dtype=torch.float32)
+
+
+@backward_op.register_fake
+def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[: len(TENSORS)])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    n = len(_INPUTS)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:n], *output[1:])
+    ctx.options = inputs[n:-1]
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
+    return _wanted(ctx, backward_op(dy, *ctx.saved_tensors, *ctx.options))
+
+
+def _wanted(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    found = [dx if needed else None for dx, needed in zip(gradients, needs, strict=False)]
+    return (*found, *(None,) * (len(needs) - len(found)))
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise BackendError('memory_caching has no second derivative by this path; backend="eager" has')
+
+
+forward_op.register_autograd(_gradients, setup_context=_save)
+backward_op.register_autograd(_refuse)
+forward_op.register_vmap(partial(batch_forward, forward_op))
+backward_op.register_vmap(partial(batch_backward, backward_op))
+
+
+# What torch.library makes of register_autograd is not known to torch.func (torch 2.13); such a function is.
+class _Transformed(torch.autograd.Function):
+    """The forward under the transforms of torch.func; nothing is saved but the arguments."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = forward_op(*arguments, False)[0]
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        n = len(_INPUTS)
+        ctx.save_for_backward(*inputs[:n])
+        ctx.options = inputs[n:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        unsaved = dy.new_empty(0, dtype=torch.float32)
+        arguments = (dy, *ctx.saved_tensors, unsaved, unsaved, *ctx.options)
+        return _wanted(ctx, _TransformedBackward.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The same of the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = backward_op(*arguments)
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_refuse)
