@@ -34,12 +34,17 @@ _OPTIONS = (
 
 def forward(call: Call, route: Route) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, H, Dv] and, if the route saves them, the segments' states and mean keys (:func:`run_forward`)."""
-    arguments = (*(getattr(call, name) for name in _INPUTS), *(getattr(call, name) for name in OPTIONS), route.backend)
+    arguments = (*flatten(call), route.backend)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         y: Tensor = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
         return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
     done: tuple[Tensor, Tensor, Tensor] = forward_op(*arguments, route.saves)
     return done
+
+
+def flatten(call: Call) -> tuple[Any, ...]:
+    """The arguments of the forward operator, but for the last two, backend and saves."""
+    return tuple([getattr(call, name) for name in (*_INPUTS, *OPTIONS)])
 
 
 def _call(*arguments: Any) -> Call:

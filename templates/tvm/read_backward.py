@@ -14,7 +14,7 @@ gates are equal (residual, mean); ``gather``, each state times just the tokens t
 
 from tvm.script import tirx as T
 
-from .backward_tiles import read_online, read_state
+from .backward_tiles import prefetch, read_online, read_state
 from .gates import choose, softmax
 from .tiles import BLOCK, LANES, dot_rows, exp, multiply, transpose
 
@@ -87,7 +87,7 @@ def build(problem, config, target):
             base: T.let = bh * N + first[s]
             length: T.let = end[s] - begin[s]
             picks: T.let = T.min(top_k, past)
-            saved: T.let = (bh * tokens + begin[s]) * N
+            saved: T.let = (bh * tokens + begin[s]) * N + first[s] * length
             QT = T.alloc_buffer((Dk, BT), "float32")
             UT = T.alloc_buffer((Dk, BT), "float32")
             YT = T.alloc_buffer((Dv, BT), "float32")  # scale * dy
@@ -108,6 +108,10 @@ def build(problem, config, target):
                 best = T.alloc_buffer((LANES,), "int32")
                 chosen = T.alloc_buffer((top_k + 1, BT), "int32")
                 value = T.alloc_buffer((top_k + 1, BT), "float32")
+
+            @T.inline
+            def fetch(X, width, t, count):
+                prefetch(X, width, row0, t, count, tokens, heads, 0)
 
             @T.inline
             def pack(source, width, t0, rows, target):
@@ -165,6 +169,12 @@ def build(problem, config, target):
             @T.inline
             def weigh(t0, rows):
                 for jj in range((rows + JR - 1) // JR):
+                    fetch(q, Dk, t0 + BT + jj * JR, JR)
+                    fetch(dy, Dv, t0 + BT + jj * JR, JR)
+                    fetch(k, Dk, t0 + BT + jj * JR, JR)
+                    fetch(v, Dv, t0 + BT + jj * JR, JR)
+                    if routed:
+                        fetch(u, Dk, t0 + BT + jj * JR, JR)
                     for tt in range((rows + TL - 1) // TL):
                         if jj * JR < (tt + 1) * TL:
                             scores(V, jj * JR, rows - 1, YT, E, jj * JR, tt * TL)

@@ -1,0 +1,22 @@
+"""Tuned kernels, compiled once, for the tests that run the operators on them."""
+
+from __future__ import annotations
+
+import pytest
+from tables import build_table
+
+from mctune.runtime import dispatch
+from mctune.runtime.table import Table
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return build_table(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def tuned_table(table: Table, monkeypatch: pytest.MonkeyPatch) -> Table:
+    """``memory_caching`` finds the kernels of :func:`build_table`."""
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    return table

@@ -1,0 +1,66 @@
+"""Tuned kernels of two problems, and calls that they serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mctune.backends.tvm import TvmBackend
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+from mctune.runtime.arguments import Call, check_call
+from mctune.runtime.table import Entry, Table
+from mctune.search.inputs import make_inputs
+
+LINEAR = Problem(T=43, B=2, H=2, Dk=12, Dv=20, segment_length=16)
+SWLA = LINEAR.replace(recurrence="swla", aggregation="ssc", state_init="checkpoint", top_k=1)
+PACKED = LINEAR.replace(segmentation="packed", B=1)
+LOGARITHMIC = LINEAR.replace(segmentation="logarithmic", segment_length=None)
+DLA = Problem(recurrence="dla", T=11, H=2, Dk=4, Dv=4, segment_length=4, inner_chunk=2, expansion=2)
+TITANS = DLA.replace(recurrence="titans", aggregation="soup", state_init="checkpoint", B=2)
+TUNED = (LINEAR, SWLA, PACKED, LOGARITHMIC)
+"""What the kernels of :func:`build_table` serve."""
+EVERY = (*TUNED, DLA, TITANS)
+
+
+def build_table(folder: Path) -> Table:
+    """Forward and backward kernels of LINEAR, whose backward wants the states saved, and of SWLA, whose does not."""
+    backend, target, entries = TvmBackend(), resolve("cpu")[0], []
+    for base, saved in ((LINEAR, "states"), (SWLA, "nothing")):
+        for problem in (base, base.replace(pass_="backward")):
+            space = backend.space(problem)
+            config = space.first_valid(lambda c, s=space, p=problem: s.valid(c, p, target))
+            assert config is not None
+            if problem.pass_ == "backward":
+                config = config.replace(saved=saved)
+            built = backend.build(problem, config, target, folder)
+            record = {"problem": problem.to_dict(), "config": config.to_dict()}
+            entries.append(Entry(problem.to_dict(), "tvm", built.library, record))
+    return Table(tuple(entries))
+
+
+def problem_id(problem: Problem) -> str:
+    """A short name for a parametrised test."""
+    return f"{problem.recurrence}-{problem.aggregation}-{problem.segmentation}"
+
+
+def draw(problem: Problem, seed: int = 0, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The leaves of a call, in ``dtype`` if one is given, and its options."""
+    arguments = make_inputs(problem, seed).arguments(problem)
+    options = {name: x for name, x in arguments.items() if not isinstance(x, Tensor) or name == "cu_seqlens"}
+    leaves = {name: x if dtype is None else x.to(dtype) for name, x in arguments.items() if name not in options}
+    return leaves, options
+
+
+def checked(leaves: dict[str, Tensor], options: dict[str, Any]) -> Call:
+    """The call that ``memory_caching`` makes of them."""
+    names = ("g", "beta", "lam", "eta", "mu")
+    defaults: dict[str, Any] = {
+        "segment_length": 256, "top_k": 2, "scale": None, "memory_residual": True, "inner_chunk": 16, "W_up": None,
+        "W_down": None, "u": None,
+    }  # fmt: skip
+    rest = {name: x for name, x in leaves.items() if name not in names}
+    return check_call(**(defaults | options | rest), gates={name: leaves.get(name) for name in names})
