@@ -5,6 +5,21 @@ In the reads everything stands as [feature, token], so that a gate's gradient is
 
 from tvm.script import tirx as T
 
+from .tiles import LANES
+
+_LINE = 16  # floats of a cache line
+_INTO_L2, _DATA = 2, 1
+
+
+# Rows t, t + 1, ... of one head, on their way into the cache while something else is computed: a head's rows lie apart,
+# and the processor does not guess the next one. Those that would lie outside of the ``tokens`` rows are moved inside.
+@T.inline
+def prefetch(X, width, row0, t, count, tokens, stride, writes):
+    for r in range(count):
+        row: T.let = row0 + T.min(T.max(t + r, 0), tokens - 1) * stride
+        for e in T.unroll(width // _LINE):
+            T.evaluate(T.call_intrin("", "tirx.prefetch", T.address_of(X[row, e * _LINE]), writes, _INTO_L2, _DATA))
+
 
 def read_state(rows, cols, unroll, width, weighs):
     """P = M dy of ``rows`` features and ``cols`` tokens: dq += gate * P, and the gate's gradient += <q, P>.
@@ -78,6 +93,38 @@ def read_online(rows, cols, unroll, width, weighs, decays):
         for r in T.unroll(rows):
             for x in T.vectorized(cols):
                 dQ[d0 + r, t0 + x] = G[0, t0 + x] * acc[r, x]
+
+    return tile
+
+
+def read_gathered(rows, cols, width):
+    """The same of scattered tokens and a transposed M: dq_i += scale * gate_i * P_i, and D[r, :] += q_i * P_i in lanes.
+
+    P_i[d] = sum_{n < width} Y[row(i), n] MT[n, d] for ``cols`` features from ``d0`` on. ``index`` and ``gate`` hold one
+    entry a token from ``x0`` on, of which ``count`` count; D is left to be summed up, and overwritten with ``first``.
+    """
+
+    @T.inline
+    def tile(Y, MT, Q, dQ, D, d0, index, gate, x0, count, origin, stride, scale, first):
+        acc = T.alloc_buffer((rows, cols), "float32", scope="local")
+        for r in T.unroll(rows):
+            for x in T.vectorized(cols):
+                acc[r, x] = T.float32(0)
+        for n in range(width):
+            for r in T.unroll(rows):
+                for x in T.vectorized(cols):
+                    acc[r, x] = acc[r, x] + Y[origin + index[x0 + T.min(r, count - 1)] * stride, n] * MT[n, d0 + x]
+        for r in T.unroll(rows):
+            if r < count:
+                row: T.let = origin + index[x0 + r] * stride
+                if first:
+                    for x in T.vectorized(LANES):
+                        D[r, x] = T.float32(0)
+                for e in T.unroll(cols // LANES):
+                    for x in T.vectorized(LANES):
+                        D[r, x] = D[r, x] + Q[row, d0 + e * LANES + x] * acc[r, e * LANES + x]
+                for x in T.vectorized(cols):
+                    dQ[row, d0 + x] = dQ[row, d0 + x] + scale * gate[x0 + r] * acc[r, x]
 
     return tile
 

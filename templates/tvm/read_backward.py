@@ -14,8 +14,8 @@ gates are equal (residual, mean); ``gather``, each state times just the tokens t
 
 from tvm.script import tirx as T
 
-from .backward_tiles import prefetch, read_online, read_state
-from .gates import choose, softmax
+from .backward_tiles import prefetch, read_gathered, read_online, read_state
+from .gates import choose, softmax, sort_by_segment
 from .tiles import BLOCK, LANES, dot_rows, exp, multiply, transpose
 
 
@@ -46,6 +46,7 @@ def build(problem, config, target):
     scores = dot_rows(JR, TL, unroll, Dv)
     from_cached = read_state(RR, RL, unroll, Dv, routed)
     from_online = read_online(RR, RL, unroll, Dv, routed or swla, swla)
+    from_chosen = read_gathered(MR, NK, Dv)
     connect = multiply(MR, NK, 1)
     write = multiply(SR, SC, 1)
 
@@ -106,8 +107,8 @@ def build(problem, config, target):
             token_gates = T.alloc_buffer((3, BT + LANES), "float32")  # of the chunk's tokens: e^g, beta, lam
             if chooses:
                 best = T.alloc_buffer((LANES,), "int32")
-                chosen = T.alloc_buffer((top_k + 1, BT), "int32")
-                value = T.alloc_buffer((top_k + 1, BT), "float32")
+                chosen = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "int32")
+                value = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "float32")
 
             @T.inline
             def fetch(X, width, t, count):
@@ -126,8 +127,6 @@ def build(problem, config, target):
             def own_logits(t0, rows, seen):
                 for t in T.vectorized(BT):
                     own[0, t] = T.float32(0)
-                for d in T.vectorized(Dk):
-                    total[1, d] = total[0, d]
                 for t in range(rows):
                     for x in T.vectorized(LANES):
                         lanes[0, x] = T.float32(0)
@@ -151,14 +150,16 @@ def build(problem, config, target):
                             logits(means, base + ii * JR, base + past - 1, UT, gamma, ii * JR, tt * TL)
                     for tb in range((rows + LANES - 1) // LANES):
                         if chooses:
-                            choose(gamma, past, picks, tb * LANES, lanes, best, chosen, value, tb * LANES)
-                            softmax(own, value, picks, tb * LANES, tb * LANES, T.float32(1), lanes)
-                            for i in range(past):
-                                for x in T.vectorized(LANES):
-                                    gamma[i, tb * LANES + x] = T.float32(0)
-                            for p in range(picks):
-                                for x in range(LANES):
-                                    gamma[chosen[p, tb * LANES + x], tb * LANES + x] = value[p, tb * LANES + x]
+                            at: T.let = seen + tb * LANES if formulation == "gather" else tb * LANES
+                            choose(gamma, past, picks, tb * LANES, lanes, best, chosen, value, at)
+                            softmax(own, value, picks, at, tb * LANES, T.float32(1), lanes)
+                            if formulation != "gather":
+                                for i in range(past):
+                                    for x in T.vectorized(LANES):
+                                        gamma[i, tb * LANES + x] = T.float32(0)
+                                for p in range(picks):
+                                    for x in range(LANES):
+                                        gamma[chosen[p, tb * LANES + x], tb * LANES + x] = value[p, tb * LANES + x]
                         else:
                             softmax(own, gamma, past, tb * LANES, tb * LANES, T.float32(1), lanes)
                 else:
@@ -252,8 +253,10 @@ def build(problem, config, target):
                 for t in range(rows):
                     lanes[1, 0] = down[1, t] / T.cast(seen + t + 1, "float32")
                     for d in T.vectorized(Dk):
-                        total[1, d] = total[1, d] + K[t, d]
+                        total[1, d] = total[1, d] + k[row0 + (t0 + t) * heads, d]
                         du[row0 + (t0 + t) * heads, d] = rows_of[t, d] + lanes[1, 0] * total[1, d]
+                for t in range(rows):
+                    owns[bh * 3 + 1, t0 + t] = down[1, t]
                 for i in range(past):
                     for t in range(rows):
                         gammas[saved + i * length + seen + t] = gamma[i, t]
@@ -264,6 +267,7 @@ def build(problem, config, target):
                     M[d, n] = T.float32(0)
             for d in T.vectorized(Dk):
                 total[0, d] = T.float32(0)
+                total[1, d] = T.float32(0)
             if checkpoint:
                 if past > 0:
                     for d in range(Dk):
@@ -315,12 +319,12 @@ def build(problem, config, target):
                                 from_cached(
                                     states, (base + i) * Dk, YT, QT, dQT, gamma, dgamma, i, dd * RR, tt * RL, dd == 0
                                 )
-                if routed:
+                if routed and formulation != "gather":
                     connectors(t0, rows, c * BT)
                 for t in range(rows):
                     owns[bh * 3, t0 + t] = own[0, t]
-                    if routed:
-                        owns[bh * 3 + 1, t0 + t] = down[1, t]
+                    if formulation == "gather":
+                        owns[bh * 3 + 1, t0 + t] = down[0, t]
                     if swla:
                         owns[bh * 3 + 2, t0 + t] = own[0, t] * down[0, t]
                 for tb in range((rows + BLOCK - 1) // BLOCK):
@@ -331,5 +335,46 @@ def build(problem, config, target):
                         dq[row0 + (t0 + t) * heads, d] = rows_of[t, d]
                 if (c + 1) * BT < length:
                     advance()
+
+            if formulation == "gather":
+                where = T.alloc_buffer((N + 2,), "int32")
+                tokens_of = T.alloc_buffer((top_k * longest + 1,), "int32")
+                gates_of = T.alloc_buffer((top_k * longest + 1,), "float32")
+                MT = T.alloc_buffer((Dv, Dk), "float32")
+                parts = T.alloc_buffer((MR, LANES), "float32")
+                sort_by_segment(chosen, value, picks, length, past, where, tokens_of, gates_of)
+                for x in range(past * length):
+                    gammas[saved + x] = T.float32(0)
+                    drs[saved + x] = T.float32(0)
+                for i in range(past):
+                    for nn in range(Dv // BLOCK):
+                        for dd in range(Dk // BLOCK):
+                            transpose(states, (base + i) * Dk + dd * BLOCK, 1, BLOCK - 1, MT, nn * BLOCK, dd * BLOCK)
+                    for xx in range((where[i + 1] - where[i] + MR - 1) // MR):
+                        x0: T.let = where[i] + xx * MR
+                        count: T.let = T.min(MR, where[i + 1] - x0)
+                        for dd in range(Dk // NK):
+                            from_chosen(
+                                dy, MT, q, dq, parts, dd * NK, tokens_of, gates_of, x0, count,
+                                row0 + begin[s] * heads, heads, scale, dd == 0,
+                            )  # fmt: skip
+                        for r in range(count):
+                            at: T.let = saved + i * length + tokens_of[x0 + r]
+                            gammas[at] = gates_of[x0 + r]
+                            for x in T.vectorized(LANES // 2):
+                                parts[r, x] = parts[r, x] + parts[r, x + LANES // 2]
+                            for x in T.unroll(LANES // 2):
+                                drs[at] = drs[at] + scale * parts[r, x]
+                for c in range((length + BT - 1) // BT):
+                    t0: T.let = begin[s] + c * BT
+                    rows: T.let = T.min(BT, end[s] - t0)
+                    for t in range(rows):
+                        own[0, t] = owns[bh * 3, t0 + t]
+                        down[0, t] = owns[bh * 3 + 1, t0 + t]
+                    for i in range(past):
+                        for t in range(rows):
+                            gamma[i, t] = gammas[saved + i * length + c * BT + t]
+                            dgamma[i, t] = drs[saved + i * length + c * BT + t]
+                    connectors(t0, rows, c * BT)
 
     return read_backward

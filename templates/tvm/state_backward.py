@@ -9,7 +9,7 @@ gates do not depend on i (residual, mean): one product a segment, then sums over
 
 from tvm.script import tirx as T
 
-from .backward_tiles import outer
+from .backward_tiles import outer, prefetch
 from .tiles import LANES, exp
 
 
@@ -29,6 +29,7 @@ def build(problem, config, target):
     checkpoint = problem.state_init == "checkpoint"
     averages = problem.aggregation == "mean"
     tile = outer(SR, SC)
+    share = -(-ST * SR // Dk)  # of a chunk's rows, fetched while a row of tiles is computed
 
     @T.prim_func(s_tir=True)
     def state_backward(
@@ -63,6 +64,12 @@ def build(problem, config, target):
             for nn in range(Dv // SC):
                 for dd in range(Dk // SR):
                     tile(A, Y, rows, C, state * Dk, dd * SR, nn * SC)
+
+        @T.inline
+        def fetch(row0, t, count):
+            prefetch(q, Dk, row0, t, count, tokens, heads, 0)
+            prefetch(u, Dk, row0, t, count, tokens, heads, 0)
+            prefetch(dy, Dv, row0, t, count, tokens, heads, 0)
 
         @T.inline
         def copy_values(Y, at, row):
@@ -168,7 +175,11 @@ def build(problem, config, target):
                                         for t in range(rows):
                                             for d in T.vectorized(Dk):
                                                 A[t, d] = scale * gammas[at + t] * q[row0 + (t0 + t) * heads, d]
-                                        add(A, Y, rows, dstates, bh * N + i)
+                                        for dd in range(Dk // SR):
+                                            if p == 0:
+                                                fetch(row0, t0 + ST + dd * share, share)
+                                            for nn in range(Dv // SC):
+                                                tile(A, Y, rows, dstates, (bh * N + i) * Dk, dd * SR, nn * SC)
                                         total = T.alloc_buffer((1, Dk), "float32", scope="local")
                                         for d in T.vectorized(Dk):
                                             total[0, d] = T.float32(0)

@@ -14,6 +14,7 @@ what is written there and later.
 
 from tvm.script import tirx as T
 
+from .backward_tiles import prefetch
 from .tiles import BLOCK, LANES, dot_rows, exp, multiply, transpose
 
 
@@ -76,7 +77,8 @@ def build(problem, config, target):
 
         for task in T.parallel(S):
             bh: T.let = task // N
-            s: T.let = task % N
+            # Backwards, so that the chunk before the one at work is the next one, whose rows are fetched meanwhile.
+            s: T.let = N - 1 - task % N
             row0: T.let = bh // heads * tokens * heads + bh % heads
             length: T.let = end[s] - begin[s]
             chunks: T.let = (length + BT - 1) // BT
@@ -99,6 +101,10 @@ def build(problem, config, target):
             ends = T.alloc_buffer((2, BT), "float32")  # a_jz, b_jz
 
             @T.inline
+            def fetch(X, width, t, count, writes):
+                prefetch(X, width, row0, t, count, tokens, heads, writes)
+
+            @T.inline
             def pack(source, width, t0, rows, target):
                 for tb in range((rows + BLOCK - 1) // BLOCK):
                     for db in range(width // BLOCK):
@@ -111,6 +117,8 @@ def build(problem, config, target):
             @T.inline
             def weigh(t0, rows):
                 for tt in range((rows + JR - 1) // JR):
+                    fetch(k, Dk, t0 - BT + tt * JR, JR, 0)
+                    fetch(v, Dv, t0 - BT + tt * JR, JR, 0)
                     for jj in range((rows + TL - 1) // TL):
                         if jj * TL < (tt + 1) * JR:
                             by_key(Q, tt * JR, rows - 1, KT, W1, tt * JR, jj * TL)
@@ -177,12 +185,14 @@ def build(problem, config, target):
 
             # C = dv, CK = dk of the chunk's rows, without the descriptors' part.
             @T.inline
-            def rows_of_chunk(rows, linked):
+            def rows_of_chunk(t0, rows, linked):
                 if linked:
                     for nn in range(Dv // BLOCK):
                         for dd in range(Dk // BLOCK):
                             transpose(Z, dd * BLOCK, 1, BLOCK - 1, ZT, nn * BLOCK, dd * BLOCK)
                     for jj in range((rows + MR - 1) // MR):
+                        fetch(q, Dk, t0 - BT + jj * MR, MR, 0)
+                        fetch(dy, Dv, t0 - BT + jj * MR, MR, 0)
                         for nn in range(Dv // NV):
                             to_values(KT, 0, Z, 0, Dk, C, jj * MR, nn * NV, ends, 0, False, True)
                         for dd in range(Dk // NK):
@@ -257,10 +267,14 @@ def build(problem, config, target):
                     for n in T.vectorized(Dv):
                         Y[t, n] = dy[row0 + (t0 + t) * heads, n]
                 weigh(t0, rows)
-                rows_of_chunk(rows, linked)
+                rows_of_chunk(t0, rows, linked)
                 if swla:
                     gates_of_chunk(t0, rows)
                 for jj in range((rows + MR - 1) // MR):
+                    fetch(dk, Dk, t0 + jj * MR, MR, 1)
+                    fetch(dv, Dv, t0 + jj * MR, MR, 1)
+                    if routed:
+                        fetch(u, Dk, t0 + jj * MR, MR, 0)
                     for nn in range(Dv // NV):
                         from_values(W1, jj * MR, Y, jj * MR, rows - jj * MR, C, jj * MR, nn * NV, ends, 0, False, False)
                     for dd in range(Dk // NK):
@@ -288,7 +302,7 @@ def build(problem, config, target):
                 if checkpoint:
                     if s != first[s]:
                         for n in T.vectorized(Dv):
-                            lead_value[task, n] = T.float32(0)
+                            lead_value[bh * N + s, n] = T.float32(0)
                         for d in range(Dk):
                             for x in T.vectorized(LANES):
                                 lanes[0, x] = T.float32(0)
@@ -299,9 +313,11 @@ def build(problem, config, target):
                             for x in T.unroll(LANES):
                                 lanes[1, 0] = lanes[1, 0] + lanes[0, x]
                             dbeta[b] = dbeta[b] + k[b - heads, d] * lanes[1, 0]
-                            lead_key[task, d] = beta[b] * lanes[1, 0]
+                            lead_key[bh * N + s, d] = beta[b] * lanes[1, 0]
                             for n in T.vectorized(Dv):
-                                lead_value[task, n] = lead_value[task, n] + beta[b] * k[b - heads, d] * Z[d, n]
+                                lead_value[bh * N + s, n] = (
+                                    lead_value[bh * N + s, n] + beta[b] * k[b - heads, d] * Z[d, n]
+                                )
                 lanes[0, 0] = T.float32(0)
                 if ends_linked:
                     for x in T.vectorized(LANES):
