@@ -35,8 +35,8 @@ _OPTIONS = (
 def forward(call: Call, route: Route) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, H, Dv] and, if the route saves them, the segments' states and mean keys (:func:`run_forward`)."""
     arguments = (*flatten(call), route.backend)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        y: Tensor = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active():
+        y = _transformed(*arguments)
         return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
     done: tuple[Tensor, Tensor, Tensor] = forward_op(*arguments, route.saves)
     return done
@@ -144,6 +144,12 @@ class _Transformed(torch.autograd.Function):
         unsaved = dy.new_empty(0, dtype=torch.float32)
         arguments = (dy, *ctx.saved_tensors, unsaved, unsaved, *ctx.options)
         return _wanted(ctx, _TransformedBackward.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _transformed(*arguments: Any) -> Tensor:
+    y: Tensor = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _TransformedBackward(torch.autograd.Function):

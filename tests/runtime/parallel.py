@@ -1,0 +1,44 @@
+"""One process of a data-parallel run, and the same step on the joint batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tables import build_table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mctune.runtime import dispatch
+from mctune.runtime.module import MemoryCaching
+
+WORLD = 2
+
+
+def model(recurrence: str) -> nn.Module:
+    """A small model, the same in every process; its widths are those of the tuned kernels."""
+    torch.manual_seed(0)
+    layer = MemoryCaching(
+        24, 2, head_dim=12, expand_v=1 if recurrence == "dla" else 20 / 12, recurrence=recurrence,
+        segment_length=16, inner_chunk=4, backend="tvm" if recurrence == "linear" else "auto",
+    )  # fmt: skip
+    return nn.Sequential(nn.Linear(8, 24), layer, nn.Linear(24, 8))
+
+
+def gradients(network: nn.Module, rows: slice) -> list[Tensor]:
+    """Of the mean square of the outputs on these rows of the joint batch."""
+    x = torch.randn(2 * WORLD, 37, 8, generator=torch.Generator().manual_seed(1))[rows]
+    network(x).square().mean().backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def train(rank: int, recurrence: str, folder: Path, kernels: Path) -> None:
+    """Rank ``rank`` of a gloo group that meets in ``folder``; it leaves its gradients there."""
+    torch.set_num_threads(1)
+    dispatch.TABLE = build_table(kernels)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD
+    )
+    network = DistributedDataParallel(model(recurrence))
+    torch.save(gradients(network, slice(2 * rank, 2 * rank + 2)), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
