@@ -154,7 +154,10 @@ def beyond_kernels(recurrence: str, dtype: str, device: str) -> str | None:
 
 def entry_for(call: Call | Request, pass_: str, backend: str = "auto") -> Entry | None:
     """The tuned kernel of a pass (forward, backward, decode) nearest to the call; ``None`` if none fits."""
-    request = make_request(call, pass_) if isinstance(call, Call) else replace(call, pass_=pass_)
+    if isinstance(call, Call):
+        request = make_request(call, pass_)
+    else:
+        request = call if call.pass_ == pass_ else replace(call, pass_=pass_)
     return find(TABLE, request, None if backend == "auto" else backend)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .arguments import Call, check_call
 from .decode import decode
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, NAMESPACE
 from .errors import ArgumentError
 from .memory import LayerMemory
 
@@ -236,7 +236,7 @@ def _run(
 
 
 _operator = torch.library.custom_op(
-    "mctune::memory_caching_decode",
+    f"{NAMESPACE}::memory_caching_decode",
     _run,
     mutates_args=("states", "descriptors", "online", "key_sum", "last_key", "last_value", "start", "momentum"),
 )

@@ -19,6 +19,7 @@ from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit import emit_package
 from mctune.emit import package as emitter
+from mctune.runtime import functional
 from mctune.runtime.manifest import digest
 from mctune.search.inputs import make_inputs
 from mctune.search.package import check_package, load_package
@@ -109,6 +110,29 @@ def test_the_portable_build_serves_a_lesser_cpu(
     call = make_inputs(GRM, 0).arguments(GRM)
     assert package.memory_caching(**call, backend="tvm").shape == call["v"].shape
     assert winners[0].portable is not None and loaded == [winners[0].portable.name]
+
+
+def test_operators_of_a_package_and_of_mctune_live_side_by_side(
+    out: Path, target: Target, winners: Sequence[Winner]
+) -> None:
+    """Each has its own table; loading one must not put its operators in the place of the other's."""
+    package = load_package(emit_package(out, target, winners))
+    assert functional.forward.__globals__["NAMESPACE"] == "mctune"
+    call = make_inputs(GRM, 0).arguments(GRM)
+    expected = functional.memory_caching(**call, backend="eager")
+    for namespace, memory_caching in ((out.name, package.memory_caching), ("mctune", functional.memory_caching)):
+        torch._dynamo.reset()
+        graphs: list[str] = []
+
+        def keep(graph: torch.fx.GraphModule, _: object, graphs: list[str] = graphs) -> Any:
+            graphs.append(graph.code)
+            return graph.forward
+
+        y = torch.compile(memory_caching, backend=keep, fullgraph=True)(**call)
+        torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+        assert f"torch.ops.{namespace}.memory_caching_forward" in graphs[0]
+        assert hasattr(getattr(torch.ops, namespace), "memory_caching_backward")
+    torch._dynamo.reset()
 
 
 def spoil(path: Path) -> None:

@@ -24,6 +24,16 @@ TITANS = DLA.replace(recurrence="titans", aggregation="soup", state_init="checkp
 TUNED = (LINEAR, SWLA, PACKED, LOGARITHMIC)
 """What the kernels of :func:`build_table` serve."""
 EVERY = (*TUNED, DLA, TITANS)
+PROBLEM = {
+    "recurrence": "linear", "aggregation": "grm", "segmentation": "constant", "state_init": "independent",
+    "pass": "forward", "B": 1, "T": 1024, "H": 4, "Dk": 4, "Dv": 4, "segment_length": 4, "dtype": "float32",
+}  # fmt: skip
+"""The problem of a table's entry, for tests that launch nothing."""
+
+
+def entry(name: str = "a", backend: str = "tvm", **changes: Any) -> Entry:
+    """An entry for :data:`PROBLEM` or one like it."""
+    return Entry(PROBLEM | changes, backend, Path(f"{name}.so"), {})
 
 
 def build_table(folder: Path) -> Table:

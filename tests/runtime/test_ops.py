@@ -218,6 +218,20 @@ def test_scalar_loss_gives_a_gradient_of_stride_zero(tuned_table: Table) -> None
         assert_close(leaves[name].grad, x, GRAD_BOUND, name)
 
 
+@pytest.mark.parametrize(("problem", "backend"), cases())
+def test_autocast_leaves_the_operators_in_float32(problem: Problem, backend: str, tuned_table: Table) -> None:
+    tensors, options = draw(problem)
+    found = []
+    for enabled in (False, True):
+        leaves = leaves_of(tensors)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = ops.forward(checked(leaves, options), Route(backend))[0]
+            y.square().sum().backward()
+        found.append([y.detach(), *(x.grad for x in leaves.values())])
+    for one, other in zip(*found, strict=True):
+        assert one is not None and one.dtype == torch.float32 and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("problem", EVERY, ids=problem_id)
 def test_meta_tensors(problem: Problem) -> None:
     tensors, options = draw(problem)
