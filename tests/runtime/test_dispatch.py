@@ -82,6 +82,14 @@ def test_fitting_call_runs_the_kernel(tuned: Kernels) -> None:
     assert (call["scale"], call["top_k"], call["segments"].count, call["g"]) == (0.5, 2, 3, None)
 
 
+def test_kernels_are_given_contiguous_arrays(trained: Kernels) -> None:
+    tensors = {name: x.mT.contiguous().mT.requires_grad_() for name, x in arguments("linear", B=2).items()}
+    y = memory_caching(**tensors, segment_length=4)
+    y.backward(torch.ones(()).expand(y.shape))
+    for call in trained.calls:
+        assert all(x.is_contiguous() and not x.requires_grad for x in call.values() if isinstance(x, Tensor))
+
+
 def test_connector_defaults_to_the_query(tuned: Kernels) -> None:
     tensors = arguments("linear")
     memory_caching(tensors["q"], tensors["k"], tensors["v"], segment_length=4, backend="tvm")
@@ -154,6 +162,27 @@ def test_missing_backward_kernel_runs_eagerly_and_names_the_command(tuned: Kerne
     assert len(caught) == 1 and caught[0].filename == __file__ and not tuned.calls
     with pytest.raises(BackendError, match=r'cannot serve this call: none of the 1 .*"pass":"backward"'):
         memory_caching(**leaves, segment_length=4, backend="tvm")
+
+
+def test_gradient_of_a_batch_needs_a_backward_kernel(tuned: Kernels) -> None:
+    """What vmap wraps does not say that a gradient is wanted of it."""
+    tensors = arguments("linear")
+
+    def loss(q: Tensor, backend: str) -> Tensor:
+        return memory_caching(**(tensors | {"q": q}), segment_length=4, backend=backend).sum()
+
+    def gradient(backend: str) -> Tensor:
+        batch = torch.stack([tensors["q"]] * 2)
+        return torch.func.grad(lambda x: torch.func.vmap(lambda q: loss(q, backend))(x).sum())(batch)
+
+    with pytest.raises(BackendError, match='"pass":"backward"'):
+        gradient("tvm")
+    with pytest.warns(UserWarning, match='"pass":"backward"'):
+        torch.testing.assert_close(gradient("auto"), gradient("eager"))
+    assert not tuned.calls
+    with torch.no_grad():
+        torch.func.vmap(lambda q: loss(q, "tvm"))(torch.stack([tensors["q"]] * 2))
+    assert tuned.passes == ["forward"]
 
 
 def test_deep_memories_and_float64_run_eagerly(trained: Kernels) -> None:

@@ -104,7 +104,9 @@ def test_other_lengths_and_batches_do_not_compile_again(problem: Problem, launch
 
 def test_other_widths_compile_again(launched: list[str]) -> None:
     """A kernel is for one width: the choice is made anew, even where the compiler takes widths for dynamic."""
-    compiled = torch.compile(lambda q, k, v: memory_caching(q, k, v, segment_length=16), backend="eager", dynamic=True)
+    compiled = torch.compile(
+        lambda q, k, v: memory_caching(q, k, v, segment_length=16), backend="eager", dynamic=True, fullgraph=True
+    )
     for Dk in (12, 13, 12, 14):
         q, k, v = (torch.randn(1, 37, 2, D) for D in (Dk, Dk, 20))
         launched.clear()
