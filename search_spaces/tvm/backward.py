@@ -41,30 +41,31 @@ def _divides(part: str, whole: str):
 
 _WIDE = Config.of(
     {
-        "chunk": 64,
+        "chunk": 32,
         "rows": 4,
         "cols": 64,
         "key_cols": 64,
         "unroll": 1,
         "formulation": "per_segment",
         "panel": 2,
-        "read_rows": 4,
-        "read_lanes": 64,
+        "read_rows": 8,
+        "read_lanes": 32,
         "score_rows": 8,
-        "score_lanes": 32,
+        "score_lanes": 16,
         "state_chunk": 64,
         "state_rows": 8,
         "state_cols": 32,
         "saved": "states",
     }
 )
+_HALF = _WIDE.replace(rows=8, cols=32, key_cols=32)
 _NARROW = _WIDE.replace(
     cols=16, key_cols=16, read_rows=4, read_lanes=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16
 )
 _DEFAULTS = tuple(
     config.replace(**cached)
-    for config in (_WIDE, _WIDE.replace(chunk=32, read_rows=8, read_lanes=32), _NARROW, _NARROW.replace(chunk=16))
-    for cached in ({}, {"formulation": "summed", "panel": 1})
+    for config in (_WIDE, _WIDE.replace(chunk=16, read_lanes=16), _HALF, _NARROW, _NARROW.replace(chunk=16))
+    for cached in ({"formulation": "gather", "panel": 1}, {}, {"formulation": "summed", "panel": 1})
 )
 
 SPACE = SearchSpace(
@@ -77,9 +78,9 @@ SPACE = SearchSpace(
         Choice("formulation", ("per_segment", "summed", "gather"), "of the cached states' reads and gradients"),
         Pow2("panel", 1, 8, "states whose gradients one task adds up, for per_segment"),
         Int("read_rows", (2, 4, 8, 16), "key columns of a tile of a state times dy"),
-        Int("read_lanes", (16, 32, 48, 64), "tokens of a tile of a state times dy"),
+        Int("read_lanes", (16, 32, 64), "tokens of a tile of a state times dy"),
         Int("score_rows", (2, 4, 8), "keys or segments of a score tile"),
-        Int("score_lanes", (16, 32, 48, 64), "tokens of a score tile"),
+        Int("score_lanes", (16, 32, 64), "tokens of a score tile"),
         Pow2("state_chunk", 32, 256, "tokens packed at once for states and their gradients"),
         Int("state_rows", (2, 4, 8, 16), "key columns of a state tile"),
         Int("state_cols", (16, 32, 48, 64), "value columns of a state tile"),
@@ -115,6 +116,6 @@ SPACE = SearchSpace(
         ),
     ),
     default=_DEFAULTS[0],
-    # Gates that do not depend on the state; short segments; narrow widths and AVX2's sixteen registers.
+    # Each for ssc, grm and equal gates: wide; short segments; narrower widths; AVX2's sixteen registers; both.
     fallbacks=_DEFAULTS[1:],
 )

@@ -17,7 +17,7 @@ _INTO_L2, _DATA = 2, 1
 def prefetch(X, width, row0, t, count, tokens, stride, writes):
     for r in range(count):
         row: T.let = row0 + T.min(T.max(t + r, 0), tokens - 1) * stride
-        for e in T.unroll(width // _LINE):
+        for e in range(width // _LINE):
             T.evaluate(T.call_intrin("", "tirx.prefetch", T.address_of(X[row, e * _LINE]), writes, _INTO_L2, _DATA))
 
 
@@ -58,8 +58,8 @@ def read_state(rows, cols, unroll, width, weighs):
 def read_online(rows, cols, unroll, width, weighs, decays):
     """The same of the online memory, where P = decay * (M dy) + sum_{j < steps} k_j E_j; dq is overwritten.
 
-    ``decay`` is row 1 of G, left out without ``decays``; the gate and its gradient are rows 0 of G and D. Without
-    ``linked`` there is no M.
+    The gate and its gradient are rows 0 of G and D. With ``decays``, row 1 of G is the decay, and row 2 of D becomes
+    <q, M dy>. Without ``linked`` there is no M.
     """
 
     @T.inline
@@ -75,6 +75,13 @@ def read_online(rows, cols, unroll, width, weighs, decays):
                     for x in T.vectorized(cols):
                         acc[r, x] = acc[r, x] + M[d0 + r, n * unroll + e] * Y[n * unroll + e, t0 + x]
         if decays:
+            for x in T.vectorized(cols):
+                part[0, x] = T.Select(first, T.float32(0), D[2, t0 + x])
+            for r in T.unroll(rows):
+                for x in T.vectorized(cols):
+                    part[0, x] = part[0, x] + Q[d0 + r, t0 + x] * acc[r, x]
+            for x in T.vectorized(cols):
+                D[2, t0 + x] = part[0, x]
             for r in T.unroll(rows):
                 for x in T.vectorized(cols):
                     acc[r, x] = acc[r, x] * G[1, t0 + x]

@@ -27,7 +27,8 @@ def build(problem, config, target):
     ``segment_states``; begin, end, first ``[N]`` int32; T, H, the longest segment, top_k, scale; then the outputs:
 
     gamma, dr ``[B*H*T*N]``: gates and logits' gradients of the cached segments, [i, t] within a segment's part, which
-    starts at (bh * T + begin) * N; own ``[B*H*3, T]``: of the online segment gamma, dr and gamma * dgamma; dq, du
+    starts at (bh * T + begin) * N; own ``[B*H*3, T]``: of the online segment gamma, dr and gamma * <q_t, X dy_t>;
+    entering ``[B*H*(T//BT+N)*Dk, Dv]``: X of the chunks (swla), chunk c of segment s at begin // BT + s + c; dq, du
     ``[B*T*H, Dk]``. gamma, dr and du are left alone where there are no logits.
     """
     Dk, Dv = problem.Dk, problem.Dv
@@ -45,7 +46,7 @@ def build(problem, config, target):
     logits = dot_rows(JR, TL, unroll, Dk)
     scores = dot_rows(JR, TL, unroll, Dv)
     from_cached = read_state(RR, RL, unroll, Dv, routed)
-    from_online = read_online(RR, RL, unroll, Dv, routed or swla, swla)
+    from_online = read_online(RR, RL, unroll, Dv, routed, swla)
     from_chosen = read_gathered(MR, NK, Dv)
     connect = multiply(MR, NK, 1)
     write = multiply(SR, SC, 1)
@@ -55,10 +56,10 @@ def build(problem, config, target):
         dy_: T.handle, q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle,
         lam_: T.handle, states_: T.handle, means_: T.handle, begin_: T.handle, end_: T.handle, first_: T.handle,
         tokens: T.int32, heads: T.int32, longest: T.int32, top_k: T.int32, scale: T.float32,
-        gamma_: T.handle, dr_: T.handle, own_: T.handle, dq_: T.handle, du_: T.handle,
+        gamma_: T.handle, dr_: T.handle, own_: T.handle, entering_: T.handle, dq_: T.handle, du_: T.handle,
     ):  # fmt: skip
         T.func_attr({"global_symbol": "read_backward", "tirx.noalias": True})
-        R, N, S, G, X, J = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        R, N, S, G, X, J, P = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         dy = T.match_buffer(dy_, (R, Dv), "float32")
         q = T.match_buffer(q_, (R, Dk), "float32")
         u = T.match_buffer(u_, (R, Dk), "float32")
@@ -75,6 +76,7 @@ def build(problem, config, target):
         gammas = T.match_buffer(gamma_, (X,), "float32")
         drs = T.match_buffer(dr_, (X,), "float32")
         owns = T.match_buffer(own_, (J, tokens), "float32")
+        entering = T.match_buffer(entering_, (P, Dv), "float32")
         dq = T.match_buffer(dq_, (R, Dk), "float32")
         du = T.match_buffer(du_, (R, Dk), "float32")
 
@@ -100,7 +102,7 @@ def build(problem, config, target):
             rows_of = T.alloc_buffer((BT, Dk), "float32")
             total = T.alloc_buffer((2, Dk), "float32")
             own = T.alloc_buffer((2, BT), "float32")  # the own segment's gate; decay of X
-            down = T.alloc_buffer((2, BT), "float32")  # gradients of the gate and of the logit
+            down = T.alloc_buffer((3, BT), "float32")  # gradients of the gate and of the logit; <q, X dy>
             gamma = T.alloc_buffer((N + JR, BT), "float32")
             dgamma = T.alloc_buffer((N + JR, BT), "float32")
             lanes = T.alloc_buffer((3, LANES), "float32")
@@ -213,6 +215,13 @@ def build(problem, config, target):
                             for x in T.vectorized(LANES):
                                 E[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, E[j, tb * LANES + x], T.float32(0))
 
+            @T.inline
+            def keep(c):
+                slot: T.let = bh * (tokens // BT + N) + begin[s] // BT + s + c
+                for d in range(Dk):
+                    for n in T.vectorized(Dv):
+                        entering[slot * Dk + d, n] = M[d, n]
+
             # X of the next chunk; this one is BT tokens long.
             @T.inline
             def advance():
@@ -278,6 +287,7 @@ def build(problem, config, target):
                         for d in range(Dk):
                             for n in T.vectorized(Dv):
                                 M[d, n] = exp(g[b]) * M[d, n] + beta[b] * k[b - heads, d] * v[b - heads, n]
+                        keep(0)
             if formulation == "summed":
                 summed = T.alloc_buffer((Dk, Dv), "float32")
                 for d in range(Dk):
@@ -326,7 +336,7 @@ def build(problem, config, target):
                     if formulation == "gather":
                         owns[bh * 3 + 1, t0 + t] = down[0, t]
                     if swla:
-                        owns[bh * 3 + 2, t0 + t] = own[0, t] * down[0, t]
+                        owns[bh * 3 + 2, t0 + t] = own[0, t] * down[2, t]
                 for tb in range((rows + BLOCK - 1) // BLOCK):
                     for db in range(Dk // BLOCK):
                         transpose(dQT, db * BLOCK, 1, BLOCK - 1, rows_of, tb * BLOCK, db * BLOCK)
@@ -335,6 +345,8 @@ def build(problem, config, target):
                         dq[row0 + (t0 + t) * heads, d] = rows_of[t, d]
                 if (c + 1) * BT < length:
                     advance()
+                    if swla:
+                        keep(c + 1)
 
             if formulation == "gather":
                 where = T.alloc_buffer((N + 2,), "int32")

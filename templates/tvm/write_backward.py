@@ -7,9 +7,9 @@ memory at the first token after the chunk and the causal weight w_jt of token j 
     dk_j = sum_{t >= j} w_jt (dy_t . v_j) Q_t + w_jz Z v_j + dp / length + sum_{t >= j} dr_t u_t / n_t
     Z   <- decay Z + sum_t decay_t Q_t^T dy_t
 
-where n_t counts the segment's tokens up to t. SWLA has w_jt = lam_j a_jt + beta_{j+1} b_jt; a, b in place of w give the
-gradients of lam and beta, and g follows from d<M_t, Z_t>: what a decay scales is what is read there and later, less
-what is written there and later.
+where n_t counts the segment's tokens up to t. In SWLA, w_jt = lam_j e^{g_{j+1}}...e^{g_t} + beta_{j+1} e^{g_{j+2}}...
+e^{g_t}, and with Z_t the gradient of M_t, dlam_j = k_j Z_j v_j, dbeta_{j+1} = k_j Z_{j+1} v_j and
+dg_t = e^{g_t} <M_{t-1}, Z_t>.
 """
 
 from tvm.script import tirx as T
@@ -22,7 +22,7 @@ def build(problem, config, target):
     """The PrimFunc ``write_backward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
     Arguments of the kernel: dy ``[B*T*H, Dv]``, q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]``;
-    own of ``read_backward``; states of ``segment_states`` and the gradients of states and descriptors from
+    own and entering of ``read_backward``; states of ``segment_states`` and the gradients of states and descriptors from
     ``state_backward``; begin, end, first ``[N]`` int32; T, H, scale; scratch ``[B*H*N, Dk]`` and ``[B*H*N, Dv]``; then
     the outputs dk ``[B*T*H, Dk]``, dv ``[B*T*H, Dv]`` and dg, dbeta, dlam, shaped as the gates.
     """
@@ -45,13 +45,13 @@ def build(problem, config, target):
     @T.prim_func(s_tir=True)
     def write_backward(
         dy_: T.handle, q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle,
-        lam_: T.handle, own_: T.handle, states_: T.handle, dstates_: T.handle, dmeans_: T.handle,
+        lam_: T.handle, own_: T.handle, entering_: T.handle, states_: T.handle, dstates_: T.handle, dmeans_: T.handle,
         begin_: T.handle, end_: T.handle, first_: T.handle, tokens: T.int32, heads: T.int32, scale: T.float32,
         lead_key_: T.handle, lead_value_: T.handle,
         dk_: T.handle, dv_: T.handle, dg_: T.handle, dbeta_: T.handle, dlam_: T.handle,
     ):  # fmt: skip
         T.func_attr({"global_symbol": "write_backward", "tirx.noalias": True})
-        R, N, S, G, J = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        R, N, S, G, J, P = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         dy = T.match_buffer(dy_, (R, Dv), "float32")
         q = T.match_buffer(q_, (R, Dk), "float32")
         u = T.match_buffer(u_, (R, Dk), "float32")
@@ -61,6 +61,7 @@ def build(problem, config, target):
         beta = T.match_buffer(beta_, (G,), "float32")
         lam = T.match_buffer(lam_, (G,), "float32")
         owns = T.match_buffer(own_, (J, tokens), "float32")
+        entering = T.match_buffer(entering_, (P, Dv), "float32")
         states = T.match_buffer(states_, (S * Dk, Dv), "float32")
         dstates = T.match_buffer(dstates_, (S * Dk, Dv), "float32")
         dmeans = T.match_buffer(dmeans_, (S, Dk), "float32")
@@ -97,8 +98,13 @@ def build(problem, config, target):
             through = T.alloc_buffer((Dk,), "float32")  # of the descriptors: dp / length and the later tokens' sum
             lanes = T.alloc_buffer((4, LANES), "float32")
             token_gates = T.alloc_buffer((2, BT + LANES), "float32")  # of the chunk's tokens and the next: e^g, beta
-            of_row = T.alloc_buffer((6, BT + LANES), "float32")  # lam, next beta; sums for dlam, dbeta; w_jz; k_j Z v_j
-            ends = T.alloc_buffer((2, BT), "float32")  # a_jz, b_jz
+            # By row: lam, the next beta, k_j Z v_j, their gradients dlam and the next dbeta; decay of X.
+            of_row = T.alloc_buffer((6, BT + LANES), "float32")
+            W = T.alloc_buffer((BT + 1, BT), "float32")  # w_jt at [t, j], up to the token after the chunk
+            forgotten = T.alloc_buffer(
+                (BT + 1, LANES), "float32"
+            )  # by token, lanes to be summed: what its decay scales
+            none = T.alloc_buffer((1, 1), "float32")
 
             @T.inline
             def fetch(X, width, t, count, writes):
@@ -113,7 +119,7 @@ def build(problem, config, target):
                             db * BLOCK, tb * BLOCK,
                         )  # fmt: skip
 
-            # W1[t, j] = w_jt (Q_t . k_j), W2[t, j] = w_jt (dy_t . v_j), 0 for t < j.
+            # W1[t, j] = w_jt (Q_t . k_j), W2[t, j] = w_jt (dy_t . v_j), 0 for t < j; swla's w_jt comes later.
             @T.inline
             def weigh(t0, rows):
                 for tt in range((rows + JR - 1) // JR):
@@ -123,56 +129,8 @@ def build(problem, config, target):
                         if jj * TL < (tt + 1) * JR:
                             by_key(Q, tt * JR, rows - 1, KT, W1, tt * JR, jj * TL)
                             by_value(Y, tt * JR, rows - 1, VT, W2, tt * JR, jj * TL)
-                if swla:
-                    for j in T.vectorized(BT + LANES):
-                        token_gates[0, j] = T.float32(1)
-                        token_gates[1, j] = T.float32(0)
-                        of_row[0, j] = T.float32(0)
-                    # The token after the chunk too; none after the segment, whose last memory is kept as it is.
-                    for j in range(T.min(rows + 1, end[s] - t0)):
-                        token_gates[0, j] = exp(g[row0 + (t0 + j) * heads])
-                        token_gates[1, j] = beta[row0 + (t0 + j) * heads]
-                        of_row[0, j] = lam[row0 + (t0 + j) * heads]
-                    for j in range(BT):
-                        of_row[1, j] = token_gates[1, j + 1]
-                for jb in range((rows + LANES - 1) // LANES):
-                    if swla:
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = T.float32(0)
-                            lanes[1, x] = T.float32(0)
-                            lanes[2, x] = T.float32(0)
-                            lanes[3, x] = T.float32(0)
-                        for i in range(rows + 1 - jb * LANES):
-                            t: T.let = jb * LANES + i
-                            for x in T.vectorized(LANES):
-                                lanes[0, x] = T.Select(i == x, T.float32(1), lanes[0, x] * token_gates[0, t])
-                                lanes[1, x] = T.Select(i == x + 1, T.float32(1), lanes[1, x] * token_gates[0, t])
-                            if t < rows:
-                                for x in T.vectorized(LANES):
-                                    lanes[2, x] = lanes[2, x] + lanes[0, x] * (
-                                        W1[t, jb * LANES + x] * W2[t, jb * LANES + x]
-                                    )
-                                    lanes[3, x] = lanes[3, x] + lanes[1, x] * (
-                                        W1[t, jb * LANES + x] * W2[t, jb * LANES + x]
-                                    )
-                                for x in T.vectorized(LANES):
-                                    W1[t, jb * LANES + x] = W1[t, jb * LANES + x] * (
-                                        of_row[0, jb * LANES + x] * lanes[0, x]
-                                        + of_row[1, jb * LANES + x] * lanes[1, x]
-                                    )
-                                    W2[t, jb * LANES + x] = W2[t, jb * LANES + x] * (
-                                        of_row[0, jb * LANES + x] * lanes[0, x]
-                                        + of_row[1, jb * LANES + x] * lanes[1, x]
-                                    )
-                        for x in T.vectorized(LANES):
-                            of_row[2, jb * LANES + x] = lanes[2, x]
-                            of_row[3, jb * LANES + x] = lanes[3, x]
-                            of_row[4, jb * LANES + x] = (
-                                of_row[0, jb * LANES + x] * lanes[0, x] + of_row[1, jb * LANES + x] * lanes[1, x]
-                            )
-                            ends[0, jb * LANES + x] = lanes[0, x]
-                            ends[1, jb * LANES + x] = lanes[1, x]
-                    else:
+                if not swla:
+                    for jb in range((rows + LANES - 1) // LANES):
                         # Below the diagonal nothing changes.
                         for i in range(T.min(LANES, rows - jb * LANES)):
                             for x in T.vectorized(LANES):
@@ -194,9 +152,9 @@ def build(problem, config, target):
                         fetch(q, Dk, t0 - BT + jj * MR, MR, 0)
                         fetch(dy, Dv, t0 - BT + jj * MR, MR, 0)
                         for nn in range(Dv // NV):
-                            to_values(KT, 0, Z, 0, Dk, C, jj * MR, nn * NV, ends, 0, False, True)
+                            to_values(KT, 0, Z, 0, Dk, C, jj * MR, nn * NV, none, 0, False, True)
                         for dd in range(Dk // NK):
-                            to_keys(VT, 0, ZT, 0, Dv, CK, jj * MR, dd * NK, ends, 0, False, True)
+                            to_keys(VT, 0, ZT, 0, Dv, CK, jj * MR, dd * NK, none, 0, False, True)
                 else:
                     for j in range(BT):
                         for n in T.vectorized(Dv):
@@ -204,25 +162,96 @@ def build(problem, config, target):
                         for d in T.vectorized(Dk):
                             CK[j, d] = T.float32(0)
 
+            # swla's w_jt, and the gradients of its gates: with h_jt = k_j Z_t v_j, which is (Q_t . k_j) (dy_t . v_j) +
+            # e^{g_{t+1}} h_j,t+1, dg_t = e^{g_t} sum_{j < t} w_j,t-1 h_jt. X enters the chunk like one more write.
             @T.inline
-            def gates_of_chunk(t0, rows):
+            def weigh_gated(t0, rows, turn, c):
+                for x in T.vectorized(BT + LANES):
+                    token_gates[0, x] = T.float32(1)
+                    token_gates[1, x] = T.float32(0)
+                    of_row[0, x] = T.float32(0)
+                    of_row[2, x] = T.float32(0)
+                # The token after the chunk too; none after the segment, whose last memory is kept as it is.
+                for j in range(T.min(rows + 1, end[s] - t0)):
+                    token_gates[0, j] = exp(g[row0 + (t0 + j) * heads])
+                    token_gates[1, j] = beta[row0 + (t0 + j) * heads]
+                    of_row[0, j] = lam[row0 + (t0 + j) * heads]
+                for j in range(BT):
+                    of_row[1, j] = token_gates[1, j + 1]
                 for j in range(rows):
-                    row: T.let = row0 + (t0 + j) * heads
                     for x in T.vectorized(LANES):
                         lanes[0, x] = T.float32(0)
                     for e in T.unroll(Dv // LANES):
                         for x in T.vectorized(LANES):
-                            lanes[0, x] = lanes[0, x] + C[j, e * LANES + x] * v[row, e * LANES + x]
-                    of_row[5, j] = T.float32(0)
+                            lanes[0, x] = lanes[0, x] + C[j, e * LANES + x] * v[row0 + (t0 + j) * heads, e * LANES + x]
                     for x in T.unroll(LANES):
-                        of_row[5, j] = of_row[5, j] + lanes[0, x]
-                    dlam[row] = of_row[2, j] + ends[0, j] * of_row[5, j]
+                        of_row[2, j] = of_row[2, j] + lanes[0, x]
+                for t in range(rows + 1):
+                    for x in T.vectorized(LANES):
+                        forgotten[t, x] = T.float32(0)
+                for jb in range((rows + LANES - 1) // LANES):
+                    for x in T.vectorized(LANES):
+                        lanes[0, x] = T.float32(0)
+                        lanes[1, x] = T.float32(0)
+                        lanes[2, x] = of_row[2, jb * LANES + x]
+                    for i in range(rows + 1 - jb * LANES):
+                        t: T.let = jb * LANES + i
+                        for x in T.vectorized(LANES):
+                            lanes[0, x] = T.Select(i == x, T.float32(1), lanes[0, x] * token_gates[0, t])
+                            lanes[1, x] = T.Select(i == x + 1, T.float32(1), lanes[1, x] * token_gates[0, t])
+                            W[t, jb * LANES + x] = (
+                                of_row[0, jb * LANES + x] * lanes[0, x] + of_row[1, jb * LANES + x] * lanes[1, x]
+                            )
+                    for turned in range(rows + 1 - jb * LANES):
+                        t: T.let = rows - turned
+                        i: T.let = t - jb * LANES
+                        if t < rows:
+                            for x in T.vectorized(LANES):
+                                # Beyond the chunk's rows there may be anything.
+                                lanes[2, x] = token_gates[0, t + 1] * lanes[2, x] + T.Select(
+                                    i >= x, W1[t, jb * LANES + x] * W2[t, jb * LANES + x], T.float32(0)
+                                )
+                                W1[t, jb * LANES + x] = W1[t, jb * LANES + x] * W[t, jb * LANES + x]
+                                W2[t, jb * LANES + x] = W2[t, jb * LANES + x] * W[t, jb * LANES + x]
+                        for x in T.vectorized(LANES):
+                            of_row[3, jb * LANES + x] = T.Select(i == x, lanes[2, x], of_row[3, jb * LANES + x])
+                            of_row[4, jb * LANES + x] = T.Select(i == x + 1, lanes[2, x], of_row[4, jb * LANES + x])
+                        if i > 0:
+                            for x in T.vectorized(LANES):
+                                forgotten[t, x] = forgotten[t, x] + W[t - 1, jb * LANES + x] * lanes[2, x]
+                for j in range(rows):
+                    dlam[row0 + (t0 + j) * heads] = of_row[3, j]
                     if t0 + j + 1 < end[s]:
-                        dbeta[row + heads] = of_row[3, j] + ends[1, j] * of_row[5, j]
+                        dbeta[row0 + (t0 + j + 1) * heads] = of_row[4, j]
                     for n in T.vectorized(Dv):
-                        C[j, n] = C[j, n] * of_row[4, j]
+                        C[j, n] = C[j, n] * W[rows, j]
                     for d in T.vectorized(Dk):
-                        CK[j, d] = CK[j, d] * of_row[4, j]
+                        CK[j, d] = CK[j, d] * W[rows, j]
+
+                # X, in lane 0.
+                lanes[0, 0] = T.float32(0)
+                if T.And(T.Or(turn > 0, ends_linked), T.Or(c > 0, T.And(checkpoint, s != first[s]))):
+                    slot: T.let = bh * (tokens // BT + N) + begin[s] // BT + s + c
+                    for x in T.vectorized(LANES):
+                        lanes[1, x] = T.float32(0)
+                    for d in range(Dk):
+                        for e in T.unroll(Dv // LANES):
+                            for x in T.vectorized(LANES):
+                                lanes[1, x] = lanes[1, x] + entering[slot * Dk + d, e * LANES + x] * Z[d, e * LANES + x]
+                    for x in T.unroll(LANES):
+                        lanes[0, 0] = lanes[0, 0] + lanes[1, x]
+                of_row[5, 0] = T.float32(1)
+                for t in range(rows):
+                    of_row[5, t + 1] = of_row[5, t] * token_gates[0, t + 1]
+                for turned in range(rows):
+                    t: T.let = rows - turned
+                    if t < rows:
+                        lanes[0, 0] = owns[bh * 3 + 2, t0 + t] + token_gates[0, t + 1] * lanes[0, 0]
+                    lanes[0, 1] = of_row[5, t - 1] * lanes[0, 0]
+                    for x in T.unroll(LANES):
+                        lanes[0, 1] = lanes[0, 1] + forgotten[t, x]
+                    if t0 + t < end[s]:
+                        dg[row0 + (t0 + t) * heads] = token_gates[0, t] * lanes[0, 1]
 
             # Z at the chunk's own first token.
             @T.inline
@@ -240,7 +269,7 @@ def build(problem, config, target):
                             Z[d, n] = Z[d, n] * lanes[0, 0]
                 for dd in range(Dk // SR):
                     for nn in range(Dv // SC):
-                        update(Q, 0, Y, 0, rows, Z, dd * SR, nn * SC, ends, 0, False, False)
+                        update(Q, 0, Y, 0, rows, Z, dd * SR, nn * SC, none, 0, False, False)
 
             for d in range(Dk):
                 for n in T.vectorized(Dv):
@@ -269,16 +298,16 @@ def build(problem, config, target):
                 weigh(t0, rows)
                 rows_of_chunk(t0, rows, linked)
                 if swla:
-                    gates_of_chunk(t0, rows)
+                    weigh_gated(t0, rows, turn, chunks - 1 - turn)
                 for jj in range((rows + MR - 1) // MR):
                     fetch(dk, Dk, t0 + jj * MR, MR, 1)
                     fetch(dv, Dv, t0 + jj * MR, MR, 1)
                     if routed:
                         fetch(u, Dk, t0 + jj * MR, MR, 0)
                     for nn in range(Dv // NV):
-                        from_values(W1, jj * MR, Y, jj * MR, rows - jj * MR, C, jj * MR, nn * NV, ends, 0, False, False)
+                        from_values(W1, jj * MR, Y, jj * MR, rows - jj * MR, C, jj * MR, nn * NV, none, 0, False, False)
                     for dd in range(Dk // NK):
-                        from_keys(W2, jj * MR, Q, jj * MR, rows - jj * MR, CK, jj * MR, dd * NK, ends, 0, False, False)
+                        from_keys(W2, jj * MR, Q, jj * MR, rows - jj * MR, CK, jj * MR, dd * NK, none, 0, False, False)
                 for i in range(rows):
                     j: T.let = rows - 1 - i
                     row: T.let = row0 + (t0 + j) * heads
@@ -299,8 +328,19 @@ def build(problem, config, target):
                 # The token before the segment, through the segment's first.
                 b: T.let = row0 + begin[s] * heads
                 dbeta[b] = T.float32(0)
+                dg[b] = T.float32(0)
                 if checkpoint:
                     if s != first[s]:
+                        for x in T.vectorized(LANES):
+                            lanes[2, x] = T.float32(0)
+                        for d in range(Dk):
+                            for e in T.unroll(Dv // LANES):
+                                for x in T.vectorized(LANES):
+                                    lanes[2, x] = lanes[2, x] + (
+                                        states[(bh * N + s - 1) * Dk + d, e * LANES + x] * Z[d, e * LANES + x]
+                                    )
+                        for x in T.unroll(LANES):
+                            dg[b] = dg[b] + exp(g[b]) * lanes[2, x]
                         for n in T.vectorized(Dv):
                             lead_value[bh * N + s, n] = T.float32(0)
                         for d in range(Dk):
@@ -318,27 +358,6 @@ def build(problem, config, target):
                                 lead_value[bh * N + s, n] = (
                                     lead_value[bh * N + s, n] + beta[b] * k[b - heads, d] * Z[d, n]
                                 )
-                lanes[0, 0] = T.float32(0)
-                if ends_linked:
-                    for x in T.vectorized(LANES):
-                        lanes[1, x] = T.float32(0)
-                    for d in range(Dk):
-                        for e in T.unroll(Dv // LANES):
-                            for x in T.vectorized(LANES):
-                                lanes[1, x] = lanes[1, x] + (
-                                    states[(bh * N + s) * Dk + d, e * LANES + x]
-                                    * dstates[(bh * N + s) * Dk + d, e * LANES + x]
-                                )
-                    for x in T.unroll(LANES):
-                        lanes[0, 0] = lanes[0, 0] + lanes[1, x]
-                for i in range(length):
-                    t: T.let = end[s] - 1 - i
-                    row: T.let = row0 + t * heads
-                    lanes[0, 0] = lanes[0, 0] + owns[bh * 3 + 2, t] - (lam[row] * dlam[row] + beta[row] * dbeta[row])
-                    dg[row] = lanes[0, 0]
-                # No memory enters the first segment, nor one that starts afresh.
-                if T.Or(not checkpoint, s == first[s]):
-                    dg[b] = T.float32(0)
 
         if swla:
             if checkpoint:
