@@ -57,6 +57,7 @@ class TvmBackward:
         self.saves = record["config"]["saved"] == "states"
         self.gated = problem["recurrence"] == "swla"
         self.routed = problem["aggregation"] in ("grm", "soup", "ssc")
+        self.chunk = record["config"]["chunk"]
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.Dk, self.Dv = padded(problem["Dk"]), padded(problem["Dv"])
 
@@ -91,6 +92,9 @@ class TvmBackward:
         parts = count * ((not self.routed) + self.checkpoint)
         largest = max(rows * max(self.Dk, self.Dv), max(parts, count) * self.Dk * self.Dv)
         largest = max(largest, rows * N if self.routed else 3 * rows)
+        # The memory that enters each chunk, for the gradient of g.
+        entering_rows = B * H * (T // self.chunk + N) * self.Dk if self.gated else 1
+        largest = max(largest, entering_rows * self.Dv)
         if largest > _INT32:
             raise KernelError(
                 f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
@@ -108,11 +112,11 @@ class TvmBackward:
         states = states.view(count * self.Dk, self.Dv)
 
         gamma, dr = (q.new_empty(rows * N if self.routed else 1) for _ in range(2))
-        own = q.new_empty(B * H * 3, T)
+        own, entering = q.new_empty(B * H * 3, T), q.new_empty(entering_rows, self.Dv)
         dq, du = torch.empty_like(q), torch.empty_like(q) if self.routed else torch.zeros_like(q)
         self.read_backward(
-            dy, q, u, k, v, *gates, states, means, *spans, *sizes, segments.longest, top_k, scale, gamma, dr, own, dq,
-            du,
+            dy, q, u, k, v, *gates, states, means, *spans, *sizes, segments.longest, top_k, scale, gamma, dr, own,
+            entering, dq, du,
         )  # fmt: skip
         dstates, dmeans = torch.empty_like(states), q.new_empty(count, self.Dk)
         scratch = q.new_empty(max(parts, 1) * self.Dk, self.Dv)
@@ -124,8 +128,8 @@ class TvmBackward:
         lead_key, lead_value = q.new_empty(count, self.Dk), q.new_empty(count, self.Dv)
         dgates = tuple(torch.empty_like(gate) for gate in gates)
         self.write_backward(
-            dy, q, u, k, v, *gates, own, states, dstates, dmeans, *spans, *sizes, scale, lead_key, lead_value, dk, dv,
-            *dgates,
+            dy, q, u, k, v, *gates, own, entering, states, dstates, dmeans, *spans, *sizes, scale, lead_key,
+            lead_value, dk, dv, *dgates,
         )  # fmt: skip
         dq, dk, du = (x.view(B, T, H, self.Dk)[..., :Dk].contiguous() for x in (dq, dk, du))
         dv = dv.view(B, T, H, self.Dv)[..., :Dv].contiguous()
