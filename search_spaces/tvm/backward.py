@@ -74,7 +74,7 @@ SPACE = SearchSpace(
         Int("rows", (1, 2, 4, 8, 16), "tokens of a register tile"),
         Int("cols", (16, 32, 48, 64), "value columns of a register tile"),
         Int("key_cols", (16, 32, 48, 64), "key columns of a register tile"),
-        Pow2("unroll", 1, 8, "unrolling of the K loops over a width"),
+        Pow2("unroll", 1, 4, "unrolling of the K loops over a width"),
         Choice("formulation", ("per_segment", "summed", "gather"), "of the cached states' reads and gradients"),
         Pow2("panel", 1, 8, "states whose gradients one task adds up, for per_segment"),
         Int("read_rows", (2, 4, 8, 16), "key columns of a tile of a state times dy"),

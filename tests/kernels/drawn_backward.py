@@ -29,13 +29,20 @@ def formulations(aggregation: str) -> list[Scalar]:
     return [f for f in values if SPACE.valid(Config.of({**SAFE, "formulation": f}), problem, host())]
 
 
+def settings() -> Iterator[tuple[str, str, str]]:
+    """Aggregation, recurrence, state init: all of them but half of soup's, whose code is grm's."""
+    for aggregation, recurrence, state_init in product(AGGREGATIONS, RECURRENCES, STATE_INITS):
+        if aggregation != "soup" or (recurrence == "swla") == (state_init == "checkpoint"):
+            yield aggregation, recurrence, state_init
+
+
 def draw() -> list[Drawn]:
     """The same kernels every time on a machine: of a few random valid configurations, the one with most news."""
     rng = random.Random(0)
     shapes = cycle(product(SEGMENT_LENGTHS, WIDTHS))
     drawn: list[Drawn] = []
     seen: set[tuple[str, Scalar]] = set()
-    for aggregation, recurrence, state_init in product(AGGREGATIONS, RECURRENCES, STATE_INITS):
+    for aggregation, recurrence, state_init in settings():
         for formulation in formulations(aggregation):
             segment_length, (Dk, Dv) = next(shapes)
             problem = Problem(
