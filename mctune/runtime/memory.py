@@ -132,16 +132,19 @@ class LayerMemory:
         """Count ``tokens`` more tokens of every sequence."""
         total = self.filled + tokens
         self.cached += total // segment_length
-        self.filled = total % segment_length
+        self.filled.copy_(total % segment_length)
 
     def reserve(self, tokens: int) -> None:
         """Make room for the states that ``tokens`` more tokens of every sequence add; room at least doubles."""
         assert self.rules is not None
-        needed = int((self.cached + (self.filled + tokens) // self.rules.segment_length).max())
-        if needed > self.capacity:
-            self._resize(max(needed, 2 * self.capacity))
+        self.make_room(int((self.cached + (self.filled + tokens) // self.rules.segment_length).max()))
 
-    def _resize(self, capacity: int) -> None:
+    def make_room(self, needed: int) -> None:
+        """Have room for ``needed`` states of every sequence; room at least doubles."""
+        if needed <= self.capacity:
+            return
+        capacity = max(needed, 2 * self.capacity)
+
         def grown(x: Tensor) -> Tensor:
             room = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
             room[:, :, : x.shape[2]] = x

@@ -85,7 +85,7 @@ def extend(call: Call, memory: LayerMemory, backend: str) -> Tensor:
     """The same for checked arguments."""
     memory.check(call)
     if memory.bound is None:
-        return _advance(call, memory, backend)
+        return advance(call, memory, backend)
     y: Tensor = _bounded(call, memory, backend)
     return y
 
@@ -107,13 +107,14 @@ def _bounded(call: Call, memory: LayerMemory, backend: str) -> Tensor:
     outputs, begin, n = [], 0, call.q.shape[1]
     while begin < n:
         end = min(n, begin + call.segment_length - int(memory.filled.max()))
-        outputs.append(_advance(tokens(call, begin, end), memory, backend))
+        outputs.append(advance(tokens(call, begin, end), memory, backend))
         memory.evict()
         begin = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+def advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+    """The same without a bound."""
     n = call.q.shape[1]
     if not torch.compiler.is_compiling():
         memory.reserve(n)
@@ -210,7 +211,9 @@ def _run(
         inner_chunk=inner_chunk,
         cu_seqlens=None,
     )
-    initial = () if W_up is None or W_down is None else (W_up.detach(), W_down.detach())
+    initial: tuple[Tensor, ...] = ()
+    if W_up is not None and W_down is not None:
+        initial = tuple(W.detach().to(key_sum.dtype) for W in (W_up, W_down))
     memory = LayerMemory(
         tuple(states),
         descriptors,
