@@ -207,6 +207,27 @@ def kernel_for(call: Call, pass_: str) -> Any:
     return launcher(entry)
 
 
+def decode_kernel(call: Call, backend: str) -> Any | None:
+    """What launches the nearest kernel of a step; ``None`` leaves the step to the eager path.
+
+    Raises:
+        BackendError: if a backend was asked for by name and cannot serve the call: why, and what to do.
+    """
+    if backend == "eager":
+        return None
+    request = make_request(call, "decode")
+    chosen = _choose(request, call.q.device.type, backend, grad=False)
+    if isinstance(chosen, Route):
+        entry = entry_for(request, "decode", backend)
+        assert entry is not None
+        return launcher(entry)
+    if backend != "auto":
+        raise _unserved(backend, chosen.reason)
+    if chosen.kind is not None:
+        warn_once(chosen.kind, chosen.reason)
+    return None
+
+
 def fall_back(error: KernelError, backend: str) -> None:
     """An operator's kernel cannot be run: say so once and go on eagerly, unless the backend was asked for by name."""
     if backend != "auto":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from .arguments import Call, check_call
 from .decode import decode
-from .dispatch import BACKENDS, NAMESPACE
+from .dispatch import BACKENDS, NAMESPACE, decode_kernel, fall_back
 from .errors import ArgumentError
 from .memory import LayerMemory
+from .tvm_loader import KernelError
 
 Tensor = torch.Tensor
 
@@ -233,9 +235,35 @@ def _run(
             f"{q.shape[1]} more tokens need room for {needed} states and the memory has room for {memory.capacity}; a "
             f"compiled step cannot grow it: call memory.reserve(tokens), or MemoryCache.reserve, beforehand"
         )
+    kernel = decode_kernel(call, backend)
+    if kernel is not None:
+        try:
+            return _launch(kernel, call, memory)
+        except KernelError as error:
+            fall_back(error, backend)
     y = decode(call, memory)
     assert y is not None
     return y
+
+
+def _launch(kernel: Any, call: Call, memory: LayerMemory) -> Tensor:
+    def float32(x: Tensor) -> Tensor:
+        return x.detach().to(torch.float32)
+
+    q, k, v = float32(call.q), float32(call.k), float32(call.v)
+    gates = {name: getattr(call, name) for name in ("g", "beta", "lam")}
+    y: Tensor = kernel(
+        q,
+        k,
+        v,
+        q if call.u is None else float32(call.u),
+        **{name: None if gate is None else float32(gate) for name, gate in gates.items()},
+        scale=call.scale,
+        top_k=call.top_k,
+        segment_length=call.segment_length,
+        memory=memory,
+    )
+    return y.to(call.q.dtype)
 
 
 _operator = torch.library.custom_op(
