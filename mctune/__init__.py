@@ -1,6 +1,6 @@
 """mctune: Memory Caching kernels (arXiv:2602.24281), searched for the machine they run on.
 
-``memory_caching``, ``MemoryCaching`` and ``Problem`` are loaded on first use, so ``import mctune`` stays light.
+Its names are loaded on first use, so ``import mctune`` stays light.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mctune.core.problem import Problem
+    from mctune.runtime.attach import attach_memory_caching
+    from mctune.runtime.cache import MemoryCache
     from mctune.runtime.functional import memory_caching
     from mctune.runtime.module import MemoryCaching
 
-__all__ = ["MemoryCaching", "Problem", "__version__", "memory_caching"]
+__all__ = ["MemoryCache", "MemoryCaching", "Problem", "__version__", "attach_memory_caching", "memory_caching"]
 __version__ = "0.1.0"
 
 _HOME = {
+    "attach_memory_caching": "mctune.runtime.attach",
     "memory_caching": "mctune.runtime.functional",
+    "MemoryCache": "mctune.runtime.cache",
     "MemoryCaching": "mctune.runtime.module",
     "Problem": "mctune.core.problem",
 }

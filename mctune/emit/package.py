@@ -23,10 +23,12 @@ _FILES = (manifest.NAME, "__init__.py", "README.md")
 _FOLDERS = ("runtime", "kernels")
 _INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
 
+from .runtime.attach import attach_memory_caching
+from .runtime.cache import MemoryCache
 from .runtime.functional import memory_caching
 from .runtime.module import MemoryCaching
 
-__all__ = ["MemoryCaching", "memory_caching"]
+__all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
 '''
 
 
