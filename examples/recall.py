@@ -147,10 +147,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] to the same."""
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """[B, T, width] to a tuple that begins with the same, as from MemoryCaching."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return (self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)),)
 
 
 def make_mixer(run: Run) -> nn.Module:
@@ -184,8 +184,8 @@ class Model(nn.Module):
         """Tokens [B, T] to logits [B, T, words]."""
         x = self.embedding(tokens)
         x = x + self.conv(self.conv_norm(x))
-        mixed = self.mixer(self.mixer_norm(x))
-        return self.logits(self.norm(x + (mixed[0] if isinstance(mixed, tuple) else mixed)))
+        x = x + self.mixer(self.mixer_norm(x))[0]
+        return self.logits(self.norm(x))
 
 
 def rate(step: int, steps: int) -> float:
