@@ -217,7 +217,8 @@ def train(mixer: str, size: Size, runtime: ModuleType, seed: int, console: Conso
     )
     draw = torch.Generator().manual_seed(seed)
     count = sum(p.numel() for p in model.parameters())
-    console.print(f"{mixer}: {count:,} parameters, {len(training):,} characters to train on, {len(validation):,} kept")
+    told = f"{mixer}: {count:,} parameters, {len(training):,} characters to train on, {len(validation):,} to validate"
+    console.print(told, soft_wrap=True)
     rows, since, seconds = [], [], 0.0
     with _progress(console) as progress:
         bar = progress.add_task(mixer, total=size.steps, loss=math.nan, rate=0.0)
