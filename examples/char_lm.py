@@ -48,7 +48,7 @@ class Size:
 
     context: int = 1024
     batch: int = 4
-    steps: int = 500
+    steps: int = 400
     hidden: int = 128
     heads: int = 2
     head_dim: int = 64
