@@ -83,11 +83,13 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layo
     if gate.aggregation == "ssc" and layout.count - 1 > DENSE_STATES * gate.top_k:
         return _read_sparse(x, online, memories, gate, layout)
     parts = []
-    for block in layout.blocks:
+    # Not slices: for the sum of four of their gradients Inductor (torch 2.13, CPU) makes wrong code.
+    sizes = [block.end - block.begin for block in layout.blocks]
+    for block, rows, own in zip(layout.blocks, x.split(sizes, 1), online.split(sizes, 1), strict=True):
         past, share = gate.weights(block)
-        y = share * online[:, block.begin : block.end]
+        y = share * own
         if block.hi > block.lo:
-            y = y + memories.read(x[:, block.begin : block.end], past, block)
+            y = y + memories.read(rows, past, block)
         parts.append(y)
     return torch.cat(parts, 1)
 
