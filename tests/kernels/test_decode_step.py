@@ -1,0 +1,330 @@
+"""Every combination of the decode step, compiled, against the oracle: blocks of tokens over caches at odd places."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fence
+from drawn import RECURRENCES, Drawn, host
+
+from mctune.backends.tvm import TvmBackend
+from mctune.backends.tvm.templates import load_space
+from mctune.core.config import Config
+from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.reference import error_ratio, memory_caching
+from mctune.runtime.memory import LayerMemory
+from mctune.runtime.tvm_decode import TvmDecode
+from mctune.runtime.tvm_loader import KernelError
+from mctune.search.inputs import Inputs
+from mctune.search.passes import PASSES, memory_of
+from mctune.search.verify import decided_inputs, poisoned_memory, tolerance, verify
+
+SPACE = load_space("decode")
+WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (24, 64), (7, 192), (1, 1), (33, 256))
+SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
+"""Valid for every problem and CPU."""
+
+Tensor = torch.Tensor
+Build = Callable[..., TvmDecode]
+
+
+def settings() -> Iterator[tuple[str, str, str]]:
+    """Aggregation, recurrence, state init: all of grm and ssc; residual and mean, of one code, share; soup is grm."""
+    for aggregation, recurrence, state_init in product(AGGREGATIONS, RECURRENCES, STATE_INITS):
+        alike = (recurrence == "swla") == (state_init == "checkpoint")
+        if aggregation in ("grm", "ssc") or alike == (aggregation == "mean"):
+            yield aggregation, recurrence, state_init
+
+
+def draw() -> list[Drawn]:
+    """The same kernels every time on a machine: of the valid configurations in a random order, the one with most news."""
+    rng = random.Random(0)
+    shapes = cycle(WIDTHS)
+    points = list(SPACE.points())
+    drawn: list[Drawn] = []
+    seen: set[object] = set()
+    for aggregation, recurrence, state_init in settings():
+        Dk, Dv = next(shapes)
+        problem = Problem(
+            pass_="decode", recurrence=recurrence, aggregation=aggregation, state_init=state_init, T=64, H=1, Dk=Dk,
+            Dv=Dv, segment_length=16,
+        )  # fmt: skip
+        valid = [c for c in points if SPACE.valid(c, problem, host())]
+        config = max(rng.sample(valid, len(valid)), key=lambda c: len(set(c.items) - seen))
+        seen |= set(config.items)
+        drawn.append(Drawn(problem, config))
+    return drawn
+
+
+DRAWN = draw()
+
+
+def drawn_id(one: Drawn) -> str:
+    p = one.problem
+    return f"{p.recurrence}-{p.aggregation}-{p.state_init}-{p.Dk}x{p.Dv}"
+
+
+@pytest.fixture(scope="module")
+def build_decode(kernel_folder: Path, scratch: ctypes.CDLL) -> Build:
+    """The launcher of a kernel, with its function fenced in."""
+
+    def build(problem: Problem, config: Config, fenced: bool = True) -> TvmDecode:
+        backend = TvmBackend()
+        kernel = backend.load(problem, config, backend.build(problem, config, host(), kernel_folder))
+        assert isinstance(kernel, TvmDecode)
+        if fenced:
+            kernel.decode_step = fence(kernel.decode_step)
+        return kernel
+
+    return build
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences with ``starts`` tokens each, extended by blocks of so many tokens."""
+
+    problem: Problem
+    starts: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @property
+    def added(self) -> int:
+        return sum(self.blocks)
+
+
+def case(problem: Problem, C: int, starts: Sequence[int], blocks: Sequence[int], H: int, top_k: int) -> Case:
+    ssc = {"top_k": top_k} if problem.aggregation == "ssc" else {}
+    T = max(starts) + sum(blocks)
+    return Case(problem.replace(B=len(starts), T=T, H=H, segment_length=C, **ssc), tuple(starts), tuple(blocks))
+
+
+def cases(problem: Problem) -> Iterator[Case]:
+    """Uses of one kernel: from nothing, inside segments, over their ends, a segment a token, with many states."""
+    yield case(problem, 16, (0,), (1,), 1, 1)
+    yield case(problem, 16, (0, 15, 16), (1, 2, 5, 37), 1, 1)
+    yield case(problem, 5, (13, 4), (5, 1, 1, 37), 2, 3)
+    yield case(problem, 1, (0, 7), (2, 1, 11), 1, 2)
+    yield case(problem, 2, (41, 3), (1, 6), 2, 100)
+    yield case(problem, 1000, (3,), (2, 1, 5), 2, 2)
+
+
+def sequence(inputs: Inputs, row: int) -> Inputs:
+    """One row alone."""
+    gates = {name: gate[row : row + 1] for name, gate in inputs.gates.items()}
+    q, k, v, u = (x[row : row + 1] for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    return replace(inputs, q=q, k=k, v=v, u=u, gates=gates)
+
+
+def remembered(of: Case, inputs: Inputs, more: int, dtype: torch.dtype) -> LayerMemory:
+    """What the oracle leaves ``more`` tokens after each start: room for exactly what is to come, NaN in it."""
+    rows = [memory_of(of.problem, sequence(inputs, row), n + more, dtype) for row, n in enumerate(of.starts)]
+    C = of.problem.segment_length
+    assert C is not None
+    capacity = max(1, max((n + of.added) // C for n in of.starts))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(row, name) for row in rows])
+
+    return replace(
+        rows[0],
+        states=(torch.cat([row.states[0] for row in rows])[:, :, :capacity].contiguous(),),
+        online=(torch.cat([row.online[0] for row in rows]),),
+        descriptors=joined("descriptors")[:, :, :capacity].contiguous(),
+        **{name: joined(name) for name in ("key_sum", "last_key", "last_value", "cached", "filled")},
+        dropped=torch.zeros(len(rows), dtype=torch.int32),
+    )
+
+
+def shifted(of: Case, x: Tensor, begin: int, n: int) -> Tensor:
+    """Tokens ``begin`` to ``begin + n`` after each sequence's start."""
+    return torch.stack([x[row, start + begin : start + begin + n] for row, start in enumerate(of.starts)])
+
+
+def extend(kernel: TvmDecode, of: Case, inputs: Inputs, memory: LayerMemory, begin: int, n: int) -> Tensor:
+    """y of the next n tokens of every sequence."""
+    problem = of.problem
+    q, k, v, u = (shifted(of, x, begin, n) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
+    counts = memory.cached.clone(), memory.filled.clone()
+    y = kernel(
+        q, k, v, u,
+        **{name: None if gate is None else shifted(of, gate, begin, n) for name, gate in gates.items()},
+        scale=problem.Dk**-0.5, top_k=problem.top_k or 1, segment_length=problem.segment_length, memory=memory,
+    )  # fmt: skip
+    assert torch.equal(counts[0], memory.cached) and torch.equal(counts[1], memory.filled)
+    assert problem.segment_length is not None
+    memory.advance(n, problem.segment_length)
+    return y
+
+
+def hold(of: Case, memory: LayerMemory, wanted: LayerMemory) -> None:
+    """What is left behind is right; what no token reached is as it was."""
+    limit = tolerance(of.problem)
+    assert torch.equal(memory.cached, wanted.cached) and torch.equal(memory.filled, wanted.filled)
+    for row, used in enumerate(wanted.cached.tolist()):
+        for found, right in ((memory.states[0], wanted.states[0]), (memory.descriptors, wanted.descriptors)):
+            assert bool(found[row, :, used:].isnan().all()), of
+            if used:
+                assert error_ratio(found[row, :, :used], right[row, :, :used]) <= limit, of
+        for found, right in ((memory.online[0], wanted.online[0]), (memory.key_sum, wanted.key_sum)):
+            assert error_ratio(found[row], right[row]) <= limit, of
+    if of.problem.recurrence == "swla":
+        assert torch.equal(memory.last_key.double(), wanted.last_key)
+        assert torch.equal(memory.last_value.double(), wanted.last_value)
+
+
+@pytest.mark.parametrize("one", DRAWN, ids=drawn_id)
+def test_kernels_agree_with_the_oracle(one: Drawn, build_decode: Build, scratch: ctypes.CDLL) -> None:
+    kernel = build_decode(one.problem, one.config)
+    for seed, of in enumerate(cases(one.problem)):
+        inputs = decided_inputs(of.problem, seed)
+        with torch.no_grad():
+            wanted = memory_caching(**inputs.arguments(of.problem))
+        memory = remembered(of, inputs, 0, torch.float32)
+        begin = 0
+        for n in of.blocks:
+            with poisoned_memory():
+                y = extend(kernel, of, inputs, memory, begin, n)
+            assert y.dtype == torch.float32 and y.is_contiguous()
+            assert error_ratio(y, shifted(of, wanted, begin, n)) <= tolerance(of.problem), (of, n, one.config)
+            begin += n
+        hold(of, memory, remembered(of, inputs, of.added, torch.float64))
+    assert scratch.mctune_test_overruns() == 0
+    assert scratch.mctune_test_callers() > 0, "the kernel did not use the tests' scratch memory"
+
+
+def drawn_for(recurrence: str, aggregation: str, state_init: str) -> Drawn:
+    """The kernel that is compiled for it anyway."""
+    wanted = (recurrence, aggregation, state_init)
+    return next(d for d in DRAWN if (d.problem.recurrence, d.problem.aggregation, d.problem.state_init) == wanted)
+
+
+@pytest.mark.parametrize("aggregation", ("grm", "ssc"))
+def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
+    one = drawn_for("swla", aggregation, "checkpoint")
+    kernel = build_decode(one.problem, one.config)
+    assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, 0) < 2e-5
+
+
+def ssc_case(build_decode: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
+    """One token over ten states."""
+    one = drawn_for("linear", "ssc", "independent")
+    of = case(one.problem, 3, (30,), (1,), 2, top_k)
+    inputs = decided_inputs(of.problem, 0)
+    return build_decode(one.problem, one.config), of, inputs, remembered(of, inputs, 0, torch.float32)
+
+
+def test_ssc_reads_chosen_states_only(build_decode: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+    logits = torch.einsum("bthd,bhnd->bhn", inputs.u[:, 30:], memory.descriptors)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(3).indices, True)
+    memory.states[0][~chosen] = float("nan")
+    with torch.no_grad():
+        wanted = memory_caching(**inputs.arguments(of.problem))[:, 30:]
+    assert error_ratio(extend(kernel, of, inputs, memory, 0, 1), wanted) <= 2e-5
+
+
+def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+    inputs = replace(inputs, u=torch.zeros_like(inputs.u))
+    memory.states[0][:, :, 3:] = float("nan")
+    with torch.no_grad():
+        wanted = memory_caching(**inputs.arguments(of.problem))[:, 30:]
+    assert error_ratio(extend(kernel, of, inputs, memory, 0, 1), wanted) <= 2e-5
+
+
+@pytest.mark.parametrize("state_init", STATE_INITS)
+def test_strong_decays(state_init: str, build_decode: Build) -> None:
+    """Memories that forget nearly all at every token, and all of it at some."""
+    one = drawn_for("swla", "grm", state_init)
+    of = case(one.problem, 5, (8, 1), (1, 12), 1, 1)
+    inputs = decided_inputs(of.problem, 0)
+    inputs.gates["g"] -= 4.0
+    inputs.gates["g"][:, ::7] = -float("inf")
+    kernel, memory = build_decode(one.problem, one.config), remembered(of, inputs, 0, torch.float32)
+    with torch.no_grad():
+        wanted = memory_caching(**inputs.arguments(of.problem))
+    y = torch.cat([extend(kernel, of, inputs, memory, 0, 1), extend(kernel, of, inputs, memory, 1, 12)], 1)
+    assert error_ratio(y, shifted(of, wanted, 0, 13)) <= 2e-5
+    hold(of, memory, remembered(of, inputs, 13, torch.float64))
+
+
+def moved(function: Callable[..., None], offset: int) -> Callable[..., None]:
+    """``function`` called on copies of its arrays ``offset`` elements past where an allocation begins."""
+
+    def call(*arguments: object) -> None:
+        copies = [
+            x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) if isinstance(x, Tensor) else x
+            for x in arguments
+        ]
+        function(*copies)
+        for argument, copy in zip(arguments, copies, strict=True):
+            if isinstance(argument, Tensor):
+                argument.copy_(copy)
+
+    return call
+
+
+def test_arrays_need_no_alignment(build_decode: Build) -> None:
+    one = drawn_for("swla", "grm", "independent")
+    of = case(one.problem, 5, (8, 1), (7,), 2, 1)
+    inputs = decided_inputs(of.problem, 0)
+    results = []
+    for offset in (0, 1, 3):
+        kernel = build_decode(one.problem, one.config, fenced=False)
+        kernel.decode_step = moved(kernel.decode_step, offset)
+        memory = remembered(of, inputs, 0, torch.float32)
+        results.append(extend(kernel, of, inputs, memory, 0, 7))
+        hold(of, memory, remembered(of, inputs, 7, torch.float64))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_refusals(build_decode: Build) -> None:
+    one = drawn_for("linear", "grm", "independent")
+    kernel = build_decode(one.problem, one.config)
+    of = case(one.problem, 5, (9,), (2,), 1, 1)
+    inputs = decided_inputs(of.problem, 0)
+    memory = remembered(of, inputs, 0, torch.float32)
+    with pytest.raises(KernelError, match=r"room for 3 states and the memory has room for 2.*reserve"):
+        kernel(
+            *(torch.zeros(1, 6, *x.shape[2:]) for x in (inputs.q, inputs.k, inputs.v, inputs.u)),
+            g=None, beta=None, lam=None, scale=1.0, top_k=1, segment_length=5, memory=memory,
+        )  # fmt: skip
+    memory.states = (memory.states[0].new_zeros(1).expand(1, 1, 2**31, one.problem.Dk, one.problem.Dv),)
+    with pytest.raises(KernelError, match=r"exceeds 2\^31 - 1"):
+        extend(kernel, of, inputs, memory, 0, 1)
+
+
+def test_every_code_is_compiled() -> None:
+    def used(*aggregations: str) -> set[tuple[str, str]]:
+        some = (d.problem for d in DRAWN if d.problem.aggregation in aggregations)
+        return {(p.recurrence, p.state_init) for p in some}
+
+    for alike in (("residual", "mean"), ("grm",), ("ssc",)):
+        assert used(*alike) == set(product(RECURRENCES, STATE_INITS))
+    assert {d.problem.aggregation for d in DRAWN} == set(AGGREGATIONS)
+
+
+def test_configurations_are_spread_over_the_space() -> None:
+    for param in SPACE.params:
+        used = {d.config[param.name] for d in DRAWN}
+        for value in set(param.values) - used:
+            # Only what no drawn problem allows is missing.
+            changed = [(d.problem, d.config.replace(**{param.name: value})) for d in DRAWN]
+            assert not any(SPACE.valid(config, problem, host()) for problem, config in changed), (param.name, value)
+    assert all(SPACE.valid(d.config, d.problem, host()) for d in DRAWN)
+
+
+def test_some_default_is_valid_everywhere() -> None:
+    for aggregation, Dk, Dv in product(AGGREGATIONS, (1, 7, 64), (1, 16, 33, 48, 64, 128)):
+        problem = Problem(pass_="decode", aggregation=aggregation, T=512, H=1, Dk=Dk, Dv=Dv, segment_length=1)
+        for floats in (8, 16):
+            target = replace(host(), vector_floats=floats)
+            assert SPACE.first_valid(lambda c, p=problem, t=target: SPACE.valid(c, p, t)) is not None
