@@ -44,7 +44,7 @@ def settings() -> Iterator[tuple[str, str, str]]:
 
 
 def draw() -> list[Drawn]:
-    """The same kernels every time on a machine: of the valid configurations in a random order, the one with most news."""
+    """The same kernels every time on a machine: of the valid configurations, shuffled, the one with most news."""
     rng = random.Random(0)
     shapes = cycle(WIDTHS)
     points = list(SPACE.points())
