@@ -24,8 +24,8 @@ _WIDE = Config.of({"split": 1, "cols": 64, "rows": 2, "streams": 2, "prefetch": 
 
 SPACE = SearchSpace(
     params=(
-        Int("split", (1, 2, 3, 4, 6, 8, 12, 16), "groups of value columns of a head, each a task of its own"),
-        Int("cols", (16, 32, 48, 64, 96, 128), "value columns of a register tile"),
+        Int("split", (1, 2, 3, 4, 8), "groups of value columns of a head, each a task of its own"),
+        Int("cols", (16, 32, 48, 64, 128), "value columns of a register tile"),
         Pow2("rows", 1, 8, "rows of a state whose sums are kept apart"),
         Pow2("streams", 1, 4, "cached states that one token reads side by side"),
         Choice("prefetch", (0, 512, 1024, 2048, 4096), "bytes ahead of a state's row that are fetched; 0 for none"),

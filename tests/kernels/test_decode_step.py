@@ -27,7 +27,7 @@ from mctune.search.passes import PASSES, memory_of
 from mctune.search.verify import decided_inputs, poisoned_memory, tolerance, verify
 
 SPACE = load_space("decode")
-WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (24, 64), (7, 192), (1, 1), (33, 256))
+WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (7, 192), (1, 1), (33, 256))
 SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
 """Valid for every problem and CPU."""
 
