@@ -9,6 +9,7 @@ from .errors import ArgumentError
 Tensor = torch.Tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def unpadded(attention_mask: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor] | None:
     """Where the tokens of a padded batch stand, and the bounds of the packed row that they make.
 
@@ -41,6 +42,7 @@ def unpadded(attention_mask: Tensor, hidden_states: Tensor) -> tuple[Tensor, Ten
     return tokens.flatten().nonzero()[:, 0].to(hidden_states.device), bounds
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_cached(attention_mask: Tensor, tokens: int, started: bool) -> None:
     """Refuse padding that a cache cannot skip.
 

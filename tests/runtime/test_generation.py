@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mctune.runtime.cache import MemoryCache
+from mctune.runtime.errors import ArgumentError
 from mctune.runtime.module import MemoryCaching
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
@@ -142,14 +143,27 @@ def test_a_padded_prompt_goes_on_as_each_sequence_would(recurrence: str) -> None
             assert not found[row, : T - length].any()
 
 
-def test_packed_sequences_become_rows() -> None:
+@pytest.mark.parametrize("segmentation", ("constant", "packed"))
+def test_packed_sequences_become_rows(segmentation: str) -> None:
     torch.manual_seed(0)
-    layer = MemoryCaching(16, 2, recurrence="swla", segment_length=4, layer_idx=0, backend="eager", **EVERYTHING)
+    layer = MemoryCaching(
+        16,
+        2,
+        recurrence="swla",
+        segment_length=4,
+        layer_idx=0,
+        segmentation=segmentation,
+        backend="eager",
+        **EVERYTHING,
+    )
     x, more = torch.randn(1, 14, 16), torch.randn(3, 5, 16)
     bounds = torch.tensor([0, 4, 5, 14], dtype=torch.int32)
     with torch.no_grad():
         y, _, cache = layer(x, cu_seqlens=bounds, use_cache=True)
+        with pytest.raises(ArgumentError, match="cu_seqlens after the first call with this cache"):
+            layer(more[:1], cu_seqlens=torch.tensor([0, 2, 5]), past_key_values=cache)
         after = layer(more, past_key_values=cache)[0]
+        layer.segmentation = "constant"
         for row, (begin, end) in enumerate(pairwise(bounds.tolist())):
             alone = layer(torch.cat([x[0, begin:end], more[row]])[None])[0]
             torch.testing.assert_close(torch.cat([y[:, begin:end], after[row : row + 1]], 1), alone)
@@ -177,6 +191,21 @@ def test_tokens_taken_back(recurrence: str) -> None:
         y[-1] = y[-1][:, :2]
         y.append(layer(x[:, 10:], past_key_values=cache)[0])
     torch.testing.assert_close(torch.cat(y, 1), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_no_further_back_than_inputs_are_kept() -> None:
+    """Of a crop that the memory could do and the convolutions could not, the caller hears; nothing has changed then."""
+    layer = MemoryCaching(16, 2, segment_length=2, layer_idx=0, backend="eager", **EVERYTHING)
+    x = torch.randn(1, 9, 16)
+    with torch.no_grad():
+        cache = MemoryCache(rewind=2)
+        layer(x[:, :7], past_key_values=cache)
+        cache.crop(5)
+        layer(x[:, 5:6], past_key_values=cache)
+        with pytest.raises(ArgumentError, match="crop by 2 tokens with inputs of a convolution kept for 1"):
+            cache.crop(4)
+        y = layer(x[:, 6:], past_key_values=cache)[0]
+        torch.testing.assert_close(y, layer(x)[0][:, 6:])
 
 
 def test_beams_reordered() -> None:
