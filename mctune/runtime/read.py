@@ -85,7 +85,7 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layo
     parts = []
     # Not slices: for the sum of four of their gradients Inductor (torch 2.13, CPU) makes wrong code.
     sizes = [block.end - block.begin for block in layout.blocks]
-    for block, rows, own in zip(layout.blocks, x.split(sizes, 1), online.split(sizes, 1), strict=True):
+    for block, rows, own in zip(layout.blocks, torch.split(x, sizes, 1), torch.split(online, sizes, 1), strict=True):
         past, share = gate.weights(block)
         y = share * own
         if block.hi > block.lo:

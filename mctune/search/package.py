@@ -7,17 +7,23 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime import functional
 from mctune.search.inputs import Inputs, odd_problems
-from mctune.search.passes import Results
-from mctune.search.verify import tolerance, verify_case
+from mctune.search.passes import PASSES, Results
+from mctune.search.verify import Run, tolerance, verify_case
+
+_LONG = {"forward": 2048, "backward": 1024, "decode": 1024}
+"""Tokens of the long row, by pass."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +89,28 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def check_package(path: Path, seed: int) -> Iterator[Check]:
-    """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on one long row."""
+    """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on a long row.
+
+    Each kernel is launched by itself; the long rows go through ``memory_caching`` and autograd as a model's would.
+    """
     module = load_package(path)
-    for entry in read_entries(path):
-        problem = Problem.from_dict(entry["problem"])
+    entries = module.runtime.dispatch.TABLE.entries
+    problems = [Problem.from_dict(dict(entry.problem)) for entry in entries]
+    forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
+    for entry, problem in zip(entries, problems, strict=True):
+        launch = partial(PASSES[problem.pass_].run, module.runtime.dispatch.launcher(entry))
         lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
-        cases = [case.replace(**lengths) for case in odd_problems(problem)]
-        cases.append(problem.replace(B=1, T=min(problem.T, 2048), H=1))
-        for number, case in enumerate(cases):
-            yield _check(module, case, entry["backend"], seed + number)
+        for number, case in enumerate(odd_problems(problem)):
+            yield _check(launch, case.replace(**lengths), entry.backend, seed + number)
+        whole = launch
+        if problem.pass_ != "decode" and _statics(problem) in forwards:
+            whole = _through(module, problem.pass_, entry.backend)
+        yield _check(whole, problem.replace(B=1, T=min(problem.T, _LONG[problem.pass_]), H=1), entry.backend, seed + 3)
 
 
 def check_defaults(seed: int) -> Iterator[Check]:
     """Hold the eager path to the oracle: every recurrence, aggregation, segmentation and state init, odd sizes."""
+    eager = _through(functional, "forward", "eager")
     for recurrence, aggregation, segmentation, state_init in product(
         RECURRENCES, AGGREGATIONS, SEGMENTATIONS, STATE_INITS
     ):
@@ -111,11 +126,29 @@ def check_defaults(seed: int) -> Iterator[Check]:
             segment_length=None if segmentation == "logarithmic" else 12,
         )
         for number, case in enumerate(odd_problems(problem)):
-            yield _check(functional, case, "eager", seed + number)
+            yield _check(eager, case, "eager", seed + number)
 
 
-def _check(module: ModuleType, problem: Problem, backend: str, seed: int) -> Check:
-    def run(case: Problem, inputs: Inputs) -> Results:
+def _statics(problem: Problem) -> tuple[object, ...]:
+    """What a forward kernel and a backward kernel of the same operation share."""
+    return problem.recurrence, problem.aggregation, problem.state_init, problem.Dk, problem.Dv
+
+
+def _through(module: ModuleType, pass_: str, backend: str) -> Run:
+    """A module's ``memory_caching``, and the gradients that autograd has of it."""
+
+    def forward(case: Problem, inputs: Inputs) -> Results:
         return {"y": module.memory_caching(**inputs.arguments(case), backend=backend)}
 
+    def backward(case: Problem, inputs: Inputs) -> Results:
+        leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        y = module.memory_caching(**{**inputs.arguments(case), **leaves}, backend=backend)
+        found = torch.autograd.grad(y, list(leaves.values()), inputs.dy, materialize_grads=True)
+        return {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+
+    return backward if pass_ == "backward" else forward
+
+
+def _check(run: Run, problem: Problem, backend: str, seed: int) -> Check:
     return Check(problem, backend, verify_case(run, problem, seed), tolerance(problem))

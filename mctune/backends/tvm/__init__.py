@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
-from typing import Any
 
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.tvm.templates import OPERATIONS, load_space, render, source_hash
@@ -16,7 +14,11 @@ from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-from mctune.runtime.tvm_forward import padded
+from mctune.runtime.tvm_backward import TvmBackward
+from mctune.runtime.tvm_decode import TvmDecode
+from mctune.runtime.tvm_forward import TvmForward, padded
+
+LAUNCHERS = {"forward": TvmForward, "backward": TvmBackward, "decode": TvmDecode}
 
 
 class TvmBackend:
@@ -89,7 +91,7 @@ class TvmBackend:
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return _launcher(problem.pass_)(built.library, {"problem": problem.to_dict(), "config": config.to_dict()})
+        return LAUNCHERS[problem.pass_](built.library, {"problem": problem.to_dict(), "config": config.to_dict()})
 
     def _name(self, problem: Problem, config: Config, target: Target) -> str:
         """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
@@ -100,8 +102,3 @@ class TvmBackend:
         identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}_{digest}"
-
-
-def _launcher(pass_: str) -> Any:
-    module = importlib.import_module(f"mctune.runtime.tvm_{pass_}")
-    return getattr(module, f"Tvm{pass_.capitalize()}")
