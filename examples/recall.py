@@ -296,7 +296,7 @@ def make_table(found: dict[str, dict[int, list[float]]], pairs: list[int]) -> Ta
 
 
 def plot(found: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """Accuracy over the number of pairs, one line a mixer, bars for the spread.
+    """Accuracy over the number of pairs, one line a mixer, bars for the standard deviation.
 
     Raises:
         SystemExit: if matplotlib is not there.
@@ -306,13 +306,14 @@ def plot(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     except ImportError:
         raise SystemExit("--plot needs matplotlib; get it with: pip install matplotlib") from None
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for mixer, by_pairs in found.items():
+    for place, (mixer, by_pairs) in enumerate(found.items()):
         numbers = sorted(by_pairs)
+        beside = [number + 0.15 * (place - (len(found) - 1) / 2) for number in numbers]  # bars must not hide each other
         means, bars = [fmean(by_pairs[n]) for n in numbers], [spread(by_pairs[n]) for n in numbers]
-        axes.errorbar(numbers, means, bars, label=mixer, marker="o", capsize=3)
+        axes.errorbar(beside, means, bars, label=mixer, marker="o", capsize=3)
     axes.set(xlabel="key-value pairs", ylabel="recall accuracy", xticks=sorted({n for b in found.values() for n in b}))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
