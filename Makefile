@@ -14,7 +14,9 @@ test: $(READY)
 	$(BIN)/pytest
 
 bench: $(READY)
-	$(BIN)/python benchmarks/forward.py --out results/cpu/bench.json $(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED))
+	for pass in forward training decode; do \
+		$(BIN)/python benchmarks/$$pass.py --out results/cpu/$$pass.json \
+			$(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED)) || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

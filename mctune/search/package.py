@@ -102,7 +102,7 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
         lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
         for number, case in enumerate(odd_problems(problem)):
             yield _check(launch, case.replace(**lengths), entry.backend, seed + number)
-        whole = launch
+        whole: Run = launch
         if problem.pass_ != "decode" and _statics(problem) in forwards:
             whole = _through(module, problem.pass_, entry.backend)
         yield _check(whole, problem.replace(B=1, T=min(problem.T, _LONG[problem.pass_]), H=1), entry.backend, seed + 3)
