@@ -232,7 +232,7 @@ def _forward(
         raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
     if cache is not None and index is None:
         raise ArgumentError("a cache for a layer without layer_idx: give every layer its own layer_idx=0, 1, ...")
-    started = cache is not None and cache.get_seq_length(index or 0) > 0
+    started = cache is not None and cache.layer(index or 0) is not None
     found = None
     if attention_mask is not None:
         if cu_seqlens is not None:

@@ -47,7 +47,8 @@ class ShortConv(nn.Module):
             line = torch.cat([past, x], 1)
             seen = line[:, past.shape[1] - self.size + 1 :]
             y = conv1d(seen.mT, weight[:, None], groups=len(weight)).mT
-            return silu(y), line[:, max(0, line.shape[1] - keep) :].detach()
+            # A copy: a view would keep the whole prompt's inputs alive.
+            return silu(y), line[:, max(0, line.shape[1] - keep) :].detach().clone()
         bounds = cu_seqlens.to(x.device, torch.long)
         # Row 0 is what stands before every sequence.
         line = torch.cat([x.new_zeros(1, x.shape[2]), x[0]])

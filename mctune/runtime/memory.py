@@ -137,7 +137,9 @@ class LayerMemory:
     def reserve(self, tokens: int) -> None:
         """Make room for the states that ``tokens`` more tokens of every sequence add; room at least doubles."""
         assert self.rules is not None
-        self.make_room(int((self.cached + (self.filled + tokens) // self.rules.segment_length).max()))
+        needed = int((self.cached + (self.filled + tokens) // self.rules.segment_length).max())
+        # Tokens come at most a segment at a time where there is a bound, and it drops one state for each new one.
+        self.make_room(needed if self.bound is None else min(needed, self.bound + 1))
 
     def make_room(self, needed: int) -> None:
         """Have room for ``needed`` states of every sequence; room at least doubles."""

@@ -187,7 +187,7 @@ class MemoryCaching(nn.Module):
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ArgumentError("attention_mask with cu_seqlens: a packed row has no padding; pass one of them")
-            started = cache is not None and cache.get_seq_length(self._index) > 0
+            started = cache is not None and cache.layer(self._index) is not None
             if cache is not None:
                 check_cached(attention_mask, hidden_states.shape[1], started)
             found = None if started else unpadded(attention_mask, hidden_states)
@@ -223,7 +223,7 @@ class MemoryCaching(nn.Module):
 
     def _mix(self, x: Tensor, cu_seqlens: Tensor | None, cache: MemoryCache | None) -> Tensor:
         segmentation = self.segmentation
-        started = cache is not None and cache.get_seq_length(self._index) > 0
+        started = cache is not None and cache.layer(self._index) is not None
         if cu_seqlens is not None:
             if started:
                 raise ArgumentError(

@@ -147,14 +147,21 @@ def extend_recorded(call: Call, memory: LayerMemory, history: History, backend: 
     memory.check(call)
     outputs, begin, n = [], 0, call.q.shape[1]
     while begin < n:
-        end = min(n, begin + history.room)
+        # What will be out of reach once all tokens are written needs no record.
+        forgotten = n - begin > history.reach
+        end = n - history.reach if forgotten else min(n, begin + history.room)
         if memory.bound is not None:
             # What the bound drops at a segment's end must be gone before the next token reads.
             end = min(end, begin + call.segment_length - int(memory.filled.max()))
         part = tokens(call, begin, end)
-        history.record(part)
+        if not forgotten:
+            history.record(part)
         outputs.append(advance(part, memory, backend))
-        history.settle(memory, memory.evict())
+        lost = memory.evict()
+        if forgotten:
+            history.restart(memory)
+        else:
+            history.settle(memory, lost)
         begin = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

@@ -13,11 +13,12 @@ from tables import LINEAR, PACKED, SWLA, Table, checked, draw
 from test_decode import call_of
 
 from mctune.reference import memory_caching as oracle
+from mctune.runtime import rewind as rewinding
 from mctune.runtime.arguments import AGGREGATIONS, STATE_INITS, Call
 from mctune.runtime.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
 from mctune.runtime.prefill import prefill, remember
-from mctune.runtime.step import tokens
+from mctune.runtime.step import advance, tokens
 from mctune.search.verify import poisoned_memory
 
 T, C, B = 17, 5, 2
@@ -268,6 +269,40 @@ def test_a_bound_in_a_packed_prompt() -> None:
     y = cache.extend(call_of(row, segmentation="packed", cu_seqlens=bounds, **options), 0, "eager")
     close(y, torch.cat([alone[:, :13], alone, alone[:, :2]], 1))
     assert cache.lengths.tolist() == [13, 17, 2] and cache.layer(0).cached.tolist() == [1, 1, 0]  # type: ignore[union-attr]
+
+
+def test_a_bound_keeps_room_for_few_states() -> None:
+    x = arguments("linear", B=1, T=90)
+    options = {"recurrence": "linear", "aggregation": "grm"}
+    packed = call_of(x, segmentation="packed", cu_seqlens=torch.tensor([0, 7, 90], dtype=torch.int32), **options)
+    for call in (packed, call_of(x, **options)):
+        cache = MemoryCache(2)
+        cache.extend(call, 0, "eager")
+        cache.reserve(1000)
+        memory = cache.layer(0)
+        assert memory is not None and int(memory.cached.max()) == 2 and memory.capacity <= 4
+
+
+@pytest.mark.parametrize("bound", [None, 1])
+def test_many_tokens_at_once_within_a_short_window(bound: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens past the window are written without a record, in as few steps as without one."""
+    call = case("titans", "checkpoint", T=60)
+    wanted = fed(MemoryCache(bound), call, 0, *range(1, 61))
+    steps: list[int] = []
+
+    def counted(part: Call, *rest: Any) -> torch.Tensor:
+        steps.append(part.q.shape[1])
+        return advance(part, *rest)
+
+    monkeypatch.setattr(rewinding, "advance", counted)
+    for back in (1, 2, 3):
+        cache = MemoryCache(bound, rewind=3)
+        fed(cache, call, 0, 4)
+        steps.clear()
+        close(fed(cache, call, 4, 60), wanted[:, 4:])
+        assert sum(steps) == 56 and (len(steps) == 2 if bound is None else len(steps) <= 14)
+        cache.crop(-back)
+        close(fed(cache, call, 60 - back, 60), wanted[:, 60 - back :])
 
 
 @pytest.mark.parametrize(("recurrence", "rewind"), [("swla", 0), ("titans", 4)])

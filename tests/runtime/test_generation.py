@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from mctune.runtime.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
@@ -141,6 +142,26 @@ def test_a_padded_prompt_goes_on_as_each_sequence_would(recurrence: str) -> None
             alone = layer(torch.cat([x[row, T - length :], more[row]])[None])[0]
             torch.testing.assert_close(found[row : row + 1, T - length :], alone, rtol=2e-5, atol=2e-5)
             assert not found[row, : T - length].any()
+
+
+@pytest.mark.parametrize("recurrence", ("swla", "titans"))
+def test_steps_of_a_layer_compile_whole(recurrence: str) -> None:
+    """One graph serves steps on both sides of a segment's end."""
+    torch.manual_seed(0)
+    layer = MemoryCaching(16, 2, recurrence=recurrence, segment_length=4, inner_chunk=3, layer_idx=0, **EVERYTHING)
+    layer.backend = "eager"
+    x = torch.randn(2, 15, 16)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = layer(x)[0]
+        cache = MemoryCache()
+        y = [layer(x[:, :6], past_key_values=cache)[0]]
+        cache.reserve(9)
+        graphs = CompileCounter()
+        step = torch.compile(lambda x: layer(x, past_key_values=cache)[0], backend=graphs, fullgraph=True)
+        y += [step(part) for part in x[:, 6:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(y, 1), expected, rtol=2e-5, atol=2e-5)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("segmentation", ("constant", "packed"))

@@ -128,6 +128,7 @@ def test_short_convolution(size: int) -> None:
     torch.testing.assert_close(y, expected)
     assert kept.shape == (3, size - 1, 6) and not kept.requires_grad
     torch.testing.assert_close(kept, x[:, 9 - size + 1 :])
+    assert kept.untyped_storage().nbytes() == kept.nbytes
 
     first, past = conv(x[:, :2], keep=size + 2)
     assert past.shape == (3, size + 2, 6)
