@@ -123,7 +123,6 @@ def test_short_segments_have_valid_configurations_too(segment_length: int | None
     ("changes", "message"),
     [
         ({"recurrence": "titans"}, "recurrence='titans' has no TVM template; there are linear, swla"),
-        ({"pass_": "backward"}, "pass='backward' has no TVM template; there are forward"),
     ],
 )
 def test_problems_without_a_template_are_refused(changes: dict[str, str], message: str) -> None:
