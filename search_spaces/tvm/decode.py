@@ -45,10 +45,13 @@ SPACE = SearchSpace(
         Constraint("read registers", _fits_registers(1, 2, "rows", "streams"), "the sums of a read would spill"),
         Constraint("write registers", _fits_registers(2, 3, "rows"), "the sums of a write would spill"),
     ),
-    default=_WIDE,
-    # Narrow values; AVX2's sixteen registers; both; the least.
+    # Whole rows of wide states: in two passes over half rows, memory is read a third more slowly.
+    default=_WIDE.replace(cols=128, rows=1),
+    # Narrower values; AVX2's sixteen registers; both; the least.
     fallbacks=(
+        _WIDE,
         _WIDE.replace(cols=32),
+        _WIDE.replace(cols=32, rows=1),
         _WIDE.replace(cols=16),
         _WIDE.replace(cols=16, streams=1),
         _WIDE.replace(cols=16, rows=1, streams=1),

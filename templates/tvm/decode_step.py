@@ -43,7 +43,8 @@ def build(problem, config, target):
     W = Dv // split
     tile = 1 if chooses else _TOKENS
 
-    few = min(cols, 64)
+    # Of a tile of tokens: so narrow that its sums stay in 32 registers of 16 floats, or in 16 of 8.
+    few = min(cols, 64 if target.vector_floats == 16 else 16)
     over, over_few = over_columns(W, cols), over_columns(W, few)
     write_one = tiles(W, cols, lambda n: advance(1, rows, n, Dk, swla))
     write_some = tiles(W, few, lambda n: advance(tile, 1, n, Dk, swla))

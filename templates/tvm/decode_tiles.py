@@ -58,8 +58,9 @@ def advance(tokens, rows, lanes, Dk, swla):
         for e in range(Dk // rows):
             for r in T.unroll(rows):
                 row(online, b, h, Q, K, P, V, decay, m, acc, r, e * rows + r, y0, n0)
-        for r in T.unroll(Dk % rows):
-            row(online, b, h, Q, K, P, V, decay, m, acc, r, Dk // rows * rows + r, y0, n0)
+        if Dk % rows > 0:
+            for r in T.unroll(Dk % rows):
+                row(online, b, h, Q, K, P, V, decay, m, acc, r, Dk // rows * rows + r, y0, n0)
         for t in T.unroll(tokens):
             for r in T.unroll(rows - 1):
                 for x in T.vectorized(lanes):
@@ -108,8 +109,9 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
         for e in range(Dk // rows):
             for r in T.unroll(rows):
                 row(states, b, h, first, chosen, Q, acc, r, e * rows + r, n0)
-        for r in T.unroll(Dk % rows):
-            row(states, b, h, first, chosen, Q, acc, r, Dk // rows * rows + r, n0)
+        if Dk % rows > 0:
+            for r in T.unroll(Dk % rows):
+                row(states, b, h, first, chosen, Q, acc, r, Dk // rows * rows + r, n0)
         for s in T.unroll(streams):
             for t in T.unroll(tokens):
                 for r in T.unroll(rows - 1):
