@@ -3,10 +3,10 @@
 The task is MQAR (Arora et al. 2024, "Zoology", arXiv:2312.04927). A sequence holds pairs of a key and a value; later,
 each key comes once more and the model has to name its value there. A memory of fixed size gets worse as the pairs grow
 in number, attention does not, and Memory Caching (arXiv:2602.24281) claims the ground between. This script trains one
-small model for each mixer and seed, alike in everything but the mixer, and asks it with few and with many pairs::
+small model for each mixer, number of pairs and seed, alike in everything but the mixer::
 
-    python examples/recall.py --quick                                # a minute: linear memories, one seed, few steps
-    python examples/recall.py --out docs/recall --plots docs/images  # what docs/recall.md shows: an hour of one core
+    python examples/recall.py --quick                 # a minute: one number of pairs, one seed, few steps
+    python examples/recall.py --out docs/recall        # the table in docs/recall.md
 
 Rows are written to ``recall.csv`` as they are measured, and a row that is already there is not measured again.
 """
@@ -17,46 +17,42 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import date
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from mctune import MemoryCaching, __version__
+from mctune import MemoryCaching
 
 IGNORED = -100  # what cross_entropy leaves out
 SOLVED = 0.995  # training ends early at this accuracy
+
 # Arguments of MemoryCaching; what they leave open is the same for all. One segment is the recurrence itself.
 MIXERS: dict[str, dict[str, str]] = {
-    "attention": {},
     "base": {"aggregation": "residual"},
     "residual": {"aggregation": "residual"},
-    "mean": {"aggregation": "mean"},
     "grm": {"aggregation": "grm"},
-    "soup": {"aggregation": "soup"},
     "ssc": {"aggregation": "ssc"},
     "log-linear": {"aggregation": "grm", "segmentation": "logarithmic"},
+    "attention": {},
+    "mean": {"aggregation": "mean"},
+    "soup": {"aggregation": "soup"},
 }
-PARTS = ("linear", "swla", "titans", "segments")
-PAIRS = (8, 16, 24, 32, 40)
-SEGMENT_LENGTHS = (4, 8, 32, 64)  # besides the one that every run has by default
+DEFAULT_MIXERS = tuple(name for name in MIXERS if name != "soup")  # soup of a linear memory is grm
 
 
 @dataclass(frozen=True)
 class Words:
     """Which tokens are keys, values and filler: numbers in this order."""
 
-    keys: int = 64
-    values: int = 64
+    keys: int = 32
+    values: int = 32
     filler: int = 16
 
     @property
@@ -67,45 +63,37 @@ class Words:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: the settings that tell it from another in the CSV."""
+    """One training run; the settings that tell one row of the CSV from another."""
 
     mixer: str
-    recurrence: str
+    pairs: int
     seed: int
-    segment_length: int = 16
-    pairs: tuple[int, ...] = PAIRS  # every batch has one of these numbers of pairs
-    length: int = 127  # seven spans in logarithmic segmentation: 64 32 16 8 4 2 1
-    width: int = 32
+    recurrence: str = "swla"
+    length: int = 63  # six spans in logarithmic segmentation: 32 16 8 4 2 1
+    segment_length: int = 8
+    width: int = 48
     heads: int = 2
     head_dim: int = 8
     top_k: int = 2
     batch: int = 16
-    steps: int = 2000
-    learning_rate: float = 0.02
+    steps: int = 750
+    learning_rate: float = 0.01
 
     @property
     def key(self) -> tuple[str, ...]:
         """The settings as the CSV spells them."""
-        return tuple(" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in asdict(self).values())
-
-    @property
-    def states(self) -> int:
-        """What the last token of a sequence reads: a state for each segment; attention reads every token."""
-        other = {"attention": self.length, "base": 1, "log-linear": self.length.bit_count()}
-        return other.get(self.mixer, math.ceil(self.length / self.segment_length))
+        return tuple(str(value) for value in asdict(self).values())
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with: accuracy by the number of pairs asked of, steps taken, seconds of one core."""
+    """What a run ended with: accuracy over the queries of 256 unseen sequences, steps taken, seconds of one core."""
 
-    accuracy: dict[int, float]
+    accuracy: float
+    loss: float
     steps_taken: int
     parameters: int
     cpu_seconds: float
-    date: str
-    torch: str
-    mctune: str
 
 
 def make_batch(words: Words, batch: int, length: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -137,9 +125,17 @@ def make_batch(words: Words, batch: int, length: int, pairs: int, generator: tor
     return tokens, torch.full_like(tokens, IGNORED).scatter_(1, asked, values)
 
 
-def with_previous(x: Tensor) -> Tensor:
-    """[B, T, D] to [B, T, 2 D]: every token beside the one before it, a convolution over two tokens without weights."""
-    return torch.cat([x, F.pad(x, (0, 0, 1, -1))], -1)
+class ShortConv(nn.Module):
+    """A causal depthwise convolution over three tokens: every mixer gets the token before, by the same means."""
+
+    def __init__(self, width: int, taps: int = 3) -> None:
+        super().__init__()
+        self.taps = taps
+        self.conv = nn.Conv1d(width, width, taps, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] to the same."""
+        return self.conv(F.pad(x.mT, (self.taps - 1, 0))).mT
 
 
 class Attention(nn.Module):
@@ -158,11 +154,11 @@ class Attention(nn.Module):
 
 
 def make_mixer(run: Run) -> nn.Module:
-    """The layer under test, twice ``width`` wide."""
+    """The layer under test."""
     if run.mixer == "attention":
-        return Attention(2 * run.width, run.heads, run.head_dim)
+        return Attention(run.width, run.heads, run.head_dim)
     return MemoryCaching(
-        2 * run.width,
+        run.width,
         run.heads,
         head_dim=run.head_dim,
         recurrence=run.recurrence,
@@ -174,23 +170,22 @@ def make_mixer(run: Run) -> nn.Module:
 
 
 class Model(nn.Module):
-    """Embedding, one mixer, logits, in one residual stream; the logits' weights are the embedding's.
-
-    The mixer sees every token beside the one before it: otherwise no single layer could tie a value to the key in front
-    of it, attention neither. The half of its output that has the stream's width joins the stream.
-    """
+    """Embedding, one short convolution, one mixer, each behind an RMS norm and with a residual; then the logits."""
 
     def __init__(self, run: Run, words: Words) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words.total, run.width)
-        nn.init.normal_(self.embedding.weight, std=run.width**-0.5)
-        self.mixer_norm, self.mixer, self.norm = nn.RMSNorm(run.width), make_mixer(run), nn.RMSNorm(run.width)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.conv_norm, self.conv = nn.RMSNorm(run.width), ShortConv(run.width)
+        self.mixer_norm, self.mixer = nn.RMSNorm(run.width), make_mixer(run)
+        self.norm, self.logits = nn.RMSNorm(run.width), nn.Linear(run.width, words.total, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T] to logits [B, T, words]."""
         x = self.embedding(tokens)
-        x = x + self.mixer(with_previous(self.mixer_norm(x)))[0][..., : x.shape[-1]]
-        return F.linear(self.norm(x), self.embedding.weight)
+        x = x + self.conv(self.conv_norm(x))
+        x = x + self.mixer(self.mixer_norm(x))[0]
+        return self.logits(self.norm(x))
 
 
 def rate(step: int, steps: int) -> float:
@@ -200,118 +195,87 @@ def rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, run: Run, words: Words, pairs: int) -> float:
-    """Accuracy over the queries of 256 sequences, the same for every model and none that it was trained on."""
-    tokens, targets = make_batch(words, 256, run.length, pairs, torch.Generator().manual_seed(1_000_000))
+def evaluate(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy over the queries."""
     asked = targets != IGNORED
-    return (model(tokens)[asked].argmax(-1) == targets[asked]).float().mean().item()
+    logits, right = model(tokens)[asked], targets[asked]
+    return (logits.argmax(-1) == right).float().mean().item(), F.cross_entropy(logits, right).item()
 
 
-def train(run: Run, words: Words, checks: int = 10) -> Result:
-    """Train one model from scratch, each batch with a number of pairs drawn from ``run.pairs``.
-
-    Looks ``checks`` times whether the model solves the largest number of pairs, and then stops.
-    """
+def train(run: Run, words: Words, checks: int = 5) -> Result:
+    """Train one model from scratch; looks ``checks`` times at unseen sequences and stops early once it solves them."""
     torch.manual_seed(run.seed)
     began, model = time.thread_time(), Model(run, words)
     generator = torch.Generator().manual_seed(run.seed)
+    unseen = make_batch(words, 256, run.length, run.pairs, torch.Generator().manual_seed(1_000_000))
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, run.steps))
-    every = max(1, run.steps // checks)
+    every, step = max(1, run.steps // checks), 0
     for step in range(1, run.steps + 1):
-        pairs = run.pairs[int(torch.randint(len(run.pairs), (), generator=generator))]
-        tokens, targets = make_batch(words, run.batch, run.length, pairs, generator)
+        tokens, targets = make_batch(words, run.batch, run.length, run.pairs, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % every == 0 and step < run.steps and evaluate(model, run, words, max(run.pairs)) >= SOLVED:
+        if step % every == 0 and step < run.steps and evaluate(model, *unseen)[0] >= SOLVED:
             break
-    accuracy = {pairs: round(evaluate(model, run, words, pairs), 4) for pairs in run.pairs}
+    accuracy, unseen_loss = evaluate(model, *unseen)
     size = sum(parameter.numel() for parameter in model.parameters())
-    seconds = round(time.thread_time() - began, 1)
-    return Result(accuracy, step, size, seconds, date.today().isoformat(), torch.__version__, __version__)
+    return Result(round(accuracy, 4), round(unseen_loss, 4), step, size, round(time.thread_time() - began, 1))
 
 
-Rows = dict[tuple[str, ...], Result]
-"""Results by the run's key."""
+def read_rows(path: Path) -> dict[tuple[str, ...], Result]:
+    """Results so far by the run's key; nothing if there is no file yet."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            tuple(row[field.name] for field in fields(Run)): Result(
+                float(row["accuracy"]), float(row["loss"]), int(row["steps_taken"]), int(row["parameters"]),
+                float(row["cpu_seconds"]),
+            )
+            for row in csv.DictReader(file)
+        }  # fmt: skip
 
 
-def read_rows(path: Path) -> Rows:
-    """What the CSV holds so far; nothing if there is no file yet."""
-    rows: Rows = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = tuple(row[field.name] for field in fields(Run))
-                numbers = int(row["steps_taken"]), int(row["parameters"]), float(row["cpu_seconds"])
-                found = Result({}, *numbers, row["date"], row["torch"], row["mctune"])
-                rows.setdefault(key, found).accuracy[int(row["asked"])] = float(row["accuracy"])
-    return rows
-
-
-def append_rows(path: Path, run: Run, result: Result) -> None:
-    """Add the rows of one run, one for each number of pairs that was asked, and the header before the first."""
-    one = dict(zip(asdict(run), run.key, strict=True)) | {"states": run.states, "asked": 0} | asdict(result)
-    lines = [one | {"asked": pairs, "accuracy": share} for pairs, share in result.accuracy.items()]
+def append_row(path: Path, run: Run, result: Result) -> None:
+    """Add one row, and the header before the first."""
+    row = asdict(run) | asdict(result)
+    new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        if file.tell() == 0:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
             writer.writeheader()
-        writer.writerows(lines)
+        writer.writerow(row)
 
 
-def study(runs: Sequence[Run], words: Words, path: Path, console: Console) -> Rows:
+def study(runs: list[Run], words: Words, path: Path, console: Console) -> dict[tuple[str, ...], Result]:
     """Measure what ``path`` does not hold yet; returns the results of ``runs`` alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = read_rows(path)
-    # A run that was cut off while it was written is measured again.
-    rows = {run.key: held[run.key] for run in runs if run.key in held and len(held[run.key].accuracy) == len(run.pairs)}
+    rows = read_rows(path)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("recall", total=len(runs), completed=len(rows))
+        task = progress.add_task("recall", total=len(runs), completed=sum(run.key in rows for run in runs))
         for run in runs:
             if run.key in rows:
                 continue
-            label = f"{run.recurrence} {run.mixer}, states: {run.states}, seed {run.seed}"
+            label = f"{run.mixer}, {run.pairs} pairs, seed {run.seed}"
             progress.update(task, description=label)
             rows[run.key] = result = train(run, words)
-            append_rows(path, run, result)
-            shown = ", ".join(f"{share:.1%} of {pairs}" for pairs, share in result.accuracy.items())
-            progress.console.print(f"{label}: {shown}, after {result.steps_taken} steps")
+            append_row(path, run, result)
+            progress.console.print(f"{label}: {result.accuracy:.1%} after {result.steps_taken} steps")
             progress.advance(task)
-    return rows
+    return {run.key: rows[run.key] for run in runs}
 
 
-def plan(part: str, seeds: int) -> list[Run]:
-    """The runs of one part of the study.
-
-    ``linear``, ``swla`` and ``titans`` vary the mixer, without those that equal another by an identity; ``segments``
-    varies the length of grm's segments. ``titans`` is slow and gets half the steps.
-    """
-    if part == "segments":
-        runs = [Run("grm", recurrence, 0, length) for recurrence in ("linear", "swla") for length in SEGMENT_LENGTHS]
-    elif part == "titans":
-        runs = [Run(name, part, 0, steps=1000) for name in ("base", "residual", "mean", "grm", "soup", "ssc")]
-    else:
-        names = ["base", "grm", "ssc", "log-linear", *(("residual", "mean") if part == "swla" else ())]
-        runs = [Run("attention", "none", 0), *(Run(name, part, 0) for name in names)]
-    return [replace(run, seed=seed) for seed in range(seeds) for run in runs]
-
-
-Found = dict[tuple[str, str, int], dict[int, list[float]]]
-"""Accuracy of each seed by pairs, by recurrence, mixer and states."""
-
-
-def accuracies(runs: Sequence[Run], rows: Rows) -> Found:
-    """What was measured of ``runs``."""
-    found: Found = {}
+def accuracies(runs: list[Run], rows: dict[tuple[str, ...], Result]) -> dict[str, dict[int, list[float]]]:
+    """Accuracy of each seed by mixer and number of pairs."""
+    found: dict[str, dict[int, list[float]]] = {}
     for run in runs:
-        line = found.setdefault((run.recurrence, run.mixer, run.states), {})
-        for pairs, share in rows[run.key].accuracy.items():
-            line.setdefault(pairs, []).append(share)
+        if run.key in rows:
+            found.setdefault(run.mixer, {}).setdefault(run.pairs, []).append(rows[run.key].accuracy)
     return found
 
 
@@ -320,80 +284,65 @@ def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def make_table(found: Found) -> Table:
-    """Mean and standard deviation over seeds."""
-    pairs = sorted({number for line in found.values() for number in line})
-    seeds = max(len(values) for line in found.values() for values in line.values())
-    table = Table("", "states", *map(str, pairs), box=SIMPLE_HEAD, padding=0)
-    table.title = f"accuracy in % by number of pairs; mean±deviation of {seeds} seeds"
-    for (recurrence, mixer, states), line in found.items():
-        shown = (f"{100 * fmean(line[n]):.1f}±{100 * spread(line[n]):.1f}" if n in line else "" for n in pairs)
-        table.add_row(f"{recurrence} {mixer}".removeprefix("none "), str(states), *shown)
+def make_table(found: dict[str, dict[int, list[float]]], pairs: list[int]) -> Table:
+    """Mean and standard deviation over seeds, in per cent."""
+    table = Table(
+        "mixer", *(f"{number} pairs" for number in pairs), title="accuracy, mean ± standard deviation (seeds)"
+    )
+    for mixer, by_pairs in found.items():
+        cells = [by_pairs.get(number, []) for number in pairs]
+        table.add_row(mixer, *(f"{fmean(c):.1%} ± {spread(c):.1%} ({len(c)})" if c else "" for c in cells))
     return table
 
 
-def plot(found: Found, folder: Path) -> None:
-    """``recall.png``, accuracy over pairs, and ``recall_segments.png``, that of grm over states, ± a deviation.
+def plot(found: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """Accuracy over the number of pairs, one line a mixer, bars for the standard deviation.
 
     Raises:
         SystemExit: if matplotlib is not there.
     """
     try:
         from matplotlib import pyplot
-        from matplotlib.axes import Axes
     except ImportError:
-        raise SystemExit("--plots needs matplotlib; get it with: pip install matplotlib") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
-
-    def draw(axes: Axes, cells: dict[float, list[float]], label: str) -> None:
-        means, bars = [fmean(values) for values in cells.values()], [spread(values) for values in cells.values()]
-        axes.errorbar(list(cells), means, bars, label=label, marker="o", capsize=3)
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    for axes, recurrence in zip(panels, ("linear", "swla", "titans"), strict=True):
-        for place, mixer in enumerate(MIXERS):
-            of = "none" if mixer == "attention" else recurrence
-            line = found.get((of, mixer, Run(mixer, of, 0).states), {})
-            # Beside each other: bars must not hide bars. Also when empty: a mixer has one colour in all panels.
-            draw(axes, {number + 0.2 * (place - 3): line[number] for number in line}, mixer)
-        axes.set(title=recurrence, xlabel="key-value pairs", xticks=PAIRS)
-    panels[0].set(ylabel="recall accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(folder / "recall.png", dpi=130)
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axes, recurrence in zip(panels, ("linear", "swla"), strict=True):
-        lines = {cell[2]: line for cell, line in found.items() if cell[0] == recurrence and cell[1] in ("base", "grm")}
-        for number in PAIRS:
-            draw(axes, {states: lines[states][number] for states in sorted(lines)}, f"{number} pairs")
-        axes.set(title=f"{recurrence}, grm", xlabel="states (1: the recurrence itself)")
-        axes.semilogx(base=2)
-    panels[0].set(ylabel="recall accuracy")
-    panels[1].legend(fontsize="small")
-    figure.savefig(folder / "recall_segments.png", dpi=130)
+        raise SystemExit("--plot needs matplotlib; get it with: pip install matplotlib") from None
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for place, (mixer, by_pairs) in enumerate(found.items()):
+        numbers = sorted(by_pairs)
+        beside = [number + 0.15 * (place - (len(found) - 1) / 2) for number in numbers]  # bars must not hide each other
+        means, bars = [fmean(by_pairs[n]) for n in numbers], [spread(by_pairs[n]) for n in numbers]
+        axes.errorbar(beside, means, bars, label=mixer, marker="o", capsize=3)
+    axes.set(xlabel="key-value pairs", ylabel="recall accuracy", xticks=sorted({n for b in found.values() for n in b}))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the study that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="linear memories, one seed, few steps: about a minute")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
+    parser.add_argument("--quick", action="store_true", help="one number of pairs, one seed, few steps: about a minute")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=DEFAULT_MIXERS)
+    parser.add_argument("--recurrence", choices=("linear", "swla"), default="swla")
+    parser.add_argument("--pairs", nargs="+", type=int, default=[12, 20])
+    parser.add_argument("--seeds", type=int, default=2, help="how many, counted from 0")
+    parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--out", type=Path, default=Path("recall"), help="folder of recall.csv")
-    parser.add_argument("--plots", type=Path, help="folder for two PNG files; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="write a PNG here; needs matplotlib")
     chosen = parser.parse_args(arguments)
+    pairs, seeds, steps = (chosen.pairs[-1:], 1, 250) if chosen.quick else (chosen.pairs, chosen.seeds, chosen.steps)
     torch.set_num_threads(1)  # such small products only lose by a second thread
-    if chosen.quick:
-        runs = [replace(run, steps=700) for run in plan("linear", 1)]
-    else:
-        runs = list(dict.fromkeys(run for part in chosen.parts for run in plan(part, chosen.seeds)))
-        runs.sort(key=lambda run: run.seed)  # a study that was stopped has whole seeds
+    runs = [
+        Run(mixer, number, seed, chosen.recurrence, steps=steps)
+        for seed in range(seeds)
+        for number in pairs
+        for mixer in chosen.mixers
+    ]
     console = Console()
-    measured = accuracies(runs, study(runs, Words(), chosen.out / "recall.csv", console))
-    console.print(make_table(measured))
-    if chosen.plots is not None:
-        plot(measured, chosen.plots)
+    found = accuracies(runs, study(runs, Words(), chosen.out / "recall.csv", console))
+    console.print(make_table(found, pairs))
+    if chosen.plot is not None:
+        plot(found, chosen.plot)
 
 
 if __name__ == "__main__":
