@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -65,6 +66,12 @@ class Call:
     def segments(self) -> Segments:
         """Where the row is cut; computing it checks ``cu_seqlens``."""
         return make_segments(self.q.shape[1], self.segmentation, self.segment_length, self.cu_seqlens)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """The call with ``function`` of every tensor that has a row a token, [B, T, H, ...]."""
+        tensors: dict[str, Any] = {n: getattr(self, n) for n in ("q", "k", "v", "u", "g", "beta", "lam", "eta", "mu")}
+        mapped: dict[str, Any] = {name: function(x) for name, x in tensors.items() if x is not None}
+        return replace(self, **mapped)
 
     @property
     def requires_grad(self) -> bool:

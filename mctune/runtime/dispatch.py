@@ -239,8 +239,8 @@ def warn_once(kind: tuple[str, ...], reason: str) -> None:
     """Warn that the eager path runs, once a kind."""
     if kind not in _warned:
         _warned.add(kind)
-        # From here up: route, memory_caching, its caller.
-        warnings.warn(f"the eager path runs: {reason}", stacklevel=4)
+        # From here up: route, serve, memory_caching, its caller.
+        warnings.warn(f"the eager path runs: {reason}", stacklevel=5)
 
 
 def _unserved(backend: str, reason: str) -> BackendError:

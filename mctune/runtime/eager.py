@@ -36,8 +36,8 @@ def lay_out(call: Call) -> Layout:
 def run_eager(call: Call, layout: Layout) -> Tensor:
     """y [B, T, H, Dv] in the dtype of q, for arguments that :func:`check_call` has passed and their layout."""
     with torch.autocast(call.q.device.type, enabled=False):
-        q, k, v = (_by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
-        u = q if call.u is None else _by_head(call.u, call.compute_dtype)
+        q, k, v = (by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
+        u = q if call.u is None else by_head(call.u, call.compute_dtype)
         gate = make_gate(call.aggregation, call.top_k, u, k, layout)
         run = _run_deep if call.deep else _run_linear
         y = run(call, layout, q * call.scale, k, v, gate)
@@ -45,20 +45,29 @@ def run_eager(call: Call, layout: Layout) -> Tensor:
         return y.view(B, H, T, -1).transpose(1, 2).to(call.q.dtype).contiguous()
 
 
-def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, H, ...] to contiguous [B * H, T, ...]."""
     return x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous()
 
 
+def gate_by_head(call: Call, name: str, absent: float) -> Tensor:
+    """A gate as contiguous [B * H, T]; ``absent`` everywhere unless it was given."""
+    gate: Tensor | None = getattr(call, name)
+    if gate is not None:
+        return by_head(gate, call.compute_dtype)
+    B, T, H, _ = call.q.shape
+    return torch.full((B * H, T), absent, dtype=call.compute_dtype, device=call.q.device)
+
+
+def swla_gates(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
+    """g, beta, lam of swla, [B * H, T] each; ``None`` for another recurrence."""
+    if call.recurrence != "swla":
+        return None
+    return gate_by_head(call, "g", 0.0), gate_by_head(call, "beta", 0.0), gate_by_head(call, "lam", 1.0)
+
+
 def _run_linear(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
-    gates = None
-    if call.recurrence == "swla":
-        g, beta, lam = (
-            k.new_full(k.shape[:2], absent) if x is None else _by_head(x, call.compute_dtype)
-            for x, absent in ((call.g, 0.0), (call.beta, 0.0), (call.lam, 1.0))
-        )
-        gates = (g, beta, lam)
-    online, states = run_linear(q, k, v, layout.states, gates)
+    online, states = run_linear(q, k, v, layout.states, swla_gates(call))
     if layout.count == 1:
         return online
     if gate.aggregation == "residual":
@@ -73,8 +82,8 @@ def _run_linear(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gat
 def _run_deep(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
     assert call.W_up is not None and call.W_down is not None
     plan, B = layout.states, call.q.shape[0]
-    eta = k.new_ones(k.shape[:2]) if call.eta is None else _by_head(call.eta, call.compute_dtype)
-    g, mu = (None if x is None else _by_head(x, call.compute_dtype) for x in (call.g, call.mu))
+    eta = gate_by_head(call, "eta", 1.0)
+    g, mu = (None if x is None else by_head(x, call.compute_dtype) for x in (call.g, call.mu))
     W_up, W_down = (W.to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
     walk = DeepWalk(plan, k, v, eta, g, mu, W_up, W_down, call.recurrence == "titans", call.memory_residual)
     if gate.aggregation in ("soup", "mean"):

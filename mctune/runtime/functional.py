@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .arguments import check_call
+from .arguments import Call, check_call
 from .dispatch import BACKENDS, route
 from .eager import lay_out, run_eager
 from .errors import ArgumentError
@@ -93,35 +93,16 @@ def memory_caching(
         inner_chunk=inner_chunk,
         cu_seqlens=cu_seqlens,
     )
+    return serve(call, backend)
+
+
+def serve(call: Call, backend: str) -> Tensor:
+    """:func:`memory_caching` of a checked call."""
     chosen = None if backend == "eager" else route(call, backend)
     return run_eager(call, lay_out(call)) if chosen is None else forward(call, chosen)[0]
 
 
-def forward_with_states(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    u: Tensor | None = None,
-    *,
-    recurrence: str = "linear",
-    aggregation: str = "grm",
-    segment_length: int = 256,
-    segmentation: str = "constant",
-    state_init: str = "independent",
-    top_k: int = 2,
-    scale: float | None = None,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    lam: Tensor | None = None,
-    eta: Tensor | None = None,
-    mu: Tensor | None = None,
-    W_up: Tensor | None = None,
-    W_down: Tensor | None = None,
-    memory_residual: bool = True,
-    inner_chunk: int = 16,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def forward_with_states(call: Call, backend: str = "auto") -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same without a gradient, and what a cache keeps of the segments, if a tuned kernel runs.
 
     Returns:
@@ -132,27 +113,7 @@ def forward_with_states(
     Raises:
         ArgumentError, BackendError: as :func:`memory_caching` does.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    call = check_call(
-        q,
-        k,
-        v,
-        u,
-        recurrence=recurrence,
-        aggregation=aggregation,
-        segment_length=segment_length,
-        segmentation=segmentation,
-        state_init=state_init,
-        top_k=top_k,
-        scale=scale,
-        gates={"g": g, "beta": beta, "lam": lam, "eta": eta, "mu": mu},
-        W_up=W_up,
-        W_down=W_down,
-        memory_residual=memory_residual,
-        inner_chunk=inner_chunk,
-        cu_seqlens=cu_seqlens,
-    )
+    segmentation = call.segmentation
     with torch.no_grad():
         chosen = None if backend == "eager" else route(call, backend)
         if chosen is None:
@@ -161,7 +122,7 @@ def forward_with_states(
         if chosen.backend == "eager" or segmentation == "logarithmic" or unsized:
             return forward(call, chosen)[0], None, None
         y, states, means = forward(call, replace(chosen, saves=True))
-    (B, T, H, Dk), Dv = q.shape, v.shape[3]
-    N = call.segments.count if segmentation == "packed" else saved_rows(T, segmentation, segment_length, None)
+    (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
+    N = call.segments.count if segmentation == "packed" else saved_rows(T, segmentation, call.segment_length, None)
     states, means = (x[: B * H * N].view(B, H, N, *x.shape[1:]) for x in (states, means))
     return y, states[..., :Dk, :Dv], means[..., :Dk]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from .arguments import Call
 from .dispatch import fall_back, kernel_for
-from .eager import lay_out, run_eager
+from .eager import by_head, lay_out, run_eager, swla_gates
 from .gates import descriptors
+from .launch import float32, options, rows
 from .linear import run_linear
 from .tvm_forward import padded
 from .tvm_loader import KernelError
@@ -57,8 +57,7 @@ def run_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor, backend:
 
 
 def _launch_forward(call: Call, saves: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, u = _rows(call)
-    forward = kernel_for(call, "forward")(q, k, v, u, **_options(call))
+    forward = kernel_for(call, "forward")(*rows(call), **options(call), segments=call.segments)
     y: Tensor = forward.y.to(call.q.dtype)
     return (y, *_saved(call, forward.states, forward.means)) if saves else _unsaved(y)
 
@@ -68,7 +67,7 @@ def _launch_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor) -> t
     if states.numel():
         used = call.q.shape[0] * call.q.shape[2] * call.segments.count
         saved = {"states": states[:used], "means": means[:used]}
-    found = kernel(_float32(dy), *_rows(call), **_options(call), **saved)
+    found = kernel(float32(dy), *rows(call), **options(call), segments=call.segments, **saved)
     by_name = found._asdict()
     if call.u is None:
         by_name["q"] = found.q + found.u
@@ -86,27 +85,6 @@ def _eager_backward(dy: Tensor, call: Call) -> tuple[Tensor, ...]:
         found = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
     gradients = dict(zip(leaves, found, strict=True))
     return tuple(gradients[name].contiguous() if name in gradients else call.q.new_empty(0) for name in TENSORS)
-
-
-def _rows(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, u as kernels take them; u = q unless given."""
-    q = _float32(call.q)
-    return q, _float32(call.k), _float32(call.v), q if call.u is None else _float32(call.u)
-
-
-def _options(call: Call) -> dict[str, Any]:
-    """The keyword arguments that the launchers share."""
-    gates = {name: getattr(call, name) for name in ("g", "beta", "lam")}
-    return {
-        **{name: None if gate is None else _float32(gate) for name, gate in gates.items()},
-        "scale": call.scale,
-        "top_k": call.top_k,
-        "segments": call.segments,
-    }
-
-
-def _float32(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float32).contiguous()
 
 
 def _unsaved(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,15 +105,8 @@ def _saved(call: Call, states: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _eager_states(call: Call) -> tuple[Tensor, Tensor]:
     """The states and mean keys of every segment as kernels leave them."""
     layout = lay_out(call)
-    k, v = (_float32(x).transpose(1, 2).flatten(0, 1) for x in (call.k, call.v))
-    gates = None
-    if call.recurrence == "swla":
-        g, beta, lam = (
-            k.new_full(k.shape[:2], absent) if x is None else _float32(x).transpose(1, 2).flatten(0, 1)
-            for x, absent in ((call.g, 0.0), (call.beta, 0.0), (call.lam, 1.0))
-        )
-        gates = (g, beta, lam)
-    states = run_linear(k, k, v, layout.states, gates)[1].flatten(0, 1)
+    k, v = (by_head(x, torch.float32) for x in (call.k, call.v))
+    states = run_linear(k, k, v, layout.states, swla_gates(call))[1].flatten(0, 1)
     means = descriptors(k, k, layout)[0].flatten(0, 1)
     rows, columns = (padded(x.shape[-1]) - x.shape[-1] for x in (k, v))
     return torch.nn.functional.pad(states, (0, columns, 0, rows)), torch.nn.functional.pad(means, (0, rows))

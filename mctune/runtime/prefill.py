@@ -9,9 +9,9 @@ import torch
 
 from .arguments import Call
 from .deep import DeepWalk
-from .eager import lay_out
+from .eager import by_head, gate_by_head, lay_out, swla_gates
 from .errors import ArgumentError
-from .functional import forward_with_states, memory_caching
+from .functional import forward_with_states, serve
 from .gates import descriptors
 from .linear import run_linear
 from .memory import LayerMemory
@@ -19,10 +19,6 @@ from .plan import Layout
 from .step import extend, tokens
 
 Tensor = torch.Tensor
-_OPTIONS = (
-    "recurrence", "aggregation", "segment_length", "segmentation", "state_init", "top_k", "scale", "g", "beta", "lam",
-    "eta", "mu", "W_up", "W_down", "memory_residual", "inner_chunk", "cu_seqlens",
-)  # fmt: skip
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -91,13 +87,7 @@ def between(call: Call, begins: list[int], ends: list[int]) -> Call:
         return tokens(call, begins[0], ends[0])
     index, bounds = _places(call, begins, ends)
     flat = index.to(call.q.device)
-
-    def part(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(1, flat)
-
-    q, k, v = (x.index_select(1, flat) for x in (call.q, call.k, call.v))
-    g, beta, lam, eta, mu = (part(x) for x in (call.g, call.beta, call.lam, call.eta, call.mu))
-    return replace(call, q=q, k=k, v=v, u=part(call.u), g=g, beta=beta, lam=lam, eta=eta, mu=mu, cu_seqlens=bounds)
+    return replace(call.map(lambda x: x.index_select(1, flat)), cu_seqlens=bounds)
 
 
 def _places(call: Call, begins: list[int], ends: list[int]) -> tuple[Tensor, Tensor]:
@@ -126,27 +116,14 @@ def joined(call: Call, outputs: list[Tensor], stops: list[list[int]]) -> Tensor:
 
 def as_batch(call: Call, rows: int) -> Call:
     """A packed row of sequences of one length as a batch."""
-
-    def batch(x: Tensor) -> Tensor:
-        return x[0].reshape(rows, -1, *x.shape[2:])
-
-    q, k, v = batch(call.q), batch(call.k), batch(call.v)
-    g, beta, lam, eta, mu, u = (
-        None if x is None else batch(x) for x in (call.g, call.beta, call.lam, call.eta, call.mu, call.u)
-    )
-    return replace(
-        call, q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, eta=eta, mu=mu, cu_seqlens=None, segmentation="constant"
-    )
+    batched = call.map(lambda x: x[0].reshape(rows, -1, *x.shape[2:]))
+    return replace(batched, cu_seqlens=None, segmentation="constant")
 
 
 def _whole(call: Call, backend: str, bound: int | None) -> tuple[Tensor, LayerMemory]:
-    states: Tensor | None = None
-    means: Tensor | None = None
-    options = {name: getattr(call, name) for name in _OPTIONS}
     if call.requires_grad:
-        y = memory_caching(call.q, call.k, call.v, call.u, **options, backend=backend)
-    else:
-        y, states, means = forward_with_states(call.q, call.k, call.v, call.u, **options, backend=backend)
+        return serve(call, backend), remember(call, bound)
+    y, states, means = forward_with_states(call, backend)
     return y, remember(call, bound, states, means)
 
 
@@ -166,7 +143,7 @@ def remember(
     momentum: tuple[Tensor, ...] = ()
     start: tuple[Tensor, ...] = ()
     with torch.autocast(call.q.device.type, enabled=False):
-        k, v = (_by_head(x, call.compute_dtype) for x in (call.k, call.v))
+        k, v = (by_head(x, call.compute_dtype) for x in (call.k, call.v))
         if kept is not None and means is not None:
             states, means = (kept.flatten(0, 1),), means.flatten(0, 1)
         else:
@@ -206,27 +183,12 @@ def remember(
     return memory
 
 
-def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype).transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _gate(call: Call, gate: Tensor | None, absent: float) -> Tensor:
-    """[G, T]."""
-    if gate is not None:
-        return _by_head(gate, call.compute_dtype)
-    B, T, H, _ = call.q.shape
-    return torch.full((B * H, T), absent, dtype=call.compute_dtype, device=call.q.device)
-
-
 _Ends = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 """End states of the segments [G, N, ...], then momentum and inner chunk's start of each sequence's end [G, S, ...]."""
 
 
 def _matrix_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
-    gates = None
-    if call.recurrence == "swla":
-        gates = (_gate(call, call.g, 0.0), _gate(call, call.beta, 0.0), _gate(call, call.lam, 1.0))
-    return (run_linear(k, k, v, layout.states, gates)[1],), (), ()
+    return (run_linear(k, k, v, layout.states, swla_gates(call))[1],), (), ()
 
 
 def _deep_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
@@ -234,9 +196,9 @@ def _deep_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
     B, plan = call.q.shape[0], layout.states
     up, down = (W.detach().to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
     titans = call.recurrence == "titans"
-    g = None if call.g is None else _gate(call, call.g, 0.0)
-    mu = _gate(call, call.mu, 0.0) if titans else None
-    walk = DeepWalk(plan, k, v, _gate(call, call.eta, 1.0), g, mu, up, down, titans, call.memory_residual)
+    g = None if call.g is None else gate_by_head(call, "g", 0.0)
+    mu = gate_by_head(call, "mu", 0.0) if titans else None
+    walk = DeepWalk(plan, k, v, gate_by_head(call, "eta", 1.0), g, mu, up, down, titans, call.memory_residual)
     # The chunk that a sequence ends with is the last one, by steps, of its last segment.
     lengths = sequence_lengths(call) if call.cu_seqlens is not None else [call.q.shape[1]]
     segments, finals = 0, []

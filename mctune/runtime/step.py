@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .arguments import Call, check_call
 from .decode import decode
 from .dispatch import BACKENDS, NAMESPACE, decode_kernel, fall_back
 from .errors import ArgumentError
+from .launch import options, rows
 from .memory import LayerMemory
 from .tvm_loader import KernelError
 
@@ -94,13 +94,7 @@ def extend(call: Call, memory: LayerMemory, backend: str) -> Tensor:
 
 def tokens(call: Call, begin: int, end: int) -> Call:
     """The call on tokens ``begin`` to ``end`` of each row alone."""
-
-    def part(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, begin:end]
-
-    q, k, v = (x[:, begin:end] for x in (call.q, call.k, call.v))
-    g, beta, lam, eta, mu = (part(x) for x in (call.g, call.beta, call.lam, call.eta, call.mu))
-    return replace(call, q=q, k=k, v=v, u=part(call.u), g=g, beta=beta, lam=lam, eta=eta, mu=mu)
+    return call.map(lambda x: x[:, begin:end])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -247,22 +241,7 @@ def _run(
 
 
 def _launch(kernel: Any, call: Call, memory: LayerMemory) -> Tensor:
-    def float32(x: Tensor) -> Tensor:
-        return x.detach().to(torch.float32)
-
-    q, k, v = float32(call.q), float32(call.k), float32(call.v)
-    gates = {name: getattr(call, name) for name in ("g", "beta", "lam")}
-    y: Tensor = kernel(
-        q,
-        k,
-        v,
-        q if call.u is None else float32(call.u),
-        **{name: None if gate is None else float32(gate) for name, gate in gates.items()},
-        scale=call.scale,
-        top_k=call.top_k,
-        segment_length=call.segment_length,
-        memory=memory,
-    )
+    y: Tensor = kernel(*rows(call), **options(call), segment_length=call.segment_length, memory=memory)
     return y.to(call.q.dtype)
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime import functional
-from mctune.search.inputs import Inputs, odd_problems
-from mctune.search.passes import PASSES, Results
+from mctune.search.inputs import odd_problems
+from mctune.search.passes import PASSES, gradients
 from mctune.search.verify import Run, tolerance, verify_case
 
 _LONG = {"forward": 2048, "backward": 1024, "decode": 1024}
@@ -137,17 +135,10 @@ def _statics(problem: Problem) -> tuple[object, ...]:
 def _through(module: ModuleType, pass_: str, backend: str) -> Run:
     """A module's ``memory_caching``, and the gradients that autograd has of it."""
 
-    def forward(case: Problem, inputs: Inputs) -> Results:
-        return {"y": module.memory_caching(**inputs.arguments(case), backend=backend)}
-
-    def backward(case: Problem, inputs: Inputs) -> Results:
-        leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
-        leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-        y = module.memory_caching(**{**inputs.arguments(case), **leaves}, backend=backend)
-        found = torch.autograd.grad(y, list(leaves.values()), inputs.dy, materialize_grads=True)
-        return {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
-
-    return backward if pass_ == "backward" else forward
+    operation = partial(module.memory_caching, backend=backend)
+    if pass_ == "backward":
+        return lambda case, inputs: gradients(operation, case, inputs, inputs.q.dtype)
+    return lambda case, inputs: {"y": operation(**inputs.arguments(case))}
 
 
 def _check(run: Run, problem: Problem, backend: str, seed: int) -> Check:

@@ -76,13 +76,18 @@ def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[
 # --- backward
 
 
-def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
+def gradients(operation: Callable[..., Tensor], problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Results:
+    """What autograd has of ``operation``, called like ``memory_caching``, on inputs converted to ``dtype``."""
     leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
-    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    leaves = {name: leaf.detach().to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
     with torch.enable_grad():
-        y = memory_caching(**{**inputs.arguments(problem), **leaves})
-        wanted = torch.autograd.grad(y, list(leaves.values()), inputs.dy.double(), materialize_grads=True)
-    return {f"d{name}": gradient for name, gradient in zip(leaves, wanted, strict=True)}
+        y = operation(**{**inputs.arguments(problem), **leaves})
+        found = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype), materialize_grads=True)
+    return {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+
+
+def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
+    return gradients(memory_caching, problem, inputs, torch.float64)
 
 
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
@@ -108,13 +113,13 @@ def _backward(
 
 def _saved(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The segments' states and mean keys, exact, in the layout in which a forward kernel leaves them."""
-    (states,), means = _segment_states(problem, inputs, problem.T)
+    (states,), means = oracle_states(problem, inputs, problem.T)
     rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
     states = torch.nn.functional.pad(states.transpose(1, 2).flatten(0, 2).float(), (0, columns, 0, rows))
     return states.contiguous(), torch.nn.functional.pad(means.transpose(1, 2).flatten(0, 2).float(), (0, rows))
 
 
-def _segment_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def oracle_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """The oracle's end state and mean key of every segment of the first ``tokens`` tokens: [B, N, H, ...]."""
     arguments = inputs.arguments(problem)
     options = {name: value for name, value in arguments.items() if name not in ("q", "u", "aggregation", "top_k")}
@@ -172,7 +177,7 @@ def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype 
     memory.descriptors.fill_(float("nan"))
     if tokens == 0:
         return memory
-    (states,), means = _segment_states(problem, inputs, tokens)
+    (states,), means = oracle_states(problem, inputs, tokens)
     cached, filled = divmod(tokens, C)
     memory.states[0][:, :, :cached] = states[:, :cached].transpose(1, 2)
     memory.descriptors[:, :, :cached] = means[:, :cached].transpose(1, 2)

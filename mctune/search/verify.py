@@ -10,9 +10,9 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
-from mctune.reference import error_ratio, segment_states
+from mctune.reference import error_ratio
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
-from mctune.search.passes import PASSES, Results, segments_of
+from mctune.search.passes import PASSES, Results, oracle_states, segments_of
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """Largest RMS(difference) / RMS(reference) of a right forward or decode result, by dtype of the problem."""
@@ -65,16 +65,13 @@ def _choice_gap(problem: Problem, inputs: Inputs) -> float:
     """The smallest difference between the last logit that ssc chooses and the first that it leaves."""
     segments = segments_of(problem, inputs)
     assert problem.top_k is not None
-    with torch.no_grad():
-        arguments = inputs.arguments(problem)
-        absent = ("q", "u", "aggregation", "top_k")
-        _, p = segment_states(**{name: value for name, value in arguments.items() if name not in absent})
-        gap = float("inf")
-        for number, (begin, end, first) in enumerate(segments.spans):
-            if number - first > problem.top_k:
-                u = inputs.u[:, begin:end].double()
-                logits = torch.einsum("bthd,bnhd->bthn", u, p[:, first:number]).sort(dim=-1, descending=True).values
-                gap = min(gap, float((logits[..., problem.top_k - 1] - logits[..., problem.top_k]).min()))
+    _, p = oracle_states(problem, inputs, problem.T)
+    gap = float("inf")
+    for number, (begin, end, first) in enumerate(segments.spans):
+        if number - first > problem.top_k:
+            u = inputs.u[:, begin:end].double()
+            logits = torch.einsum("bthd,bnhd->bthn", u, p[:, first:number]).sort(dim=-1, descending=True).values
+            gap = min(gap, float((logits[..., problem.top_k - 1] - logits[..., problem.top_k]).min()))
     return gap
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import torch
+
+from mctune.runtime.arguments import check_call
+from mctune.runtime.functional import forward_with_states, memory_caching
 
 GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}
 
@@ -40,3 +46,16 @@ def arguments(
         tensors["W_up"] = normal(H, Dk, E) / Dk**0.5
         tensors["W_down"] = normal(H, E, Dv) / E**0.5
     return tensors
+
+
+_DEFAULTS = {p.name: p.default for p in signature(memory_caching).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def with_states(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``forward_with_states`` of the arguments of ``memory_caching``."""
+    options = _DEFAULTS | options
+    backend = options.pop("backend")
+    gates = {name: options.pop(name) for name in ("g", "beta", "lam", "eta", "mu")}
+    return forward_with_states(check_call(q, k, v, u, gates=gates, **options), backend)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from calls import arguments
+from calls import arguments, with_states
 from tables import PROBLEM, entry
 from torch import Tensor
 
 from mctune.runtime import dispatch
 from mctune.runtime.errors import BackendError
-from mctune.runtime.functional import forward_with_states, memory_caching
+from mctune.runtime.functional import memory_caching
 from mctune.runtime.table import Entry, Table
 from mctune.runtime.tvm_forward import Forward
 from mctune.runtime.tvm_loader import KernelError
@@ -222,7 +222,7 @@ def test_untuned_use_warns_once(tuned: Kernels, monkeypatch: pytest.MonkeyPatch)
     ),
 )
 def test_forced_backend_that_cannot_serve(tuned: Kernels, backend: str, options: dict[str, Any], reason: str) -> None:
-    for function in (memory_caching, forward_with_states):
+    for function in (memory_caching, with_states):
         with pytest.raises(BackendError, match=f'backend="{backend}" cannot serve this call: {reason}'):
             function(**arguments(options.get("recurrence", "linear")), **options, segment_length=4, backend=backend)
 
@@ -287,17 +287,17 @@ def reference_states(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def test_states_for_a_cache(tuned: Kernels) -> None:
     tensors = arguments("linear", B=2)
     tensors["q"].requires_grad_()
-    y, states, means = forward_with_states(**tensors, segment_length=4)
+    y, states, means = with_states(**tensors, segment_length=4)
     assert not y.requires_grad and tuned.passes == ["forward"] and states is not None and means is not None
     assert states.shape == (2, 2, 3, 4, 4) and bool((states == 2).all())
     assert means.shape == (2, 2, 3, 4) and bool((means == 3).all())
     bounds = torch.tensor([0, 4, 8, 11], dtype=torch.int32)
     packed: dict[str, Any] = {"segmentation": "packed", "cu_seqlens": bounds, "segment_length": 4}
-    _, states, means = forward_with_states(**arguments("linear"), **packed)
+    _, states, means = with_states(**arguments("linear"), **packed)
     assert states is not None and means is not None
     assert states.shape == (1, 2, 3, 4, 4) and means.shape == (1, 2, 3, 4)
-    assert forward_with_states(**tensors, segmentation="logarithmic")[1:] == (None, None)
-    y, *rest = forward_with_states(**tensors, segment_length=4, backend="eager")
+    assert with_states(**tensors, segmentation="logarithmic")[1:] == (None, None)
+    y, *rest = with_states(**tensors, segment_length=4, backend="eager")
     assert not y.requires_grad and rest == [None, None]
     torch.testing.assert_close(y, memory_caching(**tensors, segment_length=4, backend="eager"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import with_states
 from tables import DLA, EVERY, LINEAR, PACKED, SWLA, TITANS, TUNED, checked, draw, problem_id
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +20,7 @@ from mctune.core.problem import Problem
 from mctune.runtime import ops
 from mctune.runtime.dispatch import Route
 from mctune.runtime.errors import BackendError
-from mctune.runtime.functional import forward_with_states, memory_caching
+from mctune.runtime.functional import memory_caching
 from mctune.runtime.table import Table
 from mctune.search.verify import poisoned_memory
 
@@ -142,7 +143,7 @@ def test_saved_states_are_those_of_the_oracle(problem: Problem, tuned_table: Tab
         found_means = found_means[:used].view(problem.B, problem.H, count, -1).transpose(1, 2)
         assert_close(found_means[..., : problem.Dk], means, BOUND)
         assert states.shape[1:] == (16, 32) and bool((states[:, problem.Dk :] == 0).all())
-    y, given, given_means = forward_with_states(**tensors, **options, backend="tvm")
+    y, given, given_means = with_states(**tensors, **options, backend="tvm")
     assert given is not None and given_means is not None
     assert_close(given.transpose(1, 2), expected, BOUND)
     assert_close(given_means.transpose(1, 2), means, BOUND)

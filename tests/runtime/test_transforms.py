@@ -9,6 +9,7 @@ from typing import Any
 import parallel
 import pytest
 import torch
+from calls import with_states
 from tables import DLA, EVERY, LINEAR, LOGARITHMIC, PACKED, SWLA, TITANS, TUNED, draw, problem_id
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mctune.core.problem import Problem
 from mctune.runtime import dispatch, ops_run
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.functional import forward_with_states, memory_caching
+from mctune.runtime.functional import memory_caching
 from mctune.runtime.module import MemoryCaching
 from mctune.runtime.table import Table
 
@@ -122,10 +123,10 @@ def test_eager_by_name_compiles_too() -> None:
 
 def test_states_for_a_cache_compile(launched: list[str]) -> None:
     tensors, options = draw(LINEAR)
-    compiled = torch.compile(lambda **x: forward_with_states(**x, **options), backend="aot_eager", fullgraph=True)
-    close(compiled(**tensors), forward_with_states(**tensors, **options))
+    compiled = torch.compile(lambda **x: with_states(**x, **options), backend="aot_eager", fullgraph=True)
+    close(compiled(**tensors), with_states(**tensors, **options))
     tensors, options = draw(PACKED)
-    compiled = torch.compile(lambda **x: forward_with_states(**x, **options), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda **x: with_states(**x, **options), backend="aot_eager", fullgraph=True)
     close(compiled(**tensors)[0], memory_caching(**tensors, **options, backend="eager"))
 
 
