@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from .backward_tiles import prefetch, read_gathered, read_online, read_state
 from .gates import choose, softmax, sort_by_segment
-from .tiles import BLOCK, LANES, dot_rows, exp, multiply, transpose
+from .tiles import BLOCK, LANES, columns, dot_rows, exp, multiply, transpose
 
 
 def build(problem, config, target):
@@ -117,15 +117,6 @@ def build(problem, config, target):
                 prefetch(X, width, row0, t, count, tokens, heads, 0)
 
             @T.inline
-            def pack(source, width, t0, rows, target):
-                for tb in range((rows + BLOCK - 1) // BLOCK):
-                    for db in range(width // BLOCK):
-                        transpose(
-                            source, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, target,
-                            db * BLOCK, tb * BLOCK,
-                        )  # fmt: skip
-
-            @T.inline
             def own_logits(t0, rows, seen):
                 for t in T.vectorized(BT):
                     own[0, t] = T.float32(0)
@@ -145,7 +136,7 @@ def build(problem, config, target):
             @T.inline
             def gates(t0, rows, seen):
                 if routed:
-                    pack(u, Dk, t0, rows, UT)
+                    columns(u, Dk, row0, heads, t0, rows, UT)
                     own_logits(t0, rows, seen)
                     for ii in range((past + JR - 1) // JR):
                         for tt in range((rows + TL - 1) // TL):
@@ -301,8 +292,8 @@ def build(problem, config, target):
                 t0: T.let = begin[s] + c * BT
                 rows: T.let = T.min(BT, end[s] - t0)
                 linked: T.let = T.Or(c > 0, T.And(checkpoint, past > 0))
-                pack(q, Dk, t0, rows, QT)
-                pack(dy, Dv, t0, rows, YT)
+                columns(q, Dk, row0, heads, t0, rows, QT)
+                columns(dy, Dv, row0, heads, t0, rows, YT)
                 for n in range(Dv):
                     for t in T.vectorized(BT):
                         YT[n, t] = YT[n, t] * scale

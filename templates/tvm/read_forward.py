@@ -19,7 +19,7 @@ For a linear memory the soup of the states is their gated sum (Eq. 14-15), so so
 from tvm.script import tirx as T
 
 from .gates import choose, softmax, sort_by_segment
-from .tiles import BLOCK, LANES, dot_rows, exp, gather, multiply, transpose
+from .tiles import LANES, columns, dot_rows, exp, gather, multiply
 
 
 def build(problem, config, target):
@@ -115,19 +115,9 @@ def build(problem, config, target):
                             for tt in range(count):
                                 body(tt * MR, nn * NR)
 
-                # Tokens of a chunk into columns.
-                @T.inline
-                def turn(source, t0, rows, target):
-                    for tb in range((rows + BLOCK - 1) // BLOCK):
-                        for db in range(Dk // BLOCK):
-                            transpose(
-                                source, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK,
-                                target, db * BLOCK, tb * BLOCK,
-                            )  # fmt: skip
-
                 @T.inline
                 def pack(t0, rows, linked):
-                    turn(q, t0, rows, QT)
+                    columns(q, Dk, row0, heads, t0, rows, QT)
                     for t in range(rows):
                         for d in T.vectorized(Dk):
                             K[lead + t, d] = k[row0 + (t0 + t) * heads, d]
@@ -154,7 +144,7 @@ def build(problem, config, target):
 
                 @T.inline
                 def own_logits(t0, rows, seen):
-                    turn(u, t0, rows, UT)
+                    columns(u, Dk, row0, heads, t0, rows, UT)
                     for t in range(BT - rows):
                         own[0, rows + t] = T.float32(0)
                     for t in range(rows):

@@ -139,3 +139,13 @@ def transpose(source, first, stride, last, target, d0, t0):
         target[d0 + r * 2 + 1, T.Ramp(t0, 1, 8)] = T.Shuffle(
             [a[r * 2, T.Ramp(0, 1, 8)], a[r * 2 + 1, T.Ramp(0, 1, 8)]], HIGH1
         )
+
+
+# Tokens t0 to t0 + rows of one head into columns: target[d, t] = source[row0 + (t0 + t) * heads, d].
+@T.inline
+def columns(source, width, row0, heads, t0, rows, target):
+    for tb in range((rows + BLOCK - 1) // BLOCK):
+        for db in range(width // BLOCK):
+            transpose(
+                source, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, target, db * BLOCK, tb * BLOCK
+            )

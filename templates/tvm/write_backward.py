@@ -15,7 +15,7 @@ dg_t = e^{g_t} <M_{t-1}, Z_t>.
 from tvm.script import tirx as T
 
 from .backward_tiles import prefetch
-from .tiles import BLOCK, LANES, dot_rows, exp, multiply, transpose
+from .tiles import BLOCK, LANES, columns, dot_rows, exp, multiply, transpose
 
 
 def build(problem, config, target):
@@ -109,15 +109,6 @@ def build(problem, config, target):
             @T.inline
             def fetch(X, width, t, count, writes):
                 prefetch(X, width, row0, t, count, tokens, heads, writes)
-
-            @T.inline
-            def pack(source, width, t0, rows, target):
-                for tb in range((rows + BLOCK - 1) // BLOCK):
-                    for db in range(width // BLOCK):
-                        transpose(
-                            source, row0 + (t0 + tb * BLOCK) * heads, heads, rows - 1 - tb * BLOCK, target,
-                            db * BLOCK, tb * BLOCK,
-                        )  # fmt: skip
 
             # W1[t, j] = w_jt (Q_t . k_j), W2[t, j] = w_jt (dy_t . v_j), 0 for t < j; swla's w_jt comes later.
             @T.inline
@@ -287,8 +278,8 @@ def build(problem, config, target):
                 t0: T.let = begin[s] + (chunks - 1 - turn) * BT
                 rows: T.let = T.min(BT, end[s] - t0)
                 linked: T.let = T.Or(turn > 0, ends_linked)
-                pack(k, Dk, t0, rows, KT)
-                pack(v, Dv, t0, rows, VT)
+                columns(k, Dk, row0, heads, t0, rows, KT)
+                columns(v, Dv, row0, heads, t0, rows, VT)
                 for t in range(rows):
                     lanes[0, 0] = scale * owns[bh * 3, t0 + t]
                     for d in T.vectorized(Dk):
