@@ -13,7 +13,7 @@ import torch
 
 from .arguments import DEEP, Call
 from .errors import BackendError
-from .table import Entry, Request, find, load_table
+from .table import DEVICES, Entry, Request, find, load_table
 from .tvm_loader import KernelError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +32,8 @@ class Route:
     """How the operators run a call.
 
     Attributes:
-        backend: ``tvm`` (the nearest tuned kernels), ``auto`` (the same, and eager where one cannot be run) or
-            ``eager``.
+        backend: ``tvm`` or ``triton`` (the nearest tuned kernels), ``auto`` (the same, and eager where one cannot be
+            run) or ``eager``.
         saves: whether the forward keeps the segments' states for the backward.
     """
 
@@ -49,11 +49,17 @@ class _Refusal:
     kind: tuple[str, ...] | None = None
 
 
-_NO_KERNELS = _Refusal(
-    "there are no tuned kernels here. To tune some for this machine: `mctune search --gpu cpu`, then import "
-    "memory_caching from the package that it leaves",
-    ("untuned",),
-)
+def _no_kernels(device: str) -> _Refusal:
+    return _Refusal(
+        f"there are no tuned kernels here. To tune some for this machine: `mctune search --gpu {_named(device)}`, then "
+        "import memory_caching from the package that it leaves",
+        ("untuned",),
+    )
+
+
+def _named(device: str) -> str:
+    """What `mctune search --gpu` calls a torch device."""
+    return "cpu" if device == "cpu" else "NAME"
 
 
 def route(call: Call, backend: str) -> Route | None:
@@ -77,7 +83,7 @@ def route(call: Call, backend: str) -> Route | None:
     transformed = torch._C._are_functorch_transforms_active()
     # What a transform of torch.func wraps does not tell whether a gradient is wanted.
     grad = call.requires_grad or (transformed and torch.is_grad_enabled())
-    chosen = _choose(make_request(call, "forward"), call.q.device.type, backend, grad)
+    chosen = _choose(make_request(call, "forward"), backend, grad)
     if isinstance(chosen, Route):
         return replace(chosen, saves=False) if transformed else chosen
     if backend != "auto":
@@ -103,9 +109,10 @@ def _choose_for_a_graph(
         Dv=int(Dv),
         top_k=2 if aggregation == "ssc" else None,
         dtype=dtype.removeprefix("torch."),
+        device=device,
         **(_TYPICAL | {"segment_length": None} if segmentation == "logarithmic" else _TYPICAL),
     )
-    chosen = _choose(request, device, backend, grad)
+    chosen = _choose(request, backend, grad)
     if isinstance(chosen, Route):
         return chosen.backend, chosen.saves, ""
     if backend == "auto" and chosen.kind is not None:
@@ -113,13 +120,13 @@ def _choose_for_a_graph(
     return ("eager" if backend == "auto" else None), False, chosen.reason
 
 
-def _choose(request: Request, device: str, backend: str, grad: bool) -> Route | _Refusal:
+def _choose(request: Request, backend: str, grad: bool) -> Route | _Refusal:
     """The tuned kernels of a forward and, with ``grad``, of its backward; or what stands in the way."""
-    reason = beyond_kernels(request.recurrence, request.dtype, device)
+    reason = beyond_kernels(request)
     if reason is not None:
         return _Refusal(reason)
     if not TABLE.entries:
-        return _NO_KERNELS
+        return _no_kernels(request.device)
     saves = False
     for wanted in (request, replace(request, pass_="backward")) if grad else (request,):
         entry = entry_for(wanted, wanted.pass_, backend)
@@ -137,17 +144,17 @@ def _misfit(request: Request) -> str:
     problem = request.to_json()
     return (
         f"none of the {len(TABLE.entries)} tuned kernels fits {problem}. To tune one: "
-        f"`mctune search --gpu cpu --problem '{problem}'`"
+        f"`mctune search --gpu {_named(request.device)} --problem '{problem}'`"
     )
 
 
-def beyond_kernels(recurrence: str, dtype: str, device: str) -> str | None:
+def beyond_kernels(request: Request) -> str | None:
     """Why no kernel can serve the call, tuned or not; ``None`` if one could."""
-    if recurrence in DEEP:
-        return f"recurrence={recurrence!r} has no kernels yet, only linear and swla have"
-    if device != "cpu":
-        return f"the tensors are on {device} and the kernels run on the CPU"
-    if dtype == "float64":
+    if request.recurrence in DEEP:
+        return f"recurrence={request.recurrence!r} has no kernels yet, only linear and swla have"
+    if request.device not in DEVICES.values():
+        return f"the tensors are on {request.device} and kernels run on {' and '.join(DEVICES.values())}"
+    if request.dtype == "float64":
         return "the tensors are float64 and kernels compute in float32"
     return None
 
@@ -178,19 +185,20 @@ def make_request(call: Call, pass_: str) -> Request:
         segment_length=None if call.segmentation == "logarithmic" else call.segment_length,
         top_k=call.top_k if call.aggregation == "ssc" else None,
         dtype=str(call.q.dtype).removeprefix("torch."),
+        device=call.q.device.type,
     )
 
 
 @cache
 def launcher(entry: Entry) -> Any:
-    """What launches the entry's kernel: ``TvmForward``, ``TvmBackward`` or ``TvmDecode``.
+    """What launches the entry's kernel: ``TvmForward`` and its like, by backend and pass.
 
     Raises:
         KernelError: if it cannot be run on this machine.
     """
     pass_ = entry.problem.get("pass", "forward")
-    module = import_module(f".tvm_{pass_}", __package__)
-    return getattr(module, f"Tvm{pass_.title()}")(entry.kernel, entry.record)
+    module = import_module(f".{entry.backend}_{pass_}", __package__)
+    return getattr(module, f"{entry.backend.title()}{pass_.title()}")(entry.kernel, entry.record)
 
 
 def kernel_for(call: Call, pass_: str) -> Any:
@@ -200,7 +208,7 @@ def kernel_for(call: Call, pass_: str) -> Any:
         KernelError: if there is none, or it cannot be run here.
     """
     request = make_request(call, pass_)
-    reason = beyond_kernels(request.recurrence, request.dtype, call.q.device.type)
+    reason = beyond_kernels(request)
     entry = entry_for(request, pass_)
     if reason is not None or entry is None:
         raise KernelError(reason or _misfit(request))
@@ -216,7 +224,7 @@ def decode_kernel(call: Call, backend: str) -> Any | None:
     if backend == "eager":
         return None
     request = make_request(call, "decode")
-    chosen = _choose(request, call.q.device.type, backend, grad=False)
+    chosen = _choose(request, backend, grad=False)
     if isinstance(chosen, Route):
         entry = entry_for(request, "decode", backend)
         assert entry is not None

@@ -10,7 +10,7 @@ from .arguments import Call
 from .dispatch import fall_back, kernel_for
 from .eager import by_head, lay_out, run_eager, swla_gates
 from .gates import descriptors
-from .launch import float32, options, rows
+from .launch import as_read, options, rows
 from .linear import run_linear
 from .tvm_forward import padded
 from .tvm_loader import KernelError
@@ -57,7 +57,8 @@ def run_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor, backend:
 
 
 def _launch_forward(call: Call, saves: bool) -> tuple[Tensor, Tensor, Tensor]:
-    forward = kernel_for(call, "forward")(*rows(call), **options(call), segments=call.segments)
+    kernel = kernel_for(call, "forward")
+    forward = kernel(*rows(call, kernel), **options(call), segments=call.segments)
     y: Tensor = forward.y.to(call.q.dtype)
     return (y, *_saved(call, forward.states, forward.means)) if saves else _unsaved(y)
 
@@ -67,7 +68,9 @@ def _launch_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor) -> t
     if states.numel():
         used = call.q.shape[0] * call.q.shape[2] * call.segments.count
         saved = {"states": states[:used], "means": means[:used]}
-    found = kernel(float32(dy), *rows(call), **options(call), segments=call.segments, **saved)
+    tensors = rows(call, kernel)
+    read = rows(call, kernel)
+    found = kernel(as_read(dy, read[0].dtype), *read, **options(call), segments=call.segments, **saved)
     by_name = found._asdict()
     if call.u is None:
         by_name["q"] = found.q + found.u

@@ -241,7 +241,7 @@ def _run(
 
 
 def _launch(kernel: Any, call: Call, memory: LayerMemory) -> Tensor:
-    y: Tensor = kernel(*rows(call), **options(call), segment_length=call.segment_length, memory=memory)
+    y: Tensor = kernel(*rows(call, kernel), **options(call), segment_length=call.segment_length, memory=memory)
     return y.to(call.q.dtype)
 
 

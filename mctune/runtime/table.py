@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +17,9 @@ from .manifest import check_manifest
 
 NAME = "tuned.json"
 SCHEMA = 1
-LAUNCHED = ("tvm",)
-"""Backends whose kernels this runtime can launch."""
+DEVICES = {"tvm": "cpu", "triton": "cuda"}
+"""What the kernels of each backend run on; torch calls AMD's GPUs ``cuda`` too."""
+_NARROW = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class Request:
     segment_length: int | None
     top_k: int | None
     dtype: str
+    device: str = "cpu"
 
     def to_json(self) -> str:
-        """The problem in the form that `mctune search --problem` takes: in float32, which serves every dtype."""
+        """The problem in the form that `mctune search --problem` takes; float32 serves every dtype on a CPU."""
         fields = {name.rstrip("_"): value for name, value in vars(self).items() if value is not None}
-        return json.dumps(fields | {"dtype": "float32"}, sort_keys=True, separators=(",", ":"))
+        if fields.pop("device") == "cpu":
+            fields["dtype"] = "float32"
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +69,21 @@ class Entry:
             and all(self.problem.get(name) == getattr(request, name) for name in same)
             and _aggregation(self.problem.get("aggregation"), request.recurrence)
             == _aggregation(request.aggregation, request.recurrence)
-            and self.problem.get("dtype", "float32") in ("float32", request.dtype)
+            and self._reads(request.dtype)
+            and self._runs_on(request.device)
         )
+
+    def _reads(self, dtype: str) -> bool:
+        """Kernels for a CPU are given float32; those for a GPU take both 16-bit dtypes, and neither for the other."""
+        own = self.problem.get("dtype", "float32")
+        if DEVICES.get(self.backend) == "cpu":
+            return own in ("float32", dtype)
+        return own == dtype or (own in _NARROW and dtype in _NARROW)
+
+    def _runs_on(self, device: str) -> bool:
+        """Under Triton's interpreter, a GPU's kernels run on a CPU."""
+        interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        return device == DEVICES.get(self.backend) or (interpreted and device == "cpu")
 
     def distance(self, request: Request) -> float:
         """How far the tuned shape is from the asked one: the |log| of each ratio, summed.
@@ -108,8 +126,7 @@ class Table:
 @lru_cache(maxsize=1024)
 def find(table: Table, request: Request, backend: str | None = None) -> Entry | None:
     """The serving entry nearest to the request (the first of equals), of one backend if it is named; or ``None``."""
-    launched = [entry for entry in table.entries if entry.backend in LAUNCHED and backend in (None, entry.backend)]
-    serving = [entry for entry in launched if entry.serves(request)]
+    serving = [entry for entry in table.entries if backend in (None, entry.backend) and entry.serves(request)]
     return min(serving, key=lambda entry: entry.distance(request), default=None)
 
 

@@ -47,6 +47,9 @@ class TvmBackward:
         KernelError: if the library cannot be run on this machine.
     """
 
+    dtype = torch.float32
+    """Of the tensors that it reads."""
+
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))
         self.segment_states = module["segment_states"]

@@ -26,6 +26,9 @@ class TvmDecode:
         KernelError: if the library cannot be run on this machine.
     """
 
+    dtype = torch.float32
+    """Of the tensors that it reads."""
+
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         self.decode_step = load_library(runnable(library, record))["decode_step"]
         self.gated = record["problem"]["recurrence"] == "swla"

@@ -43,6 +43,9 @@ class TvmForward:
         KernelError: if the library cannot be run on this machine.
     """
 
+    dtype = torch.float32
+    """Of the tensors that it reads."""
+
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))
         # Absent where the read computes the states as it goes.

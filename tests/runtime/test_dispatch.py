@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,25 @@ from mctune.search.verify import poisoned_memory
 
 
 @dataclass
+class Launcher:
+    """What the runtime calls, and the dtype that it wants to be given."""
+
+    run: Callable[..., Any]
+    dtype: torch.dtype | None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.run(*arguments, **options)
+
+
+@dataclass
 class Kernels:
     """A table whose launches are recorded; y is ones, the gradient of each of q, k, v, u its place among them."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def launch(self, entry: Entry) -> Any:
-        return self.backward if entry.problem["pass"] == "backward" else self.forward
+        run = self.backward if entry.problem["pass"] == "backward" else self.forward
+        return Launcher(run, torch.float32 if entry.backend == "tvm" else None)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, **rest: Any) -> Forward:
         self.calls.append({"pass": "forward", "q": q, "k": k, "v": v, "u": u, **rest})
@@ -80,6 +93,21 @@ def test_fitting_call_runs_the_kernel(tuned: Kernels) -> None:
     assert all(call[name].dtype == torch.float32 and call[name].is_contiguous() for name in ("q", "k", "v", "u"))
     assert torch.equal(call["u"], tensors["u"].float())
     assert (call["scale"], call["top_k"], call["segments"].count, call["g"]) == (0.5, 2, 3, None)
+
+
+def test_kernels_for_a_gpu_read_the_dtype_of_the_call(tuned: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = (entry("wide", "triton"), entry("narrow", "triton", dtype="float16"))
+    monkeypatch.setattr(dispatch, "TABLE", Table(kernels))
+    tensors = arguments("linear", dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="none of the 2 tuned kernels fits"):
+        memory_caching(**tensors, segment_length=4, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.find.cache_clear()
+    y = memory_caching(**tensors, segment_length=4, backend="triton")
+    dispatch.find.cache_clear()
+    assert y.dtype == torch.bfloat16
+    (call,) = tuned.calls
+    assert all(call[name].dtype == torch.bfloat16 for name in ("q", "k", "v", "u"))
 
 
 def test_kernels_are_given_contiguous_arrays(trained: Kernels) -> None:

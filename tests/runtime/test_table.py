@@ -143,3 +143,18 @@ def test_nearest_segment_length_serves() -> None:
         assert find(table, replace(REQUEST, segment_length=length)) is nearest
     assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None, T=1028)) is log
     assert find(table, replace(REQUEST, segmentation="logarithmic", segment_length=None, T=31)) is short
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "device", "dtype", "served"),
+    (
+        ("tvm", "float32", "cpu", "bfloat16", True),
+        ("tvm", "float32", "cuda", "float32", False),
+        ("triton", "bfloat16", "cuda", "float16", True),
+        ("triton", "bfloat16", "cuda", "float32", False),
+        ("triton", "float32", "cuda", "bfloat16", False),
+        ("triton", "bfloat16", "cpu", "bfloat16", False),
+    ),
+)
+def test_kernels_serve_their_device_and_dtype(backend: str, own: str, device: str, dtype: str, served: bool) -> None:
+    assert entry(backend=backend, dtype=own).serves(replace(REQUEST, device=device, dtype=dtype)) == served
