@@ -68,7 +68,6 @@ def _launch_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor) -> t
     if states.numel():
         used = call.q.shape[0] * call.q.shape[2] * call.segments.count
         saved = {"states": states[:used], "means": means[:used]}
-    tensors = rows(call, kernel)
     read = rows(call, kernel)
     found = kernel(as_read(dy, read[0].dtype), *read, **options(call), segments=call.segments, **saved)
     by_name = found._asdict()

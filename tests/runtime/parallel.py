@@ -55,5 +55,5 @@ def train(rank: int, recurrence: str, folder: Path, kernels: Path) -> None:
     network = DistributedDataParallel(model(recurrence))
     torch.save(gradients(network, slice(2 * rank, 2 * rank + 2)), folder / f"{rank}.pt")
     torch.distributed.barrier()
-    # Not by returning: torch 2.13's reducer joins gloo's threads holding the interpreter's lock, which they may wait for.
+    # Not by returning: torch 2.13's reducer joins gloo's threads with the interpreter's lock, which they may wait for.
     os._exit(0)
