@@ -1,4 +1,4 @@
-"""The study: candidates are proposed, evaluated and recorded one at a time in an Optuna storage.
+"""The study: candidates are proposed, evaluated and recorded in an Optuna storage.
 
 Parameters are stored as integer indices with static ranges. A candidate that fails in any way is a COMPLETE trial with
 the constraint ``failed`` above zero and an infinite value, never a FAIL one; FAIL marks only a candidate whose
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Outcome
 from mctune.core.space import SearchSpace
-from mctune.search.sampler import START, Proposer, Tried
+from mctune.search.sampler import START, Point, Proposer, Tried
 
 _ATTRS = "mctune"
 
@@ -89,6 +90,7 @@ def run_study(
     on_trial: Callable[[Trial], None] | None = None,
     balance: str | None = None,
     start: int = START,
+    at_once: int = 1,
 ) -> StudyResult:
     """Search ``space``, or go on searching it.
 
@@ -107,6 +109,8 @@ def run_study(
         study_name: name of the study in its storage.
         attrs: what the study is about (problem, target, versions), JSON-able; must be equal on every resumption.
         on_trial: called after each candidate has been recorded.
+        at_once: candidates that are proposed together and evaluated side by side, in threads; only for evaluations
+            that do not disturb each other. The second is proposed as if the first were of middling speed.
 
     Raises:
         UsageError: if the storage cannot be opened, or holds under this name a study about something else.
@@ -126,15 +130,21 @@ def run_study(
             if timeout is not None and time.monotonic() - started >= timeout:
                 stopped = "timeout"
                 break
-            point = proposer.propose(history)
-            if point is None:
+            points = _propose(proposer, history, min(at_once, trials - len(history)))
+            if not points:
                 stopped = "exhausted"
                 break
-            adapter.indices = dict(zip(ranges, point, strict=True))
-            trial = _evaluate(study.ask(ranges), study, space.at(point), evaluate)
-            history.append((point, trial.ms))
-            if on_trial is not None:
-                on_trial(trial)
+            configs, asked = [space.at(point) for point in points], []
+            for point, config in zip(points, configs, strict=True):
+                adapter.indices = dict(zip(ranges, point, strict=True))
+                asked.append(study.ask(ranges))
+                asked[-1].set_user_attr("config", config.to_json())
+            done = _all(evaluate, configs)
+            for point, config, trial_, (outcome, seconds) in zip(points, configs, asked, done, strict=True):
+                trial = _record(trial_, study, config, outcome, seconds)
+                history.append((point, trial.ms))
+                if on_trial is not None:
+                    on_trial(trial)
     except KeyboardInterrupt:
         _settle(study)
         stopped = "interrupted"
@@ -221,12 +231,35 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "what it says of itself cannot be read"
 
 
-def _evaluate(asked: optuna.Trial, study: optuna.Study, config: Config, evaluate: Callable[[Config], Outcome]) -> Trial:
-    """Evaluate and record one candidate. The outcome is written last but one: :func:`_settle` finishes the rest."""
-    asked.set_user_attr("config", config.to_json())
-    started = time.monotonic()
-    outcome = evaluate(config)
-    seconds = time.monotonic() - started
+def _propose(proposer: Proposer, history: Sequence[Tried], most: int) -> list[Point]:
+    """Up to ``most`` points; each is proposed as if those before it had the median of the times so far."""
+    timed = sorted(ms for _, ms in history if ms is not None)
+    middling = timed[len(timed) // 2] if timed else None
+    points: list[Point] = []
+    while len(points) < most:
+        point = proposer.propose([*history, *((point, middling) for point in points)])
+        if point is None:
+            break
+        points.append(point)
+    return points
+
+
+def _all(evaluate: Callable[[Config], Outcome], configs: Sequence[Config]) -> Iterator[tuple[Outcome, float]]:
+    """The outcome of each, and the seconds that it took; side by side if there are several."""
+
+    def timed(config: Config) -> tuple[Outcome, float]:
+        started = time.monotonic()
+        return evaluate(config), time.monotonic() - started
+
+    if len(configs) == 1:
+        yield timed(configs[0])
+        return
+    with ThreadPoolExecutor(len(configs)) as pool:
+        yield from pool.map(timed, configs)
+
+
+def _record(asked: optuna.Trial, study: optuna.Study, config: Config, outcome: Outcome, seconds: float) -> Trial:
+    """Record one candidate. The outcome is written last but one: :func:`_settle` finishes the rest."""
     asked.set_user_attr("seconds", seconds)
     asked.set_constraint("failed", 1.0 if outcomes.cost(outcome) is None else 0.0)
     asked.set_user_attr("outcome", outcomes.to_json(outcome))

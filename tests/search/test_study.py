@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -216,3 +217,22 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         run_study(LINE, always, evaluate, trials=1, storage="nonsense")
     with pytest.raises(UsageError, match="holds no study 'mctune'"):
         load_study(f"sqlite:///{tmp_path / 'empty.db'}")
+
+
+@pytest.mark.parametrize("trials", (6, 7))
+def test_candidates_side_by_side(trials: int, url: str) -> None:
+    meeting = threading.Barrier(2, timeout=20)
+
+    def both(config: Config) -> Outcome:
+        meeting.wait()
+        return Timed(float(config.integer("x") + 1), 0.0, 9.0, 3, 1e-7)
+
+    space = SearchSpace((Int("x", range(64)),))
+    even = trials // 2 * 2
+    attrs = {"about": "x"}
+    result = run_study(space, always, both, trials=even, storage=url, attrs=attrs, at_once=2)
+    assert len({trial.config for trial in result.trials}) == even
+    if trials > even:
+        result = run_study(space, always, lambda c: EVERY_KIND[5], trials=trials, storage=url, attrs=attrs, at_once=2)
+    assert len({trial.config for trial in result.trials}) == trials
+    assert [trial.number for trial in result.trials] == list(range(trials))
