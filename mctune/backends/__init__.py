@@ -6,6 +6,14 @@ import importlib
 
 from mctune.backends.protocol import Backend
 from mctune.core.errors import UsageError
+from mctune.core.target import Target
+
+_BACKENDS = {"tvm": "mctune.backends.tvm:TvmBackend", "triton": "mctune.backends.triton:TritonBackend"}
+
+
+def backend_for(target: Target) -> str:
+    """The name of the backend that compiles for a target."""
+    return "tvm" if target.on_cpu else "triton"
 
 
 def get_backend(name: str) -> Backend:
@@ -14,8 +22,8 @@ def get_backend(name: str) -> Backend:
     Raises:
         UsageError: for an unknown name.
     """
-    module, colon, attribute = ("mctune.backends.tvm:TvmBackend" if name == "tvm" else name).partition(":")
+    module, colon, attribute = _BACKENDS.get(name, name).partition(":")
     if not colon:
-        raise UsageError(f"unknown backend {name!r}; there is tvm, or give module:attribute")
+        raise UsageError(f"unknown backend {name!r}; there are {', '.join(_BACKENDS)}, or give module:attribute")
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend

@@ -18,6 +18,8 @@ class Built:
 
     library: Path
     source: Path
+    parts: tuple[tuple[str, str], ...] = ()
+    """(operation, file beside ``library``) of every module of a kernel that has several; ``library`` is one of them."""
 
 
 Kernel = Any

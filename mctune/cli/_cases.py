@@ -8,7 +8,7 @@ from typing import Any
 
 from mctune.core.errors import UsageError
 from mctune.core.target import Target
-from mctune.core.workload import Case, load_workload
+from mctune.core.workload import Case, load_workload, on_gpu
 
 _SEGMENT_LENGTHS = (64, 128, 256, 512)
 _TRIALS = 100
@@ -19,16 +19,26 @@ def default_out(target: Target) -> Path:
     return Path("build") / f"mctune_{target.name.replace('-', '_')}"
 
 
+def measured(target: Target, insist: bool) -> bool:
+    """Whether candidates are timed: the target is here, or the user insists, which the search then refuses."""
+    if target.on_cpu or insist:
+        return True
+    from mctune.search.presence import present
+
+    return present(target)
+
+
 def cases_of(
-    workload: str | None, problem: str | None, segment_lengths: str | None
+    target: Target, workload: str | None, problem: str | None, segment_lengths: str | None
 ) -> tuple[tuple[Case, ...], int, float | None]:
     """The cases, and the trials and time limit that go with them."""
     lengths = _lengths(segment_lengths) if segment_lengths else None
     if problem is not None:
         if workload is not None:
             raise UsageError("--workload and --problem exclude each other; give one")
-        return (Case.of(parse_problem(problem), lengths or _SEGMENT_LENGTHS),), _TRIALS, None
-    loaded = load_workload(workload or "quick")
+        fields = parse_problem(problem) if target.on_cpu else on_gpu(parse_problem(problem))
+        return (Case.of(fields, lengths or _SEGMENT_LENGTHS),), _TRIALS, None
+    loaded = load_workload(workload or "quick", gpu=not target.on_cpu)
     cases = loaded.cases
     if lengths:
         cases = tuple(Case.of(_without_length(case), lengths) for case in cases)

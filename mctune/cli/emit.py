@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mctune.cli._cases import cases_of, default_out
+from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report
 from mctune.cli._output import json_option, print_json, say
 from mctune.cli.search import report_text
@@ -40,10 +40,10 @@ def command(
     target, note = resolve(target_name)
     if note:
         say(note)
-    cases, trials, _ = cases_of(workload, problem, segment_lengths)
+    cases, trials, _ = cases_of(target, workload, problem, segment_lengths)
     request = SearchRequest(
         target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
-        max_slowdown=max_slowdown,
+        max_slowdown=max_slowdown, measure=measured(target, False),
     )  # fmt: skip
     report = stored(request)
     package = emit_report(request, report)

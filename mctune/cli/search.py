@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mctune.cli._cases import cases_of, default_out
+from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
@@ -35,21 +35,23 @@ from mctune.search.events import SAMPLERS, SearchReport, SearchRequest, StudyRep
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--trial-timeout", type=float, default=60.0, show_default=True, metavar="SECONDS",
               help="Kill a candidate after this time.")  # fmt: skip
+@click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, trials: int | None,
     timeout: float | None, sampler: str, seed: int, storage: str | None, out: Path | None, max_slowdown: float,
-    trial_timeout: float, as_json: bool,
+    trial_timeout: float, measure: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
-    Each candidate is built, verified against the oracle, then timed, in a process that can be killed. The same command
-    again goes on where an interrupted one stopped.
+    Each candidate is built, verified against the oracle, then timed, in a process that can be killed. For a GPU that is
+    not on this machine each is compiled, and its time predicted by a cost model; the fastest are verified. The same
+    command again goes on where an interrupted one stopped.
     """
     target, note = resolve(target_name)
     if note:
         say(note)
-    cases, default_trials, default_timeout = cases_of(workload, problem, segment_lengths)
+    cases, default_trials, default_timeout = cases_of(target, workload, problem, segment_lengths)
     request = SearchRequest(
         target=target,
         cases=cases,
@@ -61,6 +63,7 @@ def command(
         storage=storage,
         max_slowdown=max_slowdown,
         trial_timeout_s=trial_timeout,
+        measure=measured(target, measure),
     )
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -64,10 +64,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Not measured: what a cost model says, in milliseconds."""
+    """Not measured: what a cost model says, in milliseconds; ``error`` against the oracle, if it was verified."""
 
     ms: float
     model: str
+    error: float | None = None
 
 
 Outcome = FailedBuild | TooLarge | Crashed | TimedOut | Wrong | Timed | Predicted

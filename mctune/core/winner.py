@@ -25,6 +25,7 @@ class Winner:
         cpu_flags: what ``library`` needs of a CPU, as /proc/cpuinfo names it.
         recommended: whether the search recommends this segment length.
         verified: how it was held to the oracle (cases, error, tolerance).
+        parts: (operation, file) of every module of a kernel that has several, all in one folder; ``library`` is one.
     """
 
     problem: Problem
@@ -37,6 +38,7 @@ class Winner:
     cpu_flags: tuple[str, ...]
     recommended: bool
     verified: dict[str, Any]
+    parts: tuple[tuple[str, Path], ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The entry of the tuned table."""
@@ -45,6 +47,7 @@ class Winner:
             "config": self.config.to_dict(),
             "kernel": f"kernels/{self.library.name}",
             "source": f"kernels/{self.source.name}",
+            "parts": {operation: path.name for operation, path in self.parts},
             "portable": f"kernels/{self.portable.name}" if self.portable else None,
             "cpu_flags": list(self.cpu_flags),
             "backend": self.backend,

@@ -14,7 +14,7 @@ from mctune.core.paths import search_spaces_dir
 from mctune.core.problem import Problem
 from mctune.core.toml import read_toml
 
-_KEYS = ("description", "trials", "timeout_s", "segment_lengths", "problems")
+_KEYS = ("description", "trials", "timeout_s", "segment_lengths", "gpu", "problems")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def workload_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (search_spaces_dir() / "workloads").glob("*.toml")))
 
 
-def load_workload(name: str) -> Workload:
-    """The workload of that name.
+def load_workload(name: str, gpu: bool = False) -> Workload:
+    """The workload of that name, for a CPU or for a GPU.
 
     Raises:
         UsageError: unknown name, unknown key or a problem that cannot be.
@@ -72,11 +72,14 @@ def load_workload(name: str) -> Workload:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         raise UsageError(f"unknown workload {name!r}; {hint}")
-    return read_workload(search_spaces_dir() / "workloads" / f"{name}.toml")
+    return read_workload(search_spaces_dir() / "workloads" / f"{name}.toml", gpu)
 
 
-def read_workload(path: Path) -> Workload:
-    """Read one file. A field whose value is a list stands for one problem per value."""
+def read_workload(path: Path, gpu: bool = False) -> Workload:
+    """Read one file. A field whose value is a list stands for one problem per value.
+
+    On a GPU, the fields of the table ``gpu`` replace those of every problem, and what states no dtype is in bfloat16.
+    """
     values = read_toml(path)
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
@@ -85,11 +88,18 @@ def read_workload(path: Path) -> Workload:
     if absent:
         raise UsageError(f"{path.name}: {absent[0]!r} is missing")
     lengths = tuple(values.get("segment_lengths", ()))
+    replaced = values.get("gpu", {})
     try:
-        cases = tuple(Case.of(fields, lengths) for entry in values["problems"] for fields in _expand(entry))
+        entries = [on_gpu(entry) | replaced if gpu else entry for entry in values["problems"]]
+        cases = tuple(Case.of(fields, lengths) for entry in entries for fields in _expand(entry))
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
     return Workload(path.stem, values["description"], values["trials"], values.get("timeout_s"), cases)
+
+
+def on_gpu(fields: dict[str, Any]) -> dict[str, Any]:
+    """A problem's fields, in the dtype that models are trained in on a GPU unless they state one."""
+    return {"dtype": "bfloat16"} | fields
 
 
 def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:

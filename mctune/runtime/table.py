@@ -150,10 +150,12 @@ def load_table(root: Path) -> Table:
         )
     entries = []
     for record in data["entries"]:
-        if record["kernel"] not in vouched:
-            raise PackageError(
-                f"{record['kernel']} is in {NAME} and not in the manifest of {root}; emit the package again with "
-                "`mctune emit`"
-            )
+        beside = Path(record["kernel"]).parent
+        files = [record["kernel"], *((beside / part).as_posix() for part in record.get("parts", {}).values())]
+        for file in files:
+            if file not in vouched:
+                raise PackageError(
+                    f"{file} is in {NAME} and not in the manifest of {root}; emit the package again with `mctune emit`"
+                )
         entries.append(Entry(record["problem"], record["backend"], root / record["kernel"], record))
     return Table(tuple(entries), str(data.get("target", {}).get("name")))

@@ -46,12 +46,12 @@ class _Bench:
         except MctuneError:
             raise
         except Exception as error:
-            return FailedBuild(_first_line(error))
+            return FailedBuild(first_line(error))
         stage("verify")
         try:
-            error_ = verify(partial(run_kernel, kernel), problem, self._seed(problem, config))
+            error_ = verify(partial(run_kernel, kernel), problem, seed_of(self.seed, problem, config))
         except Exception as error:
-            return Crashed(_first_line(error))
+            return Crashed(first_line(error))
         if isinstance(error_, Wrong):
             return error_
         stage("time")
@@ -66,17 +66,15 @@ class _Bench:
         stage("time")
         return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
 
-    def ship(self, problem: Problem, config: Config, portable_arch: str, stage: Stage) -> dict[str, Any]:
-        """The winner's library and source, and the same source for every CPU of ``portable_arch``, both verified."""
+    def ship(self, problem: Problem, config: Config, portable_arch: str | None, stage: Stage) -> dict[str, Any]:
+        """The winner's files, and the same source for every CPU of ``portable_arch`` if that is given, all verified."""
         built, error = self._checked(problem, config, self.target, stage)
-        portable, portable_error = self._checked(problem, config, replace(self.target, arch=portable_arch), stage)
-        return {
-            "library": str(built.library),
-            "source": str(built.source),
-            "portable": str(portable.library),
-            "errors": [error, portable_error],
-            "cases": [str(case) for case in odd_problems(problem)],
-        }
+        reply = shipment(problem, built, error, f"run on {self.target.name}")
+        if portable_arch is not None:
+            portable, error = self._checked(problem, config, replace(self.target, arch=portable_arch), stage)
+            reply["portable"] = str(portable.library)
+            reply["errors"].append(error)
+        return reply
 
     def _checked(self, problem: Problem, config: Config, target: Target, stage: Stage) -> tuple[Built, float]:
         """Build for ``target`` and verify.
@@ -88,7 +86,7 @@ class _Bench:
         built = self.backend.build(problem, config, target, self.folder)
         stage("verify")
         kernel = self.backend.load(problem, config, built)
-        error = verify(partial(run_kernel, kernel), problem, self._seed(problem, config) + 1)
+        error = verify(partial(run_kernel, kernel), problem, seed_of(self.seed, problem, config) + 1)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
@@ -99,18 +97,13 @@ class _Bench:
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
         return PASSES[problem.pass_].call(kernel, problem, make_inputs(problem, self.seed))
 
-    def _seed(self, problem: Problem, config: Config) -> int:
-        """Fresh inputs for every candidate, the same ones when it is evaluated again."""
-        text = f"{self.seed} {problem.key} {config.key}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
 
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads.
 
     A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
     ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``, or
-    ``{"ship": {"problem", "config"}, "portable_arch"}``, answered by what ``_Bench.ship`` returns.
+    ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
@@ -118,18 +111,38 @@ def start(setup: dict[str, Any]) -> Handler:
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
         if "ship" in payload:
-            return bench.ship(*_candidate(payload["ship"]), payload["portable_arch"], stage)
+            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], stage)
         if "compare" in payload:
-            return {"samples": bench.compare([_candidate(values) for values in payload["compare"]], stage)}
-        return {"outcome": to_json(bench.evaluate(*_candidate(payload["evaluate"]), stage))}
+            return {"samples": bench.compare([candidate(values) for values in payload["compare"]], stage)}
+        return {"outcome": to_json(bench.evaluate(*candidate(payload["evaluate"]), stage))}
 
     return handle
 
 
-def _candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
+def seed_of(seed: int, problem: Problem, config: Config) -> int:
+    """Fresh inputs for every candidate, the same ones when it is evaluated again."""
+    text = f"{seed} {problem.key} {config.key}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str, Any]:
+    """What a worker answers about a winner; ``by`` says where it was verified."""
+    return {
+        "library": str(built.library),
+        "source": str(built.source),
+        "parts": {name: str(built.library.parent / file) for name, file in built.parts},
+        "portable": None,
+        "errors": [error],
+        "by": by,
+        "cases": [str(case) for case in odd_problems(problem)],
+    }
+
+
+def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
     return Problem.from_dict(values["problem"]), Config.of(values["config"])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception's type and its last line, for an outcome."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}".rstrip(": ")

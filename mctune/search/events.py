@@ -31,6 +31,7 @@ class SearchRequest:
         storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
         max_slowdown: the shortest segment within this factor of the fastest one's time is recommended.
         trial_timeout_s: seconds after which a candidate is killed.
+        measure: whether candidates are timed on the target, which must be here, or compiled for it and predicted.
     """
 
     target: Target
@@ -43,6 +44,7 @@ class SearchRequest:
     storage: str | None = None
     max_slowdown: float = 1.10
     trial_timeout_s: float = 60.0
+    measure: bool = True
 
     def __post_init__(self) -> None:
         if not self.cases:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mctune.backends.protocol import Backend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Crashed, Outcome, Timed, TimedOut, from_json, kind
+from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, describe, from_json, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Int, SearchSpace
 from mctune.core.workload import Case
@@ -22,11 +22,21 @@ from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.search.sampler import START
 from mctune.search.study import Trial, load_study, run_study
 from mctune.search.timing import summary
-from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
+from mctune.search.worker import WorkerDied, WorkerTimedOut
+from mctune.search.workers import Workers
 
 _LEAST_START = 8
 _FINALISTS = 3  # of each segment length
 _FINALISTS_LIMIT_S = 300.0
+_VERIFIED = 5  # predicted candidates of each segment length that may be wrong before it goes without
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The candidate that stands for a segment length, and those that are as fast as far as noise lets one see."""
+
+    trial: Trial
+    ties: tuple[Config, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,11 @@ class OneStudy:
     case: Case
     storage: str
 
-    def run(self, worker: Worker, listener: Listener, timeout_s: float | None) -> tuple[StudyReport, bool]:
-        """Search, then time the finalists against each other; and whether Ctrl-C ended it (no finalists then)."""
+    def run(self, workers: Workers, listener: Listener, timeout_s: float | None) -> tuple[StudyReport, bool]:
+        """Search, then decide between the best; and whether Ctrl-C ended it (nothing is decided then).
+
+        Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
+        """
         space, total = self.space(), self.request.trials
         best: list[float] = []
 
@@ -52,7 +65,7 @@ class OneStudy:
         result = run_study(
             space,
             self.valid,
-            lambda config: self._evaluate(worker, config),
+            lambda config: self._evaluate(workers, config),
             trials=total,
             timeout=timeout_s,
             sampler=self.request.sampler,
@@ -63,17 +76,19 @@ class OneStudy:
             on_trial=on_trial,
             balance=SEGMENT_LENGTH if self.case.segment_lengths else None,
             start=min(START, max(_LEAST_START, total // 5)),
+            at_once=workers.count,
         )
         if result.stopped == "timeout":
             listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")
         if result.stopped == "exhausted":
             listener.note(f"every valid configuration was tried: {len(result.trials)}")
         if result.interrupted:
-            return self.report(result.trials, {}), True
+            return self.report(result.trials), True
+        decide_ = self._time_again if self.request.measure else self._verify_fastest
         try:
-            return self.report(result.trials, self._time_again(worker, listener, result.trials)), False
+            return self.report(result.trials, decide_(workers, listener, result.trials)), False
         except KeyboardInterrupt:
-            return self.report(result.trials, {}), True
+            return self.report(result.trials), True
 
     def stored(self) -> StudyReport:
         """The report of what the storage holds, without timing anything.
@@ -81,7 +96,7 @@ class OneStudy:
         Raises:
             UsageError: if the study was never begun.
         """
-        return self.report(load_study(self.storage, self.name)[1], {})
+        return self.report(load_study(self.storage, self.name)[1])
 
     def space(self) -> SearchSpace:
         """The templates' parameters and the segment length, the default made valid for the problem."""
@@ -118,6 +133,7 @@ class OneStudy:
             "segment_lengths": list(self.case.segment_lengths),
             "target": [target.name, target.title, target.arch, target.cores],
             "backend": self.backend.identity(),
+            "how": "measured" if self.request.measure else "predicted",
         }
 
     def _trials(self) -> Sequence[Trial]:
@@ -126,52 +142,67 @@ class OneStudy:
         except UsageError:
             return ()
 
-    def _evaluate(self, worker: Worker, config: Config) -> Outcome:
-        candidate = {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
-        reply = worker.call({"evaluate": candidate}, self.request.trial_timeout_s)
-        match reply:
-            case WorkerDied(message, stage):
-                return Crashed(f"{message} ({stage})")
-            case WorkerTimedOut(seconds, stage):
-                return TimedOut(seconds, stage)
-            case _:
-                return from_json(reply["outcome"])
+    def _evaluate(self, workers: Workers, config: Config) -> Outcome:
+        reply = workers.call({"evaluate": self._candidate(config)}, self.request.trial_timeout_s)
+        return _outcome(reply)
 
-    def _time_again(self, worker: Worker, listener: Listener, trials: Sequence[Trial]) -> dict[Config, list[float]]:
-        """Milliseconds of the best candidates of every segment length, in rounds of rotated order in one process."""
-        finalists = [config for group in self._groups(trials) for config in shortlist(group, most=_FINALISTS)]
+    def _candidate(self, config: Config) -> dict[str, Any]:
+        return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
+
+    def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
+        """The fastest candidate of every segment length that is right; where none is, there is no leader."""
+        leaders = {}
+        for length, group in self._groups(trials).items():
+            fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
+            for trial in fastest:
+                outcome = _outcome(workers.verify(self._candidate(trial.config), _FINALISTS_LIMIT_S))
+                if isinstance(outcome, Predicted):
+                    assert isinstance(trial.outcome, Predicted)
+                    leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
+                    break
+                listener.note(f"{describe(outcome)}  [{trial.config}]")
+        return leaders
+
+    def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
+        """The best of every segment length, after rounds of rotated order in one process."""
+        groups = {length: shortlist(group, most=_FINALISTS) for length, group in self._groups(trials).items()}
+        finalists = [config for group in groups.values() for config in group]
         if not finalists:
             return {}
         listener.note(f"timing {len(finalists)} finalists against each other")
-        payload = [{"problem": self.problem(config).to_dict(), "config": config.to_dict()} for config in finalists]
-        reply = worker.call({"compare": payload}, _FINALISTS_LIMIT_S)
+        reply = workers.call({"compare": [self._candidate(config) for config in finalists]}, _FINALISTS_LIMIT_S)
         if not isinstance(reply, dict):
             what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
             listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")
             return {}
-        return dict(zip(finalists, reply["samples"], strict=True))
+        samples = dict(zip(finalists, reply["samples"], strict=True))
+        by_config = {trial.config: trial for trial in trials}
+        leaders = {}
+        for length, group in groups.items():
+            decision = decide(group, lambda configs: [samples[config] for config in configs])
+            chosen = decision.winner.config
+            ties = tuple(f.config for f in decision.finalists if f.tied and f.config != chosen)
+            leaders[length] = Leader(_retimed(by_config[chosen], samples[chosen]), ties)
+        return leaders
 
-    def _groups(self, trials: Sequence[Trial]) -> list[list[Trial]]:
+    def _groups(self, trials: Sequence[Trial]) -> dict[int, list[Trial]]:
         """Trials that have a time, by segment length, shortest first."""
         groups: dict[int, list[Trial]] = {}
         for trial in trials:
             if trial.ms is not None:
                 groups.setdefault(self.problem(trial.config).segment_length or 0, []).append(trial)
-        return [groups[length] for length in sorted(groups)]
+        return dict(sorted(groups.items()))
 
-    def report(self, trials: Sequence[Trial], samples: dict[Config, list[float]]) -> StudyReport:
-        """The frontier and the recommendation; where finalists were timed again (``samples``), that decides."""
-        kept: list[Trial] = []
-        ties: dict[Config, tuple[Config, ...]] = {}
-        for group in self._groups(trials):
-            finalists = [config for config in shortlist(group, most=_FINALISTS) if config in samples]
-            if not finalists:
-                kept += group
-                continue
-            decision = decide(finalists, lambda configs: [samples[config] for config in configs])
-            chosen = decision.winner.config
-            ties[chosen] = tuple(f.config for f in decision.finalists if f.tied and f.config != chosen)
-            kept += [_retimed(trial, samples[chosen]) for trial in group if trial.config == chosen]
+    def report(self, trials: Sequence[Trial], leaders: Mapping[int, Leader] | None = None) -> StudyReport:
+        """The frontier and the recommendation; with ``leaders``, they alone stand for their segment lengths."""
+        groups = self._groups(trials)
+        kept = [trial for group in groups.values() for trial in group]
+        if leaders:
+            alone = [leaders[length].trial for length in groups if length in leaders]
+            # A time that was taken again replaces the others; a predicted candidate must have been found right.
+            others = [trial for length in groups if length not in leaders for trial in groups[length]]
+            kept = alone + (others if self.request.measure else [])
+        ties = {leader.trial.config: leader.ties for leader in (leaders or {}).values()}
         counted = Counter(kind(trial.outcome) for trial in trials)
         outcomes = tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
         points = frontier(kept, self.case.problem)
@@ -179,6 +210,17 @@ class OneStudy:
             return StudyReport(self.case, outcomes, (), None)
         best = recommend(points, self.request.max_slowdown)
         return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()))
+
+
+def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
+    """What a worker's answer says of the candidate."""
+    match reply:
+        case WorkerDied(message, stage):
+            return Crashed(f"{message} ({stage})")
+        case WorkerTimedOut(seconds, stage):
+            return TimedOut(seconds, stage)
+        case _:
+            return from_json(reply["outcome"])
 
 
 def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:

@@ -6,17 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mctune.backends import get_backend
+from mctune.backends import backend_for, get_backend
 from mctune.backends.protocol import Backend
 from mctune.core.errors import DeviceError, MctuneError
-from mctune.core.host import needed_flags, usable_cores
+from mctune.core.host import needed_flags
 from mctune.core.winner import Winner
 from mctune.search.events import Listener, SearchReport, SearchRequest, StudyReport
 from mctune.search.one import OneStudy
+from mctune.search.presence import present
 from mctune.search.verify import tolerance
-from mctune.search.worker import Worker, WorkerDied
+from mctune.search.worker import WorkerDied
+from mctune.search.workers import Workers
 
-BACKEND = "tvm"
 PORTABLE_ARCH = "x86-64-v3"
 """What a shipped kernel is built for besides the CPU that it was tuned on."""
 _SHIP_LIMIT_S = 300.0
@@ -33,11 +34,11 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     prepared = _studies(request)
     reports: list[StudyReport] = []
     interrupted = False
-    with _worker(request) as worker:
+    with Workers(request) as workers:
         for number, study in enumerate(prepared):
             left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - started)
             share = None if left is None else max(1.0, left) / (len(prepared) - number)
-            report, interrupted = study.run(worker, listener, share)
+            report, interrupted = study.run(workers, listener, share)
             reports.append(report)
             listener.study_done(report)
             if interrupted:
@@ -55,17 +56,18 @@ def stored(request: SearchRequest) -> SearchReport:
 
 
 def ship(request: SearchRequest, report: SearchReport) -> list[Winner]:
-    """Every point of every frontier, built for this CPU and for any x86-64-v3, both verified once more.
+    """Every point of every frontier, built and verified once more; for a CPU also for any x86-64-v3.
 
     Raises:
         MctuneError: if a build or its verification fails.
     """
+    backend = backend_for(request.target)
     winners = []
-    with _worker(request) as worker:
+    with Workers(request) as workers:
         for study in report.studies:
             for point in study.frontier:
                 candidate = {"problem": point.problem.to_dict(), "config": point.config.to_dict()}
-                reply = worker.call({"ship": candidate, "portable_arch": PORTABLE_ARCH}, _SHIP_LIMIT_S)
+                reply = workers.ship(candidate, PORTABLE_ARCH if request.target.on_cpu else None, _SHIP_LIMIT_S)
                 if not isinstance(reply, dict):
                     what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
                     raise MctuneError(f"cannot ship {point.problem} [{point.config}]: {what}")
@@ -75,38 +77,40 @@ def ship(request: SearchRequest, report: SearchReport) -> list[Winner]:
                         config=point.config,
                         outcome=point.outcome,
                         recommended=point == study.recommended,
-                        backend=BACKEND,
+                        backend=backend,
                         library=Path(reply["library"]),
                         source=Path(reply["source"]),
-                        portable=Path(reply["portable"]),
-                        cpu_flags=needed_flags(request.target.arch),
+                        portable=Path(reply["portable"]) if reply["portable"] else None,
+                        cpu_flags=needed_flags(request.target.arch) if request.target.on_cpu else (),
                         verified=_verified(reply, tolerance(point.problem)),
+                        parts=tuple((name, Path(path)) for name, path in reply["parts"].items()),
                     )
                 )
     return winners
 
 
 def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    error, portable_error = reply["errors"]
+    error, *portable_error = reply["errors"]
     return {
         "against": "mctune.reference: token by token, float64",
         "inputs": "random, drawn for this check; memory that a kernel does not write holds NaN",
         "measure": "RMS(difference) / RMS(reference)",
+        "by": reply["by"],
         "tolerance": tolerance,
         "error": error,
-        "portable_error": portable_error,
+        "portable_error": portable_error[0] if portable_error else None,
         "cases": reply["cases"],
     }
 
 
 def _studies(request: SearchRequest) -> list[OneStudy]:
     """The studies of a request, every problem checked before the first one starts."""
-    if not request.target.on_cpu:
+    if request.measure and not present(request.target):
         raise DeviceError(
-            f"{request.target.name} is a GPU, and the templates here are for CPUs: use --gpu cpu (`mctune targets` "
-            "lists what is known of each machine)"
+            f"{request.target.name} ({request.target.title}) is not on this machine, so nothing can be measured on it; "
+            "without --measure its kernels are compiled and their times predicted"
         )
-    backend: Backend = get_backend(BACKEND)
+    backend: Backend = get_backend(backend_for(request.target))
     for case in request.cases:
         backend.check(case.problem)
     backend.ready()
@@ -114,14 +118,3 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
     folder.mkdir(parents=True, exist_ok=True)
     storage = request.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
     return [OneStudy(request, backend, case, storage) for case in request.cases]
-
-
-def _worker(request: SearchRequest) -> Worker:
-    setup = {
-        "backend": BACKEND,
-        "target": request.target.name,
-        "folder": str((request.out / "search" / "kernels").resolve()),
-        "seed": request.seed,
-        "threads": usable_cores(),
-    }
-    return Worker("mctune.search.evaluate:start", setup)

@@ -85,10 +85,11 @@ def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tm
         "--max-slowdown", "1.5", "--trial-timeout", "2.5",
     )  # fmt: skip
     assert ran.code == 0 and "h100 means h100-sxm" in ran.err
-    problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32)
+    problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
     assert planted.request == SearchRequest(
         target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=tmp_path, trials=7, timeout_s=9.0,
         sampler="random", seed=3, storage="sqlite:///x.db", max_slowdown=1.5, trial_timeout_s=2.5,
+        measure=False,
     )  # fmt: skip
 
 

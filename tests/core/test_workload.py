@@ -71,3 +71,18 @@ def test_a_list_of_values_is_one_problem_each(tmp_path: Path) -> None:
     (tmp_path / "w.toml").write_text(text)
     cases = read_workload(tmp_path / "w.toml").cases
     assert [(c.problem.T, c.problem.H) for c in cases] == [(1, 3), (1, 4), (2, 3), (2, 4)]
+
+
+def test_a_gpu_is_given_its_own_sizes_and_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text(
+        'description = ""\ntrials = 1\nsegment_lengths = [64]\n[gpu]\nH = 16\n'
+        "[[problems]]\nT = 128\nH = [1, 2]\nDk = 16\nDv = 16\n"
+        '[[problems]]\nT = 128\nH = 1\nDk = 16\nDv = 16\ndtype = "float32"\n'
+    )
+    assert [(case.problem.H, case.problem.dtype) for case in read_workload(path).cases] == [
+        (1, "float32"), (2, "float32"), (1, "float32")
+    ]  # fmt: skip
+    assert [(case.problem.H, case.problem.dtype) for case in read_workload(path, gpu=True).cases] == [
+        (16, "bfloat16"), (16, "float32")
+    ]  # fmt: skip

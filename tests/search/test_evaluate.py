@@ -153,7 +153,7 @@ def test_what_ships_is_verified_again(worker: Worker) -> None:
 def test_a_backend_is_named_by_module_and_attribute(folder: Path) -> None:
     assert get_backend("faulty_backend:FaultyBackend").name == "faulty"
     assert get_backend("tvm").name == "tvm"
-    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; there is tvm, or give module:attribute"):
+    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; there are tvm, triton, or give"):
         get_backend("cuda")
 
 
