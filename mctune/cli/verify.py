@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -20,7 +21,12 @@ def command(package: Path | None, seed: int, as_json: bool) -> int:
     A grid of problems with odd sizes and fresh random inputs; memory that a kernel forgets to write holds NaN. Exit
     code 1 if any result is wrong.
     """
-    from mctune.search.package import check_defaults, check_package
+    from mctune.search.package import check_defaults, check_package, needs_interpreter
+
+    if package is not None and needs_interpreter(package):
+        # Triton reads it when it is imported, with the first kernel.
+        os.environ["TRITON_INTERPRET"] = "1"
+        say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
 
     checks = []
     for check in check_package(package, seed) if package else check_defaults(seed):

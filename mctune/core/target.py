@@ -77,6 +77,7 @@ class Target:
         """Whether this is a CPU."""
         return self.kind == "cpu"
 
+
 def resolve(name: str) -> tuple[Target, str]:
     """The target called ``name`` (any case), and a note to say aloud when the name was an alias, else ``""``.
 

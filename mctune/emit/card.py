@@ -8,23 +8,40 @@ from mctune.core.outcome import describe as describe_outcome
 from mctune.core.outcome import from_dict
 from mctune.core.problem import Problem
 
+_PREDICTED = (
+    "**Its choices are predicted, not measured**: the kernels were compiled for this GPU where there was none, and "
+    "ranked by a cost model. On one, `mctune search` with the same options measures them."
+)
+_ON_A_CPU = (
+    "Each time is of the library compiled for the CPU that it was tuned on. Another CPU runs the build of the same "
+    "source for x86-64-v3, which was verified and not timed; one without AVX2 runs the eager path."
+)
+_ON_A_GPU = (
+    "The kernels are Python, compiled by Triton when they first run and kept in its cache; `mctune warm` compiles them "
+    "beforehand. They were verified in Triton's interpreter, those of bfloat16 in float16."
+)
+
 
 def card(name: str, table: dict[str, Any]) -> str:
     """Markdown for the package ``name`` with the tuned ``table`` (the document of tuned.json)."""
     target, versions = table["target"], table["versions"]
+    on_cpu = target["kind"] == "cpu"
+    arrays = "float32 on the CPU" if on_cpu else "bfloat16 on the GPU"
+    predicted = any(entry["outcome"]["kind"] == "predicted" for entry in table["entries"])
     lines = [
         f"# {name}: Memory Caching tuned for {target['title'] or target['name']}",
         "",
         "Kernels for [Memory Caching](https://arxiv.org/abs/2602.24281), emitted by mctune.",
         "",
+        *((_PREDICTED, "") if predicted else ()),
         "```python",
         f"from {name} import memory_caching, MemoryCaching",
         "",
-        "y = memory_caching(q, k, v, u, aggregation='grm', segment_length=256)  # [B, T, H, D] float32 on the CPU",
+        f"y = memory_caching(q, k, v, u, aggregation='grm', segment_length=256)  # [B, T, H, D] {arrays}",
         "```",
         "",
-        f"It needs torch and `apache-tvm-ffi=={versions.get('apache-tvm-ffi', '0.1.14.post1')}`: no mctune, no TVM, no "
-        "Optuna. A call that no kernel here fits runs on the eager path and says so once.",
+        f"It needs torch and {_needs(on_cpu, versions)}. A call that no kernel here fits runs on the eager path and "
+        "says so once.",
         "",
         f"Target: {target['name']} ({target['arch']}, {target['cores']} cores). Made with "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
@@ -43,10 +60,16 @@ def card(name: str, table: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Each time is of the library compiled for the CPU that it was tuned on. Another CPU runs the build of the same "
-        "source for x86-64-v3, which was verified and not timed; one without AVX2 runs the eager path.",
+        _ON_A_CPU if on_cpu else _ON_A_GPU,
         "`manifest.json` holds the SHA-256 of every file: a file that was changed is refused when the package is "
         "imported.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _needs(on_cpu: bool, versions: dict[str, str]) -> str:
+    if on_cpu:
+        ffi = versions.get("apache-tvm-ffi", "0.1.14.post1")
+        return f"`apache-tvm-ffi=={ffi}`: no mctune, no TVM, no Optuna"
+    return "Triton 3.6 to 3.9, the one that torch brings: no mctune, no Optuna"

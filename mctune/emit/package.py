@@ -42,7 +42,7 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
         UsageError: without winners, or if ``out`` holds files that are not a package's.
     """
     if not winners:
-        raise UsageError("nothing to emit: the studies have no candidate that was verified and timed")
+        raise UsageError("nothing to emit: the studies have no candidate that was verified and has a time")
     if not out.name.isidentifier() or keyword.iskeyword(out.name):
         raise UsageError(f"{out.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
     made_with = environment(target)
@@ -58,10 +58,11 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
     kernels = out / "kernels"
     kernels.mkdir()
     for winner in winners:
-        for path in (winner.library, winner.source, winner.portable):
+        for path in (winner.library, winner.source, winner.portable, *(part for _, part in winner.parts)):
             if path is not None:
                 shutil.copyfile(path, kernels / path.name)
-    build_threads_library(kernels / "threads.so")
+    if target.on_cpu:
+        build_threads_library(kernels / "threads.so")
     (out / "__init__.py").write_text(_INIT.format(target=target.name), encoding="utf-8")
     (out / "README.md").write_text(card(out.name, table), encoding="utf-8")
     _write_manifest(out)

@@ -217,7 +217,7 @@ class MemoryCache:
 
         for layer in self._layers.values():
             rows = layer.memory.rows
-            layer.memory = layer.memory.map(move, move)
+            layer.memory = layer.memory.to(device)
             if layer.history is not None:
                 layer.history = layer.history.map(move, rows)
         for kept in self._convolutions.values():

@@ -211,6 +211,14 @@ class LayerMemory:
 
         return replace(self, **{f.name: each(f.name, getattr(self, f.name)) for f in fields(self)})
 
+    def to(self, device: torch.device | str) -> LayerMemory:
+        """The same on a device. Counts stay on the CPU."""
+
+        def move(x: Tensor) -> Tensor:
+            return x if x.dtype in (torch.int32, torch.int64) else x.to(device)
+
+        return self.map(move, move)
+
     def stores(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name; of several, numbered."""
         for f in fields(self):

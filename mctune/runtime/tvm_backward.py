@@ -47,7 +47,7 @@ class TvmBackward:
         KernelError: if the library cannot be run on this machine.
     """
 
-    dtype = torch.float32
+    device, dtype = "cpu", torch.float32
     """Of the tensors that it reads."""
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:

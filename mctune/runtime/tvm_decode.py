@@ -26,7 +26,7 @@ class TvmDecode:
         KernelError: if the library cannot be run on this machine.
     """
 
-    dtype = torch.float32
+    device, dtype = "cpu", torch.float32
     """Of the tensors that it reads."""
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:

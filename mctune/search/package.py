@@ -13,10 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime import functional
-from mctune.search.inputs import odd_problems
+from mctune.search.inputs import judged, odd_problems
 from mctune.search.passes import PASSES, gradients
 from mctune.search.verify import Run, tolerance, verify_case
 
@@ -86,6 +88,11 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def needs_interpreter(path: Path) -> bool:
+    """Whether a package has kernels for a GPU, and there is none."""
+    return any(entry["backend"] == "triton" for entry in read_entries(path)) and not torch.cuda.is_available()
+
+
 def check_package(path: Path, seed: int) -> Iterator[Check]:
     """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on a long row.
 
@@ -93,7 +100,7 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
     """
     module = load_package(path)
     entries = module.runtime.dispatch.TABLE.entries
-    problems = [Problem.from_dict(dict(entry.problem)) for entry in entries]
+    problems = [judged(Problem.from_dict(dict(entry.problem))) for entry in entries]
     forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
     for entry, problem in zip(entries, problems, strict=True):
         launch = partial(PASSES[problem.pass_].run, module.runtime.dispatch.launcher(entry))

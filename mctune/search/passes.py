@@ -69,6 +69,7 @@ def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
 
 
 def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    inputs = inputs.to(kernel.device)
     options = {**_options(problem, inputs), "segments": segments_of(problem, inputs)}
     return lambda: kernel(inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
@@ -101,12 +102,15 @@ def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable
         return _backward(kernel, problem, inputs, None, None)
     heads = problem.B * problem.H * segments_of(problem, inputs).count
     Dk, Dv = padded(problem.Dk), padded(problem.Dv)
-    return _backward(kernel, problem, inputs, torch.randn(heads, Dk, Dv), torch.randn(heads, Dk))
+    states, means = (torch.randn(*shape, device=kernel.device) for shape in ((heads, Dk, Dv), (heads, Dk)))
+    return _backward(kernel, problem, inputs, states, means)
 
 
 def _backward(
     kernel: Kernel, problem: Problem, inputs: Inputs, states: Tensor | None, means: Tensor | None
 ) -> Callable[[], Any]:
+    inputs = inputs.to(kernel.device)
+    states, means = (None if x is None else x.to(kernel.device) for x in (states, means))
     options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "states": states, "means": means}
     return lambda: kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
@@ -142,7 +146,7 @@ def _decode_expected(problem: Problem, inputs: Inputs) -> Results:
 def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
     T, C = problem.T, problem.segment_length or 1
     first = T - min(T, BLOCK)
-    memory = memory_of(problem, inputs, first)
+    memory, inputs = memory_of(problem, inputs, first).to(kernel.device), inputs.to(kernel.device)
     parts = []
     for begin, end in ((first, first + 1), (first + 1, T)):
         if begin < end:
@@ -154,7 +158,8 @@ def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
 def _decode_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
     """The last token alone; the values of the memory do not matter."""
     T, C = problem.T, problem.segment_length or 1
-    memory = _empty(problem, problem.B, -(-T // C))
+    memory = _empty(problem, problem.B, -(-T // C)).to(kernel.device)
+    inputs = inputs.to(kernel.device)
     for tensor in (memory.states[0], memory.descriptors, memory.online[0], memory.key_sum):
         tensor.normal_()
     memory.advance(T - 1, C)

@@ -1,0 +1,93 @@
+"""Inside a worker process: candidates for a machine that is not here, compiled for it and predicted; or verified.
+
+Triton chooses its interpreter when it is imported: one process compiles (``evaluate``), another verifies (``verify``,
+``ship``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mctune.backends import get_backend
+from mctune.backends.protocol import Backend
+from mctune.core.config import Config
+from mctune.core.errors import MctuneError
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.search.evaluate import candidate, first_line, seed_of, shipment
+from mctune.search.inputs import judged
+from mctune.search.predict import predict
+from mctune.search.verify import run_kernel, verify
+from mctune.search.worker import Handler, Stage
+
+_BY = "Triton's interpreter on a CPU, bfloat16 kernels in float16"
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    backend: Backend
+    target: Target
+    folder: Path
+    seed: int
+
+    def evaluate(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
+        """What the compiler and the cost model say of one candidate."""
+        stage("build")
+        try:
+            built = self.backend.build(problem, config, self.target, self.folder)
+            launches = self.backend.compile(problem, config, built, self.target)
+        except MctuneError:
+            raise
+        except Exception as error:
+            return FailedBuild(first_line(error))
+        if not isinstance(launches, tuple):
+            return launches
+        stage("predict")
+        return predict(launches, problem, config, self.target)
+
+    def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
+        """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
+        stage("verify")
+        try:
+            built = self.backend.build(problem, config, self.target, self.folder)
+            kernel = self.backend.load(problem, config, built)
+            error = verify(partial(run_kernel, kernel), judged(problem), seed_of(seed, problem, config))
+        except Exception as error_:
+            return Crashed(first_line(error_))
+        return error if isinstance(error, Wrong) else Predicted(0.0, "", error)
+
+    def ship(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The winner's files, verified once more, on other inputs.
+
+        Raises:
+            MctuneError: if the result is wrong.
+        """
+        outcome = self.verify(problem, config, stage, self.seed + 1)
+        if not isinstance(outcome, Predicted) or outcome.error is None:
+            raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return shipment(judged(problem), built, outcome.error, _BY)
+
+
+def start(setup: dict[str, Any]) -> Handler:
+    """The worker's handler. ``setup``: backend, target, folder, seed.
+
+    A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``, or
+    ``{"ship": ...}``, answered by what :func:`mctune.search.evaluate.shipment` returns.
+    """
+    target, _ = resolve(setup["target"])
+    predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
+
+    def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "ship" in payload:
+            return predictor.ship(*candidate(payload["ship"]), stage)
+        if "verify" in payload:
+            outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
+            return {"outcome": to_json(outcome)}
+        return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}
+
+    return handle
