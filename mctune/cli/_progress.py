@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Remaining
 
 from mctune.core.config import Config
-from mctune.core.outcome import Outcome, cost, describe, kind
+from mctune.core.outcome import Outcome, Predicted, cost, describe, kind
 from mctune.core.workload import Case
 from mctune.search.events import StudyReport
 
@@ -39,6 +39,7 @@ class SearchProgress:
         self._label, self._total, self._done, self._first = "", 0, 0, 0
         self._began = time.monotonic()
         self._best: float | None = None
+        self._how = ""
         self._failed: Counter[str] = Counter()
 
     def __enter__(self) -> SearchProgress:
@@ -56,6 +57,7 @@ class SearchProgress:
         """See :class:`mctune.search.events.Listener`; so are the next three."""
         self._label, self._total, self._done, self._first = str(case), total, done, done
         self._began, self._best, self._failed = time.monotonic(), None, Counter()
+        self._how = ""
         self._print(f"searching {self._label}: {total} trials" + (f", {done} done before" if done else ""))
         if self._bar is not None:
             if self._task is not None:
@@ -71,6 +73,8 @@ class SearchProgress:
                 self._print(f"  trial {number} {describe(outcome)}  [{config}]")
             if self._failed[name] == _SHOWN_PER_KIND:
                 self._print(f"  further {name.replace('_', ' ')} trials are only counted")
+        else:
+            self._how = _how(outcome)
         improved = best_ms is not None and (self._best is None or best_ms < self._best)
         self._best = best_ms
         if self._bar is not None and self._task is not None:
@@ -86,14 +90,14 @@ class SearchProgress:
     def study_done(self, report: StudyReport) -> None:
         outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.outcomes)
         best = report.recommended
-        result = f"recommended {best.outcome.ms:.3f} ms" if best else "no valid configuration"
+        result = f"recommended {_how(best.outcome)}{best.outcome.ms:.3f} ms" if best else "no valid configuration"
         self._print(f"  done: {result}; {report.trials} trials: {outcomes or 'none'}")
 
     def _print(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)
 
     def _best_text(self) -> str:
-        return f"best {self._best:.3f} ms" if self._best is not None else ""
+        return f"best {self._how}{self._best:.3f} ms" if self._best is not None else ""
 
     def _failed_text(self) -> str:
         return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self._failed.items())
@@ -106,3 +110,8 @@ class SearchProgress:
         here = self._done - self._first
         seconds = (time.monotonic() - self._began) / here * max(0, self._total - self._done)
         return f"about {seconds:.0f} s left"
+
+
+def _how(outcome: Outcome) -> str:
+    """A time that was not measured is never shown without this word."""
+    return "predicted " if isinstance(outcome, Predicted) else ""

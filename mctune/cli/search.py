@@ -12,6 +12,7 @@ from mctune.cli._emit import emit_report
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
 from mctune.core.errors import NoValidConfigError
+from mctune.core.outcome import Predicted
 from mctune.core.target import resolve
 from mctune.search.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
 
@@ -77,6 +78,8 @@ def command(
     else:
         click.echo(report_text(report))
     package = emit_report(request, report)
+    if not request.measure:
+        say(f"{target.name} is not on this machine: every time above is predicted, none is measured")
     if package is not None:
         say(f"{package} is a package: `from {package.name} import memory_caching` with {package.parent} on PYTHONPATH")
     if report.interrupted:
@@ -109,8 +112,9 @@ def _study_text(study: StudyReport) -> str:
         )
     if not lines:
         return f"{study.case}\nno valid configuration"
+    how = "predicted ms" if isinstance(study.frontier[0].outcome, Predicted) else "ms"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
-    return f"{study.case}\n" + text_table(("segment", "states", "cache", "ms", "", "configuration"), lines) + ties
+    return f"{study.case}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties
 
 
 def _nothing_valid(report: SearchReport) -> str:
