@@ -55,16 +55,19 @@ class _Bench:
         if isinstance(error_, Wrong):
             return error_
         stage("time")
-        samples = time_rotated([self._call(kernel, problem)], rounds=_ROUNDS, limit_s=_TIMING_S)[0]
+        samples = time_rotated([self._call(kernel, problem)], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[
+            0
+        ]
         ms, low, high = summary(samples)
         return Timed(ms, low, high, len(samples), error_)
 
     def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
         stage("build")
-        calls = [self._call(self._load(problem, config), problem) for problem, config in candidates]
+        kernels = [self._load(problem, config) for problem, config in candidates]
+        calls = [self._call(kernel, problem) for kernel, (problem, _) in zip(kernels, candidates, strict=True)]
         stage("time")
-        return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
+        return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S, device=kernels[0].device)
 
     def ship(self, problem: Problem, config: Config, portable_arch: str | None, stage: Stage) -> dict[str, Any]:
         """The winner's files, and the same source for every CPU of ``portable_arch`` if that is given, all verified."""

@@ -1,4 +1,7 @@
-"""Wall-clock timing on a CPU: warm-up, a cold cache before each repeat, medians, several functions in rotated order."""
+"""Timing: warm-up, a cold cache before each repeat, medians, several functions in rotated order.
+
+Wall clock on a CPU, events of the stream on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,38 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_FLUSH_BYTES = 64 << 20
+_FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""More than the last-level cache of any target."""
 
 
-def _flush(scratch: torch.Tensor) -> None:
-    """Push everything else out of the caches."""
+def _once(function: Callable[[], object], scratch: torch.Tensor) -> float:
+    """Milliseconds of one run on cold caches."""
     scratch.add_(1)
+    if scratch.is_cuda:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        function()
+        after.record()
+        after.synchronize()
+        return float(before.elapsed_time(after))
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
 
 
 def time_rotated(
-    functions: Sequence[Callable[[], object]], *, rounds: int, warmup: int = 1, limit_s: float = 60.0
+    functions: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    limit_s: float = 60.0,
+    device: str = "cpu",
 ) -> list[list[float]]:
     """Milliseconds of each function in each round; every round starts one function later than the one before.
 
     Stops early, after whole rounds and at least three of them, when ``limit_s`` seconds are over.
     """
-    scratch = torch.zeros(_FLUSH_BYTES // 4)
+    scratch = torch.zeros(_FLUSH_BYTES[device] // 4, device=device)
     for function in functions:
         for _ in range(warmup):
             function()
@@ -34,10 +53,7 @@ def time_rotated(
             break
         for offset in range(len(functions)):
             index = (round_ + offset) % len(functions)
-            _flush(scratch)
-            start = time.perf_counter()
-            functions[index]()
-            samples[index].append((time.perf_counter() - start) * 1e3)
+            samples[index].append(_once(functions[index], scratch))
     return samples
 
 
