@@ -55,9 +55,8 @@ class _Bench:
         if isinstance(error_, Wrong):
             return error_
         stage("time")
-        samples = time_rotated([self._call(kernel, problem)], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[
-            0
-        ]
+        call = self._call(kernel, problem)
+        samples = time_rotated([call], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[0]
         ms, low, high = summary(samples)
         return Timed(ms, low, high, len(samples), error_)
 

@@ -11,13 +11,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-"""More than the last-level cache of any target."""
+_FLUSH_BYTES = 64 << 20
+_FLUSH_GPU_BYTES = 256 << 20
+
+
+def _flush(scratch: torch.Tensor) -> None:
+    """Push everything else out of the caches."""
+    scratch.add_(1)
 
 
 def _once(function: Callable[[], object], scratch: torch.Tensor) -> float:
     """Milliseconds of one run on cold caches."""
-    scratch.add_(1)
+    _flush(scratch)
     if scratch.is_cuda:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
@@ -42,7 +47,7 @@ def time_rotated(
 
     Stops early, after whole rounds and at least three of them, when ``limit_s`` seconds are over.
     """
-    scratch = torch.zeros(_FLUSH_BYTES[device] // 4, device=device)
+    scratch = torch.zeros((_FLUSH_BYTES if device == "cpu" else _FLUSH_GPU_BYTES) // 4, device=device)
     for function in functions:
         for _ in range(warmup):
             function()
