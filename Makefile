@@ -5,13 +5,25 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 TUNED := build/mctune_cpu
 
-.PHONY: search test bench lint types wheel wheel-check clean setup
+TRITONS := 3.6.0 3.9.0
+
+.PHONY: search test test-all bench lint types wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
 
+# Triton chooses its interpreter when it is imported: what it judges runs in a process of its own.
 test: $(READY)
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted
+
+# And what takes long, and the oldest and the newest Triton that are supported.
+test-all: test
+	$(BIN)/pytest -m slow
+	for version in $(TRITONS); do \
+		$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version && \
+		PYTHONPATH=build/triton-$$version TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted && \
+		PYTHONPATH=build/triton-$$version $(BIN)/pytest tests/triton || exit 1; done
 
 bench: $(READY)
 	for pass in forward training decode; do \
