@@ -1,0 +1,267 @@
+"""A GPU that is not there: launches of Triton kernels compile for a target and are recorded instead of run.
+
+What is launched is what is compiled: the launchers of ``mctune.runtime`` run unchanged, on tensors of device ``meta``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.target import Target
+
+THREADS_PER_BLOCK = 1024
+REGISTERS_PER_BLOCK = 65536
+"""32-bit registers that the threads of one block of a CUDA kernel may hold together (CUDA programming guide)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, and what its kernel takes of the target.
+
+    Attributes:
+        name: the jitted function's.
+        grid: programs along x, y, z.
+        num_warps, num_stages: of which it was compiled.
+        warp_size: threads a warp.
+        shared: bytes of shared memory a block.
+        registers: 32-bit registers a thread.
+        spills: bytes of stack a thread that registers did not hold.
+        asm: PTX, or the assembly of an AMD GPU.
+        binary: the cubin, or the hsaco.
+        arguments: (parameter, type) as Triton spells it: ``*bf16``, ``i32``, ``constexpr``.
+        values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    warp_size: int
+    shared: int
+    registers: int
+    spills: int
+    asm: str
+    binary: bytes
+    arguments: tuple[tuple[str, str], ...]
+    values: tuple[tuple[str, int | float | bool | str], ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * self.warp_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+class DoesNotFit(MctuneError):
+    """A kernel takes more of ``unit`` than a block of the target has."""
+
+    def __init__(self, kernel: str, warps: int, stages: int, need: int, limit: int, unit: str) -> None:
+        super().__init__(f"{kernel} with {warps} warps and {stages} stages needs {need} {unit}, a block has {limit}")
+        self.kernel, self.warps, self.stages = kernel, warps, stages
+        self.need, self.limit, self.unit = need, limit, unit
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a kernel's "handle" is here."""
+
+    registers: int
+    spills: int
+    asm: str
+    binary: bytes
+
+
+class VirtualDevice:
+    """A driver for Triton, active inside ``with VirtualDevice(target) as device``.
+
+    Attributes:
+        launches: what was launched so far, in order.
+        compiled: names of the kernels that were compiled, not found in Triton's cache on disk.
+
+    Raises:
+        DeviceError: on entering, in a process whose Triton interprets.
+        DoesNotFit: from a launch whose kernel takes more than a block of the target has.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.launches: list[Launch] = []
+        self.compiled: list[str] = []
+        self.utils = _Utils(self)
+        self.metadata: Any = None
+        self._group: Mapping[str, str] = {}
+        self._before: tuple[Any, Any] = (None, None)
+
+    def __enter__(self) -> VirtualDevice:
+        from triton import knobs
+        from triton.runtime import driver
+
+        if knobs.runtime.interpret:
+            raise DeviceError("this process interprets Triton kernels; unset TRITON_INTERPRET to compile them")
+        # ``driver.active`` would look for a GPU.
+        self._before = (driver._active, knobs.compilation.listener)
+        driver.set_active(self)
+        knobs.compilation.listener = self._listen
+        knobs.runtime.kernel_load_start_hook.add(self._about_to_load)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        knobs.runtime.kernel_load_start_hook.remove(self._about_to_load)
+        driver._active, knobs.compilation.listener = self._before
+
+    # --- what Triton asks of a driver
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        """What stands between the JIT and the device: here, it takes notes."""
+        self.metadata = metadata
+        return _Recorder(src, metadata)
+
+    def get_current_target(self) -> Any:
+        """The GPU as Triton's compiler names it."""
+        from triton.backends.compiler import GPUTarget
+
+        arch = self.target.arch
+        if self.target.kind == "hip":
+            return GPUTarget("hip", arch, 64)
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        """One number a target: Triton keeps compiled kernels by device."""
+        return _device_number(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        """There is one."""
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors are."""
+        return torch.device("meta")
+
+    # --- what is noted
+
+    def _listen(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            self.compiled.append(src.name)
+
+    def _about_to_load(self, module: Any, function: Any, name: str, group: Mapping[str, str], hash: str) -> None:
+        self._group = group
+
+    def load(self, name: str, binary: bytes, shared: int) -> _Loaded:
+        """Judge a kernel that was just compiled or found on disk."""
+        warps, stages = self.metadata.num_warps, self.metadata.num_stages
+        threads = warps * self.get_current_target().warp_size
+        for need, limit, unit in (
+            (shared, self.target.shared_bytes, "B of shared memory"),
+            (threads, THREADS_PER_BLOCK, "threads"),
+        ):
+            if need > limit:
+                raise DoesNotFit(name, warps, stages, need, limit, unit)
+        ending = ".amdgcn" if self.target.kind == "hip" else ".ptx"
+        asm = next((Path(path).read_text() for file, path in self._group.items() if file.endswith(ending)), "")
+        registers, spills = _amd_usage(asm) if self.target.kind == "hip" else _cuda_usage(binary)
+        if self.target.kind == "cuda" and registers * threads > REGISTERS_PER_BLOCK:
+            raise DoesNotFit(name, warps, stages, registers * threads, REGISTERS_PER_BLOCK, "registers")
+        return _Loaded(registers, spills, asm, binary)
+
+
+_NUMBERS: dict[Target, int] = {}
+
+
+def _device_number(target: Target) -> int:
+    return _NUMBERS.setdefault(target, len(_NUMBERS))
+
+
+@dataclass(frozen=True)
+class _Utils:
+    """``driver.utils``."""
+
+    device: VirtualDevice
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """No limit on shared memory: ``VirtualDevice.load`` checks it, and names the kernel."""
+        return {"max_shared_mem": 1 << 30, "multiprocessor_count": self.device.target.cores}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, _Loaded, int, int, int]:
+        """Module, function, registers, spills and the most threads of a block; ``load`` checks the last."""
+        loaded = self.device.load(name, kernel, shared)
+        return None, loaded, loaded.registers, loaded.spills, 1 << 30
+
+    def unload_module(self, module: Any) -> None:
+        """There is none."""
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """A launcher. It outlives the device that its kernel was compiled under: the JIT keeps it, by target."""
+
+    src: Any
+    metadata: Any
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: _Loaded, *rest: Any) -> None:
+        from triton.runtime import driver
+
+        device, metadata = driver.active, self.metadata
+        # Before the arguments: packed metadata, launch metadata, and the hooks of entry and exit.
+        arguments = zip(self.src.fn.arg_names, rest[4:], strict=True)
+        device.launches.append(
+            Launch(
+                name=self.src.fn.__name__,
+                grid=(int(x), int(y), int(z)),
+                num_warps=metadata.num_warps,
+                num_stages=metadata.num_stages,
+                warp_size=device.get_current_target().warp_size,
+                shared=metadata.shared,
+                registers=function.registers,
+                spills=function.spills,
+                asm=function.asm,
+                binary=function.binary,
+                arguments=tuple((name, str(kind)) for name, kind in self.src.signature.items()),
+                values=tuple((name, value) for name, value in arguments if isinstance(value, (int, float, str))),
+            )
+        )
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, of the one kernel in a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if found is None:
+        raise DeviceError(f"cuobjdump does not state a kernel's registers: {(done.stderr or done.stdout).strip()}")
+    return int(found[1]), int(found[2])
+
+
+def _amd_usage(asm: str) -> tuple[int, int]:
+    """Vector registers (accumulation registers included) and bytes of scratch memory a thread, from the metadata."""
+    counts = [re.search(rf"\.{name}:\s+(\d+)", asm) for name in ("vgpr_count", "private_segment_fixed_size")]
+    if None in counts:
+        raise DeviceError("the compiled kernel's metadata does not state its registers")
+    registers, scratch = (int(count[1]) for count in counts if count is not None)
+    return registers, scratch

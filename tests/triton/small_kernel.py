@@ -1,0 +1,23 @@
+"""x_t . x_j for the tokens of a tile and of every tile, summed: one product in a loop."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gram_kernel(x, y, T, D: tl.constexpr, BT: tl.constexpr):
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    columns = tl.arange(0, D)
+    tile = tl.load(x + rows[:, None] * D + columns[None, :], mask=rows[:, None] < T, other=0.0)
+    total = tl.zeros([BT, BT], tl.float32)
+    for begin in range(0, T, BT):
+        others = begin + tl.arange(0, BT)
+        total += tl.dot(tile, tl.trans(tl.load(x + others[:, None] * D + columns[None, :])))
+    tl.store(y + rows[:, None] * BT + tl.arange(0, BT)[None, :], total)
+
+
+def gram(x: torch.Tensor, y: torch.Tensor, BT: int, num_warps: int, num_stages: int) -> None:
+    """y [T, BT] from x [T, D]; T a multiple of BT."""
+    T, D = x.shape
+    gram_kernel[(T // BT,)](x=x, y=y, T=T, D=D, BT=BT, num_warps=num_warps, num_stages=num_stages)
