@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mctune.core.config import Config
+from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
@@ -22,6 +23,48 @@ class Built:
     """(operation, file beside ``library``) of every module of a kernel that has several; ``library`` is one of them."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a compiled kernel, and what the kernel takes of the target.
+
+    Attributes:
+        name: the jitted function's.
+        grid: programs along x, y, z.
+        num_warps, num_stages: of which it was compiled.
+        warp_size: threads a warp.
+        shared: bytes of shared memory a block.
+        registers: 32-bit registers a thread.
+        spills: bytes of stack a thread that registers did not hold.
+        asm: PTX, or the assembly of an AMD GPU.
+        binary: the cubin, or the hsaco.
+        arguments: (parameter, type) as Triton spells it: ``*bf16``, ``i32``, ``constexpr``.
+        values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    warp_size: int
+    shared: int
+    registers: int
+    spills: int
+    asm: str
+    binary: bytes
+    arguments: tuple[tuple[str, str], ...]
+    values: tuple[tuple[str, int | float | bool | str], ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * self.warp_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
 Kernel = Any
 """What a launcher of ``mctune.runtime`` is called like, by pass: ``TvmForward``, ``TvmBackward`` or ``TvmDecode``."""
 
@@ -34,6 +77,9 @@ class Backend(Protocol):
     def check(self, problem: Problem) -> None:
         """Refuse a problem that no template computes, with what works instead."""
 
+    def check_target(self, target: Target) -> None:
+        """Refuse a machine that it does not compile for, with what does."""
+
     def ready(self) -> None:
         """Refuse a machine that lacks what compiling takes, with what to install."""
 
@@ -45,6 +91,9 @@ class Backend(Protocol):
 
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
         """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""
+
+    def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
+        """What one call launches on a machine that need not be here, or why the target cannot hold it."""
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate as a function of torch tensors."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mctune.cli._output import json_option, number, print_json, say, text_table
+from mctune.core.errors import UsageError
 from mctune.core.target import FIGURES, Target, resolve, targets
 
 _UNITS = {
@@ -33,7 +34,10 @@ def command(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json([_json(target) for target in found])
         else:
-            click.echo(text_table(("target", "aliases", "kind", "arch", *_UNITS.values()), map(_line, found)))
+            click.echo(text_table(("target", "aliases", "backend", "arch", *_UNITS.values()), map(_line, found)))
+            for target in found:
+                if (why := _backend(target)[1]) is not None:
+                    say(f"none: {why}")
             say("? marks a figure without a trusted source; mctune targets NAME says where each comes from")
         return
     target, note = resolve(name)
@@ -42,17 +46,30 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json(_json(target))
     else:
+        backend, reason = _backend(target)
         click.echo(f"{target.name}: {target.title}, {target.kind} {target.arch}")
+        click.echo(f"kernels by {backend}" if backend else f"no kernels: {reason}")
         click.echo(text_table(("figure", "value", "source"), _figures(target)))
 
 
 def _json(target: Target) -> dict[str, Any]:
-    return {**asdict(target), "sources": dict(target.sources)}
+    backend, reason = _backend(target)
+    return {**asdict(target), "sources": dict(target.sources), "backend": backend, "no_backend": reason}
+
+
+def _backend(target: Target) -> tuple[str | None, str | None]:
+    """What compiles for the target, or why nothing does."""
+    from mctune.backends import backend_for
+
+    try:
+        return backend_for(target), None
+    except UsageError as error:
+        return None, str(error)
 
 
 def _line(target: Target) -> list[str]:
     figures = [number(getattr(target, field)) + "?" * (field in target.unsure) for field in FIGURES]
-    return [target.name, ",".join(target.aliases) or "-", target.kind, target.arch, *figures]
+    return [target.name, ",".join(target.aliases) or "-", _backend(target)[0] or "none", target.arch, *figures]
 
 
 def _figures(target: Target) -> list[list[str]]:

@@ -22,6 +22,17 @@ def test_targets(run: Callable[..., object]) -> None:
     assert "?" in text.err
 
 
+def test_targets_say_what_compiles_for_them(run: Callable[..., object]) -> None:
+    ran, data = run("targets"), {target["name"]: target for target in json.loads(run("targets", "--json").out)}
+    assert data["cpu"]["backend"] == "tvm" and data["h100-sxm"]["backend"] == "triton"
+    assert data["t4"]["backend"] is None and "no matrix units" in data["t4"]["no_backend"]
+    assert {name for name, target in data.items() if target["backend"] is None} == {"t4", "v100"}
+    lines = {line.split()[0]: line for line in ran.out.splitlines()[1:]}
+    assert " none " in lines["v100"] and " triton " in lines["mi300x"]
+    assert "V100 (sm_70) has no backend" in ran.err
+    assert "no kernels: NVIDIA T4 (sm_75) has no backend" in run("targets", "t4").out
+
+
 def test_one_target_by_its_alias(run: Callable[..., object]) -> None:
     ran = run("targets", "A100")
     assert ran.code == 0 and ran.out.startswith("a100-80g: ")

@@ -16,54 +16,13 @@ from typing import Any
 
 import torch
 
+from mctune.backends.protocol import Launch as Launch
 from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.target import Target
 
 THREADS_PER_BLOCK = 1024
 REGISTERS_PER_BLOCK = 65536
 """32-bit registers that the threads of one block of a CUDA kernel may hold together (CUDA programming guide)."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch, and what its kernel takes of the target.
-
-    Attributes:
-        name: the jitted function's.
-        grid: programs along x, y, z.
-        num_warps, num_stages: of which it was compiled.
-        warp_size: threads a warp.
-        shared: bytes of shared memory a block.
-        registers: 32-bit registers a thread.
-        spills: bytes of stack a thread that registers did not hold.
-        asm: PTX, or the assembly of an AMD GPU.
-        binary: the cubin, or the hsaco.
-        arguments: (parameter, type) as Triton spells it: ``*bf16``, ``i32``, ``constexpr``.
-        values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
-    """
-
-    name: str
-    grid: tuple[int, int, int]
-    num_warps: int
-    num_stages: int
-    warp_size: int
-    shared: int
-    registers: int
-    spills: int
-    asm: str
-    binary: bytes
-    arguments: tuple[tuple[str, str], ...]
-    values: tuple[tuple[str, int | float | bool | str], ...]
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * self.warp_size
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the grid."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 class DoesNotFit(MctuneError):

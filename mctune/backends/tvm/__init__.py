@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.tvm.templates import OPERATIONS, load_space, render, source_hash
@@ -41,6 +42,15 @@ class TvmBackend:
             raise UsageError(f"pass={problem.pass_!r} has no TVM template; there are {', '.join(OPERATIONS)}")
         if problem.deep:
             raise UsageError(f"recurrence={problem.recurrence!r} has no TVM template; there are linear, swla")
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a GPU.
+
+        Raises:
+            UsageError: naming it.
+        """
+        if not target.on_cpu:
+            raise UsageError(f"{target.name} is a GPU, and TVM's templates are for CPUs")
 
     def ready(self) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
@@ -88,6 +98,14 @@ class TvmBackend:
         compiled.export_library(str(scratch))
         scratch.replace(built.library)
         return built
+
+    def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> NoReturn:
+        """A CPU is always here to be measured.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"kernels for {target.name} are timed, not predicted; nothing is known of them but their time")
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""

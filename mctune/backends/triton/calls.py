@@ -1,0 +1,84 @@
+"""A launcher called on tensors without memory, in the shapes and dtypes of a problem: so that its kernels compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.problem import Problem
+from mctune.runtime.memory import LayerMemory
+from mctune.runtime.segments import Segments, make_segments
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LANES = 16
+"""States that a forward keeps for a backward have widths padded to this."""
+
+
+def call_on_meta(problem: Problem, kernel: Kernel) -> None:
+    """Call the launcher of the problem's pass once, as a search times it and as a model calls it."""
+    match problem.pass_:
+        case "forward":
+            kernel(*_rows(problem, problem.T), segments=_segments(problem), **_options(problem, problem.T))
+        case "backward":
+            _backward(problem, kernel)
+        case "decode":
+            _decode(problem, kernel)
+        case _:
+            raise ValueError(f"no launcher is called for pass {problem.pass_!r}")
+
+
+def _backward(problem: Problem, kernel: Kernel) -> None:
+    segments = _segments(problem)
+    q, k, v, u = _rows(problem, problem.T)
+    saved: dict[str, torch.Tensor | None] = {"states": None, "means": None}
+    # A forward saves nothing where a row's length decides about its segments.
+    if kernel.saves and problem.segmentation != "logarithmic":
+        count = problem.B * problem.H * segments.count
+        Dk, Dv = (-(-width // _LANES) * _LANES for width in (problem.Dk, problem.Dv))
+        saved = {"states": _empty(count, Dk, Dv), "means": _empty(count, Dk)}
+    kernel(torch.empty_like(v), q, k, v, u, segments=segments, **saved, **_options(problem, problem.T))
+
+
+def _decode(problem: Problem, kernel: Kernel) -> None:
+    """One token, the last of T, after a memory of the others."""
+    B, H, Dk, Dv = problem.B, problem.H, problem.Dk, problem.Dv
+    C = problem.segment_length or 1
+    capacity = -(-problem.T // C)
+    memory = LayerMemory(
+        states=(_empty(B, H, capacity, Dk, Dv),),
+        descriptors=_empty(B, H, capacity, Dk),
+        online=(_empty(B, H, Dk, Dv),),
+        key_sum=_empty(B, H, Dk),
+        last_key=_empty(B, H, Dk),
+        last_value=_empty(B, H, Dv),
+        start=(),
+        momentum=(),
+        cached=torch.zeros(B, dtype=torch.int32),
+        filled=torch.zeros(B, dtype=torch.int32),
+    )
+    memory.advance(problem.T - 1, C)
+    kernel(*_rows(problem, 1), segment_length=C, memory=memory, **_options(problem, 1))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _rows(problem: Problem, tokens: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v, u."""
+    widths = (problem.Dk, problem.Dk, problem.Dv, problem.Dk)
+    return tuple(_empty(problem.B, tokens, problem.H, width, dtype=_DTYPES[problem.dtype]) for width in widths)
+
+
+def _options(problem: Problem, tokens: int) -> dict[str, Any]:
+    gated = problem.recurrence == "swla"
+    gates = {name: _empty(problem.B, tokens, problem.H) if gated else None for name in ("g", "beta", "lam")}
+    return {**gates, "scale": problem.Dk**-0.5, "top_k": problem.top_k or 1}
+
+
+def _segments(problem: Problem) -> Segments:
+    """Real tables; a packed row is one sequence."""
+    packed = torch.tensor([0, problem.T], dtype=torch.int32) if problem.segmentation == "packed" else None
+    return make_segments(problem.T, problem.segmentation, problem.segment_length or 1, packed)
