@@ -1,0 +1,67 @@
+"""Fill Triton's cache on disk with the kernels of an emitted package, so that the first call of a model finds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mctune.backends.triton.calls import call_on_meta
+from mctune.backends.triton.device import VirtualDevice
+from mctune.core.errors import UsageError
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.search.package import load_package
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """One tuned problem: the kernels that a call of it launches, and those of them that had to be compiled."""
+
+    problem: Problem
+    launched: tuple[str, ...]
+    compiled: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "problem": self.problem.to_dict(),
+            "launched": list(self.launched),
+            "compiled": list(self.compiled),
+            "seconds": self.seconds,
+        }
+
+
+def tuned_for(path: Path) -> Target:
+    """The target that a package was tuned for.
+
+    Raises:
+        UsageError: if there is no package at ``path``, or the registry does not have its target.
+    """
+    return resolve(load_package(path).runtime.dispatch.TABLE.target or "")[0]
+
+
+def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
+    """Compile every Triton kernel of a package for ``target``, as a call of the problem it was tuned at launches it.
+
+    The keys are those that the JIT looks up: the package's own launchers run, on tensors without memory. Where the
+    target has a GPU of another architecture, they are not the right ones.
+
+    Raises:
+        DoesNotFit: if a kernel takes more than a block of the target has.
+        UsageError: if the package has no Triton kernels.
+    """
+    dispatch = load_package(path).runtime.dispatch
+    entries = [entry for entry in dispatch.TABLE.entries if entry.backend == "triton"]
+    if not entries:
+        raise UsageError(f"{path} has no Triton kernels: there is nothing to compile before a first call")
+    for entry in entries:
+        problem = Problem.from_dict(dict(entry.problem))
+        started = time.monotonic()
+        with VirtualDevice(target) as device:
+            call_on_meta(problem, dispatch.launcher(entry))
+        launched = tuple(dict.fromkeys(launch.name for launch in device.launches))
+        yield Warmed(problem, launched, tuple(device.compiled), time.monotonic() - started)
