@@ -130,7 +130,8 @@ def kernel_of(problem: Problem, target: Target, package: Path | None, folder: Pa
     """The kernel of the package that serves the problem, else one of the space's default, built into ``folder``."""
     if package is not None:
         runtime = load_package(package).runtime
-        request = runtime.table.Request(**{f.name: getattr(problem, f.name) for f in fields(runtime.table.Request)})
+        names = [field.name for field in fields(runtime.table.Request) if field.name != "device"]
+        request = runtime.table.Request(**{name: getattr(problem, name) for name in names}, device="cpu")
         entry = runtime.table.find(runtime.dispatch.TABLE, request, "tvm")
         if entry is not None:
             return Config.of(entry.record["config"]), runtime.dispatch.launcher(entry)

@@ -158,7 +158,8 @@ def ours(problem: Problem, config: Config, target: Target, package: Path | None,
     if package is not None:
         module = load_package(package)
         table = module.runtime.table
-        request = table.Request(**{field.name: getattr(problem, field.name) for field in fields(table.Request)})
+        asked = {field.name: getattr(problem, field.name) for field in fields(table.Request) if field.name != "device"}
+        request = table.Request(**asked, device="cpu")
         entry = table.find(module.runtime.dispatch.TABLE, request, "tvm")
         if entry is not None:
             return Ours(Config.of(entry.record["config"]), _of_package(module.memory_caching))

@@ -124,8 +124,10 @@ def test_report_publishes_the_package(searched: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_what_cannot_be_searched_is_said_before_anything_is_built(tmp_path: Path) -> None:
-    _, err = run(tmp_path, "search", "--gpu", "a100", *PROBLEM, code=3)
-    assert "a100-80g is a GPU" in err and "a100 means a100-80g" in err
+    _, err = run(tmp_path, "search", "--gpu", "a100", "--measure", *PROBLEM, code=3)
+    assert "a100-80g (NVIDIA A100 80 GB) is not on this machine" in err and "a100 means a100-80g" in err
+    _, err = run(tmp_path, "search", "--gpu", "v100", *PROBLEM, code=2)
+    assert "no matrix units" in err and "sm_80 or later" in err
     _, err = run(tmp_path, "search", "--problem", "recurrence=titans,T=256,H=2,Dk=16,Dv=16", code=2)
     assert "titans" in err and "linear, swla" in err
     _, err = run(tmp_path, "search", *PROBLEM, "--storage", "nosuch://x", code=2)
