@@ -1,0 +1,112 @@
+"""Where Triton's kernels find the tokens: segments cut into pieces, and pieces into tiles, as int32 tables on a device.
+
+A piece is what a program holds whole; the product inside it is quadratic in its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .segments import Segments
+
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The P pieces, N segments and Q sequences of a row of tokens. Tensors are int32, contiguous and not written to.
+
+    Attributes:
+        begin, end: [P], a piece's first token, and one past its last.
+        segment: [P], the segment that it is part of.
+        entering: [P], the piece whose end state enters it, or -1: the one before it in its segment, and under
+            checkpoint the one before it in its sequence.
+        seg_begin, seg_end: [N], tokens.
+        seg_first: [N], the first segment of the sequence.
+        seg_past_end: [N], one past the last segment of the sequence.
+        seg_piece, seg_last: [N], first and last piece.
+        seq_begin, seq_end: [Q], pieces.
+        crosses: whether any piece is entered.
+    """
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    segment: torch.Tensor
+    entering: torch.Tensor
+    seg_begin: torch.Tensor
+    seg_end: torch.Tensor
+    seg_first: torch.Tensor
+    seg_past_end: torch.Tensor
+    seg_piece: torch.Tensor
+    seg_last: torch.Tensor
+    seq_begin: torch.Tensor
+    seq_end: torch.Tensor
+    crosses: bool
+    pieces: tuple[Span, ...]
+    """(first token, one past the last, cached segments that its tokens read) of each piece."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every segment is one piece."""
+        return len(self.pieces) == self.seg_begin.shape[0]
+
+    def tiles(self, rows: int) -> torch.Tensor:
+        """int32 [tiles, 2]: (piece, first token) of every tile of at most ``rows`` tokens, the longest work first."""
+        return _tiles(self.pieces, rows, self.begin.device)
+
+
+def make_tables(segments: Segments, piece: int, checkpoint: bool, device: torch.device) -> Tables:
+    """The tables of ``segments``, cut into pieces of at most ``piece`` tokens; made once for equal arguments."""
+    return _make(segments.spans, piece, checkpoint, device)
+
+
+@lru_cache(maxsize=256)
+def _make(spans: tuple[Span, ...], length: int, checkpoint: bool, device: torch.device) -> Tables:
+    pieces: list[Span] = []
+    segment: list[int] = []
+    entering: list[int] = []
+    seg_piece: list[int] = []
+    for number, (begin, end, first) in enumerate(spans):
+        seg_piece.append(len(pieces))
+        for start in range(begin, end, length):
+            follows = start > begin or (checkpoint and number > first)
+            entering.append(len(pieces) - 1 if follows else -1)
+            segment.append(number)
+            pieces.append((start, min(start + length, end), number - first))
+    seg_last = [*(piece - 1 for piece in seg_piece[1:]), len(pieces) - 1]
+    starts = [number for number, (_, _, first) in enumerate(spans) if number == first]
+    ends = [*starts[1:], len(spans)]
+    past_end = [end for start, end in zip(starts, ends, strict=True) for _ in range(start, end)]
+
+    def table(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+
+    return Tables(
+        begin=table([begin for begin, _, _ in pieces]),
+        end=table([end for _, end, _ in pieces]),
+        segment=table(segment),
+        entering=table(entering),
+        seg_begin=table([begin for begin, _, _ in spans]),
+        seg_end=table([end for _, end, _ in spans]),
+        seg_first=table([first for _, _, first in spans]),
+        seg_past_end=table(past_end),
+        seg_piece=table(seg_piece),
+        seg_last=table(seg_last),
+        seq_begin=table([seg_piece[start] for start in starts]),
+        seq_end=table([seg_last[end - 1] + 1 for end in ends]),
+        crosses=any(piece >= 0 for piece in entering),
+        pieces=tuple(pieces),
+    )
+
+
+@lru_cache(maxsize=256)
+def _tiles(pieces: tuple[Span, ...], rows: int, device: torch.device) -> torch.Tensor:
+    work = []
+    for number, (begin, end, cached) in enumerate(pieces):
+        for start in range(begin, end, rows):
+            work.append((cached, start - begin, number, start))
+    work.sort(key=lambda tile: tile[:2], reverse=True)
+    return torch.tensor([tile[2:] for tile in work], dtype=torch.int32).to(device, non_blocking=True)

@@ -1,0 +1,31 @@
+"""Jit helpers that the templates share. None has a flag: this module is copied as it stands."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(x, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``[ROWS, COLS]``: rows from ``first``, ``stride`` apart, columns from ``column``; 0 beyond ``end`` and WIDTH."""
+    rows = first + tl.arange(0, ROWS)
+    cols = column + tl.arange(0, COLS)
+    # Rows beyond 2^31 elements: the first one's place takes 64 bits, the others are near it.
+    ptr = x + tl.cast(first, tl.int64) * stride + tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
+    if WIDTH % COLS == 0:
+        return tl.load(ptr, mask=(rows < end)[:, None], other=0.0)
+    else:
+        return tl.load(ptr, mask=(rows < end)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_state(x, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``[ROWS, COLS]`` of a matrix ``[HEIGHT, WIDTH]``, 0 outside it."""
+    rows = row + tl.arange(0, ROWS)
+    cols = column + tl.arange(0, COLS)
+    ptr = x + rows[:, None] * WIDTH + cols[None, :]
+    if HEIGHT % ROWS == 0 and WIDTH % COLS == 0:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=(rows < HEIGHT)[:, None] & (cols < WIDTH)[None, :], other=0.0)
