@@ -5,12 +5,16 @@ A piece is what a program holds whole; the product inside it is quadratic in its
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from .segments import Segments
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+"""Of the tensors that kernels read; torch calls AMD's GPUs ``cuda`` too. Triton's interpreter runs on a CPU."""
 
 Span = tuple[int, int, int]
 

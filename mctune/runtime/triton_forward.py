@@ -1,0 +1,121 @@
+"""Launch the forward kernels of a Triton package: segment states, gates, the read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .segments import Segments
+from .triton_loader import load_parts
+from .triton_tables import DEVICE, Tables, make_tables
+from .tvm_forward import Forward
+
+Decays = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""cum, now, after, before: what ``decays`` makes of SWLA's gates; all None for linear."""
+
+
+class TritonForward:
+    """y = memory_caching(q, k, v, u) on a GPU, by the rendered modules of one configuration.
+
+    Args:
+        kernel: a file beside the rendered modules.
+        record: its entry in the tuned table; ``record["problem"]`` names the operation, ``record["config"]`` the
+            configuration, ``record["parts"]`` the modules.
+        parts: the modules by operation, instead of those that ``record`` names.
+    """
+
+    device, dtype = DEVICE, None
+    """Of the tensors that it reads; the dtype is the call's own, one for q, k, v and u."""
+
+    def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
+        parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
+        problem, self.config = record["problem"], record["config"]
+        self.gated = problem["recurrence"] == "swla"
+        self.routed = problem["aggregation"] in ("grm", "soup", "ssc")
+        self.checkpoint = problem["state_init"] == "checkpoint"
+        self.states = parts["segment_states"]
+        self.gates = parts["gates"].gates if "gates" in parts else None
+        self.grouped_read = parts["grouped_read"].grouped_read if "grouped_read" in parts else None
+        self.read_forward = parts["read_forward"].read_forward
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        u: torch.Tensor,
+        *,
+        g: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        lam: torch.Tensor | None,
+        scale: float,
+        top_k: int,
+        segments: Segments,
+    ) -> Forward:
+        """y, in q's dtype, and the segments' states, from q, k, u ``[B, T, H, Dk]``, v, and gates ``[B, T, H]``."""
+        q, k, v, u = (x.contiguous() for x in (q, k, v, u))
+        tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
+        cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q) if self.gated else (None,) * 4
+        ends, operand, past, means, sums = states_of(self.states, tables, k, v, (cum, now, after, before))
+        pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
+        spans = {"seg_begin": tables.seg_begin, "seg_first": tables.seg_first, "seg_piece": tables.seg_piece}
+        seg_last = None if tables.whole else tables.seg_last
+        # More than all segments cannot be chosen.
+        top_k = min(max(top_k, 1), segments.count)
+        logits = lse = own = partial = None
+        if self.gates is not None:
+            tiles = tables.tiles(self.config["gates_BT"])
+            logits, lse, own, chosen, picked = self.gates(
+                u=u, k=k, means=means, sums=sums, **pieces, **spans, tiles=tiles, top_k=top_k
+            )
+            if self.grouped_read is not None:
+                partial = self.grouped_read(
+                    q=q, states=operand, chosen=chosen, picked=picked, lse=lse, seg_last=seg_last, N=segments.count
+                )
+        y = self.read_forward(
+            q=q, k=k, v=v, u=u, states=operand, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
+            partial=partial, cum=cum, now=now, after=after, before=before, **pieces, **spans,
+            entering=tables.entering, seg_last=seg_last, tiles=tables.tiles(self.config["read_BT"]),
+            scale=float(scale), top_k=top_k,
+        )  # fmt: skip
+        states = ends if tables.whole else ends.index_select(1, tables.seg_last)
+        return Forward(y, states.flatten(0, 1), means.flatten(0, 1))
+
+
+def decays(
+    module: Any,
+    tables: Tables,
+    g: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    *,
+    like: torch.Tensor,
+) -> Decays:
+    """The decays and strengths of SWLA's writes, by the ``segment_states`` module; absent gates are 0, 0, 1."""
+    shape = like.shape[:3]
+    gates = [
+        torch.full(shape, absent, dtype=torch.float32, device=like.device)
+        if gate is None
+        else gate.to(torch.float32).contiguous()
+        for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
+    ]
+    made: Decays = module.decays(*gates, begin=tables.begin, end=tables.end, entering=tables.entering)
+    return made
+
+
+def states_of(
+    module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Decays
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """ends, operand, past, means, sums: what ``segment_states`` returns."""
+    cum, now, after, before = decayed
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+    made = module.segment_states(
+        k=k, v=v, cum=cum, now=now, after=after, before=before, begin=tables.begin, end=tables.end,
+        segment=tables.segment, entering=tables.entering, seg_begin=tables.seg_begin, seg_end=tables.seg_end,
+        seg_piece=tables.seg_piece, seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
+        crosses=tables.crosses,
+    )  # fmt: skip
+    return made
