@@ -8,7 +8,7 @@ from mctune.backends.protocol import Backend
 from mctune.core.errors import UsageError
 from mctune.core.target import Target
 
-_BACKENDS = {"tvm": "mctune.backends.tvm:TvmBackend", "triton": "mctune.backends.triton:TritonBackend"}
+_BACKENDS = {"tvm": "mctune.backends.tvm:TvmBackend", "triton": "mctune.backends.triton.backend:TritonBackend"}
 _WITHOUT_MATRIX_UNITS = ("sm_70", "sm_75")
 """GPUs that Triton has given up: it no longer uses their matrix units, and a kernel takes it up to 109 s."""
 

@@ -175,7 +175,7 @@ def gates(
     num_warps: int,
     num_stages: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """logits ``[B*H, N, T]``, lse ``[B*H, T]``; where FORMULATION is "grouped" own, chosen and picked instead of logits.
+    """logits ``[B*H, N, T]``, lse ``[B*H, T]``; with FORMULATION "grouped" own, chosen and picked instead of logits.
 
     Args:
         u, k [B, T, H, DK]: of one dtype.

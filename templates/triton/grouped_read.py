@@ -98,7 +98,6 @@ def grouped_read(
     BT: int,
     BV: int,
     num_warps: int,
-    num_stages: int,
 ) -> torch.Tensor:
     """partial ``[B*H, T, top_k, DV]``, of q's dtype: gates times reads, without ``scale``.
 
@@ -120,6 +119,6 @@ def grouped_read(
     grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
         q=q, states=states, order=order, bounds=bounds, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
         top_k=top_k, T=T, H=H, N=N, P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT,
-        BV=bv, num_warps=num_warps, num_stages=num_stages,
+        BV=bv, num_warps=num_warps,
     )  # fmt: skip
     return partial

@@ -137,13 +137,13 @@ def read_forward_kernel(
             entered += score[:, None] * v_row[None, :]
         acc += entered
 
-    if AGGREGATION in ("residual", "mean"):
+    if AGGREGATION == "residual" or AGGREGATION == "mean":
         if s > first:
             state = load_state(past + (bh * N + s) * (SK * SV), 0, column, SK, SV, PK, BV)
             acc = tl.dot(q_t, state, acc, input_precision=PRECISION)
     if AGGREGATION == "mean":
         acc *= 1.0 / (s - first + 1)
-    if AGGREGATION in ("grm", "ssc"):
+    if AGGREGATION == "grm" or AGGREGATION == "ssc":
         if FORMULATION == "grouped":
             logsum = tl.load(lse + bh * T + t, mask=valid, other=0.0)
             acc *= tl.exp(tl.load(own + bh * T + t, mask=valid, other=0.0) - logsum)[:, None]

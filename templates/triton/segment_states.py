@@ -1,10 +1,10 @@
-"""States that linear and SWLA memories are in at the end of every piece, and the mean keys of segments (Eq. 2, 9, 26-27).
+"""States of linear and SWLA memories at the end of every piece, and the mean keys of segments (Eq. 2, 9, 26-27).
 
     linear: M_t = M_{t-1} + k_t^T v_t          SWLA: M_t = e^{g_t} M_{t-1} + beta_t k_{t-1}^T v_{t-1} + lam_t k_t^T v_t
 
-Inside a piece, with cum_t the sum of g up to t, the memory at t is sum_j w_tj k_j^T v_j + e^{cum_t} (what entered), where
+Inside a piece, with cum_t the sum of g up to t, the memory at t is sum_j w_tj k_j^T v_j + e^{cum_t} (what entered):
 
-    w_tt = now_t = lam_t          w_tj = after_j e^{cum_t - cum_{j+1}},  after_j = lam_j e^{g_{j+1}} + beta_{j+1}    j < t
+    w_tt = now_t = lam_t        w_tj = after_j e^{cum_t - cum_{j+1}},  after_j = lam_j e^{g_{j+1}} + beta_{j+1}    j < t
 
 and the token before the piece writes once more, with the strength before = beta of the piece's first token.
 """
@@ -265,7 +265,7 @@ def segment_states(
     operand = past = sums = None
     if HALF:
         operand = k.new_empty((B * H, P, SK, SV))
-    if AGGREGATION in ("residual", "mean"):
+    if AGGREGATION == "residual" or AGGREGATION == "mean":
         past = k.new_empty((B * H, N, SK, SV))
     if P > N:
         sums = k.new_empty((B * H, P, SK), dtype=torch.float32)

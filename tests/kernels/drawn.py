@@ -10,7 +10,7 @@ from itertools import cycle, product
 import torch
 
 from mctune.backends.protocol import Kernel
-from mctune.backends.tvm.templates import load_space
+from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target, resolve
@@ -61,13 +61,13 @@ def judged(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
 def plain(problem: Problem, **changes: Scalar) -> Config:
     """A configuration that is valid for the problem."""
     config = Config.of({**SAFE, "chunk": 32, "formulation": formulations(problem)[0], **changes})
-    assert load_space("forward").valid(config, problem, host())
+    assert load_space("tvm", "forward").valid(config, problem, host())
     return config
 
 
 def formulations(problem: Problem) -> list[Scalar]:
     """Those that the search space allows for the problem's aggregation."""
-    space = load_space("forward")
+    space = load_space("tvm", "forward")
     rule = next(constraint for constraint in space.constraints if constraint.name == "formulation")
     values = space.param("formulation").values
     return [f for f in values if rule.holds(space.default.replace(formulation=f), problem, host())]
@@ -112,7 +112,7 @@ def _problem(
 
 def _walk(rng: random.Random, problem: Problem, formulation: Scalar) -> Iterator[Config]:
     """Valid configurations, far apart on a random walk that changes one parameter at a time."""
-    space, target = load_space("forward"), host()
+    space, target = load_space("tvm", "forward"), host()
     config = Config.of({**SAFE, "formulation": formulation})
     assert space.valid(config, problem, target)
     for step in range(1, _POOL * _STRIDE + 1):

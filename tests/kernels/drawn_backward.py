@@ -8,12 +8,12 @@ from itertools import cycle, product
 
 from drawn import RECURRENCES, WIDTHS, Drawn, host
 
-from mctune.backends.tvm.templates import load_space
+from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 
 SEGMENT_LENGTHS = (40, 130, 24)
-SPACE = load_space("backward")
+SPACE = load_space("tvm", "backward")
 SAFE: dict[str, Scalar] = {
     "chunk": 16, "rows": 2, "cols": 16, "key_cols": 16, "unroll": 1, "panel": 1, "read_rows": 2, "read_lanes": 16,
     "score_rows": 2, "score_lanes": 16, "state_chunk": 32, "state_rows": 2, "state_cols": 16, "saved": "states",

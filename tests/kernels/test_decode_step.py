@@ -15,7 +15,7 @@ from conftest import fence
 from drawn import RECURRENCES, Drawn, host
 
 from mctune.backends.tvm import TvmBackend
-from mctune.backends.tvm.templates import load_space
+from mctune.backends.spaces import load_space
 from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.reference import error_ratio, memory_caching
@@ -26,7 +26,7 @@ from mctune.search.inputs import Inputs
 from mctune.search.passes import PASSES, memory_of
 from mctune.search.verify import decided_inputs, poisoned_memory, tolerance, verify
 
-SPACE = load_space("decode")
+SPACE = load_space("tvm", "decode")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (7, 192), (1, 1), (33, 256))
 SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
 """Valid for every problem and CPU."""

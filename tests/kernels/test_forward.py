@@ -12,7 +12,7 @@ import torch
 from drawn import RECURRENCES, Drawn, draw, formulations, host, y_of
 from drawn import judged as judged_whole
 
-from mctune.backends.tvm.templates import load_space
+from mctune.backends.spaces import load_space
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.reference import error_ratio
 from mctune.runtime.tvm_forward import TvmForward
@@ -85,7 +85,7 @@ def test_every_combination_and_formulation_is_compiled() -> None:
 
 
 def test_configurations_are_spread_over_the_space() -> None:
-    space, target = load_space("forward"), host()
+    space, target = load_space("tvm", "forward"), host()
     for param in space.params:
         used = {d.config[param.name] for d in DRAWN}
         for value in set(param.values) - used:

@@ -8,13 +8,13 @@ import pytest
 
 from mctune.backends import get_backend
 from mctune.backends.tvm import TvmBackend
-from mctune.backends.tvm.templates import load_space
+from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import Target, resolve
 
-SPACE = load_space("forward")
+SPACE = load_space("tvm", "forward")
 PLAIN = Config.of(
     {
         "chunk": 64, "rows": 4, "cols": 16, "unroll": 1, "formulation": "per_segment", "panel": 1,

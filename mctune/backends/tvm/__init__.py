@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from mctune.backends.protocol import Built, Kernel
-from mctune.backends.tvm.templates import OPERATIONS, load_space, render, source_hash
+from mctune.backends.spaces import load_space
+from mctune.backends.tvm.templates import OPERATIONS, render, source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
@@ -30,7 +31,7 @@ class TvmBackend:
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
         self.check(problem)
-        return load_space(problem.pass_)
+        return load_space(self.name, problem.pass_)
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that no TVM template computes.

@@ -1,4 +1,4 @@
-"""Find the TVM templates and search spaces, and turn a problem and a configuration into an IRModule."""
+"""Find the TVM templates, and turn a problem and a configuration into an IRModule."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from mctune.core.config import Config
-from mctune.core.paths import search_spaces_dir, templates_dir
+from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
-from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 
 OPERATIONS = {
@@ -35,18 +34,6 @@ def _folder_package(name: str, folder: Any) -> ModuleType:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
-
-
-@cache
-def load_space(pass_: str) -> SearchSpace:
-    """The search space of a pass, ``search_spaces/tvm/<pass>.py``."""
-    path = search_spaces_dir() / "tvm" / f"{pass_}.py"
-    spec = importlib.util.spec_from_file_location(f"mctune_space_tvm_{pass_}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    space: SearchSpace = module.SPACE
-    return space
 
 
 @cache

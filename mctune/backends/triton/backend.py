@@ -1,0 +1,107 @@
+"""One configuration of Triton templates, from rendering it to calling it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from mctune.backends.protocol import Built, Kernel, Launch
+from mctune.backends.spaces import load_space
+from mctune.backends.triton.templates import digest, write_parts
+from mctune.backends.triton.versions import check_versions
+from mctune.core.config import Config
+from mctune.core.environment import version
+from mctune.core.errors import UsageError
+from mctune.core.outcome import TooLarge
+from mctune.core.problem import Problem
+from mctune.core.space import SearchSpace
+from mctune.core.target import Target
+from mctune.runtime.triton_backward import TritonBackward
+from mctune.runtime.triton_decode import TritonDecode
+from mctune.runtime.triton_forward import TritonForward
+
+LAUNCHERS = {"forward": TritonForward, "backward": TritonBackward, "decode": TritonDecode}
+WIDEST = 256
+"""A program holds a row of q whole."""
+
+
+class TritonBackend:
+    """Templates of ``templates/triton`` for a GPU."""
+
+    name = "triton"
+
+    def space(self, problem: Problem) -> SearchSpace:
+        """The parameters that the templates of ``problem`` take."""
+        self.check(problem)
+        return load_space(self.name, problem.pass_)
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that no Triton template computes.
+
+        Raises:
+            UsageError: naming the field and what works.
+        """
+        if problem.deep:
+            raise UsageError(f"recurrence={problem.recurrence!r} has no Triton template; there are linear, swla")
+        for name, width in (("Dk", problem.Dk), ("Dv", problem.Dv)):
+            if width > WIDEST:
+                raise UsageError(f"{name}={width}: Triton's templates take at most {WIDEST}; take more heads")
+
+    def check_target(self, target: Target) -> None:
+        """Refuse a CPU.
+
+        Raises:
+            UsageError: naming it.
+        """
+        if target.on_cpu:
+            raise UsageError(f"{target.name} is a CPU, and Triton's templates are for GPUs")
+
+    def ready(self) -> None:
+        """Refuse a missing or unknown Triton.
+
+        Raises:
+            DeviceError: with what to install.
+        """
+        check_versions()
+
+    def identity(self) -> dict[str, str]:
+        """The Triton and the templates that results depend on."""
+        return {"name": self.name, "triton": version("triton") or "", "templates": digest()[:16]}
+
+    def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
+        """Render ``config`` into ``folder``: a module an operation, and an index of them. Triton compiles at a launch.
+
+        Raises:
+            ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
+        """
+        broken = self.space(problem).broken(config, problem, target)
+        if broken:
+            raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
+        parts = write_parts(problem, config, folder)
+        index = json.dumps({"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(parts)}, indent=1)
+        name = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"
+        library = folder / f"{name}_{hashlib.sha256(index.encode()).hexdigest()[:12]}.json"
+        library.write_text(f"{index}\n", encoding="utf-8")
+        return Built(library, folder / parts[-1][1], parts)
+
+    def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
+        """What one call launches on a GPU that need not be here, or why the GPU cannot hold it.
+
+        Raises:
+            Exception: whatever Triton raises on a kernel that does not compile.
+        """
+        from mctune.backends.triton.calls import call_on_meta
+        from mctune.backends.triton.device import DoesNotFit, VirtualDevice
+
+        try:
+            with VirtualDevice(target) as device:
+                call_on_meta(problem, self.load(problem, config, built))
+        except DoesNotFit as error:
+            return TooLarge(str(error), error.need, error.limit, error.unit)
+        return tuple(device.launches)
+
+    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
+        """The rendered candidate, through the same launcher that an emitted package uses."""
+        record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
+        return LAUNCHERS[problem.pass_](built.library, record)

@@ -1,0 +1,206 @@
+"""Search space of the forward pass on a GPU: segment states, gates and the read, searched together."""
+
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.target import Target
+
+FORMULATIONS = {
+    "residual": ("summed",),
+    "mean": ("summed",),
+    "grm": ("per_segment", "gated"),
+    "soup": ("per_segment", "gated"),
+    "ssc": ("per_segment", "gated", "grouped"),
+}
+"""How each aggregation's cached read may be computed; the template says what each one is."""
+
+
+def _power(value: int) -> int:
+    """The next power of two that products take."""
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def _longest(problem: Problem) -> int:
+    """Tokens of the longest segment, as a piece holds them."""
+    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
+
+
+def _routed(problem: Problem) -> bool:
+    return problem.aggregation not in ("residual", "mean")
+
+
+def _unused(prefix: str, default: Config, names: tuple[str, ...], used) -> tuple[Constraint, ...]:
+    """Parameters of an operation that a configuration leaves out keep one value."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return used(config, problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
+
+    return (Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune"),)
+
+
+_WIDE = Config.of(
+    {
+        "piece": 256,
+        "precision": "ieee",
+        "gates": "precomputed",
+        "formulation": "per_segment",
+        "states_BT": 64,
+        "states_BK": 128,
+        "states_BV": 128,
+        "states_num_warps": 8,
+        "states_num_stages": 3,
+        "gates_BT": 64,
+        "gates_BN": 16,
+        "gates_num_warps": 4,
+        "gates_num_stages": 2,
+        "read_BT": 128,
+        "read_BJ": 64,
+        "read_BV": 128,
+        "read_BN": 16,
+        "read_num_warps": 8,
+        "read_num_stages": 3,
+        "group_BT": 64,
+        "group_BV": 128,
+        "group_num_warps": 4,
+    }
+)
+_GATES = ("BT", "BN", "num_warps", "num_stages")
+_GROUP = ("BT", "BV", "num_warps")
+
+
+def _shorter(piece: int, formulation: str) -> Config:
+    """The default for shorter pieces and other aggregations."""
+    return _WIDE.replace(piece=piece, formulation=formulation, read_BT=min(piece, 128))
+
+
+def _float32(piece: int, formulation: str, precision: str) -> Config:
+    """The default for float32."""
+    tiles = {f"{name}_num_stages": 1 for name in ("states", "gates", "read")}
+    tiles |= {
+        "states_BT": min(piece, 32),
+        "states_BK": 64,
+        "states_BV": 32,
+        "read_BJ": 16,
+        "read_BV": 32,
+        "gates_num_warps": 8,
+    }
+    return _shorter(piece, formulation).replace(precision=precision, gates_BT=16, read_BT=16, **tiles)
+
+
+def _operands(name: str):
+    """A program keeps its rows of q, or of u, as operands of products: float32 takes most of the registers."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        rows, warps = config.integer(f"{name}_BT"), config.integer(f"{name}_num_warps")
+        return problem.dtype != "float32" or rows == 16 or rows * _power(problem.Dk) <= 512 * warps
+
+    return holds
+
+
+SPACE = SearchSpace(
+    params=(
+        Pow2("piece", 16, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
+        Choice("precision", ("ieee", "tf32x3"), "of float32 products"),
+        Choice("gates", ("precomputed", "fused"), "by a kernel of their own, or as the read goes along"),
+        Choice("formulation", ("summed", "per_segment", "gated", "grouped"), "of the cached read"),
+        Pow2("states_BT", 16, 128, "tokens of a step of a state's sum"),
+        Pow2("states_BK", 32, 128, "key columns of a state's tile"),
+        Pow2("states_BV", 16, 128, "value columns of a state's tile"),
+        Pow2("states_num_warps", 4, 8),
+        Int("states_num_stages", (1, 2, 3, 4)),
+        Pow2("gates_BT", 16, 128, "tokens of a tile of logits"),
+        Pow2("gates_BN", 16, 64, "segments of a tile of logits"),
+        Pow2("gates_num_warps", 2, 8),
+        Int("gates_num_stages", (1, 2, 3)),
+        Pow2("read_BT", 16, 256, "tokens of a tile, which share every state that they read"),
+        Pow2("read_BJ", 16, 128, "tokens of a step inside the piece"),
+        Pow2("read_BV", 16, 256, "value columns of a tile"),
+        Pow2("read_BN", 16, 64, "segments whose gates are computed at once, where gates are fused"),
+        Pow2("read_num_warps", 4, 8),
+        Int("read_num_stages", (1, 2, 3, 4)),
+        Pow2("group_BT", 16, 128, "pairs of a tile of the grouped read"),
+        Pow2("group_BV", 16, 128, "value columns of a tile of the grouped read"),
+        Pow2("group_num_warps", 2, 8),
+    ),
+    constraints=(
+        Constraint(
+            "piece", lambda c, p, t: c.integer("piece") <= _longest(p), "no segment is longer than a shorter piece"
+        ),
+        Constraint(
+            "precision",
+            lambda c, p, t: c["precision"] == "ieee" or (p.dtype == "float32" and t.kind == "cuda"),
+            "only products of float32 on NVIDIA's GPUs have a choice of precision",
+        ),
+        Constraint(
+            "formulation",
+            lambda c, p, t: c["formulation"] in FORMULATIONS[p.aggregation],
+            "the aggregation has no such formulation",
+        ),
+        Constraint(
+            "gates",
+            lambda c, p, t: c["gates"] == "precomputed" or p.aggregation in ("grm", "soup"),
+            "the aggregation's gates cannot be fused",
+        ),
+        Constraint(
+            "read_BN",
+            lambda c, p, t: c["gates"] == "fused" or c["read_BN"] == _WIDE["read_BN"],
+            "only fused gates come in blocks",
+        ),
+        *_unused("gates", _WIDE, _GATES, lambda c, p: c["gates"] == "precomputed" and _routed(p)),
+        *_unused("group", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
+        Constraint(
+            "read_BT",
+            lambda c, p, t: c.integer("read_BT") <= c.integer("piece"),
+            "a tile longer than a piece computes rows that do not exist",
+        ),
+        # Wider and longer tiles than that are cut down: one value of many that are the same, the default's, stays.
+        *(
+            Constraint(
+                name,
+                lambda c, p, t, name=name: c.integer(name) <= c.integer("piece") or c[name] == _WIDE[name],
+                "a tile longer than a piece computes rows that do not exist",
+            )
+            for name in ("states_BT", "gates_BT", "read_BJ")
+        ),
+        *(
+            Constraint(
+                name,
+                lambda c, p, t, name=name: c.integer(name) <= _power(p.Dv) or c[name] == _WIDE[name],
+                "a tile wider than the values computes columns that do not exist",
+            )
+            for name in ("states_BV", "read_BV", "group_BV")
+        ),
+        Constraint(
+            "states_BK",
+            lambda c, p, t: c.integer("states_BK") <= max(_power(p.Dk), 32) or c["states_BK"] == _WIDE["states_BK"],
+            "a tile wider than the keys computes rows that do not exist",
+        ),
+        Constraint(
+            "read registers",
+            lambda c, p, t: c.integer("read_BT") * c.integer("read_BV") <= 128 * c.integer("read_num_warps") * 32,
+            "the accumulator alone would spill",
+        ),
+        Constraint("read operands", _operands("read"), "float32 rows of q would spill"),
+        Constraint(
+            "gates operands",
+            lambda c, p, t: _operands("gates")(c, p, t) or c["gates"] == "fused" or not _routed(p),
+            "float32 rows of u would spill",
+        ),
+        Constraint(
+            "states registers",
+            lambda c, p, t: c.integer("states_BK") * c.integer("states_BV") <= 128 * c.integer("states_num_warps") * 32,
+            "the accumulator alone would spill",
+        ),
+    ),
+    default=_WIDE,
+    fallbacks=(
+        *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
+        *(
+            config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
+            for name, unused in (("per_segment", False), ("summed", True))
+            for piece in (64, 32, 16)
+            for precision in ("tf32x3", "ieee")
+            for config in (_float32(piece, name, precision),)
+        ),
+    ),
+)
