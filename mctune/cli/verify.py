@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -23,10 +25,12 @@ def command(package: Path | None, seed: int, as_json: bool) -> int:
     """
     from mctune.search.package import check_defaults, check_package, needs_interpreter
 
-    if package is not None and needs_interpreter(package):
-        # Triton reads it when it is imported, with the first kernel.
-        os.environ["TRITON_INTERPRET"] = "1"
+    if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
         say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
+        # Triton reads it when it is imported, as torch was.
+        arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        return subprocess.run([sys.executable, "-m", "mctune", "verify", *arguments], env=environment).returncode
 
     checks = []
     for check in check_package(package, seed) if package else check_defaults(seed):

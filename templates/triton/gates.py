@@ -27,7 +27,7 @@ def _insert(best, number, values, numbers):
     return tl.where(here, best[:, None], values), tl.where(here, number[:, None], numbers)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def gates_kernel(
     u,
     k,

@@ -13,7 +13,7 @@ import triton.language as tl
 from .common import load_state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def grouped_read_kernel(
     q,
     states,

@@ -19,7 +19,7 @@ import triton.language as tl
 from .common import load_rows, load_state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def read_forward_kernel(
     q,
     k,

@@ -18,7 +18,7 @@ import triton.language as tl
 from .common import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "P"])
 def decays_kernel(
     g,
     beta,
@@ -56,7 +56,7 @@ def decays_kernel(
     tl.store(before + bh * P + piece, tl.where(enters, first, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "P"])
 def local_kernel(
     k,
     v,
@@ -133,7 +133,7 @@ def local_kernel(
             tl.store(means + (bh * P + piece) * SK + rows, total / (stop - start), mask=rows < SK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "P"])
 def carry_kernel(
     ends,
     operand,
@@ -178,7 +178,7 @@ def carry_kernel(
                 earlier += state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "P"])
 def means_kernel(sums, seg_begin, seg_end, seg_piece, seg_last, means, N, P, SK: tl.constexpr, BK: tl.constexpr):
     """One program: the mean key of a segment of several pieces."""
     s = tl.program_id(0)
