@@ -48,7 +48,8 @@ def draw(pass_: str) -> list[Drawn]:
             Dk, Dv, C = next(shapes)
             problem = Problem(
                 recurrence=recurrence, aggregation=aggregation, state_init=state_init, pass_=pass_, B=2,
-                T=3 * C + 5, H=2, Dk=Dk, Dv=Dv, segment_length=C, top_k=2 if aggregation == "ssc" else None, dtype=dtype,
+                T=3 * C + 5, H=2, Dk=Dk, Dv=Dv, segment_length=C, dtype=dtype,
+                top_k=2 if aggregation == "ssc" else None,
             )  # fmt: skip
             drawn.append(Drawn(problem, walk(rng, problem)))
     return drawn
