@@ -1,0 +1,66 @@
+"""How large the arrays are that a launch of a Triton template touches, by its parameters' names."""
+
+from __future__ import annotations
+
+from mctune.backends.protocol import Launch
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.search.trips import Walk
+
+_ITEM = {"i1": 1, "i8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "i16": 2, "fp32": 4, "i32": 4, "fp64": 8, "i64": 8}
+_KEYS = ("q", "k", "u", "dq", "dk", "du")
+_VALUES = ("v", "y", "dy", "dv")
+_PIECE_STATES = ("ends", "operand", "dends", "enters", "dpieces")
+_SEGMENT_STATES = ("past", "dpast", "dstates", "states")
+_SEGMENT_KEYS = ("means", "dmeans", "descriptors")
+_PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
+_GATE_ROWS = ("logits", "dgamma", "dr")
+_TOKENS = (
+    "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
+    "ending",
+)  # fmt: skip
+_CHOICES = ("chosen", "picked", "order")
+_IN_PLACE = {("carry_kernel", "ends"), ("_read_kernel", "online"), ("connector_kernel", "dgamma")}
+"""(kernel, parameter) of arrays that are read and written."""
+
+
+def footprint(launch: Launch, problem: Problem, config: Config) -> float:
+    """Bytes of the arrays that ``launch`` reads or writes, each once; arrays of unknown names count nothing."""
+    walk = Walk(problem, config, dict(launch.values))
+    total = 0.0
+    for name, kind in launch.arguments:
+        if kind.startswith("*"):
+            times = 2 if (launch.name, name) in _IN_PLACE else 1
+            total += times * _elements(name, walk) * _ITEM.get(kind.lstrip("*k"), 4)
+    return total
+
+
+def _elements(name: str, walk: Walk) -> float:
+    p = walk.problem
+    heads, tokens = p.B * p.H, 1 if p.pass_ == "decode" else p.T
+    Dk, Dv = (-(-width // 16) * 16 for width in (p.Dk, p.Dv))
+    top_k = min(p.top_k or 1, walk.segments)
+    if name in _KEYS:
+        return heads * tokens * p.Dk
+    if name in _VALUES:
+        return heads * tokens * p.Dv
+    if name in _PIECE_STATES:
+        return heads * len(walk.pieces) * Dk * Dv
+    if name in _SEGMENT_STATES:
+        return heads * walk.segments * Dk * Dv
+    if name in _SEGMENT_KEYS:
+        return heads * walk.segments * Dk
+    if name in _PIECE_KEYS:
+        return heads * len(walk.pieces) * Dk
+    if name in _GATE_ROWS:
+        # A token's row ends with its own segment.
+        return heads * sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
+    if name in _TOKENS:
+        return heads * tokens
+    if name in _CHOICES:
+        return heads * tokens * top_k
+    if name == "partial":
+        return heads * tokens * top_k * p.Dv
+    if name == "parts":
+        return heads * tokens * (int(walk.values.get("SPLITS", 1)) + 1) * p.Dv
+    return heads * Dk * Dv if name == "online" else 0.0

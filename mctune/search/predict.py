@@ -1,0 +1,272 @@
+"""What a cost model says of launches: the time of kernels on a GPU that is not here (docs/cost-model.md).
+
+Of every launch: what a block executes (:mod:`mctune.search.mix`), times how often its loops run
+(:mod:`mctune.search.trips`), against what a multiprocessor and the whole GPU do a second. A model, not a measurement:
+it ranks candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+
+from mctune.backends.protocol import Launch
+from mctune.backends.triton.resources import CORES, Core, resources
+from mctune.core.config import Config
+from mctune.core.outcome import Predicted
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+from mctune.search.calibrated import calibration
+from mctune.search.footprint import footprint
+from mctune.search.mix import Loop, loops_of, sum_of
+from mctune.search.opcodes import Mix
+from mctune.search.parameters import Parameters
+from mctune.search.trips import Source, source_of
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a launch asks of the target, whatever the target's efficiency.
+
+    Attributes:
+        name: the kernel's.
+        mean, heaviest: of one block, loops included: of the mean one, and of the one with the most work.
+        chain, longest: of the same two: (issued instructions of one warp, barriers, waits for global memory).
+        blocks: of the grid; uniform: whether all do about the same work.
+        resident: blocks that a multiprocessor holds at once; warps: of one block.
+        footprint: bytes of global arrays, each touched once.
+        extra: launches of other libraries that come with this one.
+    """
+
+    name: str
+    mean: Mix
+    heaviest: Mix
+    chain: tuple[float, float, float]
+    longest: tuple[float, float, float]
+    blocks: int
+    uniform: bool
+    resident: int
+    warps: int
+    footprint: float
+    extra: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The time of one launch in microseconds, overhead included, and the unit that bounds it."""
+
+    name: str
+    us: float
+    bound: str
+
+
+def predict(launches: Sequence[Launch], problem: Problem, config: Config, target: Target) -> Predicted:
+    """The time of one call, and in words what it is made of; with the target's calibration, if there is one."""
+    parameters, calibrated = calibration(target)
+    parts = estimate(demands(launches, problem, config, target, parameters), target, parameters)
+    return Predicted(sum(part.us for part in parts) / 1e3, _in_words(parts, calibrated))
+
+
+def demands(
+    launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
+) -> tuple[Demand, ...]:
+    """What each launch asks; only ``unknown_trips`` and ``spill_passes`` of ``parameters`` matter here."""
+    return tuple(_demand(launch, problem, config, target, parameters) for launch in launches)
+
+
+def estimate(asked: Sequence[Demand], target: Target, parameters: Parameters) -> tuple[Part, ...]:
+    """The time of each launch."""
+    return tuple(_time(demand, target, parameters) for demand in asked)
+
+
+def _in_words(parts: Sequence[Part], calibrated: bool) -> str:
+    total = sum(part.us for part in parts)
+    longest = sorted(parts, key=lambda part: -part.us)[:2]
+    shares = ", ".join(f"{part.name.strip('_')} {part.us / total:.0%} by {part.bound}" for part in longest)
+    return f"cost model, {'calibrated' if calibrated else 'not calibrated'}: {shares}"
+
+
+# --- demand
+
+
+def _demand(launch: Launch, problem: Problem, config: Config, target: Target, parameters: Parameters) -> Demand:
+    compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
+    told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, config, target)
+            for heaviest in (False, True)]  # fmt: skip
+    (mean, chain), (heaviest, longest) = told
+    # A program that has a quarter more to do than the mean one: the order of the grid matters, not whole waves.
+    uniform = all(most <= 1.25 * value for most, value in zip(astuple(heaviest), astuple(mean), strict=True))
+    return Demand(
+        name=launch.name,
+        mean=mean,
+        heaviest=heaviest,
+        chain=chain,
+        longest=longest,
+        blocks=launch.blocks,
+        uniform=uniform,
+        resident=max(resources(launch, target).blocks_per_core, 1),
+        warps=launch.num_warps,
+        footprint=footprint(launch, problem, config),
+        extra=_EXTRA.get(launch.name, 0),
+    )
+
+
+_EXTRA = {"grouped_read_kernel": 14}
+"""Kernels of torch that a launcher runs beside ours: a stable sort of the pairs and a search in them."""
+
+
+def _walked(
+    launch: Launch, compiled: Loop, source: Source | None, parameters: Parameters, config: Config, target: Target
+) -> tuple[Mix, tuple[float, float, float]]:
+    """What a block executes, and its chain, with its loops walked as often as ``source`` says."""
+    mix, chain, trips = _walk(compiled, 1.0, 0.0, source, launch, parameters, _matrix_cost(config, target))
+    if launch.spills:
+        moved = 2.0 * launch.spills * launch.num_warps * launch.warp_size * (1 + parameters.spill_passes * (trips - 1))
+        per_warp = moved / (4 * launch.warp_size * launch.num_warps)
+        mix = sum_of((mix, Mix(shared=moved, issue=per_warp * launch.num_warps)))
+        chain = (chain[0] + per_warp, *chain[1:])
+    return mix, chain
+
+
+def _matrix_cost(config: Config, target: Target) -> float:
+    """Time of a product's operation over that of 16 bits."""
+    precision = config["precision"] if "precision" in config else ""
+    return {"tf32x3": 6.0, "tf32": 2.0}.get(str(precision), 1.0) if target.kind == "cuda" else 1.0
+
+
+def _walk(
+    loop: Loop,
+    passes: float,
+    entries: float,
+    source: Source | None,
+    launch: Launch,
+    parameters: Parameters,
+    cost: float,
+) -> tuple[Mix, tuple[float, float, float], float]:
+    """Everything in ``loop``, entered so many times and run ``passes`` times in all; and its busiest loop's passes.
+
+    ``cost``: time of an operation of a product over that of one with 16-bit inputs.
+    """
+    total = _scaled(loop.mix, passes)
+    stages = max(launch.num_stages, 1)
+    # What a pass waits for. Loads of a pass are asked for together, those of a pipeline so many passes before.
+    waits = passes * min(loop.mix.loads, 1.0)
+    if entries and (loop.mix.matrix > 0 or (source is not None and source.matrix > 0)):
+        # What the first passes need is asked for before the loop, and in the last ones for nothing.
+        early = min(stages - 1, passes / entries) * entries
+        total = replace(total, loaded=max(total.loaded - loop.mix.ahead * early, 0.0))
+        waits /= stages
+    # Products that stand outside the loops and in no source there: a pass that a pipeline took out of its loop.
+    outside = loop.mix.matrix
+    if source is not None:
+        outside -= (source.matrix + source.conditional) * cost
+        total = replace(total, matrix=max(total.matrix - passes * source.conditional * cost, 0.0))
+    chain = (total.issue / launch.num_warps, total.barriers, waits)
+    busiest = passes
+    for inner, told in _matched(loop.inner, source):
+        trips = parameters.unknown_trips if told is None else told.trips
+        if told is not None and 0 < inner.mix.matrix <= 1.1 * outside:
+            outside -= inner.mix.matrix
+            trips = max(trips - 1, 0.0)
+        part, links, most = _walk(inner, passes * trips, passes, told, launch, parameters, cost)
+        total = sum_of((total, part))
+        chain = (chain[0] + links[0], chain[1] + links[1], chain[2] + links[2])
+        busiest = max(busiest, most)
+    return total, chain, busiest
+
+
+def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Loop, Source | None]]:
+    """Each compiled loop with the source's: in order, or where counts differ, in order among those with products."""
+    told = () if source is None else source.inner
+    if len(told) == len(compiled):
+        return list(zip(compiled, told, strict=True))
+    with_matrix = iter([loop for loop in told if loop.total > 0])
+    without = iter([loop for loop in told if not loop.total > 0])
+    return [(loop, next(with_matrix if loop.matrix else without, None)) for loop in compiled]
+
+
+def _scaled(mix: Mix, factor: float) -> Mix:
+    return Mix(*(value * factor for value in astuple(mix)))
+
+
+# --- time
+
+
+def _time(demand: Demand, target: Target, p: Parameters) -> Part:
+    core, clock = CORES[target.arch], (target.clock_ghz or 1.0) * 1e3  # cycles a microsecond
+    share = demand.blocks / target.cores
+    if demand.uniform:
+        us, unit = _rounds(demand, demand.mean, demand.chain, math.ceil(share), core, clock, target, p)
+    else:
+        # The longest programs start first, so that multiprocessors end about together, but none before the longest.
+        us, unit = _rounds(demand, demand.mean, demand.chain, max(share, 1e-9), core, clock, target, p)
+        alone = _rounds(demand, demand.heaviest, demand.longest, 1, core, clock, target, p)
+        us, unit = max((us, unit), alone)
+    traffic = demand.blocks * (demand.mean.loaded + demand.mean.stored)
+    cache = (target.cache_mb or 1.0) * 2**20
+    once = min(demand.footprint, traffic) if demand.footprint else traffic
+    again = traffic - once
+    missed = p.reread * max(0.0, 1 - cache / demand.footprint) if demand.footprint else 0.0
+    dram = (once + missed * again) / ((target.dram_gbs or 100.0) * 1e3 * p.dram)
+    l2 = traffic / ((target.cache_tbs or 2 * (target.dram_gbs or 100.0) / 1e3) * 1e6 * p.cache)
+    times = {unit: us, "DRAM": dram, "L2": l2}
+    bound = max(times, key=lambda name: times[name])
+    # Traffic and arithmetic overlap, but for where a kernel begins and ends.
+    total = times[bound] + p.exposed * (sum(times.values()) - times[bound])
+    overhead = p.launch_us * (1 + demand.extra)
+    return Part(demand.name, total + overhead, "its launch" if overhead > total else bound)
+
+
+def _rounds(
+    demand: Demand,
+    mix: Mix,
+    chain: tuple[float, float, float],
+    blocks: float,
+    core: Core,
+    clock: float,
+    target: Target,
+    p: Parameters,
+) -> tuple[float, str]:
+    """Microseconds in which a multiprocessor runs ``blocks``, as many at once as it holds; and what bounds it."""
+    full, rest = divmod(blocks, demand.resident) if blocks > demand.resident else (0, blocks)
+    us, unit = 0.0, ""
+    if full:
+        once, unit = _together(demand, mix, chain, demand.resident, core, clock, target, p)
+        us += full * once
+    if rest:
+        once, last = _together(demand, mix, chain, rest, core, clock, target, p)
+        # The last of an uneven grid is shared by blocks of other lengths.
+        us += once if demand.uniform or not full else once * rest / demand.resident
+        unit = unit or last
+    return us, unit
+
+
+def _together(
+    demand: Demand,
+    mix: Mix,
+    chain: tuple[float, float, float],
+    blocks: float,
+    core: Core,
+    clock: float,
+    target: Target,
+    p: Parameters,
+) -> tuple[float, str]:
+    """Microseconds of ``blocks`` that share a multiprocessor, and the unit that bounds them."""
+    nvidia = target.kind == "cuda"
+    issued = core.parts if nvidia else 1.0  # an instruction of 64 lanes takes a part of CDNA 4 cycles
+    rate = (target.matrix_tflops or 1.0) * 1e6 / target.cores  # operations a microsecond
+    issue = max(mix.issue / (issued * p.issue), mix.fp32 / (core.fp32_lanes * p.fp32)) / clock
+    times = {
+        "matrix units": blocks * mix.matrix / (rate * p.matrix),
+        "instruction issue": blocks * issue,
+        "special functions": blocks * mix.special / (core.special_lanes * p.special) / clock,
+        "shared memory": blocks * mix.shared / (p.shared_bytes * p.shared) / clock,
+        "L2 port": blocks * (mix.loaded + mix.stored) / (p.port_bytes * p.port) / clock,
+    }
+    bound = max(times, key=lambda name: times[name])
+    # Few warps leave a unit idle while another works: its time shows in part.
+    shown = p.half_warps / (p.half_warps + blocks * demand.warps)
+    busy = times[bound] + shown * (sum(times.values()) - times[bound])
+    alone = (chain[0] * p.dependent_cycles + chain[1] * p.barrier_cycles) / clock + chain[2] * p.memory_us
+    return (busy, bound) if busy >= alone else (alone, "latency")
