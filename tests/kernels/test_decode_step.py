@@ -14,8 +14,8 @@ import torch
 from conftest import fence
 from drawn import RECURRENCES, Drawn, host
 
-from mctune.backends.tvm import TvmBackend
 from mctune.backends.spaces import load_space
+from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.reference import error_ratio, memory_caching

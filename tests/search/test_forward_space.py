@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mctune.backends import get_backend
-from mctune.backends.tvm import TvmBackend
 from mctune.backends.spaces import load_space
+from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, Problem
