@@ -10,13 +10,22 @@ from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 
+_REPLACED = """
+import torch
+
+right = read_forward
+
+
+def read_forward(**arguments):
+    return {}
+"""
 _FAULTS = {
     "none": "",
-    "raises": 'raise ValueError("planted: the template\\nrefuses this")',
-    "hangs": "import time\ntime.sleep(600)",
-    "aborts": "import os\nos.abort()",
-    "wrong": "right = read_forward\n\n\ndef read_forward(**arguments):\n    return 1.01 * right(**arguments)",
-    "unwritten": "import torch\n\nright = read_forward\n\n\ndef read_forward(**arguments):\n    return torch.empty_like(right(**arguments))",
+    "raises": 'raise ValueError("planted: the template\\nrefuses this")\n',
+    "hangs": "import time\n\ntime.sleep(600)\n",
+    "aborts": "import os\n\nos.abort()\n",
+    "wrong": _REPLACED.format("1.01 * right(**arguments)"),
+    "unwritten": _REPLACED.format("torch.empty_like(right(**arguments))"),
 }
 
 
@@ -31,5 +40,5 @@ class FaultyBackend(TritonBackend):
         built = super().build(problem, real, target, folder / fault)
         text = built.source.read_text()
         if _FAULTS[fault] not in text:
-            built.source.write_text(f"{text}\n\n{_FAULTS[fault]}\n")
+            built.source.write_text(text + _FAULTS[fault])
         return built
