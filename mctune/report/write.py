@@ -80,7 +80,8 @@ def rows_of_tuned(tuned: dict[str, Any]) -> tuple[Row, ...]:
 def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     """Write ``results/<target>/`` for every target in ``documents``, replacing what was there; returns the folders.
 
-    Where two documents have a row for the same kernel on the same problem, one with baselines wins, then the later.
+    Where two documents have a row for the same kernel on the same problem, both measured or both predicted, one with
+    baselines wins, then the later.
     """
     folders = []
     for name in sorted({document.environment["target"]["name"] for document in documents}):
@@ -117,9 +118,9 @@ def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
 
 
 def _merge(rows: Sequence[Row]) -> list[Row]:
-    kept: dict[tuple[str, str, str], Row] = {}
+    kept: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        key = (row.problem.key, row.backend, row.config.key)
+        key = (row.problem.key, row.backend, row.config.key, row.how)
         if key not in kept or row.baselines or not kept[key].baselines:
             kept[key] = row
     return list(kept.values())
