@@ -46,6 +46,8 @@ def loops_of(asm: str, warps: int, warp_size: int) -> Loop:
     if not blocks:
         return Loop(Mix())
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", asm))
+    arch = re.search(r"^\.target\s+sm_(\d+)", asm, re.MULTILINE)
+    constants["arch"] = arch[1] if arch else ""
     mixes = [
         sum_of(
             ptx_mix(line, warps, warp_size, constants) if warp_size == 32 else amd_mix(line, warps, warp_size)

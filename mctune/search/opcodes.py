@@ -45,8 +45,13 @@ _COST = {"tf32": 2.0, "f16": 1.0, "bf16": 1.0, "f32": 8.0, "f64": 16.0, "xf32": 
 """Time of an operation by input type, relative to 16 bits. float32 is what CDNA3 has."""
 
 
+_OLD = 1.6
+"""Time of ``mma.sync`` over that of the instructions that sm_90 and sm_100 have instead: it reaches some 62 %."""
+_NEWER = ("90", "100")
+
+
 def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str]) -> Mix:
-    """One line of PTX; ``constants`` are the values of registers that are set to a number."""
+    """One line of PTX; ``constants``: values of registers that are set to a number, and ``arch``, for example 90."""
     opcode, _, operands = _PREDICATE.sub("", line).rstrip(";").partition(" ")
     opcode = opcode.partition("\t")[0]
     operands = operands.strip()
@@ -100,11 +105,12 @@ def _ptx_product(opcode: str, operands: str, warps: int, constants: Mapping[str,
     if shape is None:
         return 0.0
     m, n, k = (int(part) for part in shape.groups())
-    # Types after the shape: mma.sync has D, A, B, C, wgmma D, A, B.
-    types = [part for part in opcode[shape.end() :].split(".") if part]
-    kind = types[1] if len(types) > 1 else "bf16"
-    together = 4 if opcode.startswith("wgmma") else 1
-    return 2.0 * m * n * k * _COST.get(kind, 1.0) * warps / together
+    # After the shape, layouts and types: D, A, B and so on.
+    types = [part for part in opcode[shape.end() :].split(".") if part not in ("", "row", "col")]
+    cost = _COST.get(types[1], 1.0) if len(types) > 1 else 1.0
+    if opcode.startswith("wgmma"):
+        return 2.0 * m * n * k * cost * warps / 4
+    return 2.0 * m * n * k * cost * warps * (_OLD if constants.get("arch") in _NEWER else 1.0)
 
 
 def _bytes(opcode: str) -> float:
