@@ -1,0 +1,232 @@
+"""Search space of the backward pass on a GPU: states and gates, then the gradients of each operation."""
+
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.target import Target
+
+
+def _power(value: int) -> int:
+    """The next power of two that products take."""
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def _longest(problem: Problem) -> int:
+    """Tokens of the longest segment, as a piece holds them."""
+    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
+
+
+def _routed(problem: Problem) -> bool:
+    return problem.aggregation not in ("residual", "mean")
+
+
+def _unused(prefix: str, default: Config, names: tuple[str, ...]) -> Constraint:
+    """Parameters of an operation that equal gates do without keep one value."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return _routed(problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
+
+    return Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune")
+
+
+def _at_most(name: str, default: Config, limit, reason: str) -> Constraint:
+    """One value of many that are cut down to the same, the default's, stays."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return config.integer(name) <= limit(config, problem) or config[name] == default[name]
+
+    return Constraint(name, holds, reason)
+
+
+def _accumulator(prefix: str, elements) -> Constraint:
+    """128 registers a thread for what products are added up in."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return elements(config, problem) <= 128 * 32 * config.integer(f"{prefix}_num_warps")
+
+    return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
+
+
+def _operands(prefix: str, rows: str, width):
+    """A program keeps its rows as operands of products: float32 takes most of the registers."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        size = config.integer(f"{prefix}_{rows}") * _power(width(problem))
+        return (
+            problem.dtype != "float32"
+            or config[f"{prefix}_{rows}"] == 16
+            or size <= 512 * config.integer(f"{prefix}_num_warps")
+        )
+
+    return holds
+
+
+_WIDE = Config.of(
+    {
+        "piece": 256,
+        "precision": "tf32x3",
+        "saved": "states",
+        "states_BT": 64,
+        "states_BK": 128,
+        "states_BV": 128,
+        "states_num_warps": 8,
+        "states_num_stages": 3,
+        "gates_BT": 64,
+        "gates_BN": 16,
+        "gates_num_warps": 4,
+        "gates_num_stages": 2,
+        "dq_BT": 128,
+        "dq_BJ": 64,
+        "dq_BK": 128,
+        "dq_num_warps": 8,
+        "dq_num_stages": 2,
+        "dgates_BT": 64,
+        "dgates_BI": 16,
+        "dgates_SPLITS": 4,
+        "dgates_num_warps": 4,
+        "dgates_num_stages": 2,
+        "dstates_BT": 64,
+        "dstates_BK": 64,
+        "dstates_BV": 128,
+        "dstates_SEGMENTS": 2,
+        "dstates_num_warps": 8,
+        "dstates_num_stages": 2,
+        "dkv_BJ": 64,
+        "dkv_BT": 64,
+        "dkv_BN": 128,
+        "dkv_num_warps": 8,
+        "dkv_num_stages": 2,
+    }
+)
+_GATES = ("BT", "BN", "num_warps", "num_stages")
+_DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
+
+
+def _shorter(piece: int, routed: bool) -> Config:
+    """The default for shorter pieces and other aggregations."""
+    config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 64))
+    return config if routed else config.replace(saved="nothing", precision="ieee", dstates_SEGMENTS=1)
+
+
+def _float32(piece: int, routed: bool, precision: str) -> Config:
+    """The default for float32."""
+    tiles = {f"{name}_num_stages": 1 for name in ("states", "dq", "dstates", "dkv")}
+    tiles |= {"states_BT": min(piece, 32), "states_BK": 64, "states_BV": 32}
+    tiles |= {"dq_BT": 16, "dq_BJ": 16, "dq_BK": 32, "dkv_BJ": 16, "dkv_BT": 16, "dkv_BN": 32}
+    tiles |= {"dstates_BT": min(piece, 32), "dstates_BK": 64, "dstates_BV": 32, "dstates_SEGMENTS": 1}
+    if routed:
+        tiles |= {"gates_BT": 16, "gates_num_warps": 8, "gates_num_stages": 1}
+        tiles |= {"dgates_BT": 16, "dgates_num_warps": 8, "dgates_num_stages": 1}
+    return _shorter(piece, routed).replace(precision=precision, **tiles)
+
+
+_LONG = "a tile longer than a piece computes rows that do not exist"
+_BROAD = "a tile wider than a row computes columns that do not exist"
+
+SPACE = SearchSpace(
+    params=(
+        Pow2("piece", 16, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
+        Choice(
+            "precision", ("ieee", "tf32x3"), "of float32 products: with 16-bit inputs, those of the gates' gradients"
+        ),
+        Choice("saved", ("states", "nothing"), "what the forward keeps; with nothing the states are computed again"),
+        Pow2("states_BT", 16, 128, "tokens of a step of a state's sum"),
+        Pow2("states_BK", 32, 128, "key columns of a state's tile"),
+        Pow2("states_BV", 16, 128, "value columns of a state's tile"),
+        Pow2("states_num_warps", 4, 8),
+        Int("states_num_stages", (1, 2, 3, 4)),
+        Pow2("gates_BT", 16, 128, "tokens of a tile of logits"),
+        Pow2("gates_BN", 16, 64, "segments of a tile of logits"),
+        Pow2("gates_num_warps", 2, 8),
+        Int("gates_num_stages", (1, 2, 3)),
+        Pow2("dq_BT", 16, 256, "tokens of a tile of dq, which share every state that they read"),
+        Pow2("dq_BJ", 16, 128, "tokens of a step inside the piece"),
+        Pow2("dq_BK", 16, 256, "key columns of a tile of dq"),
+        Pow2("dq_num_warps", 4, 8),
+        Int("dq_num_stages", (1, 2, 3, 4)),
+        Pow2("dgates_BT", 16, 128, "tokens of a tile of du, and of a step of a mean key's gradient"),
+        Pow2("dgates_BI", 16, 64, "segments of a tile of the gates' gradients"),
+        Pow2("dgates_SPLITS", 1, 16, "programs that share a mean key's gradient"),
+        Pow2("dgates_num_warps", 2, 8),
+        Int("dgates_num_stages", (1, 2, 3)),
+        Pow2("dstates_BT", 16, 128, "tokens of a step of the sum of a state's gradient"),
+        Pow2("dstates_BK", 16, 128, "key columns of a tile of a state's gradient"),
+        Pow2("dstates_BV", 16, 256, "value columns of a tile of a state's gradient"),
+        Pow2("dstates_SEGMENTS", 1, 4, "states whose gradients share the rows that they read"),
+        Pow2("dstates_num_warps", 4, 8),
+        Int("dstates_num_stages", (1, 2, 3, 4)),
+        Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
+        Pow2("dkv_BT", 16, 128, "tokens of a step inside the piece"),
+        Pow2("dkv_BN", 16, 256, "columns of a tile of dk or dv"),
+        Pow2("dkv_num_warps", 4, 8),
+        Int("dkv_num_stages", (1, 2, 3, 4)),
+    ),
+    constraints=(
+        Constraint(
+            "piece", lambda c, p, t: c.integer("piece") <= _longest(p), "no segment is longer than a shorter piece"
+        ),
+        Constraint(
+            "precision",
+            lambda c, p, t: c["precision"] == "ieee" or (t.kind == "cuda" and (p.dtype == "float32" or _routed(p))),
+            "only products of float32 on NVIDIA's GPUs have a choice of precision",
+        ),
+        Constraint(
+            "saved",
+            lambda c, p, t: c["saved"] == "nothing" or (_routed(p) and c.integer("piece") == _longest(p)),
+            "the forward keeps the end states of segments, neither those of shorter pieces nor sums of states",
+        ),
+        _unused("gates", _WIDE, _GATES),
+        _unused("dgates", _WIDE, _DGATES),
+        Constraint(
+            "dstates_SEGMENTS",
+            lambda c, p, t: _routed(p) or c["dstates_SEGMENTS"] == 1,
+            "with equal gates a state's gradient is a sum of others",
+        ),
+        *(
+            Constraint(name, lambda c, p, t, name=name: c.integer(name) <= c.integer("piece"), _LONG)
+            for name in ("dq_BT", "dkv_BJ")
+        ),
+        *(
+            _at_most(name, _WIDE, lambda c, p: c.integer("piece"), _LONG)
+            for name in ("states_BT", "gates_BT", "dq_BJ", "dgates_BT", "dkv_BT", "dstates_BT")
+        ),
+        *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dv), 32), _BROAD) for name in ("states_BV", "dstates_BV")),
+        *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dk), 64), _BROAD) for name in ("states_BK", "dstates_BK")),
+        _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
+        _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
+        _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
+        # The read of one state is added to that of the others.
+        _accumulator("dq", lambda c, p: 2 * c.integer("dq_BT") * min(c.integer("dq_BK"), _power(p.Dk))),
+        _accumulator(
+            "dgates",
+            lambda c, p: max(c.integer("dgates_BT"), c.integer("dgates_BI")) * _power(p.Dk) if _routed(p) else 0,
+        ),
+        _accumulator(
+            "dstates",
+            lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
+        ),
+        _accumulator("dkv", lambda c, p: c.integer("dkv_BJ") * c.integer("dkv_BN")),
+        Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
+        Constraint(
+            "dkv operands", _operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
+        ),
+        Constraint(
+            "gates operands",
+            lambda c, p, t: not _routed(p) or _operands("gates", "BT", lambda p: p.Dk)(c, p, t),
+            "float32 rows of u would spill",
+        ),
+    ),
+    default=_WIDE,
+    fallbacks=(
+        *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
+        *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
+        *(
+            _float32(piece, routed, precision)
+            for routed in (True, False)
+            for piece in (64, 32, 16)
+            for precision in ("tf32x3", "ieee")
+        ),
+        # Segments longer than that.
+        *(_float32(64, True, precision).replace(saved="nothing") for precision in ("tf32x3", "ieee")),
+    ),
+)
