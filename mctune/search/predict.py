@@ -157,23 +157,32 @@ def _walk(
         early = min(stages - 1, passes / entries) * entries
         total = replace(total, loaded=max(total.loaded - loop.mix.ahead * early, 0.0))
         waits /= stages
-    # Products that stand outside the loops and in no source there: a pass that a pipeline took out of its loop.
-    outside = loop.mix.matrix
+    outside = 0.0
     if source is not None:
-        outside -= (source.matrix + source.conditional) * cost
+        outside = loop.mix.matrix - (source.matrix + source.conditional) * cost
         total = replace(total, matrix=max(total.matrix - passes * source.conditional * cost, 0.0))
+    matched = _matched(loop.inner, source)
+    peeled = _peeled([inner.mix.matrix if told else 0.0 for inner, told in matched], outside, stages)
     chain = (total.issue / launch.num_warps, total.barriers, waits)
     busiest = passes
-    for inner, told in _matched(loop.inner, source):
-        trips = parameters.unknown_trips if told is None else told.trips
-        if told is not None and 0 < inner.mix.matrix <= 1.1 * outside:
-            outside -= inner.mix.matrix
-            trips = max(trips - 1, 0.0)
+    for (inner, told), gone in zip(matched, peeled, strict=True):
+        trips = parameters.unknown_trips if told is None else max(told.trips - gone, 0.0)
         part, links, most = _walk(inner, passes * trips, passes, told, launch, parameters, cost)
         total = sum_of((total, part))
         chain = (chain[0] + links[0], chain[1] + links[1], chain[2] + links[2])
         busiest = max(busiest, most)
     return total, chain, busiest
+
+
+def _peeled(matrix: Sequence[float], outside: float, stages: int) -> list[int]:
+    """Passes that a pipeline took out of each loop: whose products stand ``outside`` the loops, and in no source."""
+    gone = [0] * len(matrix)
+    for _ in range(max(stages - 1, 1)):
+        for i, own in enumerate(matrix):
+            if 0 < own <= 1.1 * outside:
+                outside -= own
+                gone[i] += 1
+    return gone
 
 
 def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Loop, Source | None]]:
