@@ -17,11 +17,11 @@ from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-from mctune.runtime.triton_backward import TritonBackward
+#from mctune.runtime.triton_backward import TritonBackward
 from mctune.runtime.triton_decode import TritonDecode
 from mctune.runtime.triton_forward import TritonForward
 
-LAUNCHERS = {"forward": TritonForward, "backward": TritonBackward, "decode": TritonDecode}
+LAUNCHERS = {"forward": TritonForward, "decode": TritonDecode}
 WIDEST = 256
 """A program holds a row of q whole."""
 
@@ -83,7 +83,7 @@ class TritonBackend:
         name = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"
         library = folder / f"{name}_{hashlib.sha256(index.encode()).hexdigest()[:12]}.json"
         library.write_text(f"{index}\n", encoding="utf-8")
-        return Built(library, folder / parts[-1][1], parts)
+        return Built(library, folder / parts[-2][1], parts)
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
         """What one call launches on a GPU that need not be here, or why the GPU cannot hold it.

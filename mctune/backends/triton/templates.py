@@ -1,0 +1,119 @@
+"""Which Triton templates make a pass, what their parameters are for a problem, and their rendered files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from mctune.backends.triton.render import render
+from mctune.core.config import Config, Scalar
+from mctune.core.paths import templates_dir
+from mctune.core.problem import Problem
+
+PREFIXES = {
+    "segment_states": "states",
+    "gates": "gates",
+    "grouped_read": "group",
+    "read_forward": "read",
+    "gates_backward": "dgates",
+    "read_backward": "dq",
+    "state_backward": "dstates",
+    "write_backward": "dkv",
+    "decode_step": "decode",
+}
+"""The operations, a template each, and what the names of their parameters begin with in a configuration."""
+_COMMON = "common"
+LEAST, LANES = 16, 16
+"""Least width of a block; widths of states in memory are multiples of LANES."""
+
+
+def operations(problem: Problem, config: Config) -> tuple[str, ...]:
+    """The templates that a pass of ``problem`` launches with ``config``, in order."""
+    routed = problem.aggregation in ("grm", "soup", "ssc")
+    match problem.pass_:
+        case "forward":
+            gates = ("gates",) if routed and config["gates"] == "precomputed" else ()
+            grouped = ("grouped_read",) if config["formulation"] == "grouped" else ()
+            return ("segment_states", *gates, *grouped, "read_forward")
+        case "backward":
+            gates, dgates = (("gates",), ("gates_backward",)) if routed else ((), ())
+            return ("segment_states", *gates, "read_backward", *dgates, "state_backward", "write_backward")
+        case _:
+            return ("decode_step",)
+
+
+def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar]:
+    """The values of a template's parameters: of the problem first, then of the configuration."""
+    found: dict[str, Scalar] = {
+        "SWLA": problem.recurrence == "swla",
+        # Where the memory is linear, soup is grm.
+        "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
+        "INDEPENDENT": problem.state_init == "independent",
+        "HALF": problem.dtype != "float32",
+        "GATES": "precomputed",
+        "FORMULATION": "per_segment",
+        "PRECISION": "ieee",
+    }
+    for letter, width in (("K", problem.Dk), ("V", problem.Dv)):
+        found[f"D{letter}"] = width
+        found[f"P{letter}"] = max(LEAST, 1 << (width - 1).bit_length())
+        found[f"S{letter}"] = -(-width // LANES) * LANES
+    prefix = f"{PREFIXES[operation]}_"
+    for name, value in config.items:
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+        elif name in ("piece", "precision", "gates", "formulation"):
+            found[name.upper()] = value
+    return found
+
+
+def write_parts(problem: Problem, config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
+    """Render the operations of a pass into ``folder``: (operation, file name), in order.
+
+    A file's name ends in a digest of its text: equal names are equal files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    common = _write(folder, _COMMON, _source(_COMMON))
+    parts = []
+    for operation in operations(problem, config):
+        text = _rendered(operation, tuple(values(operation, problem, config).items()))
+        text = text.replace(f"from .{_COMMON} import", f"from .{common.removesuffix('.py')} import")
+        parts.append((operation, _write(folder, operation, text)))
+    return (*parts, (_COMMON, common))
+
+
+@cache
+def _rendered(operation: str, values: tuple[tuple[str, Scalar], ...]) -> str:
+    return specialised(operation, dict(values))
+
+
+def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
+    """The template of an operation, rendered with ``values``."""
+    return render(_source(operation), values)
+
+
+def _write(folder: Path, name: str, text: str) -> str:
+    file = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py"
+    if not (folder / file).is_file():
+        # Another process may render the same.
+        scratch = folder / f"{file}.{os.getpid()}"
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(folder / file)
+    return file
+
+
+@cache
+def _source(name: str) -> str:
+    return (templates_dir() / "triton" / f"{name}.py").read_text(encoding="utf-8")
+
+
+@cache
+def digest() -> str:
+    """SHA-256 of every Triton template, so that a change to one is another kernel."""
+    found = hashlib.sha256()
+    for path in sorted((templates_dir() / "triton").glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
