@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import TypeVar
 
 import libcst as cst
@@ -12,15 +13,23 @@ _Item = TypeVar("_Item", cst.Param, cst.Arg)
 _EMPTY = cst.Module([])
 
 
-def without(function: cst.FunctionDef, removed: Mapping[str, set[str]]) -> cst.FunctionDef:
-    """The function without its parameters in ``removed``, and without arguments for those of the functions it calls."""
-    gone = removed.get(function.name.value, set())
-    node = function.visit(_Remover(removed))
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a function, in order, and those that it loses."""
+
+    params: Sequence[str]
+    gone: Set[str]
+
+
+def without(function: cst.FunctionDef, signatures: Mapping[str, Signature]) -> cst.FunctionDef:
+    """The function without the parameters that it loses, and without arguments for those that its callees lose."""
+    gone = signatures[function.name.value].gone
+    node = function.visit(_Remover(signatures))
     assert isinstance(node, cst.FunctionDef)
     return _signature(node, gone) if gone else node
 
 
-def _signature(node: cst.FunctionDef, gone: set[str]) -> cst.FunctionDef:
+def _signature(node: cst.FunctionDef, gone: Set[str]) -> cst.FunctionDef:
     old = node.params
     kept = [x for x in (*old.params, *old.kwonly_params) if x.name.value not in gone]
     everything = [*old.params, *old.kwonly_params]
@@ -38,7 +47,7 @@ def _signature(node: cst.FunctionDef, gone: set[str]) -> cst.FunctionDef:
     )
 
 
-def _specialized(node: cst.Decorator, gone: set[str]) -> cst.Decorator:
+def _specialized(node: cst.Decorator, gone: Set[str]) -> cst.Decorator:
     """``@triton.jit(do_not_specialize=[...])`` without names that are gone."""
     if not isinstance(node.decorator, cst.Call):
         return node
@@ -62,11 +71,10 @@ def _specialized(node: cst.Decorator, gone: set[str]) -> cst.Decorator:
 class _Remover(cst.CSTTransformer):
     """Takes arguments out of calls."""
 
-    def __init__(self, removed: Mapping[str, set[str]]) -> None:
+    def __init__(self, signatures: Mapping[str, Signature]) -> None:
         super().__init__()
-        self.removed = removed
+        self.signatures = signatures
         self.depth = 0
-        self.orders: dict[str, list[str]] = {}
 
     def visit_IndentedBlock(self, node: cst.IndentedBlock) -> None:
         self.depth += 1
@@ -79,8 +87,11 @@ class _Remover(cst.CSTTransformer):
         function = updated_node.func
         if isinstance(function, cst.Subscript):
             function = function.value
-        gone = self.removed.get(function.value, set()) if isinstance(function, cst.Name) else set()
-        kept = [x for x in updated_node.args if x.keyword is None or x.keyword.value not in gone]
+        signature = self.signatures.get(function.value) if isinstance(function, cst.Name) else None
+        if signature is None:
+            return updated_node
+        places = zip(updated_node.args, [*signature.params, *[""] * len(updated_node.args)], strict=False)
+        kept = [x for x, name in places if (x.keyword.value if x.keyword else name) not in signature.gone]
         if len(kept) == len(updated_node.args):
             return updated_node
         args = _lay_out(updated_node.args, kept, old_first=updated_node.whitespace_before_args, depth=self.depth)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import libcst as cst
 
 from mctune.backends.triton.fold import CannotFold, Flag, code, constant, fold_function, names
-from mctune.backends.triton.layout import without
+from mctune.backends.triton.layout import Signature, without
 from mctune.core.config import Scalar
 
 Value: TypeAlias = Scalar
@@ -41,13 +41,13 @@ def render(source: str, values: Mapping[str, Value]) -> str:
         if function.name in used:
             _check_calls(function, functions, values)
 
-    removed = {name: function.gone for name, function in functions.items() if function.gone}
+    signatures = {name: Signature(list(function.params), function.gone) for name, function in functions.items()}
     body: list[cst.CSTNode] = []
     unbound: set[str] = set()
     for statement in module.body:
         if isinstance(statement, cst.FunctionDef):
             function = functions[statement.name.value]
-            statement = without(function.node, removed)
+            statement = without(function.node, signatures)
             unbound |= function.gone & names(statement.body)
         body.append(statement)
     constants = {name: value for name, value in values.items() if name in unbound}
@@ -154,6 +154,7 @@ def _calls(function: _Function, functions: Mapping[str, _Function]) -> _Calls:
         inner = _Calls(functions)
         for arg in nested.pop().args.values():
             arg.value.visit(inner)
+        visitor.elsewhere |= inner.elsewhere & functions.keys()
         visitor.calls += inner.calls
         nested += inner.calls
     return visitor
