@@ -47,7 +47,9 @@ def _elements(name: str, walk: Walk) -> float:
     if name in _PIECE_STATES:
         return heads * len(walk.pieces) * Dk * Dv
     if name in _SEGMENT_STATES:
-        return heads * walk.segments * Dk * Dv
+        # A decode step reads what it needs.
+        read = min(top_k, walk.segments) if p.pass_ == "decode" and p.top_k else walk.segments
+        return heads * read * Dk * Dv
     if name in _SEGMENT_KEYS:
         return heads * walk.segments * Dk
     if name in _PIECE_KEYS:

@@ -92,9 +92,16 @@ def _in_words(parts: Sequence[Part], calibrated: bool) -> str:
 
 def _demand(launch: Launch, problem: Problem, config: Config, target: Target, parameters: Parameters) -> Demand:
     compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
-    told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, config, target)
+    cost = _matrix_cost(problem, config, target)
+    told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
+    touched = footprint(launch, problem, config)
+    if launch.name in _STREAMING:
+        share = min(1.0, touched / max(launch.blocks * (mean.loaded + mean.stored), 1.0))
+        mean, heaviest = (
+            replace(mix, loaded=mix.loaded * share, stored=mix.stored * share) for mix in (mean, heaviest)
+        )
     # A program that has a quarter more to do than the mean one: the order of the grid matters, not whole waves.
     uniform = all(most <= 1.25 * value for most, value in zip(astuple(heaviest), astuple(mean), strict=True))
     return Demand(
@@ -107,7 +114,7 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
         uniform=uniform,
         resident=max(resources(launch, target).blocks_per_core, 1),
         warps=launch.num_warps,
-        footprint=footprint(launch, problem, config),
+        footprint=touched,
         extra=_EXTRA.get(launch.name, 0),
     )
 
@@ -116,11 +123,15 @@ _EXTRA = {"grouped_read_kernel": 14}
 """Kernels of torch that a launcher runs beside ours: a stable sort of the pairs and a search in them."""
 
 
+_STREAMING = ("_read_kernel",)
+"""Kernels that touch every element once, and whose programs take one of several branches: not all of their code."""
+
+
 def _walked(
-    launch: Launch, compiled: Loop, source: Source | None, parameters: Parameters, config: Config, target: Target
+    launch: Launch, compiled: Loop, source: Source | None, parameters: Parameters, cost: float
 ) -> tuple[Mix, tuple[float, float, float]]:
     """What a block executes, and its chain, with its loops walked as often as ``source`` says."""
-    mix, chain, trips = _walk(compiled, 1.0, 0.0, source, launch, parameters, _matrix_cost(config, target))
+    mix, chain, trips = _walk(compiled, 1.0, 0.0, source, launch, parameters, cost)
     if launch.spills:
         moved = 2.0 * launch.spills * launch.num_warps * launch.warp_size * (1 + parameters.spill_passes * (trips - 1))
         per_warp = moved / (4 * launch.warp_size * launch.num_warps)
@@ -129,10 +140,12 @@ def _walked(
     return mix, chain
 
 
-def _matrix_cost(config: Config, target: Target) -> float:
+def _matrix_cost(problem: Problem, config: Config, target: Target) -> float:
     """Time of a product's operation over that of 16 bits."""
+    if problem.dtype != "float32":
+        return 1.0
     precision = config["precision"] if "precision" in config else ""
-    return {"tf32x3": 6.0, "tf32": 2.0}.get(str(precision), 1.0) if target.kind == "cuda" else 1.0
+    return {"tf32x3": 6.0, "tf32": 2.0}.get(str(precision), 1.0) if target.kind == "cuda" else 8.0
 
 
 def _walk(
@@ -149,10 +162,10 @@ def _walk(
     ``cost``: time of an operation of a product over that of one with 16-bit inputs.
     """
     total = _scaled(loop.mix, passes)
-    stages = max(launch.num_stages, 1)
+    stages = max(int(dict(launch.values).get("STAGES", launch.num_stages)), 1)
     # What a pass waits for. Loads of a pass are asked for together, those of a pipeline so many passes before.
     waits = passes * min(loop.mix.loads, 1.0)
-    if entries and (loop.mix.matrix > 0 or (source is not None and source.matrix > 0)):
+    if entries and loop.mix.ahead and (launch.warp_size == 32 or loop.mix.matrix):
         # What the first passes need is asked for before the loop, and in the last ones for nothing.
         early = min(stages - 1, passes / entries) * entries
         total = replace(total, loaded=max(total.loaded - loop.mix.ahead * early, 0.0))

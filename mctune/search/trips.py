@@ -208,59 +208,83 @@ def _read_backward(w: Walk) -> Source:
     return Source(1, outside, tuple(loops), conditional=(1 if w.routed else 2) * state - outside)
 
 
-def _after_segments(w: Walk) -> list[int]:
-    """Tokens after each segment of a sequence."""
-    return [w.problem.T - end for _, end in w.problem.spans()]
+def _wide(w: Walk) -> float:
+    """Time of a float32 product in a problem of 16 bits, over that of one of 16 bits."""
+    if w.problem.dtype == "float32":
+        return 1.0
+    precision = str(w.config["precision"]) if "precision" in w.config else ""
+    return {"bf16x3": 3.0, "bf16x6": 6.0, "tf32": 2.0, "tf32x3": 6.0}.get(precision, 0.0)
+
+
+def _after_segments(w: Walk, together: int) -> float:
+    """Tokens after the first of ``together`` segments of a sequence."""
+    left = [w.problem.T - end for _, end in w.problem.spans()][::together]
+    return max(left) if w.heaviest else sum(left) / len(left)
 
 
 def _cached(w: Walk) -> Source:
-    """The gradient of a cached state: the tokens of later segments."""
-    left = _after_segments(w)
-    tokens = max(left) if w.heaviest else sum(left) / len(left)
-    if not w.routed:
-        tokens = w.problem.T / w.segments
-    return Source(1, 0, (Source(math.ceil(tokens / w["BT"])),))
+    """The gradient of the states of some cached segments: the tokens of later ones."""
+    BT, segments = w["BT"], int(w.values.get("SEGMENTS", 1))
+    tokens = _after_segments(w, segments)
+    return Source(1, 0, (Source(math.ceil(tokens / BT), 2 * segments * w["BK"] * BT * w["BV"]),))
+
+
+def _piece_product(w: Walk) -> Source:
+    BT = w["BT"]
+    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / BT)), 2 * BT * w["BK"] * w["BV"]),))
 
 
 def _piece_tokens(w: Walk) -> Source:
-    """One loop over the tokens of a piece."""
-    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / w["BT"]))),))
+    """One loop over the tokens of a piece, without products."""
+    BT = w["BT"]
+    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / BT))),))
 
 
-def _writes(w: Walk) -> Source:
+def _lead(w: Walk) -> Source:
+    """The row before a piece: its tokens, then the rows of its state; nothing for a piece that is not entered."""
+    BT = w["BT"]
+    tokens = Source(w.of_pieces(lambda p: math.ceil(p.length / BT) if p.entered else 0))
+    rows = math.ceil(w.padded[0] / int(w.values.get("BR", 16)))
+    return Source(1, 0, (tokens, Source(w.of_pieces(lambda p: rows if p.entered else 0))))
+
+
+def _value_writes(w: Walk) -> Source:
     """From a block of tokens of a piece to its end."""
-    BJ, BT = w["BJ"], w["BT"]
-    return Source(1, 0, (Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT))),))
+    BJ, BT, BN, (PK, _) = w["BJ"], w["BT"], w["BN"], w.padded
+    loop = Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * BJ * BT * (PK + BN))
+    return Source(1, 2 * BJ * PK * BN, (loop,))
 
 
 def _key_writes(w: Walk) -> Source:
-    BJ, BT = w["BJ"], w["BT"]
-    loops = list(_writes(w).inner)
+    BJ, BT, BN, (PK, PV) = w["BJ"], w["BT"], w["BN"], w.padded
+    scores = PV + (PK if w.problem.recurrence == "swla" else 0)
+    loops = [Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * BJ * BT * (scores + BN))]
     if w.routed:
         if not w.whole:
             loops.append(Source(w.of_tiles(BJ, lambda p, t: p.later)))
         aside = -(-BJ // BT) * BT
-        loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(min(aside, p.length - t) / BT)), 1.0))
+        near = w.of_tiles(BJ, lambda p, t: math.ceil(min(aside, p.length - t) / BT))
+        loops.append(Source(near, _wide(w) * 2 * BJ * BT * BN))
         loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(max(p.length - t - aside, 0) / BT))))
-    return Source(1, 0, tuple(loops))
+    return Source(1, 2 * BJ * PV * BN, tuple(loops))
 
 
 def _connectors(w: Walk) -> Source:
-    BT, BI, parts = w["BT"], w["BI"], int(w.values.get("PARTS", 1))
+    BT, BI, parts, (PK, _) = w["BT"], w["BI"], int(w.values.get("PARTS", 1)), w.padded
     cached = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BI))
     # One part is a constant: its loop is gone.
     each = (Source(parts),) if parts > 1 else ()
-    loops = [*each, Source(cached, 0, each), Source(cached, 1.0, each)]
+    loops = [*each, Source(cached, 0, each), Source(cached, _wide(w) * 2 * BT * BI * PK, each)]
     if not w.whole:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.before)))
     loops.append(Source(w.of_tiles(BT, lambda p, t: t // BT)))
-    return Source(1, 0, tuple(loops))
+    return Source(1, 2 * BT * BT * PK, tuple(loops))
 
 
 def _descriptors(w: Walk) -> Source:
-    left = _after_segments(w)[:: w["BI"]]
-    tokens = max(left) if w.heaviest else sum(left) / len(left)
-    return Source(1, 0, (Source(math.ceil(tokens / int(w.values.get("SPLITS", 1)) / w["BT"]), 1.0),))
+    BT, BI, splits, (PK, _) = w["BT"], w["BI"], int(w.values.get("SPLITS", 1)), w.padded
+    tokens = _after_segments(w, BI)
+    return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK),))
 
 
 def _decode_read(w: Walk) -> Source:
@@ -271,7 +295,8 @@ def _decode_read(w: Walk) -> Source:
     share = read / splits
     group = min(16.0, share)
     blocks = math.ceil(w["DK"] / BK)
-    loops = [Source(n, 0, (Source(1),))]
+    # Of one token the writer's loop is gone.
+    loops = [Source(n, 0, (Source(1),))] if n > 1 else []
     if w.problem.aggregation == "ssc":
         loops += [Source(share * (splits - 1) / 2)] if splits > 1 else []
         cached: tuple[Source, ...] = (Source(group), Source(group * blocks))
@@ -285,12 +310,12 @@ def _decode_read(w: Walk) -> Source:
 
 
 def _decode_logits(w: Walk) -> Source:
-    return Source(1, 0, (Source(w["n"]),))
+    return Source(1, 0, (Source(w["n"]),) if w["n"] > 1 else ())
 
 
 def _decode_combine(w: Walk) -> Source:
     parts = math.ceil((w["SPLITS"] + 1) / w["BP"])
-    return Source(1, 0, (*((Source(parts),) if parts > 1 else ()), Source(w["n"])))
+    return Source(1, 0, (*((Source(parts),) if parts > 1 else ()), *((Source(w["n"]),) if w["n"] > 1 else ())))
 
 
 TRIPS: dict[str, Callable[[Walk], Source]] = {
@@ -302,10 +327,11 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "grouped_read_kernel": _grouped,
     "read_backward_kernel": _read_backward,
     "cached_kernel": _cached,
-    "piece_kernel": _piece_tokens,
-    "value_kernel": _writes,
+    "piece_kernel": _piece_product,
+    "value_kernel": _value_writes,
     "key_kernel": _key_writes,
-    "lead_kernel": _piece_tokens,
+    "lead_kernel": _lead,
+    "pulls_kernel": _piece_tokens,
     "connector_kernel": _connectors,
     "descriptor_kernel": _descriptors,
     "_read_kernel": _decode_read,
