@@ -17,11 +17,11 @@ from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-#from mctune.runtime.triton_backward import TritonBackward
+from mctune.runtime.triton_backward import TritonBackward
 from mctune.runtime.triton_decode import TritonDecode
 from mctune.runtime.triton_forward import TritonForward
 
-LAUNCHERS = {"forward": TritonForward, "decode": TritonDecode}
+LAUNCHERS = {"forward": TritonForward, "backward": TritonBackward, "decode": TritonDecode}
 WIDEST = 256
 """A program holds a row of q whole."""
 

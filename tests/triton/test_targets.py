@@ -1,0 +1,90 @@
+"""Every GPU of the registry that Triton serves compiles the corners of every space; the others say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mctune.backends import backend_for
+from mctune.backends.triton.backend import LAUNCHERS, TritonBackend
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import TooLarge
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve, targets
+
+GPUS = [target for target in targets() if not target.on_cpu]
+SERVED = [target for target in GPUS if target.arch not in ("sm_70", "sm_75")]
+PROBLEM = Problem(aggregation="grm", T=4096, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")
+
+
+def corners(problem: Problem, target: Target) -> Iterator[Config]:
+    """The default, and with every parameter at its first and at its last value, as far as the constraints allow."""
+    backend = TritonBackend()
+    space = backend.space(problem)
+    default = space.first_valid(lambda config: space.valid(config, problem, target))
+    assert default is not None
+    yield default
+    for param in space.params:
+        for value in (param.values[0], param.values[-1]):
+            config = default.replace(**{param.name: value})
+            if config != default and space.valid(config, problem, target):
+                yield config
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def check(problem: Problem, config: Config, target: Target, folder: Path) -> bool:
+    """Whether a candidate compiles; one that does not fit must say what it needs."""
+    backend = TritonBackend()
+    made = backend.compile(problem, config, backend.build(problem, config, target, folder), target)
+    if isinstance(made, TooLarge):
+        assert made.need > made.limit and str(made.need) in made.message and str(made.limit) in made.message
+        return False
+    assert made and all(launch.binary and launch.registers for launch in made)
+    return True
+
+
+@pytest.mark.parametrize("pass_", LAUNCHERS)
+def test_the_default_compiles_without_spilling_much(pass_: str, folder: Path) -> None:
+    target, _ = resolve("h100-sxm")
+    backend = TritonBackend()
+    problem = PROBLEM.replace(pass_=pass_)
+    config = next(corners(problem, target))
+    made = backend.compile(problem, config, backend.build(problem, config, target, folder), target)
+    assert not isinstance(made, TooLarge), made
+    assert {launch.name: launch.spills for launch in made if launch.spills} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pass_", LAUNCHERS)
+@pytest.mark.parametrize("target", SERVED, ids=lambda target: target.name)
+def test_corners_of_the_space(target: Target, pass_: str, folder: Path) -> None:
+    """Aggregations and recurrences take turns over the targets, of which several are of one architecture."""
+    turn = SERVED.index(target)
+    aggregation, recurrence = ("grm", "ssc", "mean")[turn % 3], ("linear", "swla")[turn % 2]
+    problem = PROBLEM.replace(
+        pass_=pass_, aggregation=aggregation, recurrence=recurrence, top_k=4 if aggregation == "ssc" else None
+    )
+    fits = [check(problem, config, target, folder) for config in corners(problem, target)]
+    assert any(fits) and len(fits) > 10
+
+
+@pytest.mark.parametrize("name", ["v100", "t4"])
+def test_what_triton_cannot_serve_says_why(name: str) -> None:
+    target, _ = resolve(name)
+    with pytest.raises(UsageError, match=r"no matrix units there .* take a GPU of sm_80 or later"):
+        backend_for(target)
+
+
+@pytest.mark.parametrize("target", SERVED, ids=lambda target: target.name)
+def test_every_gpu_has_the_figures_that_the_cost_model_needs(target: Target) -> None:
+    assert backend_for(target) == "triton"
+    needed = ("cores", "clock_ghz", "matrix_tflops", "dram_gbs", "cache_tbs", "shared_bytes", "threads_per_core")
+    assert all(getattr(target, name) for name in needed)
