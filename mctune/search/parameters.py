@@ -27,6 +27,7 @@ class Parameters:
         launch_us: what a launch costs beside its kernel, in microseconds.
         unknown_trips: passes of a loop of which nothing is known.
         spill_passes: share of a loop's passes that load and store what registers did not hold.
+        spill_cycles: what a warp waits for each of these.
     """
 
     matrix: float = 0.75
@@ -47,4 +48,5 @@ class Parameters:
     reread: float = 0.2
     launch_us: float = 3.0
     unknown_trips: float = 8.0
-    spill_passes: float = 0.5
+    spill_passes: float = 1.0
+    spill_cycles: float = 8.0

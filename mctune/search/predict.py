@@ -71,7 +71,7 @@ def predict(launches: Sequence[Launch], problem: Problem, config: Config, target
 def demands(
     launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
 ) -> tuple[Demand, ...]:
-    """What each launch asks; only ``unknown_trips`` and ``spill_passes`` of ``parameters`` matter here."""
+    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here."""
     return tuple(_demand(launch, problem, config, target, parameters) for launch in launches)
 
 
@@ -136,7 +136,7 @@ def _walked(
         moved = 2.0 * launch.spills * launch.num_warps * launch.warp_size * (1 + parameters.spill_passes * (trips - 1))
         per_warp = moved / (4 * launch.warp_size * launch.num_warps)
         mix = sum_of((mix, Mix(shared=moved, issue=per_warp * launch.num_warps)))
-        chain = (chain[0] + per_warp, *chain[1:])
+        chain = (chain[0] + per_warp * parameters.spill_cycles / parameters.dependent_cycles, *chain[1:])
     return mix, chain
 
 
