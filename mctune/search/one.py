@@ -197,7 +197,7 @@ class OneStudy:
         """The frontier and the recommendation; with ``leaders``, they alone stand for their segment lengths."""
         groups = self._groups(trials)
         kept = [trial for group in groups.values() for trial in group]
-        if leaders:
+        if leaders is not None:
             alone = [leaders[length].trial for length in groups if length in leaders]
             # A time that was taken again replaces the others; a predicted candidate must have been found right.
             others = [trial for length in groups if length not in leaders for trial in groups[length]]
