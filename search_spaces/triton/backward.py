@@ -47,6 +47,11 @@ def _accumulator(prefix: str, elements) -> Constraint:
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
 
 
+def _rows(config: Config) -> int:
+    """Of a gates' gradient's tile."""
+    return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
+
+
 def _operands(prefix: str, rows: str, width):
     """A program keeps its rows as operands of products: float32 takes most of the registers."""
 
@@ -77,10 +82,10 @@ _WIDE = Config.of(
         "gates_num_stages": 2,
         "dq_BT": 128,
         "dq_BJ": 64,
-        "dq_BK": 128,
+        "dq_BK": 64,
         "dq_num_warps": 8,
         "dq_num_stages": 2,
-        "dgates_BT": 64,
+        "dgates_BT": 32,
         "dgates_BI": 16,
         "dgates_SPLITS": 4,
         "dgates_num_warps": 4,
@@ -93,7 +98,7 @@ _WIDE = Config.of(
         "dstates_num_stages": 2,
         "dkv_BJ": 64,
         "dkv_BT": 64,
-        "dkv_BN": 128,
+        "dkv_BN": 64,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
     }
@@ -195,12 +200,12 @@ SPACE = SearchSpace(
         _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
         _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
         _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
-        # The read of one state is added to that of the others.
-        _accumulator("dq", lambda c, p: 2 * c.integer("dq_BT") * min(c.integer("dq_BK"), _power(p.Dk))),
+        # dy and q stay, and the read of one state is added to that of the others.
         _accumulator(
-            "dgates",
-            lambda c, p: max(c.integer("dgates_BT"), c.integer("dgates_BI")) * _power(p.Dk) if _routed(p) else 0,
+            "dq", lambda c, p: c.integer("dq_BT") * (3 * min(c.integer("dq_BK"), _power(p.Dk)) + _power(p.Dv) / 2)
         ),
+        # Products of float32 are made of three, of parts of their operands.
+        _accumulator("dgates", lambda c, p: 4 * _rows(c) * _power(p.Dk) if _routed(p) else 0),
         _accumulator(
             "dstates",
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
@@ -220,6 +225,14 @@ SPACE = SearchSpace(
     fallbacks=(
         *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
         *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
+        # Wider rows.
+        *(
+            _shorter(piece, True).replace(dq_BT=min(piece, 64), dgates_num_warps=8, precision=precision, saved=saved)
+            for piece in (256, 128, 64, 32, 16)
+            for precision in ("tf32x3", "ieee")
+            for saved in ("states", "nothing")
+        ),
+        *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
         *(
             _float32(piece, routed, precision)
             for routed in (True, False)

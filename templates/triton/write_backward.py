@@ -263,7 +263,7 @@ def strength_kernel(
     AGGREGATION: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """One program: the gates' gradients of a piece, from sums of D and E."""
+    """One program: the gates' gradients of a piece."""
     piece = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     start = tl.load(begin + piece)
@@ -300,8 +300,9 @@ def strength_kernel(
     dcum += tl.where(t == stop - 1, last, 0.0)
     written = tl.load(lam + place - H, mask=inner, other=0.0)
     decay = tl.exp(tl.load(g + place, mask=here, other=0.0))
-    tl.store(dg + place, tl.cumsum(dcum, 0, reverse=True) + written * decay * dstrong, mask=here)
-    # Of t itself, at the tokens after it and in the end state.
+    total = tl.cumsum(dcum, 0, reverse=True) + written * decay * dstrong
+    # What nothing enters does not decay; only rounding would say that it does.
+    tl.store(dg + place, tl.where((t > start) | enters, total, 0.0), mask=here)
     e_t = tl.load(ending + line, mask=here, other=0.0)
     later = tl.exp(tl.minimum(cum_end - tl.load(cum + line + 1, mask=more, other=0.0), 0.0)) * e_t
     later += tl.load(tail + line, mask=more, other=0.0)
@@ -390,7 +391,7 @@ def write_backward(
         SK=SK, SV=SV, BJ=BJ, BT=BT, BN=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if SWLA:
-        dg, dbeta, dlam = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        dg, dbeta, dlam = (torch.empty_like(g) for _ in range(3))
         strength_kernel[(P, B * H)](
             gate=gate, own=own.sum(0), g=g, lam=lam, cum=cum, now=now, after=after, before=before, diagonal=diagonal,
             tail=tail, ending=ending.sum(0), dbefore=dbefore, crossing=crossing, begin=begin, end=end,
