@@ -24,7 +24,7 @@ def _once(function: Callable[[], object], scratch: torch.Tensor) -> float:
     """Milliseconds of one run on cold caches."""
     _flush(scratch)
     if scratch.is_cuda:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
         function()
         after.record()

@@ -1,0 +1,110 @@
+"""Launch the decode kernels of a Triton module: new tokens over the cache, which they read and write in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .memory import LayerMemory
+from .triton_loader import load_parts
+from .triton_tables import DEVICE
+from .tvm_loader import KernelError
+
+MOST_STATES = 16384
+"""A program of ssc holds the logits of all states."""
+
+
+class TritonDecode:
+    """y of n new tokens of every sequence by the ``decode_step`` of one rendered module.
+
+    Args:
+        kernel: a file beside the rendered modules.
+        record: its entry in the tuned table; ``record["problem"]`` names the aggregation, ``record["parts"]`` the
+            modules.
+        parts: the modules by operation, instead of those that ``record`` names.
+    """
+
+    device, dtype = DEVICE, None
+    """Of the tensors that it reads; the dtype is the call's own, one for q, k, v and u."""
+
+    def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
+        parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
+        self.decode_step = parts["decode_step"].decode_step
+        self.chooses = record["problem"]["aggregation"] == "ssc"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        u: torch.Tensor,
+        *,
+        g: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        lam: torch.Tensor | None,
+        scale: float,
+        top_k: int,
+        segment_length: int,
+        memory: LayerMemory,
+    ) -> torch.Tensor:
+        """y ``[B, n, H, Dv]`` from q, k, u ``[B, n, H, Dk]``, v, all of one dtype, and float32 gates ``[B, n, H]``.
+
+        The tensors of ``memory``, float32 and contiguous, are written in place; its counts stay. Counts on the CPU are
+        checked, and passed as numbers where all sequences are at the same place. Counts on the device are not waited
+        for: a state that there is no room for is left out of the cache.
+
+        Raises:
+            KernelError: if the memory has no room for the states of the tokens, or more states than ssc's kernels take.
+        """
+        n, (states,), (online,), descriptors = q.shape[1], memory.states, memory.online, memory.descriptors
+        capacity = descriptors.shape[2]
+        if self.chooses and capacity > MOST_STATES:
+            raise KernelError(f"ssc over {capacity} states exceeds {MOST_STATES}; use backend='eager'")
+        # Beyond this bound it changes nothing, and it is a 32-bit argument.
+        length = min(segment_length, 2**30)
+        cached, filled = memory.cached, memory.filled
+        counts: tuple[torch.Tensor | None, torch.Tensor | None] = (cached, filled)
+        numbers = (0, 0)
+        if cached.device.type == "cpu":
+            places = set(zip(cached.tolist(), filled.tolist(), strict=True))
+            needed = max((used + (begun + n) // length for used, begun in places), default=0)
+            if needed > capacity:
+                raise KernelError(
+                    f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "
+                    f"call memory.reserve({n}) first"
+                )
+            if len(places) == 1:
+                counts, (numbers,) = (None, None), places
+            elif q.device.type != "cpu":
+                both = torch.stack((cached, filled)).to(q.device, non_blocking=True)
+                counts = (both[0], both[1])
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        if y.numel() == 0:
+            return y
+        self.decode_step(
+            q=q.contiguous(),
+            k=k.contiguous(),
+            v=v.contiguous(),
+            u=u.contiguous(),
+            g=None if g is None else g.contiguous(),
+            beta=None if beta is None else beta.contiguous(),
+            lam=None if lam is None else lam.contiguous(),
+            states=states,
+            descriptors=descriptors,
+            online=online,
+            key_sum=memory.key_sum,
+            last_key=memory.last_key,
+            last_value=memory.last_value,
+            cached=counts[0],
+            filled=counts[1],
+            y=y,
+            cached_all=numbers[0],
+            filled_all=numbers[1],
+            length=length,
+            top_k=max(top_k, 1),
+            scale=scale,
+        )
+        return y

@@ -1,0 +1,189 @@
+"""The read of a linear or SWLA Memory Caching layer (Eq. 6-17).
+
+    y_t = scale [ gamma_t^(s) q_t M_t + sum_{i < s} gamma_t^(i) q_t M^(i) ]
+
+The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece. Cached ones
+are read by one product each, which a tile of tokens shares (FORMULATION "per_segment": gates times products;
+"gated": products of gates times q, so that the sum stays where products are added up); residual and mean, whose gates
+are equal, read the sum of the states instead; under ssc with "grouped" another kernel has read them.
+
+GATES: "precomputed" by :mod:`gates`, or "fused": a softmax that goes along with the cached states, BN at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import load_rows, load_state
+
+DK = 128
+PK = 128
+SK = 128
+DV = 128
+PV = 128
+SV = 128
+BJ = 64
+BN = 16
+BT = 128
+BV = 128
+num_stages = 3
+num_warps = 8
+
+
+@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+def read_forward_kernel(
+    q,
+    k,
+    v,
+    u,
+    states,
+    means,
+    sums,
+    begin,
+    end,
+    segment,
+    entering,
+    seg_begin,
+    seg_first,
+    seg_piece,
+    seg_last,
+    tiles,
+    y,
+    scale,
+    T,
+    H,
+    N,
+    P,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PK: tl.constexpr,
+    SK: tl.constexpr,
+    SV: tl.constexpr,
+    BT: tl.constexpr,
+    BJ: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One program: BT tokens, BV value columns, one head."""
+    BLOCKS: tl.constexpr = (DV + BV - 1) // BV
+    column = tl.program_id(0) % BLOCKS * BV
+    tile = tiles + tl.program_id(0) // BLOCKS * 2
+    bh = tl.program_id(1).to(tl.int64)
+    piece = tl.load(tile)
+    t0 = tl.load(tile + 1)
+    start = tl.load(begin + piece)
+    stop = tl.minimum(t0 + BT, tl.load(end + piece))
+    s = tl.load(segment + piece)
+    first = tl.load(seg_first + s)
+    enters = tl.load(entering + piece)
+    head = bh // H * T * H + bh % H
+    q += head * DK
+    k += head * DK
+    v += head * DV
+    t = t0 + tl.arange(0, BT)
+    valid = t < stop
+    q_t = load_rows(q, t0, stop, H * DK, 0, DK, BT, PK)
+    u_t = load_rows(u + head * DK, t0, stop, H * DK, 0, DK, BT, PK)
+    total = tl.zeros([BT], tl.float32)
+    if sums is not None:
+        keys = tl.arange(0, PK)
+        earlier = tl.zeros([PK], tl.float32)
+        for p in range(tl.load(seg_piece + s), piece):
+            earlier += tl.load(sums + (bh * P + p) * SK + keys, mask=keys < SK, other=0.0)
+        total += tl.sum(u_t.to(tl.float32) * earlier[None, :], 1)
+
+    # The online memory: first what the piece has written, up to t.
+    acc = tl.zeros([BT, BV], tl.float32)
+    for j0 in range(start, stop, BJ):
+        j = j0 + tl.arange(0, BJ)
+        k_j = tl.trans(load_rows(k, j0, stop, H * DK, 0, DK, BJ, PK))
+        v_j = load_rows(v, j0, stop, H * DV, column, DV, BJ, BV)
+        scores = tl.dot(q_t, k_j, input_precision="ieee")
+        writes = tl.dot(u_t, k_j, input_precision="ieee")
+        total += tl.sum(tl.where(t[:, None] >= j[None, :], writes, 0.0), 1)
+        scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
+        acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision="ieee")
+    if enters >= 0:
+        state = load_state(states + (bh * P + enters) * (SK * SV), 0, column, SK, SV, PK, BV)
+        entered = tl.dot(q_t, state, input_precision="ieee")
+        acc += entered
+    top = total / (t - tl.load(seg_begin + s) + 1).to(tl.float32)
+    size = tl.full([BT], 1.0, tl.float32)
+    for i0 in range(first, s, BN):
+        i = i0 + tl.arange(0, BN)
+        mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BN, PK)
+        high = mean.to(u_t.dtype)
+        low = (mean - high.to(tl.float32)).to(u_t.dtype)
+        score = tl.dot(u_t, tl.trans(high), tl.dot(u_t, tl.trans(low)))
+        score = tl.where((i < s)[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        keep = tl.exp(top - higher)
+        score = tl.exp(score - higher[:, None])
+        size = size * keep + tl.sum(score, 1)
+        acc *= keep[:, None]
+        top = higher
+        for n in range(i0, tl.minimum(i0 + BN, s)):
+            last = n
+            if seg_last is not None:
+                last = tl.load(seg_last + n)
+            state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
+            gamma = tl.sum(tl.where(i[None, :] == n, score, 0.0), 1)
+            gated = (q_t.to(tl.float32) * gamma[:, None]).to(q_t.dtype)
+            acc = tl.dot(gated, state, acc, input_precision="ieee")
+    acc /= size[:, None]
+    cols = column + tl.arange(0, BV)
+    out = y + head * DV + t.to(tl.int64)[:, None] * (H * DV) + cols[None, :]
+    tl.store(out, (acc * scale).to(y.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
+
+
+def read_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    u: torch.Tensor,
+    states: torch.Tensor,
+    past: torch.Tensor | None,
+    means: torch.Tensor,
+    sums: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    own: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    cum: torch.Tensor | None,
+    now: torch.Tensor | None,
+    after: torch.Tensor | None,
+    before: torch.Tensor | None,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    segment: torch.Tensor,
+    entering: torch.Tensor,
+    seg_begin: torch.Tensor,
+    seg_first: torch.Tensor,
+    seg_piece: torch.Tensor,
+    seg_last: torch.Tensor | None,
+    tiles: torch.Tensor,
+    scale: float,
+    top_k: int,
+) -> torch.Tensor:
+    """y ``[B, T, H, DV]``, of q's dtype.
+
+    Args:
+        q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
+        states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
+        past, means, sums: of :mod:`segment_states`; logits, lse, own: of :mod:`gates`.
+        partial [B*H, T, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
+        seg_last: None where every segment is one piece.
+        tiles: of BT tokens.
+    """
+    B, T, H, _ = q.shape
+    bv = min(BV, PV)
+    y = torch.empty_like(v)
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], B * H)](
+        q=q, k=k, v=v, u=u, states=states, means=means, sums=sums, begin=begin, end=end, segment=segment,
+        entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece, seg_last=seg_last,
+        tiles=tiles, y=y, scale=scale, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK,
+        SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,279 @@
+"""States of linear and SWLA memories at the end of every piece, and the mean keys of segments (Eq. 2, 9, 26-27).
+
+    linear: M_t = M_{t-1} + k_t^T v_t          SWLA: M_t = e^{g_t} M_{t-1} + beta_t k_{t-1}^T v_{t-1} + lam_t k_t^T v_t
+
+Inside a piece, with cum_t the sum of g up to t, the memory at t is sum_j w_tj k_j^T v_j + e^{cum_t} (what entered):
+
+    w_tt = now_t = lam_t        w_tj = after_j e^{cum_t - cum_{j+1}},  after_j = lam_j e^{g_{j+1}} + beta_{j+1}    j < t
+
+and the token before the piece writes once more, with the strength before = beta of the piece's first token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import load_rows
+
+DK = 128
+PK = 128
+SK = 128
+DV = 128
+PV = 128
+SV = 128
+PIECE = 256
+BK = 128
+BT = 64
+BV = 128
+num_stages = 3
+num_warps = 8
+
+
+@triton.jit(do_not_specialize=["T", "H", "P"])
+def decays_kernel(
+    g,
+    beta,
+    lam,
+    begin,
+    end,
+    entering,
+    cum,
+    now,
+    after,
+    before,
+    T,
+    H,
+    P,
+    PIECE: tl.constexpr,
+):
+    """One program: a piece of a head."""
+    piece = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    start = tl.load(begin + piece)
+    stop = tl.load(end + piece)
+    t = start + tl.arange(0, PIECE)
+    here = t < stop
+    more = t + 1 < stop
+    place = (bh // H * T + t) * H + bh % H
+    line = bh * T + t
+    tl.store(cum + line, tl.cumsum(tl.load(g + place, mask=here, other=0.0), 0), mask=here)
+    strength = tl.load(lam + place, mask=here, other=0.0)
+    tl.store(now + line, strength, mask=here)
+    decay = tl.exp(tl.load(g + place + H, mask=more, other=0.0))
+    again = tl.load(beta + place + H, mask=more, other=0.0)
+    tl.store(after + line, tl.where(more, strength * decay + again, 0.0), mask=here)
+    enters = tl.load(entering + piece) >= 0
+    first = tl.load(beta + (bh // H * T + start) * H + bh % H)
+    tl.store(before + bh * P + piece, tl.where(enters, first, 0.0))
+
+
+@triton.jit(do_not_specialize=["T", "H", "P"])
+def local_kernel(
+    k,
+    v,
+    cum,
+    now,
+    after,
+    before,
+    begin,
+    end,
+    entering,
+    ends,
+    operand,
+    sums,
+    means,
+    T,
+    H,
+    P,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    SK: tl.constexpr,
+    SV: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One program: a block of what one piece of a head writes; those of the first value columns add up the keys too."""
+    BLOCKS: tl.constexpr = (SV + BV - 1) // BV
+    KEYS: tl.constexpr = (SK + BK - 1) // BK
+    column = tl.program_id(0) % BLOCKS * BV
+    row = tl.program_id(0) // BLOCKS % KEYS * BK
+    piece = tl.program_id(0) // (BLOCKS * KEYS)
+    bh = tl.program_id(1).to(tl.int64)
+    start = tl.load(begin + piece)
+    stop = tl.load(end + piece)
+    head = bh // H * T * H + bh % H
+    k += head * DK
+    v += head * DV
+    rows = row + tl.arange(0, BK)
+    cols = column + tl.arange(0, BV)
+    cum_end = tl.load(cum + bh * T + stop - 1)
+    total = tl.zeros([BK], tl.float32)
+    state = tl.zeros([BK, BV], tl.float32)
+    for t0 in range(start, stop, BT):
+        k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
+        v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
+        total += tl.sum(k_t.to(tl.float32), 0)
+        t = t0 + tl.arange(0, BT)
+        cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
+        left = tl.load(after + bh * T + t, mask=t < stop, other=0.0) * tl.exp(cum_end - cum_next)
+        weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
+        k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
+        state = tl.dot(tl.trans(k_t), v_t, state, input_precision="ieee")
+    # The token before the piece, where it is one of the same memory.
+    if tl.load(entering + piece) >= 0:
+        weight = tl.load(before + bh * P + piece) * tl.exp(cum_end - tl.load(cum + bh * T + start))
+        last = tl.cast(start - 1, tl.int64)
+        key = tl.load(k + last * (H * DK) + rows, mask=rows < DK, other=0.0).to(tl.float32)
+        value = tl.load(v + last * (H * DV) + cols, mask=cols < DV, other=0.0).to(tl.float32)
+        state += weight * key[:, None] * value[None, :]
+    inside = (rows < SK)[:, None] & (cols < SV)[None, :]
+    place = (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
+    tl.store(ends + place, state, mask=inside)
+    if operand is not None:
+        tl.store(operand + place, state.to(operand.dtype.element_ty), mask=inside)
+    if column == 0:
+        if sums is not None:
+            tl.store(sums + (bh * P + piece) * SK + rows, total, mask=rows < SK)
+        if means is not None:
+            tl.store(means + (bh * P + piece) * SK + rows, total / (stop - start), mask=rows < SK)
+
+
+@triton.jit(do_not_specialize=["T", "N", "P"])
+def carry_kernel(
+    ends,
+    operand,
+    past,
+    cum,
+    end,
+    segment,
+    entering,
+    seg_last,
+    seq_begin,
+    seq_end,
+    T,
+    N,
+    P,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of the states of a sequence, from its first piece to its last.
+
+    ``past``, where not None, gets the sum of the states of the segments before, for every segment.
+    """
+    sequence = tl.program_id(1)
+    bh = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    state = tl.zeros([BLOCK], tl.float32)
+    earlier = tl.zeros([BLOCK], tl.float32)
+    for piece in range(tl.load(seq_begin + sequence), tl.load(seq_end + sequence)):
+        matrix = (bh * P + piece) * SIZE + place
+        entered = tl.where(tl.load(entering + piece) >= 0, state, 0.0)
+        entered *= tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
+        state = tl.load(ends + matrix, mask=inside, other=0.0) + entered
+        tl.store(ends + matrix, state, mask=inside)
+        if operand is not None:
+            tl.store(operand + matrix, state.to(operand.dtype.element_ty), mask=inside)
+        if past is not None:
+            s = tl.load(segment + piece)
+            if tl.load(seg_last + s) == piece:
+                tl.store(past + (bh * N + s) * SIZE + place, earlier.to(past.dtype.element_ty), mask=inside)
+                earlier += state
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def means_kernel(sums, seg_begin, seg_end, seg_piece, seg_last, means, N, P, SK: tl.constexpr, BK: tl.constexpr):
+    """One program: the mean key of a segment of several pieces."""
+    s = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BK)
+    total = tl.zeros([BK], tl.float32)
+    for piece in range(tl.load(seg_piece + s), tl.load(seg_last + s) + 1):
+        total += tl.load(sums + (bh * P + piece) * SK + cols, mask=cols < SK, other=0.0)
+    total /= tl.load(seg_end + s) - tl.load(seg_begin + s)
+    tl.store(means + (bh * N + s) * SK + cols, total, mask=cols < SK)
+
+
+def decays(
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    lam: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    entering: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """cum, now, after ``[B*H, T]`` and before ``[B*H, P]``, float32, from gates ``[B, T, H]`` float32."""
+    B, T, H = g.shape
+    P = begin.shape[0]
+    cum, now, after = (g.new_empty((B * H, T)) for _ in range(3))
+    before = g.new_empty((B * H, P))
+    decays_kernel[(P, B * H)](
+        g=g, beta=beta, lam=lam, begin=begin, end=end, entering=entering, cum=cum, now=now, after=after, before=before,
+        T=T, H=H, P=P, PIECE=PIECE, num_warps=4,
+    )  # fmt: skip
+    return cum, now, after, before
+
+
+def segment_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cum: torch.Tensor | None,
+    now: torch.Tensor | None,
+    after: torch.Tensor | None,
+    before: torch.Tensor | None,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    segment: torch.Tensor,
+    entering: torch.Tensor,
+    seg_begin: torch.Tensor,
+    seg_end: torch.Tensor,
+    seg_piece: torch.Tensor,
+    seg_last: torch.Tensor,
+    seq_begin: torch.Tensor,
+    seq_end: torch.Tensor,
+    crosses: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """ends and operand ``[B*H, P, SK, SV]``, past ``[B*H, N, SK, SV]``, means ``[B*H, N, SK]``, sums ``[B*H, P, SK]``.
+
+    Args:
+        k [B, T, H, DK], v [B, T, H, DV]: of one dtype.
+        cum, now, after, before: of :func:`decays`; None for linear.
+        crosses: whether any piece is entered.
+
+    Returns:
+        End states, float32; the same as operands of products, in k's dtype (``ends`` itself where that is float32); the
+        sum of earlier segments' states in k's dtype, for residual and mean, else None; mean keys, float32; the sums of
+        pieces' keys, float32, None where every segment is one piece.
+    """
+    B, T, H, _ = k.shape
+    P, N = begin.shape[0], seg_begin.shape[0]
+    ends = k.new_empty((B * H, P, SK, SV), dtype=torch.float32)
+    means = k.new_empty((B * H, N, SK), dtype=torch.float32)
+    operand = past = sums = None
+    operand = k.new_empty((B * H, P, SK, SV))
+    if P > N:
+        sums = k.new_empty((B * H, P, SK), dtype=torch.float32)
+    carries = crosses or past is not None
+    # No wider than the state.
+    bk, bv = min(BK, PK), min(BV, PV)
+    blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
+    local_kernel[(blocks * P, B * H)](
+        k=k, v=v, cum=cum, now=now, after=after, before=before, begin=begin, end=end, entering=entering, ends=ends,
+        operand=None if carries else operand, sums=sums, means=means if sums is None else None, T=T, H=H, P=P, DK=DK,
+        DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    if sums is not None:
+        means_kernel[(N, B * H)](
+            sums=sums, seg_begin=seg_begin, seg_end=seg_end, seg_piece=seg_piece, seg_last=seg_last, means=means, N=N,
+            P=P, SK=SK, BK=PK, num_warps=1,
+        )  # fmt: skip
+    if carries:
+        carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
+            ends=ends, operand=operand, past=past, cum=cum, end=end, segment=segment, entering=entering,
+            seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end, T=T, N=N, P=P, SIZE=SK * SV, BLOCK=1024,
+            num_warps=4,
+        )  # fmt: skip
+    return ends, ends if operand is None else operand, past, means, sums

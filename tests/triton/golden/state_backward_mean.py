@@ -1,0 +1,191 @@
+"""Gradients of the memory's states: of cached ones (Eq. 6-17) and of the end state of every piece (Eq. 2, 26-27).
+
+    dS_i = scale sum_t gamma_t^(i) q_t^T dy_t                      t in later segments of the sequence
+    dA_p = scale sum_{t in p} gamma_t^(s) e^{cum_t} q_t^T dy_t     the state that enters piece p
+    dEnd_p = [dS_i, if p is the last of segment i] + dA_next + e^{cum_end(next)} dEnd_next     next: entered by p's end
+
+A program owns what it adds up. Where gates are equal, dS_i is the sum of the products of the segments after i.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import load_rows
+
+DK = 48
+PK = 64
+SK = 48
+DV = 80
+PV = 128
+SV = 80
+BK = 64
+BT = 64
+BV = 128
+num_stages = 2
+num_warps = 8
+
+
+@triton.jit(do_not_specialize=["T", "H", "P"])
+def piece_kernel(
+    q,
+    dy,
+    gate,
+    cum,
+    begin,
+    end,
+    segment,
+    seg_first,
+    products,
+    scale,
+    T,
+    H,
+    P,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    SK: tl.constexpr,
+    SV: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One program: a block of the sum of q_t^T dy_t over a piece, with gates and decays where they are given."""
+    BLOCKS: tl.constexpr = (SV + BV - 1) // BV
+    KEYS: tl.constexpr = (SK + BK - 1) // BK
+    value = tl.program_id(0) % BLOCKS * BV
+    key = tl.program_id(0) // BLOCKS % KEYS * BK
+    piece = tl.program_id(0) // (BLOCKS * KEYS)
+    bh = tl.program_id(1).to(tl.int64)
+    stop = tl.load(end + piece)
+    head = bh // H * T * H + bh % H
+    q += head * DK
+    dy += head * DV
+    product = tl.zeros([BK, BV], tl.float32)
+    for t0 in range(tl.load(begin + piece), stop, BT):
+        t = t0 + tl.arange(0, BT)
+        q_t = load_rows(q, t0, stop, H * DK, key, DK, BT, BK)
+        dy_t = load_rows(dy, t0, stop, H * DV, value, DV, BT, BV)
+        weight = tl.full([BT], 1.0, tl.float32)
+        if gate is not None:
+            weight *= tl.load(gate + bh * T + t, mask=t < stop, other=0.0)
+        if cum is not None:
+            weight *= tl.exp(tl.load(cum + bh * T + t, mask=t < stop, other=0.0))
+        q_t = (q_t.to(tl.float32) * weight[:, None]).to(dy_t.dtype)
+        product = tl.dot(tl.trans(q_t), dy_t, product, input_precision="ieee")
+    s = tl.load(segment + piece)
+    product /= s - tl.load(seg_first + s) + 1
+    rows = key + tl.arange(0, BK)
+    cols = value + tl.arange(0, BV)
+    out = products + (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
+    tl.store(out, product * scale, mask=(rows < SK)[:, None] & (cols < SV)[None, :])
+
+
+@triton.jit(do_not_specialize=["P"])
+def carry_kernel(
+    segment,
+    entering,
+    seg_last,
+    seq_begin,
+    seq_end,
+    dentered,
+    products,
+    dends,
+    P,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of the states of a sequence, from its last piece to its first."""
+    block = tl.program_id(0)
+    sequence = tl.program_id(1)
+    bh = tl.program_id(2).to(tl.int64)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    low = tl.load(seq_begin + sequence)
+    high = tl.load(seq_end + sequence)
+    carried = tl.zeros([BLOCK], tl.float32)
+    later = tl.zeros([BLOCK], tl.float32)
+    for n in range(0, high - low):
+        piece = high - 1 - n
+        matrix = (bh * P + piece) * SIZE + place
+        last = tl.load(seg_last + tl.load(segment + piece)) == piece
+        enters = tl.load(entering + piece)
+        grad = carried
+        grad += tl.where(last, later, 0.0)
+        later += tl.load(products + matrix, mask=inside, other=0.0)
+        tl.store(dends + matrix, grad, mask=inside)
+        entered = tl.load(dentered + matrix, mask=inside & (enters >= 0), other=0.0)
+        carried = entered + tl.where(enters >= 0, grad, 0.0)
+
+
+def state_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dy: torch.Tensor,
+    ends: torch.Tensor,
+    logits: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    cum: torch.Tensor | None,
+    before: torch.Tensor | None,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    segment: torch.Tensor,
+    entering: torch.Tensor,
+    seg_end: torch.Tensor,
+    seg_first: torch.Tensor,
+    seg_past_end: torch.Tensor,
+    seg_last: torch.Tensor,
+    seq_begin: torch.Tensor,
+    seq_end: torch.Tensor,
+    scale: float,
+    crosses: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dEnd ``[B*H, P, SK, SV]``; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``; float32.
+
+    Args:
+        q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
+        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
+        logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        cum, before: None for linear.
+        crosses: whether any piece is entered.
+
+    Returns:
+        Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
+        like of the row before the piece; the gradients of that row, dk in two parts; that of the strength ``before``.
+    """
+    B, T, H, _ = q.shape
+    N, P = seg_first.shape[0], begin.shape[0]
+    # No wider than the state.
+    bk, bv = min(BK, PK), min(BV, PV)
+    blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
+    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32)
+    products = dentered = crossing = None
+    carries, enters = crosses, crosses
+    carries = True
+    dentered = products = torch.empty_like(dends)
+    piece_kernel[(blocks * P, B * H)](
+        q=q, dy=dy, gate=None, cum=None, begin=begin, end=end, segment=segment, seg_first=seg_first, products=products,
+        scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+    # The state that enters a piece is read as a cached one is.
+    enters = False
+    if enters:
+        dentered = torch.empty_like(dends)
+        piece_kernel[(blocks * P, B * H)](
+            q=q, dy=dy, gate=gate, cum=cum, begin=begin, end=end, segment=segment, seg_first=seg_first,
+            products=dentered, scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    if carries:
+        block, Q = 1024, seq_begin.shape[0]
+        grid = (triton.cdiv(SK * SV, block), Q, B * H)
+        carry_kernel[grid](
+            segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end,
+            dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    dk_lead = dv_lead = dbefore = None
+    return dends, crossing, dk_lead, dv_lead, dbefore

@@ -1,0 +1,99 @@
+"""What rendering leaves of a template, in a dozen cases that are kept as files.
+
+After a change that is meant, write them again: ``python tests/triton/test_render.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.render import CannotFold, render
+from mctune.backends.triton.templates import operations, specialised, values
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+
+GOLDEN = Path(__file__).parent / "golden"
+_GRM = Problem(aggregation="grm", T=16384, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")
+_SSC = _GRM.replace(recurrence="swla", aggregation="ssc", top_k=4, state_init="checkpoint")
+_MEAN = _GRM.replace(aggregation="mean", Dk=48, Dv=80)
+CASES = {
+    "segment_states_grm": ("segment_states", _GRM, {}),
+    "segment_states_swla": ("segment_states", _SSC, {}),
+    "gates_grm": ("gates", _GRM, {}),
+    "gates_grouped": ("gates", _SSC, {"formulation": "grouped"}),
+    "grouped_read": ("grouped_read", _SSC, {"formulation": "grouped"}),
+    "read_forward_grm": ("read_forward", _GRM, {}),
+    "read_forward_fused": ("read_forward", _GRM, {"gates": "fused", "formulation": "gated"}),
+    "read_forward_mean": ("read_forward", _MEAN, {"formulation": "summed"}),
+    "read_backward_ssc": ("read_backward", _SSC.replace(pass_="backward"), {}),
+    "gates_backward_grm": ("gates_backward", _GRM.replace(pass_="backward"), {}),
+    "state_backward_mean": ("state_backward", _MEAN.replace(pass_="backward"), {}),
+    "write_backward_swla": ("write_backward", _SSC.replace(pass_="backward"), {}),
+    "decode_step_ssc": ("decode_step", _SSC.replace(pass_="decode", state_init="independent"), {}),
+}
+
+
+def rendered(name: str) -> str:
+    operation, problem, changes = CASES[name]
+    target, _ = resolve("h100-sxm")
+    space = TritonBackend().space(problem)
+    config = space.first_valid(lambda config: space.valid(config.replace(**changes), problem, target))
+    assert config is not None
+    config = config.replace(**changes)
+    assert operation in operations(problem, config)
+    return specialised(operation, values(operation, problem, config))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_golden_file(name: str) -> None:
+    text = rendered(name)
+    ast.parse(text)
+    assert text == (GOLDEN / f"{name}.py").read_text(encoding="utf-8")
+    for flag in ("SWLA", "AGGREGATION", "HALF", "PRECISION", "FORMULATION", "INDEPENDENT"):
+        assert f"{flag}:" not in text and f"{flag}=" not in text
+
+
+def test_there_are_no_other_golden_files() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
+
+
+_KERNEL = """import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x, y, n, FLAG: tl.constexpr, BT: tl.constexpr):
+    # Kept.
+    if FLAG:
+        tl.store(x, {condition})
+    else:
+        tl.store(y, n)
+
+
+def launch(x, y, n, FLAG: bool, BT: int):
+    kernel[(1,)](x=x, y=y, n=n, FLAG=FLAG, BT=BT)
+"""
+
+
+def test_dead_branches_parameters_and_arguments_go() -> None:
+    text = render(_KERNEL.format(condition="1"), {"FLAG": True, "BT": 8})
+    assert "def kernel(x):" in text and "# Kept." in text and "def launch(x, y, n):" in text
+    assert "kernel[(1,)](x=x)" in text
+    text = render(_KERNEL.format(condition="1"), {"FLAG": False, "BT": 8})
+    assert "def kernel(y, n):" in text and "tl.store(y, n)" in text
+
+
+def test_a_flag_that_cannot_be_folded_is_named() -> None:
+    with pytest.raises(CannotFold, match="FLAG"):
+        render(_KERNEL.format(condition="FLAG + n"), {"FLAG": True, "BT": 8})
+
+
+if __name__ == "__main__":
+    for old in GOLDEN.glob("*.py"):
+        old.unlink()
+    for case in CASES:
+        (GOLDEN / f"{case}.py").write_text(rendered(case), encoding="utf-8")
