@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -59,12 +59,12 @@ class Launch(NamedTuple):
 
 
 class Recorder:
-    """Launches compile to TTIR only; where ``known`` names a kernel's arguments, others are None."""
+    """Launches compile to TTIR only; where ``known`` names the arguments of a launch, others are None."""
 
-    def __init__(self, known: Mapping[str, set[str]] | None = None) -> None:
+    def __init__(self, known: Sequence[set[str]] | None = None) -> None:
         self.known = known
         self.launches: list[Launch] = []
-        self.arguments: dict[str, set[str]] = {}
+        self.arguments: list[set[str]] = []
 
     def calls(self, monkeypatch: pytest.MonkeyPatch, problem: Problem, kernel: Any) -> None:
         from triton.runtime.jit import JITFunction
@@ -79,11 +79,10 @@ class Recorder:
 
         def recorded(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             assert not args, "kernels are launched by keyword"
-            name = function.fn.__name__
-            self.arguments[name] = set(function.arg_names)
+            self.arguments.append(set(function.arg_names))
             constexprs = {param.name for param in function.params if param.is_constexpr}
             if self.known is not None:
-                unused = set(function.arg_names) - constexprs - self.known[name]
+                unused = set(function.arg_names) - constexprs - self.known[len(self.arguments) - 1]
                 kwargs = {key: None if key in unused else value for key, value in kwargs.items()}
             self.grid = grid(kwargs) if callable(grid) else grid
             return run(function, grid=grid, warmup=warmup, **kwargs)
@@ -223,8 +222,9 @@ def test_rendered_and_template_have_the_same_ttir(case: Case, tmp_path: Path, mo
 def test_another_flag_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison tells programs apart."""
     case = next(case for case in ALL if case.problem.dtype == "float32" and case.config["precision"] == "ieee")
-    monkeypatch.setitem(globals(), "values", lambda *of: {**values(*of), "PRECISION": "tf32"})
-    with pytest.raises(AssertionError, match="tf32"):
+    own = values
+    monkeypatch.setitem(globals(), "values", lambda *of: {**own(*of), "PRECISION": "tf32"})
+    with pytest.raises(AssertionError, match="ttir"):
         compare(case, tmp_path, monkeypatch)
 
 

@@ -231,20 +231,24 @@ def _read_kernel(
         x = job % columns * BV + tl.arange(0, BV)
         split = job // columns % SPLITS
         group = job // columns // SPLITS * TT
-        token = group + tl.arange(0, TT)
-        if SPLITS > 1:
-            top = tl.full([TT], LOW, tl.float32)
-            size = tl.zeros([TT], tl.float32)
-            acc = tl.zeros([TT, BV], tl.float32)
+        tokens = group + tl.arange(0, TT)
+        if SPLITS == 1:
+            high = top
+            mass = size
+            out = acc
+        else:
+            high = tl.full([TT], LOW, tl.float32)
+            mass = tl.zeros([TT], tl.float32)
+            out = tl.zeros([TT, BV], tl.float32)
         sums = tl.zeros([TT, BK, BV], tl.float32)
         pick = tl.arange(0, BN)
         count = used
         state = tl.arange(0, CP)
-        score = _scores(
+        every = _scores(
             u, k, descriptors, key_sum, logits, group, used, begun, length, H, CP=CP, BS=BS, DK=DK, PK=PK
         )
         # Logit and, the other way round, index in one number: all differ, and of equal logits the earlier wins.
-        order = (_ordered(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (CP - 1 - state)
+        order = (_ordered(every.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (CP - 1 - state)
         count = tl.minimum(top_k, used + (begun + group) // length)
         lo = (split * count) // SPLITS
         hi = ((split + 1) * count) // SPLITS
@@ -264,13 +268,13 @@ def _read_kernel(
             # What was appended on the way is the writer's to read.
             valid = valid & (slots < used)
             score = tl.where(valid[None, :], score, LOW)
-            new = tl.maximum(top, tl.max(score, 1))
-            keep = tl.exp(top - new)
+            new = tl.maximum(high, tl.max(score, 1))
+            keep = tl.exp(high - new)
             weight = tl.where(valid[None, :], tl.exp(score - new[:, None]), 0.0)
-            size = size * keep + tl.sum(weight, 1)
-            acc = acc * keep[:, None]
+            mass = mass * keep + tl.sum(weight, 1)
+            out = out * keep[:, None]
             sums = sums * keep[:, None, None]
-            top = new
+            high = new
             blocks: tl.constexpr = (DK + BK - 1) // BK
             for step in tl.range(0, some * blocks, num_stages=STAGES):
                 here = pick == step // blocks
@@ -281,20 +285,20 @@ def _read_kernel(
                 M = tl.load(
                     states + slot.to(tl.int64) * DK * DV + (d[:, None] * DV + x[None, :]), mask=inside, other=0.0
                 )
-                inside = (token < n)[:, None] & (d < DK)[None, :]
-                w = tl.load(q + token[:, None] * H * DK + d[None, :], mask=inside, other=0.0).to(tl.float32)
+                inside = (tokens < n)[:, None] & (d < DK)[None, :]
+                w = tl.load(q + tokens[:, None] * H * DK + d[None, :], mask=inside, other=0.0).to(tl.float32)
                 w = w * scale * tl.sum(tl.where(here[None, :], weight, 0.0), 1)[:, None]
                 sums += w[:, :, None] * M[None, :, :]
-        acc += tl.sum(sums, 1)
-        inside = (token < n)[:, None] & (x < DV)[None, :]
+        out += tl.sum(sums, 1)
+        inside = (tokens < n)[:, None] & (x < DV)[None, :]
         if SPLITS > 1:
-            part = (bh * n + token) * (SPLITS + 1) + 1 + split
-            tl.store(parts + part[:, None] * DV + x[None, :], acc, mask=inside)
-            tl.store(stats + part * 2, top, mask=token < n)
-            tl.store(stats + part * 2 + 1, size, mask=token < n)
+            part = (bh * n + tokens) * (SPLITS + 1) + 1 + split
+            tl.store(parts + part[:, None] * DV + x[None, :], out, mask=inside)
+            tl.store(stats + part * 2, high, mask=tokens < n)
+            tl.store(stats + part * 2 + 1, mass, mask=tokens < n)
         else:
-            acc = acc / size[:, None]
-            tl.store(y + token[:, None] * H * DV + x[None, :], acc.to(y.dtype.element_ty), mask=inside)
+            out = out / mass[:, None]
+            tl.store(y + tokens[:, None] * H * DV + x[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first"])
