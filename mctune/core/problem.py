@@ -11,6 +11,8 @@ from mctune.core.errors import UsageError
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("residual", "grm", "soup", "ssc", "mean")
+ROUTED = ("grm", "soup", "ssc")
+"""Aggregations whose gates compare a token's connector u with the segments' mean keys."""
 SEGMENTATIONS = ("constant", "logarithmic", "packed")
 STATE_INITS = ("independent", "checkpoint")
 PASSES = ("forward", "backward", "decode")
@@ -117,6 +119,11 @@ class Problem:
     def deep(self) -> bool:
         """Whether the memory is a two-layer MLP."""
         return self.recurrence in DEEP
+
+    @property
+    def routed(self) -> bool:
+        """Whether gates compare u with the segments' mean keys."""
+        return self.aggregation in ROUTED
 
     @property
     def E(self) -> int:

@@ -25,7 +25,6 @@ from mctune.core.problem import Problem
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GATE_BYTES = 4
 _STATE_BYTES = 4
-_GATED = ("grm", "soup", "ssc")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def cached_state_bytes(problem: Problem) -> int:
     """Bytes of the cache after T tokens, all heads and batches: float32 states, and the segments' mean keys where the
     aggregation needs them (Eq. 10). A deep memory's state is its W_up and W_down."""
     state = problem.E * (problem.Dk + problem.Dv) if problem.deep else problem.Dk * problem.Dv
-    descriptor = problem.Dk if problem.aggregation in _GATED else 0
+    descriptor = problem.Dk if problem.routed else 0
     return problem.B * problem.H * cached_states(problem) * (state + descriptor) * _STATE_BYTES
 
 
@@ -99,7 +98,7 @@ def _forward_parts(problem: Problem, chunk: int) -> dict[str, int]:
         intra += (full * chunk * (chunk + 1) + rest * (rest + 1)) * rows
         entering += 2 * matrix * (length - min(chunk, length) if problem.state_init == "independent" else length)
         cached += _cached_read(problem, past, length)
-        logits += 2 * (past + 1) * problem.Dk * length if problem.aggregation in _GATED else 0
+        logits += 2 * (past + 1) * problem.Dk * length if problem.routed else 0
     parts = {
         "state update": 2 * matrix * problem.T,
         "intra-chunk": intra,
@@ -113,7 +112,7 @@ def _forward_parts(problem: Problem, chunk: int) -> dict[str, int]:
 def _cached_read(problem: Problem, past: int, tokens: int) -> int:
     """Operations of ``tokens`` tokens that read ``past`` cached states of one head."""
     matrix = problem.Dk * problem.Dv
-    if problem.aggregation in ("residual", "mean"):
+    if not problem.routed:
         return matrix * (2 * tokens + 1) if past else 0
     read = min(problem.top_k, past) if problem.top_k else past
     return 2 * read * matrix * tokens
@@ -122,7 +121,7 @@ def _cached_read(problem: Problem, past: int, tokens: int) -> int:
 def _decode(problem: Problem) -> Work:
     """One step at context T: all but the last segment are cached."""
     heads, matrix, past = problem.B * problem.H, problem.Dk * problem.Dv, cached_states(problem) - 1
-    gated = problem.aggregation in _GATED
+    gated = problem.routed
     read = min(problem.top_k, past) if problem.top_k else past
     parts = {
         "state update": 2 * matrix,
@@ -139,7 +138,7 @@ def _decode(problem: Problem) -> Work:
 def _token_bytes(problem: Problem) -> int:
     """Bytes of q, k, v, u, y and the gates of one token and head."""
     size = _BYTES[problem.dtype]
-    keys = 3 if problem.aggregation in _GATED else 2
+    keys = 3 if problem.routed else 2
     gates = 3 if problem.recurrence == "swla" else 0
     return size * (keys * problem.Dk + 2 * problem.Dv) + gates * _GATE_BYTES
 

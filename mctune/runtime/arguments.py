@@ -14,6 +14,8 @@ from .segments import SEGMENTATIONS, Segments, make_segments
 
 Tensor = torch.Tensor
 AGGREGATIONS = ("residual", "grm", "soup", "ssc", "mean")
+ROUTED = ("grm", "soup", "ssc")
+"""Aggregations whose gates compare a token's connector u with the segments' mean keys."""
 STATE_INITS = ("independent", "checkpoint")
 DEEP = ("dla", "titans")
 GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import gelu
 
-from .arguments import Call
+from .arguments import ROUTED, Call
 from .deep import Coefficients, Layer, coefficients, error_rows, gelu_slope, next_momentum
 from .gates import best
 from .linear import swla_weights
@@ -242,7 +242,7 @@ def _shares(
     visible = None
     if min(cached) < count:
         visible = torch.arange(count, device=k.device) < by_row(cached)
-    if call.aggregation in ("residual", "mean"):
+    if call.aggregation not in ROUTED:
         past = k.new_ones(G, m, count) if visible is None else visible.to(k.dtype).expand(G, m, count)
         own = k.new_ones(G, m, 1)
         if call.aggregation == "residual":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import ROUTED
 from .plan import Block, Layout
 
 Tensor = torch.Tensor
@@ -68,7 +69,7 @@ class Gate:
 
     def weights(self, block: Block) -> tuple[Tensor, Tensor]:
         """Of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
-        if self.aggregation in ("residual", "mean"):
+        if self.aggregation not in ROUTED:
             past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)
             if block.visible is not None:
                 past = past * block.visible
@@ -84,7 +85,7 @@ class Gate:
 
 def make_gate(aggregation: str, top_k: int, u: Tensor, k: Tensor, layout: Layout) -> Gate:
     """The gate of an aggregation; u and k [G, T, Dk]."""
-    if aggregation in ("residual", "mean") or layout.count == 1:
+    if aggregation not in ROUTED or layout.count == 1:
         return Gate("residual" if layout.count == 1 else aggregation, top_k, k)
     return Gate(aggregation, top_k, k, u, *descriptors(u, k, layout))
 

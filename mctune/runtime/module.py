@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import elu, linear, normalize, relu, sigmoid, silu, softplus
 
-from .arguments import DEEP, GATES, check_call, check_options
+from .arguments import DEEP, GATES, ROUTED, check_call, check_options
 from .cache import MemoryCache
 from .conv import ShortConv
 from .dispatch import BACKENDS
@@ -116,7 +116,7 @@ class MemoryCaching(nn.Module):
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.k_proj = nn.Linear(hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
-        reads_u = aggregation not in ("residual", "mean")
+        reads_u = aggregation in ROUTED
         self.u_proj = nn.Linear(hidden_size, keys, bias=False) if connector and reads_u else None
         self.convs = nn.ModuleList(ShortConv(width, conv_size) for width in (keys, keys, values) if use_short_conv)
         self.gates = nn.ModuleDict({f"{name}_proj": nn.Linear(hidden_size, num_heads) for name in GATES[recurrence]})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import ROUTED
 from .segments import Segments
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
@@ -34,7 +35,7 @@ class TritonForward:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
         self.gated = problem["recurrence"] == "swla"
-        self.routed = problem["aggregation"] in ("grm", "soup", "ssc")
+        self.routed = problem["aggregation"] in ROUTED
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.states = parts["segment_states"]
         self.gates = parts["gates"].gates if "gates" in parts else None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .arguments import ROUTED
 from .segments import Segments
 from .tvm_forward import flat_gates, flat_rows, padded
 from .tvm_loader import KernelError, load_library, runnable
@@ -59,7 +60,7 @@ class TvmBackward:
         problem = record["problem"]
         self.saves = record["config"]["saved"] == "states"
         self.gated = problem["recurrence"] == "swla"
-        self.routed = problem["aggregation"] in ("grm", "soup", "ssc")
+        self.routed = problem["aggregation"] in ROUTED
         self.chunk = record["config"]["chunk"]
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.Dk, self.Dv = padded(problem["Dk"]), padded(problem["Dv"])

@@ -77,11 +77,6 @@ class Walk:
         return name in self.config and self.config[name] == kind
 
     @property
-    def routed(self) -> bool:
-        """Whether gates are learned."""
-        return self.problem.aggregation in ("grm", "soup", "ssc")
-
-    @property
     def pieces(self) -> tuple[Piece, ...]:
         """Of one sequence."""
         piece = self.config.integer("piece") if "piece" in self.config else self.problem.T
@@ -163,14 +158,14 @@ def _twice(w: Walk) -> int:
 
 def _read(w: Walk) -> Source:
     BT, BJ, BV, (PK, _) = w["BT"], w["BJ"], w["BV"], w.padded
-    fused = w.routed and w.has("gates", "fused")
+    fused = w.problem.routed and w.has("gates", "fused")
     state = 2 * BT * PK * BV
     loops = [Source(w.of_tiles(BT, lambda p, t: p.before))] if fused and not w.whole else []
     intra = 2 * BT * BJ * (PK + BV) + (2 * BT * BJ * PK if fused else 0)
     loops.append(Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), intra))
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
     past = w.of_tiles(BT, lambda p, t: p.past)
-    if not w.routed:
+    if not w.problem.routed:
         outside += state * w.of_tiles(BT, lambda p, t: p.past > 0)
     elif w.has("formulation", "grouped"):
         loops.append(Source(w["top_k"]))
@@ -181,7 +176,7 @@ def _read(w: Walk) -> Source:
         groups = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BN))
         each = past / groups if groups else 0.0
         loops.append(Source(groups, _twice(w) * 2 * BT * BN * PK, (Source(each, state),)))
-    return Source(1, outside, tuple(loops), conditional=(1 if w.routed else 2) * state - outside)
+    return Source(1, outside, tuple(loops), conditional=(1 if w.problem.routed else 2) * state - outside)
 
 
 def _grouped(w: Walk) -> Source:
@@ -201,11 +196,11 @@ def _read_backward(w: Walk) -> Source:
         Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), 2 * BT * BJ * (PV + BK)),
     ]
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
-    if w.routed:
+    if w.problem.routed:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.past), state))
     else:
         outside += state * w.of_tiles(BT, lambda p, t: p.past > 0)
-    return Source(1, outside, tuple(loops), conditional=(1 if w.routed else 2) * state - outside)
+    return Source(1, outside, tuple(loops), conditional=(1 if w.problem.routed else 2) * state - outside)
 
 
 def _wide(w: Walk) -> float:
@@ -259,7 +254,7 @@ def _key_writes(w: Walk) -> Source:
     BJ, BT, BN, (PK, PV) = w["BJ"], w["BT"], w["BN"], w.padded
     scores = PV + (PK if w.problem.recurrence == "swla" else 0)
     loops = [Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * BJ * BT * (scores + BN))]
-    if w.routed:
+    if w.problem.routed:
         if not w.whole:
             loops.append(Source(w.of_tiles(BJ, lambda p, t: p.later)))
         aside = -(-BJ // BT) * BT

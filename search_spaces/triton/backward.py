@@ -16,15 +16,11 @@ def _longest(problem: Problem) -> int:
     return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
 
 
-def _routed(problem: Problem) -> bool:
-    return problem.aggregation not in ("residual", "mean")
-
-
 def _unused(prefix: str, default: Config, names: tuple[str, ...]) -> Constraint:
     """Parameters of an operation that equal gates do without keep one value."""
 
     def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return _routed(problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
+        return problem.routed or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
 
     return Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune")
 
@@ -172,19 +168,19 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "precision",
-            lambda c, p, t: c["precision"] == "ieee" or (t.kind == "cuda" and (p.dtype == "float32" or _routed(p))),
+            lambda c, p, t: c["precision"] == "ieee" or (t.kind == "cuda" and (p.dtype == "float32" or p.routed)),
             "only products of float32 on NVIDIA's GPUs have a choice of precision",
         ),
         Constraint(
             "saved",
-            lambda c, p, t: c["saved"] == "nothing" or (_routed(p) and c.integer("piece") == _longest(p)),
+            lambda c, p, t: c["saved"] == "nothing" or (p.routed and c.integer("piece") == _longest(p)),
             "the forward keeps the end states of segments, neither those of shorter pieces nor sums of states",
         ),
         _unused("gates", _WIDE, _GATES),
         _unused("dgates", _WIDE, _DGATES),
         Constraint(
             "dstates_SEGMENTS",
-            lambda c, p, t: _routed(p) or c["dstates_SEGMENTS"] == 1,
+            lambda c, p, t: p.routed or c["dstates_SEGMENTS"] == 1,
             "with equal gates a state's gradient is a sum of others",
         ),
         *(
@@ -205,7 +201,7 @@ SPACE = SearchSpace(
             "dq", lambda c, p: c.integer("dq_BT") * (3 * min(c.integer("dq_BK"), _power(p.Dk)) + _power(p.Dv) / 2)
         ),
         # Products of float32 are made of three, of parts of their operands.
-        _accumulator("dgates", lambda c, p: 4 * _rows(c) * _power(p.Dk) if _routed(p) else 0),
+        _accumulator("dgates", lambda c, p: 4 * _rows(c) * _power(p.Dk) if p.routed else 0),
         _accumulator(
             "dstates",
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
@@ -217,7 +213,7 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "gates operands",
-            lambda c, p, t: not _routed(p) or _operands("gates", "BT", lambda p: p.Dk)(c, p, t),
+            lambda c, p, t: not p.routed or _operands("gates", "BT", lambda p: p.Dk)(c, p, t),
             "float32 rows of u would spill",
         ),
     ),

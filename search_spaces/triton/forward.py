@@ -25,10 +25,6 @@ def _longest(problem: Problem) -> int:
     return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
 
 
-def _routed(problem: Problem) -> bool:
-    return problem.aggregation not in ("residual", "mean")
-
-
 def _unused(prefix: str, default: Config, names: tuple[str, ...], used) -> tuple[Constraint, ...]:
     """Parameters of an operation that a configuration leaves out keep one value."""
 
@@ -146,7 +142,7 @@ SPACE = SearchSpace(
             lambda c, p, t: c["gates"] == "fused" or c["read_BN"] == _WIDE["read_BN"],
             "only fused gates come in blocks",
         ),
-        *_unused("gates", _WIDE, _GATES, lambda c, p: c["gates"] == "precomputed" and _routed(p)),
+        *_unused("gates", _WIDE, _GATES, lambda c, p: c["gates"] == "precomputed" and p.routed),
         *_unused("group", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
         Constraint(
             "read_BT",
@@ -183,7 +179,7 @@ SPACE = SearchSpace(
         Constraint("read operands", _operands("read"), "float32 rows of q would spill"),
         Constraint(
             "gates operands",
-            lambda c, p, t: _operands("gates")(c, p, t) or c["gates"] == "fused" or not _routed(p),
+            lambda c, p, t: _operands("gates")(c, p, t) or c["gates"] == "fused" or not p.routed,
             "float32 rows of u would spill",
         ),
         Constraint(

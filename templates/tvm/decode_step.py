@@ -37,7 +37,7 @@ def build(problem, config, target):
     ahead = -(-config["prefetch"] // (4 * Dv))
     swla = problem.recurrence == "swla"
     checkpoint = problem.state_init == "checkpoint"
-    routed = problem.aggregation in ("grm", "soup", "ssc")
+    routed = problem.routed
     chooses = problem.aggregation == "ssc"
     averages = problem.aggregation == "mean"
     W = Dv // split

@@ -39,7 +39,7 @@ def build(problem, config, target):
     formulation = config["formulation"]
     swla = problem.recurrence == "swla"
     checkpoint = problem.state_init == "checkpoint"
-    routed = problem.aggregation in ("grm", "soup", "ssc")
+    routed = problem.routed
     chooses = problem.aggregation == "ssc"
     averages = problem.aggregation == "mean"
 

@@ -39,7 +39,7 @@ def build(problem, config, target):
     rows_outer = config["loop_order"] == "rows_outer"
     swla = problem.recurrence == "swla"
     checkpoint = problem.state_init == "checkpoint"
-    routed = problem.aggregation in ("grm", "soup", "ssc")
+    routed = problem.routed
     chooses = problem.aggregation == "ssc"
     averages = problem.aggregation == "mean"
     lead = 1 if swla else 0  # swla's chunk starts with the row before it

@@ -32,7 +32,7 @@ def build(problem, config, target):
     SR, SC = config["state_rows"], config["state_cols"]
     swla = problem.recurrence == "swla"
     checkpoint = problem.state_init == "checkpoint"
-    routed = problem.aggregation in ("grm", "soup", "ssc")
+    routed = problem.routed
 
     by_key = dot_rows(JR, TL, unroll, Dk)
     by_value = dot_rows(JR, TL, unroll, Dv)

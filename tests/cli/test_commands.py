@@ -48,7 +48,9 @@ def test_the_cpu_target_names_its_lanes(run: Callable[..., object]) -> None:
 
 def test_spaces(run: Callable[..., object]) -> None:
     text, data = run("spaces").out, json.loads(run("spaces", "--json").out)
-    assert [space["name"] for space in data["spaces"]] == [f"tvm/{pass_}" for pass_ in sorted(PASSES)]
+    assert [space["name"] for space in data["spaces"]] == [
+        f"{backend}/{pass_}" for backend in ("triton", "tvm") for pass_ in sorted(PASSES)
+    ]
     assert tuple(workload["name"] for workload in data["workloads"]) == workload_names()
     assert "tvm/forward" in text and "quick" in text
 

@@ -32,14 +32,13 @@ LEAST, LANES = 16, 16
 
 def operations(problem: Problem, config: Config) -> tuple[str, ...]:
     """The templates that a pass of ``problem`` launches with ``config``, in order."""
-    routed = problem.aggregation in ("grm", "soup", "ssc")
     match problem.pass_:
         case "forward":
-            gates = ("gates",) if routed and config["gates"] == "precomputed" else ()
+            gates = ("gates",) if problem.routed and config["gates"] == "precomputed" else ()
             grouped = ("grouped_read",) if config["formulation"] == "grouped" else ()
             return ("segment_states", *gates, *grouped, "read_forward")
         case "backward":
-            gates, dgates = (("gates",), ("gates_backward",)) if routed else ((), ())
+            gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
             return ("segment_states", *gates, "read_backward", *dgates, "state_backward", "write_backward")
         case _:
             return ("decode_step",)
