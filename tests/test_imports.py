@@ -39,7 +39,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "search": ("click", "rich"),
     "emit": ("optuna", "click", "rich"),
     "report": ("torch", "tvm", "tvm_ffi", "triton", "optuna", "click", "rich"),
-    "templates": ("torch", "optuna", "click", "rich"),
+    # What a template's host function launches over is allocated by torch.
+    "templates": ("optuna", "click", "rich"),
     "search_spaces": ("torch", "tvm", "tvm_ffi", "triton", "optuna", "numpy"),
 }
 # What a command may import before it runs.

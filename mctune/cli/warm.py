@@ -19,8 +19,8 @@ def command(package: Path, target_name: str | None, as_json: bool) -> None:
     """Compile the Triton kernels of PACKAGE into Triton's cache, without a GPU.
 
     Triton compiles a kernel when it is first launched, seconds each, unless its cache (TRITON_CACHE_DIR, or
-    ~/.triton/cache) has it: with the same Triton, for the same architecture. Every kernel is compiled for the problem
-    that it was tuned at; a call of other sizes may compile a variant of it once.
+    ~/.triton/cache) has it: with the same Triton, for the same architecture. Sizes are arguments of
+    the kernels: what is compiled serves calls of any length, batch and number of heads, and decoding token by token.
     """
     from mctune.search.warm import tuned_for, warm_package
 

@@ -33,6 +33,8 @@ class TritonDecode:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         self.decode_step = parts["decode_step"].decode_step
+        self.decode_combine = parts["decode_combine"].decode_combine if "decode_combine" in parts else None
+        self.tokens = record["config"]["decode_TOKENS"]
         self.chooses = record["problem"]["aggregation"] == "ssc"
 
     def __call__(
@@ -69,42 +71,32 @@ class TritonDecode:
         counts: tuple[torch.Tensor | None, torch.Tensor | None] = (cached, filled)
         numbers = (0, 0)
         if cached.device.type == "cpu":
-            places = set(zip(cached.tolist(), filled.tolist(), strict=True))
-            needed = max((used + (begun + n) // length for used, begun in places), default=0)
+            where = set(zip(cached.tolist(), filled.tolist(), strict=True))
+            needed = max((used + (begun + n) // length for used, begun in where), default=0)
             if needed > capacity:
                 raise KernelError(
                     f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "
                     f"call memory.reserve({n}) first"
                 )
-            if len(places) == 1:
-                counts, (numbers,) = (None, None), places
+            if len(where) == 1:
+                counts, (numbers,) = (None, None), where
             elif q.device.type != "cpu":
                 both = torch.stack((cached, filled)).to(q.device, non_blocking=True)
                 counts = (both[0], both[1])
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         if y.numel() == 0:
             return y
-        self.decode_step(
-            q=q.contiguous(),
-            k=k.contiguous(),
-            v=v.contiguous(),
-            u=u.contiguous(),
-            g=None if g is None else g.contiguous(),
-            beta=None if beta is None else beta.contiguous(),
-            lam=None if lam is None else lam.contiguous(),
-            states=states,
-            descriptors=descriptors,
-            online=online,
-            key_sum=memory.key_sum,
-            last_key=memory.last_key,
-            last_value=memory.last_value,
-            cached=counts[0],
-            filled=counts[1],
-            y=y,
-            cached_all=numbers[0],
-            filled_all=numbers[1],
-            length=length,
-            top_k=max(top_k, 1),
-            scale=scale,
-        )
+        q, k, v, u = (x.contiguous() for x in (q, k, v, u))
+        g, beta, lam = (None if x is None else x.contiguous() for x in (g, beta, lam))
+        last = {"key_sum": memory.key_sum, "last_key": memory.last_key, "last_value": memory.last_value}
+        places = {"cached": counts[0], "filled": counts[1], "cached_all": numbers[0], "filled_all": numbers[1]}
+        # A launch reads the states once, for all of its tokens.
+        for first in range(0, n, self.tokens):
+            here = {**places, "length": length, "first": first, "n": min(self.tokens, n - first)}
+            parts, stats = self.decode_step(
+                q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, states=states, descriptors=descriptors, online=online,
+                **last, y=y, **here, top_k=max(top_k, 1), scale=scale,
+            )  # fmt: skip
+            if self.decode_combine is not None:
+                self.decode_combine(k=k, v=v, **last, parts=parts, stats=stats, y=y, **here)
         return y

@@ -331,7 +331,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "descriptor_kernel": _descriptors,
     "_read_kernel": _decode_read,
     "_logits_kernel": _decode_logits,
-    "_combine_kernel": _decode_combine,
+    "combine_kernel": _decode_combine,
 }
 """The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""
 

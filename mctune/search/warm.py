@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def tuned_for(path: Path) -> Target:
 
 
 def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
-    """Compile every Triton kernel of a package for ``target``, as a call of the problem it was tuned at launches it.
+    """Compile every Triton kernel of a package for ``target``, in each variant that calls of other sizes launch.
 
     The keys are those that the JIT looks up: the package's own launchers run, on tensors without memory. Where the
     target has a GPU of another architecture, they are not the right ones.
@@ -61,7 +62,28 @@ def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
     for entry in entries:
         problem = Problem.from_dict(dict(entry.problem))
         started = time.monotonic()
+        launcher = dispatch.launcher(entry)
         with VirtualDevice(target) as device:
-            call_on_meta(problem, dispatch.launcher(entry))
+            for variant, even in variants(problem):
+                call_on_meta(variant, launcher, even)
         launched = tuple(dict.fromkeys(launch.name for launch in device.launches))
         yield Warmed(problem, launched, tuple(device.compiled), time.monotonic() - started)
+
+
+def variants(problem: Problem) -> Iterator[tuple[Problem, bool]]:
+    """Calls that together launch every variant of a problem's kernels, and whether sequences are at the same place.
+
+    Sizes are arguments of the kernels. What they decide at compile time: whether any segment is cut up, or continues
+    another; of a decode step whether all sequences are at the same place; and under ssc, by powers of two, for how many
+    cached states there is room.
+    """
+    if problem.pass_ != "decode":
+        for T in dict.fromkeys((problem.T, max(problem.T - 1, 1), 1)):
+            yield problem.replace(T=T), True
+        return
+    C = problem.segment_length or 1
+    room = [-(-problem.T // C)]
+    if problem.aggregation == "ssc":
+        room += [1 << bit for bit in range(4, (room[0] - 1).bit_length())]
+    for count, even in product(room, (True, False)):
+        yield problem.replace(T=count * C, B=max(problem.B, 2)), even

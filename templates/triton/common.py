@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOW = tl.constexpr(-3.0e38)
+"""Less than any logit; unlike -inf its difference from itself is a number."""
+
 
 @triton.jit
 def load_rows(x, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -29,3 +32,23 @@ def load_state(x, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
         return tl.load(ptr)
     else:
         return tl.load(ptr, mask=(rows < HEIGHT)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_place(cached, filled, cached_all, filled_all, b, first, length):
+    """States cached and tokens of the segment under way, of sequence b before token ``first`` of the call."""
+    if cached is not None:
+        used = tl.load(cached + b)
+        begun = tl.load(filled + b)
+    else:
+        used = cached_all
+        begun = filled_all
+    begun += first
+    return used + begun // length, begun % length
+
+
+@triton.jit
+def load_row(x, width, D: tl.constexpr):
+    """A row of ``width`` numbers as float32 [D], the rest 0."""
+    d = tl.arange(0, D)
+    return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)

@@ -4,8 +4,8 @@
     dk_j = scale sum_t w_tj gamma_t <dy_t, v_j> q_t + we_j v_j dEnd^T
            + dp_i / len_i + sum_{t >= j} pull_t u_t                            through the mean keys (gates_backward)
 
-w_tj is the weight of token j in the memory at t, we_j that in the piece's end state. SWLA's gates have gradients that
-are made of sums of D_tj = scale gamma_t <q_t, k_j> <dy_t, v_j> and of E_j = k_j dEnd v_j^T.
+w_tj is the weight of token j in the memory at t, we_j that in the piece's end state. SWLA's gates have gradients made
+of sums of D_tj = scale gamma_t <q_t, k_j> <dy_t, v_j> and of E_j = k_j dEnd v_j^T.
 """
 
 from __future__ import annotations
@@ -19,38 +19,11 @@ from .common import load_rows, load_state
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def value_kernel(
-    q,
-    k,
-    dy,
-    gate,
-    cum,
-    now,
-    after,
-    dends,
-    dv_lead,
-    begin,
-    end,
-    segment,
-    entering,
-    seg_first,
-    tiles,
-    dv,
-    scale,
-    T,
-    H,
-    P,
-    SWLA: tl.constexpr,
-    AGGREGATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PK: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BJ: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, k, dy, gate, cum, now, after, dends, dv_lead, begin, end, segment, entering, seg_first, tiles, dv, scale, T,
+    H, P,
+    SWLA: tl.constexpr, AGGREGATION: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PK: tl.constexpr, SK: tl.constexpr, SV: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """One program: dv of BJ tokens, BN columns, of a head."""
     BLOCKS: tl.constexpr = (DV + BN - 1) // BN
     column = tl.program_id(0) % BLOCKS * BN

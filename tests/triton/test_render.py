@@ -33,6 +33,7 @@ CASES = {
     "gates_backward_grm": ("gates_backward", _GRM.replace(pass_="backward"), {}),
     "state_backward_mean": ("state_backward", _MEAN.replace(pass_="backward"), {}),
     "write_backward_swla": ("write_backward", _SSC.replace(pass_="backward"), {}),
+    "decode_combine_swla": ("decode_combine", _SSC.replace(pass_="decode"), {}),
     "decode_step_ssc": ("decode_step", _SSC.replace(pass_="decode", state_init="independent"), {}),
 }
 

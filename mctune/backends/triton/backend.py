@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mctune.backends.protocol import Built, Kernel, Launch
 from mctune.backends.spaces import load_space
+from mctune.backends.triton.calls import call_on_meta
+from mctune.backends.triton.device import DoesNotFit, VirtualDevice
 from mctune.backends.triton.templates import digest, write_parts
 from mctune.backends.triton.versions import check_versions
 from mctune.core.config import Config
@@ -34,7 +36,7 @@ class TritonBackend:
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
         self.check(problem)
-        return load_space(self.name, problem.pass_)
+        return load_space("triton", problem.pass_)
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that no Triton template computes.
@@ -91,9 +93,6 @@ class TritonBackend:
         Raises:
             Exception: whatever Triton raises on a kernel that does not compile.
         """
-        from mctune.backends.triton.calls import call_on_meta
-        from mctune.backends.triton.device import DoesNotFit, VirtualDevice
-
         try:
             with VirtualDevice(target) as device:
                 call_on_meta(problem, self.load(problem, config, built))

@@ -16,15 +16,18 @@ _LANES = 16
 """States that a forward keeps for a backward have widths padded to this."""
 
 
-def call_on_meta(problem: Problem, kernel: Kernel) -> None:
-    """Call the launcher of the problem's pass once, as a search times it and as a model calls it."""
+def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True) -> None:
+    """Call the launcher of the problem's pass once, as a search times it and as a model calls it.
+
+    A decode step's sequences are all at the same place, or, where not ``even``, the first is one token behind.
+    """
     match problem.pass_:
         case "forward":
             kernel(*_rows(problem, problem.T), segments=_segments(problem), **_options(problem, problem.T))
         case "backward":
             _backward(problem, kernel)
         case "decode":
-            _decode(problem, kernel)
+            _decode(problem, kernel, even)
         case _:
             raise ValueError(f"no launcher is called for pass {problem.pass_!r}")
 
@@ -41,7 +44,7 @@ def _backward(problem: Problem, kernel: Kernel) -> None:
     kernel(torch.empty_like(v), q, k, v, u, segments=segments, **saved, **_options(problem, problem.T))
 
 
-def _decode(problem: Problem, kernel: Kernel) -> None:
+def _decode(problem: Problem, kernel: Kernel, even: bool) -> None:
     """One token, the last of T, after a memory of the others."""
     B, H, Dk, Dv = problem.B, problem.H, problem.Dk, problem.Dv
     C = problem.segment_length or 1
@@ -59,6 +62,8 @@ def _decode(problem: Problem, kernel: Kernel) -> None:
         filled=torch.zeros(B, dtype=torch.int32),
     )
     memory.advance(problem.T - 1, C)
+    if not even:
+        memory.filled[0] -= 1
     kernel(*_rows(problem, 1), segment_length=C, memory=memory, **_options(problem, 1))
 
 

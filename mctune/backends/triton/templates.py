@@ -23,6 +23,7 @@ PREFIXES = {
     "state_backward": "dstates",
     "write_backward": "dkv",
     "decode_step": "decode",
+    "decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 _COMMON = "common"
@@ -41,7 +42,7 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
             gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
             return ("segment_states", *gates, "read_backward", *dgates, "state_backward", "write_backward")
         case _:
-            return ("decode_step",)
+            return ("decode_step", "decode_combine") if config.integer("decode_SPLITS") > 1 else ("decode_step",)
 
 
 def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar]:

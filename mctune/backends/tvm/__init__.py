@@ -31,7 +31,7 @@ class TvmBackend:
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
         self.check(problem)
-        return load_space(self.name, problem.pass_)
+        return load_space("tvm", problem.pass_)
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that no TVM template computes.

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import LOW, load_place, load_row
+
 DK = 128
 PK = 128
 DV = 128
@@ -30,33 +32,10 @@ BV = 128
 NEAR = 64
 SPLITS = 16
 STAGES = 2
-TOKENS = 8
 num_warps = 4
 
-LOW = tl.constexpr(-3.0e38)
-"""Less than any logit; unlike -inf its difference from itself is a number."""
 BN = tl.constexpr(16)
 """Cached states whose logits are computed together."""
-
-
-@triton.jit
-def _place(cached, filled, cached_all, filled_all, b, first, length):
-    """States cached and tokens of the segment under way, of sequence b before token ``first`` of the call."""
-    if cached is not None:
-        used = tl.load(cached + b)
-        begun = tl.load(filled + b)
-    else:
-        used = cached_all
-        begun = filled_all
-    begun += first
-    return used + begun // length, begun % length
-
-
-@triton.jit
-def _row(x, width, D: tl.constexpr):
-    """A row of ``width`` numbers as float32 [D], the rest 0."""
-    d = tl.arange(0, D)
-    return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -81,12 +60,12 @@ def _scores(
             score += tl.sum(p * x[None, :], 1)
     score = tl.where(state < used, score, LOW)
     if begun + i >= length:
-        x = _row(u + i * H * DK, DK, PK)
-        total = _row(key_sum, DK, PK)
+        x = load_row(u + i * H * DK, DK, PK)
+        total = load_row(key_sum, DK, PK)
         slot = used
         place = begun
         for j in range(0, i):
-            total += _row(k + j * H * DK, DK, PK)
+            total += load_row(k + j * H * DK, DK, PK)
             place += 1
             if place == length:
                 score = tl.where(state == slot, tl.sum(x * total, 0) / length, score)
@@ -103,25 +82,25 @@ def _ordered(x):
     return tl.where(x < 0, x ^ 0x7FFFFFFF, x)
 
 
-@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "capacity"])
+@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length"])
 def _logits_kernel(
     u, descriptors, cached, filled, logits, cached_all, filled_all, first, n, total, H, capacity, length,
     CP: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr,
 ):  # fmt: skip
     """logits [B * H, n, CP] of n tokens against the states cached before them; a program has BS states."""
     bh = tl.program_id(0).to(tl.int64)
-    used, _ = _place(cached, filled, cached_all, filled_all, bh // H, first, length)
+    used, _ = load_place(cached, filled, cached_all, filled_all, bh // H, first, length)
     u += ((bh // H * total + first) * H + bh % H) * DK
     state = tl.program_id(1) * BS + tl.arange(0, BS)
     d = tl.arange(0, PK)
     inside = (state < used)[:, None] & (d < DK)[None, :]
     p = tl.load(descriptors + (bh * capacity + state[:, None]) * DK + d[None, :], mask=inside, other=0.0)
     for i in range(0, n):
-        x = _row(u + i * H * DK, DK, PK)
+        x = load_row(u + i * H * DK, DK, PK)
         tl.store(logits + (bh * n + i) * CP + state, tl.sum(p * x[None, :], 1), mask=state < used)
 
 
-@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "capacity"])
+@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "top_k"])
 def _read_kernel(
     q, k, v, u, g, beta, lam, states, descriptors, online, key_sum, last_key, last_value, cached, filled, logits, parts,
     stats, y, cached_all, filled_all, first, n, total, H, capacity, length, top_k, scale, SPLITS: tl.constexpr,
@@ -137,7 +116,7 @@ def _read_kernel(
     pid = tl.program_id(1)
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
-    used, begun = _place(cached, filled, cached_all, filled_all, b, first, length)
+    used, begun = load_place(cached, filled, cached_all, filled_all, b, first, length)
     row = (b * total + first) * H + bh % H
     q += row * DK
     k += row * DK
@@ -161,13 +140,13 @@ def _read_kernel(
         inside = (d < DK)[:, None] & (x < DV)[None, :]
         tile = d[:, None] * DV + x[None, :]
         M = tl.load(online + bh * DK * DV + tile, mask=inside, other=0.0)
-        keys = _row(key_sum, DK, PK)
-        key = _row(last_key + bh * DK, DK, PK)
+        keys = load_row(key_sum, DK, PK)
+        key = load_row(last_key + bh * DK, DK, PK)
         value = tl.load(last_value + bh * DV + x, mask=x < DV, other=0.0)
         slot = used
         place = begun
         for j in range(0, n):
-            kj = _row(k + j * H * DK, DK, PK)
+            kj = load_row(k + j * H * DK, DK, PK)
             vj = tl.load(v + j * H * DV + x, mask=x < DV, other=0.0).to(tl.float32)
             if g is not None:
                 M *= tl.exp(tl.load(g + row + j * H))
@@ -183,10 +162,10 @@ def _read_kernel(
             place += 1
             # Token j reads the memory, and all after it do where it is a segment's end state.
             for i in range(j, tl.where(place == length, n, j + 1)):
-                read = tl.sum((_row(q + i * H * DK, DK, PK) * scale)[:, None] * M, 0)
+                read = tl.sum((load_row(q + i * H * DK, DK, PK) * scale)[:, None] * M, 0)
                 reads = token == i
                 logit = 0.0
-                logit = tl.sum(_row(u + i * H * DK, DK, PK) * keys, 0) / place
+                logit = tl.sum(load_row(u + i * H * DK, DK, PK) * keys, 0) / place
                 if i > j:
                     score = _scores(
                         u, k, descriptors, key_sum, logits, i, used, begun, length, H, CP=CP, BS=BS, DK=DK, PK=PK
@@ -301,57 +280,6 @@ def _read_kernel(
             tl.store(y + tokens[:, None] * H * DV + x[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["cached_all", "filled_all", "first"])
-def _combine_kernel(
-    k, v, key_sum, last_key, last_value, cached, filled, parts, stats, y, cached_all, filled_all, first, n, total, H,
-    length, SPLITS: tl.constexpr, BP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PK: tl.constexpr,
-    PV: tl.constexpr,
-):  # fmt: skip
-    """Program t < n of a head adds up the parts of token t; program n writes what the next call needs of the tokens."""
-    t = tl.program_id(1)
-    bh = tl.program_id(0).to(tl.int64)
-    b = bh // H
-    row = (b * total + first) * H + bh % H
-    x = tl.arange(0, PV)
-    if t < n:
-        top = LOW
-        size = 0.0
-        acc = tl.zeros([PV], tl.float32)
-        for p0 in range(0, SPLITS + 1, BP):
-            p = p0 + tl.arange(0, BP)
-            part = (bh * n + t) * (SPLITS + 1) + p
-            tops = tl.load(stats + part * 2, mask=p < SPLITS + 1, other=LOW)
-            sizes = tl.load(stats + part * 2 + 1, mask=p < SPLITS + 1, other=0.0)
-            inside = (p < SPLITS + 1)[:, None] & (x < DV)[None, :]
-            some = tl.load(parts + part[:, None] * DV + x[None, :], mask=inside, other=0.0)
-            new = tl.maximum(top, tl.max(tops, 0))
-            weight = tl.exp(tops - new)
-            keep = tl.exp(top - new)
-            size = size * keep + tl.sum(weight * sizes, 0)
-            acc = acc * keep + tl.sum(weight[:, None] * some, 0)
-            top = new
-        acc = acc / size
-        tl.store(y + (row + t * H) * DV + x, acc.to(y.dtype.element_ty), mask=x < DV)
-    else:
-        _, begun = _place(cached, filled, cached_all, filled_all, b, first, length)
-        d = tl.arange(0, PK)
-        # The segment under way after the last token began with token ``since``, or before the first.
-        ends = (begun + n) // length
-        since = tl.maximum(ends * length - begun, 0)
-        keys = tl.where(ends == 0, _row(key_sum + bh * DK, DK, PK), 0.0)
-        for j in range(since, n):
-            keys += _row(k + (row + j * H) * DK, DK, PK)
-        tl.debug_barrier()
-        tl.store(key_sum + bh * DK + d, keys, mask=d < DK)
-        key = _row(k + (row + (n - 1) * H) * DK, DK, PK)
-        value = _row(v + (row + (n - 1) * H) * DV, DV, PV)
-        goes_on = (begun + n) % length > 0
-        key = tl.where(goes_on, key, 0.0)
-        value = tl.where(goes_on, value, 0.0)
-        tl.store(last_key + bh * DK + d, key, mask=d < DK)
-        tl.store(last_value + bh * DV + x, value, mask=x < DV)
-
-
 def decode_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -371,71 +299,69 @@ def decode_step(
     y: torch.Tensor,
     cached_all: int,
     filled_all: int,
+    first: int,
+    n: int,
     length: int,
     top_k: int,
     scale: float,
-) -> None:
-    """y [B, n, H, DV] of n tokens over a memory that is written in place.
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Tokens first to first + n of all T over a memory, which is written in place, and their y or the parts of it.
 
     Args:
-        q, k, u [B, n, H, DK], v [B, n, H, DV], of one dtype, which is y's too; g, beta, lam [B, n, H] float32 or None
-            for 0, 0 and 1.
+        q, k, u [B, T, H, DK], v, y [B, T, H, DV], of one dtype; g, beta, lam [B, T, H] float32 or None for
+            0, 0 and 1.
         states, descriptors, online, key_sum, last_key, last_value: of the memory, float32:
             [B, H, capacity, DK, DV], [B, H, capacity, DK], [B, H, DK, DV], [B, H, DK], [B, H, DK], [B, H, DV].
         cached, filled: int32 [B], states and tokens of the segment under way; None where they are ``cached_all`` and
             ``filled_all`` for every sequence.
         length: C.
-        TOKENS: a launch takes so many at most; the states are read once a launch.
         BK, BV: rows (of one token; fewer of several) and columns of a cached state's tile; BO: columns of the online
             state that a program has.
         NEAR: up to this capacity every ssc program computes all logits itself; above, a kernel does it before.
+
+    Returns:
+        With SPLITS > 1, what :mod:`decode_combine` makes y of, float32: reads [B * H, n, SPLITS + 1, DV] and, of each,
+        largest logit and size of the softmax [B * H, n, SPLITS + 1, 2]; it also writes key_sum, last_key and
+        last_value. Else None: y and the memory are written.
     """
     B, total, H, _ = q.shape
     capacity = descriptors.shape[2]
     CP = max(16, triton.next_power_of_2(capacity))
-    for first in range(0, total, TOKENS):
-        n = min(TOKENS, total - first)
-        NT = triton.next_power_of_2(n)
-        TT = NT
-        logits = None
-        # So much of descriptors is in registers at a time.
-        BS = max(16, min(PK, 2048 // (NT * 16)))
-        TT = 1
-        BS = max(4, min(PK, 4096 // CP))
-        if capacity > NEAR:
-            logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=q.device)
-            _logits_kernel[(B * H, triton.cdiv(capacity, 16))](
-                u=u, descriptors=descriptors, cached=cached, filled=filled, logits=logits, cached_all=cached_all,
-                filled_all=filled_all, first=first, n=n, total=total, H=H, capacity=capacity, length=length,
-                CP=CP, BS=16, DK=DK, PK=PK, num_warps=4,
-            )  # fmt: skip
-        parts = None
-        stats = None
-        writers = 1
-        reader = 0
-        programs = 1
-        bv = PV
-        bo = PV
-        if SPLITS > 1:
-            bv = min(BV, PV)
-            bo = min(BO, PV)
-            parts = torch.empty(B * H * n, SPLITS + 1, DV, dtype=torch.float32, device=q.device)
-            stats = torch.empty(B * H * n, SPLITS + 1, 2, dtype=torch.float32, device=q.device)
-            writers = triton.cdiv(DV, bo)
-            reader = writers
-            programs = writers + triton.cdiv(DV, bv) * SPLITS * triton.cdiv(n, TT)
-        _read_kernel[(B * H, programs)](
-            q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, states=states, descriptors=descriptors, online=online,
-            key_sum=key_sum, last_key=last_key, last_value=last_value, cached=cached, filled=filled, logits=logits,
-            parts=parts, stats=stats, y=y, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total,
-            H=H, capacity=capacity, length=length, top_k=top_k, scale=scale, SPLITS=SPLITS, WRITERS=writers,
-            READER=reader, NT=NT, TT=TT, CP=CP, BK=max(1, min(BK, PK) // TT), BV=bv, BO=bo, BS=BS, STAGES=STAGES, DK=DK,
-            DV=DV, PK=PK, num_warps=num_warps,
+    NT = triton.next_power_of_2(n)
+    TT = NT
+    logits = None
+    # So much of descriptors is in registers at a time.
+    BS = max(16, min(PK, 2048 // (NT * 16)))
+    TT = 1
+    BS = max(4, min(PK, 4096 // CP))
+    if capacity > NEAR:
+        logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=q.device)
+        _logits_kernel[(B * H, triton.cdiv(capacity, 16))](
+            u=u, descriptors=descriptors, cached=cached, filled=filled, logits=logits, cached_all=cached_all,
+            filled_all=filled_all, first=first, n=n, total=total, H=H, capacity=capacity, length=length,
+            CP=CP, BS=16, DK=DK, PK=PK, num_warps=4,
         )  # fmt: skip
-        if SPLITS > 1:
-            _combine_kernel[(B * H, n + 1)](
-                k=k, v=v, key_sum=key_sum, last_key=last_key, last_value=last_value, cached=cached, filled=filled,
-                parts=parts, stats=stats, y=y, cached_all=cached_all, filled_all=filled_all, first=first, n=n,
-                total=total, H=H, length=length, SPLITS=SPLITS,
-                BP=min(triton.next_power_of_2(SPLITS + 1), max(1, 8192 // PV)), DK=DK, DV=DV, PK=PK, PV=PV, num_warps=4,
-            )  # fmt: skip
+    parts = None
+    stats = None
+    writers = 1
+    reader = 0
+    programs = 1
+    bv = PV
+    bo = PV
+    if SPLITS > 1:
+        bv = min(BV, PV)
+        bo = min(BO, PV)
+        parts = torch.empty(B * H * n, SPLITS + 1, DV, dtype=torch.float32, device=q.device)
+        stats = torch.empty(B * H * n, SPLITS + 1, 2, dtype=torch.float32, device=q.device)
+        writers = triton.cdiv(DV, bo)
+        reader = writers
+        programs = writers + triton.cdiv(DV, bv) * SPLITS * triton.cdiv(n, TT)
+    _read_kernel[(B * H, programs)](
+        q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, states=states, descriptors=descriptors, online=online,
+        key_sum=key_sum, last_key=last_key, last_value=last_value, cached=cached, filled=filled, logits=logits,
+        parts=parts, stats=stats, y=y, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total, H=H,
+        capacity=capacity, length=length, top_k=top_k, scale=scale, SPLITS=SPLITS, WRITERS=writers, READER=reader,
+        NT=NT, TT=TT, CP=CP, BK=max(1, min(BK, PK) // TT), BV=bv, BO=bo, BS=BS, STAGES=STAGES, DK=DK, DV=DV, PK=PK,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return parts, stats
