@@ -1,0 +1,44 @@
+"""What the documents quote and link to is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUOTES = [
+    (page.name, path, quoted)
+    for page in PAGES
+    for path, quoted in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+
+
+def test_there_are_quotes() -> None:
+    assert sum(page == "extending.md" for page, _, _ in QUOTES) >= 6
+
+
+@pytest.mark.parametrize(("page", "path", "quoted"), QUOTES, ids=[f"{page}-{path}" for page, path, _ in QUOTES])
+def test_quoted_code_stands_in_its_file(page: str, path: str, quoted: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for line in quoted.splitlines():
+        assert line in text.splitlines(), f"{page} quotes {line!r}"
+    assert quoted in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    gone = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert not gone
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:mctune|templates|search_spaces|tests|docs|examples|benchmarks)/[\w/.-]+)`", page.read_text()
+    )
+    gone = [name for name in named if not (ROOT / name).exists() and not name.endswith("/mine.toml")]
+    assert not gone
