@@ -78,7 +78,8 @@ def load_workload(name: str, gpu: bool = False) -> Workload:
 def read_workload(path: Path, gpu: bool = False) -> Workload:
     """Read one file. A field whose value is a list stands for one problem per value.
 
-    On a GPU, the fields of the table ``gpu`` replace those of every problem, and what states no dtype is in bfloat16.
+    On a GPU, the fields of the table ``gpu`` replace those of every problem and the file's own ``timeout_s``, and what
+    states no dtype is in bfloat16.
     """
     values = read_toml(path)
     unknown = sorted(set(values) - set(_KEYS))
@@ -88,13 +89,16 @@ def read_workload(path: Path, gpu: bool = False) -> Workload:
     if absent:
         raise UsageError(f"{path.name}: {absent[0]!r} is missing")
     lengths = tuple(values.get("segment_lengths", ()))
-    replaced = values.get("gpu", {})
+    replaced = dict(values.get("gpu", {}))
+    own_timeout = replaced.pop("timeout_s", values.get("timeout_s"))
     try:
         entries = [on_gpu(entry) | replaced if gpu else entry for entry in values["problems"]]
         cases = tuple(Case.of(fields, lengths) for entry in entries for fields in _expand(entry))
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
-    return Workload(path.stem, values["description"], values["trials"], values.get("timeout_s"), cases)
+    return Workload(
+        path.stem, values["description"], values["trials"], own_timeout if gpu else values.get("timeout_s"), cases
+    )
 
 
 def on_gpu(fields: dict[str, Any]) -> dict[str, Any]:

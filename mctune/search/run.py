@@ -34,11 +34,17 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     prepared = _studies(request)
     reports: list[StudyReport] = []
     interrupted = False
+    # What the last study took beyond its share, to decide between its best: the next one will too.
+    deciding = 0.0
     with Workers(request) as workers:
         for number, study in enumerate(prepared):
-            left = None if request.timeout_s is None else request.timeout_s - (time.monotonic() - started)
-            share = None if left is None else max(1.0, left) / (len(prepared) - number)
+            begun, share = time.monotonic(), None
+            if request.timeout_s is not None:
+                left = request.timeout_s - (begun - started)
+                share = max(1.0, left / (len(prepared) - number) - deciding)
             report, interrupted = study.run(workers, listener, share)
+            if share is not None:
+                deciding = max(0.0, time.monotonic() - begun - share)
             reports.append(report)
             listener.study_done(report)
             if interrupted:

@@ -16,6 +16,7 @@ def test_the_shipped_workloads() -> None:
     assert workload_names() == ("decode", "paper", "quick", "train")
     quick = load_workload("quick")
     assert quick.timeout_s is not None and quick.timeout_s <= 300
+    assert load_workload("quick", gpu=True).timeout_s == 420
     assert {(c.problem.pass_, c.problem.aggregation, c.problem.top_k) for c in quick.cases} == {
         (pass_, *read) for pass_ in PASSES for read in (("grm", None), ("ssc", 4))
     }
