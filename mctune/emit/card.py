@@ -26,6 +26,7 @@ def card(name: str, table: dict[str, Any]) -> str:
     """Markdown for the package ``name`` with the tuned ``table`` (the document of tuned.json)."""
     target, versions = table["target"], table["versions"]
     on_cpu = target["kind"] == "cpu"
+    cores = "cores" if on_cpu else "compute units" if target["kind"] == "hip" else "multiprocessors"
     arrays = "float32 on the CPU" if on_cpu else "bfloat16 on the GPU"
     predicted = any(entry["outcome"]["kind"] == "predicted" for entry in table["entries"])
     lines = [
@@ -43,7 +44,7 @@ def card(name: str, table: dict[str, Any]) -> str:
         f"It needs torch and {_needs(on_cpu, versions)}. A call that no kernel here fits runs on the eager path and "
         "says so once.",
         "",
-        f"Target: {target['name']} ({target['arch']}, {target['cores']} cores). Made with "
+        f"Target: {target['name']} ({target['arch']}, {target['cores']} {cores}). Made with "
         + ", ".join(f"{package} {version}" for package, version in versions.items())
         + ".",
         "",

@@ -45,6 +45,11 @@ SPACE = SearchSpace(
     ),
     constraints=(
         Constraint(
+            "decode_SPLITS",
+            lambda c, p, t: p.top_k is None or c.integer("decode_SPLITS") <= max(2, 1 << (p.top_k - 1).bit_length()),
+            "programs that share top_k states among more of them have none to read",
+        ),
+        Constraint(
             "decode_BV",
             lambda c, p, t: c.integer("decode_BV") <= _power(p.Dv) or c["decode_BV"] == _WIDE["decode_BV"],
             "a tile wider than the values reads columns that do not exist",
@@ -75,6 +80,8 @@ SPACE = SearchSpace(
         Constraint("online registers", _online_fits, "the online state would spill"),
     ),
     default=_WIDE,
-    # Wide keys.
-    fallbacks=(_WIDE.replace(decode_num_warps=8),),
+    # Fewer states are read; wide keys.
+    fallbacks=tuple(
+        _WIDE.replace(decode_SPLITS=splits, decode_num_warps=warps) for splits in (16, 8, 4, 2) for warps in (4, 8)
+    ),
 )
