@@ -12,7 +12,7 @@ DK = 128
 PK = 128
 DV = 128
 PV = 128
-SPLITS = 16
+SPLITS = 4
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "length"])

@@ -30,7 +30,7 @@ BK = 32
 BO = 16
 BV = 128
 NEAR = 64
-SPLITS = 16
+SPLITS = 4
 STAGES = 2
 num_warps = 4
 
