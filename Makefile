@@ -17,11 +17,13 @@ test: $(READY)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted
 
-# And what takes long, and the oldest and the newest Triton that are supported.
+# And what takes long, and the oldest and the newest Triton that are supported. The interpreter of 3.6 takes the ends of
+# a range from arrays in a way that numpy 2.4 refuses.
 test-all: test
 	$(BIN)/pytest -m slow
 	for version in $(TRITONS); do \
-		$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version && \
+		$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version \
+			$$(test $$version != 3.6.0 || echo 'numpy<2.4') && \
 		PYTHONPATH=build/triton-$$version TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted && \
 		PYTHONPATH=build/triton-$$version $(BIN)/pytest tests/triton || exit 1; done
 
