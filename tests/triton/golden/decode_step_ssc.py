@@ -331,7 +331,7 @@ def decode_step(
     TT = NT
     logits = None
     # So much of descriptors is in registers at a time.
-    BS = max(16, min(PK, 2048 // (NT * 16)))
+    BS = max(16, min(PK, 1024 // (NT * 16)))
     TT = 1
     BS = max(4, min(PK, 4096 // CP))
     if capacity > NEAR:
