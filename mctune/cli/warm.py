@@ -30,9 +30,9 @@ def command(package: Path, target_name: str | None, as_json: bool) -> None:
     warmed = []
     for one in warm_package(package, target):
         warmed.append(one)
-        say(f"{one.problem}: {len(one.compiled)} of {len(one.launched)} kernels compiled in {one.seconds:.1f} s")
+        say(f"{one.problem}: {len(one.compiled)} variants of {len(one.launched)} kernels compiled in {one.seconds:.1f} s")
     if as_json:
         print_json([one.to_dict() for one in warmed])
     else:
         lines = [(str(one.problem), str(len(one.launched)), str(len(one.compiled))) for one in warmed]
-        click.echo(text_table(("problem", "kernels", "compiled"), lines))
+        click.echo(text_table(("problem", "kernels", "variants compiled"), lines))
