@@ -30,7 +30,8 @@ def command(package: Path, target_name: str | None, as_json: bool) -> None:
     warmed = []
     for one in warm_package(package, target):
         warmed.append(one)
-        say(f"{one.problem}: {len(one.compiled)} variants of {len(one.launched)} kernels compiled in {one.seconds:.1f} s")
+        count = len(one.launched)
+        say(f"{one.problem}: {len(one.compiled)} variants of {count} kernels compiled in {one.seconds:.1f} s")
     if as_json:
         print_json([one.to_dict() for one in warmed])
     else:

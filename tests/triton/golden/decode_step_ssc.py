@@ -182,9 +182,9 @@ def _read_kernel(
                 top = new
             if place == length:
                 # The host knows that there is room, unless the counts are on the device.
-                room = slot < capacity
-                tl.store(states + slot.to(tl.int64) * DK * DV + tile, M, mask=inside & room)
-                tl.store(descriptors + slot * DK + d, keys / length, mask=(d < DK) & room)
+                room = d < tl.where(slot < capacity, DK, 0)
+                tl.store(states + slot.to(tl.int64) * DK * DV + tile, M, mask=room[:, None] & (x < DV)[None, :])
+                tl.store(descriptors + slot * DK + d, keys / length, mask=room)
                 slot += 1
                 place = 0
                 keys = tl.zeros_like(keys)
@@ -260,7 +260,8 @@ def _read_kernel(
                 d = step % blocks * BK + tl.arange(0, BK)
                 slot = i0 + step // blocks
                 slot = tl.sum(tl.where(here, slots, 0), 0)
-                inside = (d < DK)[:, None] & (x < DV)[None, :] & (slot < used)
+                # Of a state that was appended on the way, nothing. (A scalar in a mask is too much for an interpreter.)
+                inside = (d < tl.where(slot < used, DK, 0))[:, None] & (x < DV)[None, :]
                 M = tl.load(
                     states + slot.to(tl.int64) * DK * DV + (d[:, None] * DV + x[None, :]), mask=inside, other=0.0
                 )
