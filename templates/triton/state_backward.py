@@ -171,17 +171,18 @@ def carry_kernel(
         matrix = (bh * P + piece) * SIZE + place
         last = tl.load(seg_last + tl.load(segment + piece)) == piece
         enters = tl.load(entering + piece)
+        height = tl.where(enters >= 0, SIZE, 0)
         grad = carried
         if AGGREGATION == "residual" or AGGREGATION == "mean":
             grad += tl.where(last, later, 0.0)
             later += tl.load(products + matrix, mask=inside, other=0.0)
         else:
-            grad += tl.load(dends + matrix, mask=inside & last, other=0.0)
+            grad += tl.load(dends + matrix, mask=place < tl.where(last, SIZE, 0), other=0.0)
         tl.store(dends + matrix, grad, mask=inside)
-        entered = tl.load(dentered + matrix, mask=inside & (enters >= 0), other=0.0)
+        entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
         if SWLA:
             decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
-            state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=inside & (enters >= 0), other=0.0)
+            state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
             blocks = tl.num_programs(0)
             tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
             grad *= decay

@@ -111,11 +111,12 @@ def carry_kernel(
         matrix = (bh * P + piece) * SIZE + place
         last = tl.load(seg_last + tl.load(segment + piece)) == piece
         enters = tl.load(entering + piece)
+        height = tl.where(enters >= 0, SIZE, 0)
         grad = carried
         grad += tl.where(last, later, 0.0)
         later += tl.load(products + matrix, mask=inside, other=0.0)
         tl.store(dends + matrix, grad, mask=inside)
-        entered = tl.load(dentered + matrix, mask=inside & (enters >= 0), other=0.0)
+        entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
         carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
