@@ -73,7 +73,8 @@ def test_corners_of_the_space(target: Target, pass_: str, folder: Path) -> None:
         pass_=pass_, aggregation=aggregation, recurrence=recurrence, top_k=4 if aggregation == "ssc" else None
     )
     fits = [check(problem, config, target, folder) for config in corners(problem, target)]
-    assert any(fits) and len(fits) > 8
+    # Decoding's space has eight parameters, the others more than twenty.
+    assert any(fits) and len(fits) > (8 if pass_ == "decode" else 10)
 
 
 @pytest.mark.parametrize("name", ["v100", "t4"])
