@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward import DENSE, SPARSE, Goal, loop
+from forward import DENSE, SPARSE, Goal, fitting, loop
 
 from mctune.backends.tvm import TvmBackend
 from mctune.cli._output import say, text_table
@@ -120,7 +120,7 @@ def kernels(problem: Problem, target: Target, folder: Path) -> Path:
     forward = problem.replace(pass_="forward")
     winners = []
     for case, config in (
-        (forward, SPARSE if problem.aggregation == "ssc" else DENSE),
+        (forward, fitting(SPARSE if problem.aggregation == "ssc" else DENSE, target)),
         (problem, _valid(backend, problem, target)),
     ):
         built = backend.build(case, config, target, folder / "work")

@@ -66,7 +66,7 @@ def forward() -> Iterator[ModuleType]:
 def package(forward: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with one kernel."""
     folder = tmp_path_factory.mktemp("bench")
-    config = forward.DENSE.replace(chunk=32)
+    config = forward.fitting(forward.DENSE, resolve("cpu")[0]).replace(chunk=32)
     built = TvmBackend().build(TINY, config, TARGET, folder / "work")
     winner = Winner(TINY, config, timed(1.0), "tvm", built.library, built.source, None, (), True, {})
     return emit_package(folder / "mctune_bench_test", TARGET, [winner])
