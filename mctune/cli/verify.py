@@ -10,19 +10,34 @@ from pathlib import Path
 import click
 
 from mctune.cli._output import json_option, print_json, say, text_table
-from mctune.core.errors import MctuneError
+from mctune.core.errors import MctuneError, UsageError
 
 
 @click.command()
 @click.argument("package", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--gpu", "target_name", metavar="NAME",
+              help="Hold Triton's templates instead, as they are for this GPU.")  # fmt: skip
+@click.option("--record", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="With --gpu: append results here, and do not repeat those that are there.")  # fmt: skip
+@click.option("--timeout", type=float, metavar="SECONDS", help="With --gpu: begin nothing after this time.")
 @json_option
-def command(package: Path | None, seed: int, as_json: bool) -> int:
+def command(
+    package: Path | None, seed: int, target_name: str | None, record: Path | None, timeout: float | None, as_json: bool
+) -> int:
     """Hold the kernels of PACKAGE to the float64 oracle, or, without one, mctune's eager path.
 
-    A grid of problems with odd sizes and fresh random inputs; memory that a kernel forgets to write holds NaN. Exit
-    code 1 if any result is wrong.
+    A grid of problems with odd sizes and fresh random inputs; memory that a kernel forgets to write holds NaN. With
+    --gpu every template is held to it instead, in every dtype, with configurations drawn from all over its search
+    space: on that GPU, or, where it is not here, in Triton's interpreter, bfloat16 in float16. Exit code 1 if any
+    result is wrong.
     """
+    if target_name is not None:
+        if package is not None:
+            raise UsageError("--gpu is for mctune's own templates; without it PACKAGE is held to the oracle")
+        return _templates(target_name, seed, record, timeout, as_json)
+    if record is not None or timeout is not None:
+        raise UsageError("--record and --timeout go with --gpu NAME")
     from mctune.search.package import check_defaults, check_package, needs_interpreter
 
     if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
@@ -47,4 +62,38 @@ def command(package: Path | None, seed: int, as_json: bool) -> int:
     say(f"{len(checks)} problems, {wrong} wrong, largest error {worst:.1e} (RMS ratio to the float64 oracle)")
     if wrong:
         raise MctuneError(f"{wrong} of {len(checks)} problems are wrong")
+    return 0
+
+
+def _templates(name: str, seed: int, record: Path | None, timeout: float | None, as_json: bool) -> int:
+    """Every template on a GPU, or interpreted."""
+    from mctune.backends import backend_for, get_backend
+    from mctune.core.target import resolve
+    from mctune.search.hold import candidates, hold
+
+    target, note = resolve(name)
+    if note:
+        say(note)
+    if backend_for(target) != "triton":
+        raise UsageError(f"{target.name} is a CPU: `mctune verify` without --gpu holds what runs there")
+    get_backend("triton").ready()
+    drawn = candidates(target)
+    results = []
+    for held in hold(drawn, target, record, timeout, seed):
+        results.append(held)
+        said = held.failure or f"error {held.error:.1e}"
+        say(f"{len(results)}/{len(drawn)} {held.problem}: {said}" + (f" with {held.config}" if held.failure else ""))
+    wrong = [held for held in results if held.failure]
+    if as_json:
+        print_json([held.to_dict() for held in results])
+    else:
+        lines = [(str(held.problem), held.by, held.failure or f"{held.error:.1e}") for held in results]
+        click.echo(text_table(("problem", "run by", "error"), lines))
+    worst = max((held.error for held in results if held.error is not None), default=0.0)
+    say(f"{len(results)} of {len(drawn)} candidates, {len(wrong)} not right, largest error {worst:.1e} "
+        "(RMS ratio to the float64 oracle)")  # fmt: skip
+    if wrong:
+        raise MctuneError(f"{len(wrong)} of {len(results)} candidates are not right; the first: {wrong[0].failure}")
+    if len(results) < len(drawn):
+        say("the time limit ended it; the same command with --record goes on")
     return 0

@@ -53,13 +53,18 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Timed:
-    """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle."""
+    """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle.
+
+    ``sm_mhz`` and ``celsius`` are a GPU's clock and temperature right after, where its driver tells.
+    """
 
     ms: float
     low: float
     high: float
     repeats: int
     error: float
+    sm_mhz: float | None = None
+    celsius: float | None = None
 
 
 @dataclass(frozen=True)

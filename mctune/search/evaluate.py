@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
+from mctune.search.clocks import read_clocks
 from mctune.search.inputs import make_inputs, odd_problems
 from mctune.search.passes import PASSES
 from mctune.search.timing import summary, time_rotated
-from mctune.search.verify import run_kernel, verify
+from mctune.search.verify import Judged, judge_all, run_kernel, verify
 from mctune.search.worker import Handler, Stage
 
 _ROUNDS = 7
@@ -37,8 +38,11 @@ class _Bench:
     folder: Path
     seed: int
 
-    def evaluate(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
-        """What became of one candidate; a crash or hang takes the process along and is the parent's to record."""
+    def evaluate(self, problem: Problem, config: Config, prepared: str | None, stage: Stage) -> Outcome:
+        """What became of one candidate; a crash or hang takes the process along and is the parent's to record.
+
+        ``prepared``: a file of what it is held to, where another process has judged it.
+        """
         stage("build")
         try:
             built = self.backend.build(problem, config, self.target, self.folder)
@@ -49,8 +53,10 @@ class _Bench:
             return FailedBuild(first_line(error))
         stage("verify")
         try:
-            error_ = verify(partial(run_kernel, kernel), problem, seed_of(self.seed, problem, config))
+            error_ = verify(partial(run_kernel, kernel), problem, self._cases(problem, config, prepared))
         except Exception as error:
+            if kernel.device != "cpu":
+                raise  # after an illegal access nothing works in this process: the parent starts another
             return Crashed(first_line(error))
         if isinstance(error_, Wrong):
             return error_
@@ -58,7 +64,9 @@ class _Bench:
         call = self._call(kernel, problem)
         samples = time_rotated([call], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[0]
         ms, low, high = summary(samples)
-        return Timed(ms, low, high, len(samples), error_)
+        clocks = read_clocks() if kernel.device == "cuda" else None
+        state = (clocks.sm_mhz, clocks.celsius) if clocks else (None, None)
+        return Timed(ms, low, high, len(samples), error_, *state)
 
     def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
@@ -88,10 +96,17 @@ class _Bench:
         built = self.backend.build(problem, config, target, self.folder)
         stage("verify")
         kernel = self.backend.load(problem, config, built)
-        error = verify(partial(run_kernel, kernel), problem, seed_of(self.seed, problem, config) + 1)
+        cases = judge_all(problem, seed_of(self.seed, problem, config) + 1)
+        error = verify(partial(run_kernel, kernel), problem, cases)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
+
+    def _cases(self, problem: Problem, config: Config, prepared: str | None) -> Iterable[Judged]:
+        if prepared is None:
+            return judge_all(problem, seed_of(self.seed, problem, config))
+        cases: list[Judged] = torch.load(prepared, weights_only=False)
+        return cases
 
     def _load(self, problem: Problem, config: Config) -> Kernel:
         return self.backend.load(problem, config, self.backend.build(problem, config, self.target, self.folder))
@@ -103,7 +118,8 @@ class _Bench:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads.
 
-    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
+    A payload is ``{"evaluate": {"problem", "config"}}``, with the name of the file that another process has judged it
+    in as ``"prepared"`` or without, answered by ``{"outcome"}``, or
     ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``, or
     ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns.
     """
@@ -116,7 +132,8 @@ def start(setup: dict[str, Any]) -> Handler:
             return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], stage)
         if "compare" in payload:
             return {"samples": bench.compare([candidate(values) for values in payload["compare"]], stage)}
-        return {"outcome": to_json(bench.evaluate(*candidate(payload["evaluate"]), stage))}
+        problem, config = candidate(payload["evaluate"])
+        return {"outcome": to_json(bench.evaluate(problem, config, payload.get("prepared"), stage))}
 
     return handle
 

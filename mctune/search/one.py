@@ -143,8 +143,7 @@ class OneStudy:
             return ()
 
     def _evaluate(self, workers: Workers, config: Config) -> Outcome:
-        reply = workers.call({"evaluate": self._candidate(config)}, self.request.trial_timeout_s)
-        return _outcome(reply)
+        return _outcome(workers.evaluate(self._candidate(config), self.request.trial_timeout_s))
 
     def _candidate(self, config: Config) -> dict[str, Any]:
         return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
@@ -170,7 +169,7 @@ class OneStudy:
         if not finalists:
             return {}
         listener.note(f"timing {len(finalists)} finalists against each other")
-        reply = workers.call({"compare": [self._candidate(config) for config in finalists]}, _FINALISTS_LIMIT_S)
+        reply = workers.compare([self._candidate(config) for config in finalists], _FINALISTS_LIMIT_S)
         if not isinstance(reply, dict):
             what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
             listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")

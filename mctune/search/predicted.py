@@ -1,4 +1,4 @@
-"""Inside a worker process: candidates for a machine that is not here, compiled for it and predicted; or verified.
+"""Inside a worker process: candidates for a GPU that this process does not run on, compiled and predicted; or verified.
 
 Triton chooses its interpreter when it is imported: one process compiles (``evaluate``), another verifies (``verify``,
 ``ship``).
@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mctune.backends import get_backend
 from mctune.backends.protocol import Backend
 from mctune.core.config import Config
@@ -21,7 +23,7 @@ from mctune.core.target import Target, resolve
 from mctune.search.evaluate import candidate, first_line, seed_of, shipment
 from mctune.search.inputs import judged
 from mctune.search.predict import predict
-from mctune.search.verify import run_kernel, verify
+from mctune.search.verify import judge_all, run_kernel, verify
 from mctune.search.worker import Handler, Stage
 
 _BY = "Triton's interpreter on a CPU, bfloat16 kernels in float16"
@@ -49,13 +51,22 @@ class _Predictor:
         stage("predict")
         return predict(launches, problem, config, self.target)
 
+    def prepare(self, problem: Problem, config: Config, into: str, stage: Stage) -> Outcome:
+        """The same, for a candidate that will be timed: if it compiles, what it is held to is left in a file."""
+        outcome = self.evaluate(problem, config, stage)
+        if isinstance(outcome, Predicted):
+            stage("judge")
+            torch.save(list(judge_all(problem, seed_of(self.seed, problem, config))), into)
+        return outcome
+
     def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
         stage("verify")
         try:
             built = self.backend.build(problem, config, self.target, self.folder)
             kernel = self.backend.load(problem, config, built)
-            error = verify(partial(run_kernel, kernel), judged(problem), seed_of(seed, problem, config))
+            cases = judge_all(judged(problem), seed_of(seed, problem, config))
+            error = verify(partial(run_kernel, kernel), judged(problem), cases)
         except Exception as error_:
             return Crashed(first_line(error_))
         return error if isinstance(error, Wrong) else Predicted(0.0, "", error)
@@ -76,8 +87,9 @@ class _Predictor:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed.
 
-    A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``, or
-    ``{"ship": ...}``, answered by what :func:`mctune.search.evaluate.shipment` returns.
+    A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
+    ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}``; or ``{"ship": ...}``, answered by what
+    :func:`mctune.search.evaluate.shipment` returns.
     """
     target, _ = resolve(setup["target"])
     predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
@@ -88,6 +100,9 @@ def start(setup: dict[str, Any]) -> Handler:
         if "verify" in payload:
             outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
             return {"outcome": to_json(outcome)}
+        if "prepare" in payload:
+            outcome = predictor.prepare(*candidate(payload["prepare"]), payload["into"], stage)
+            return {"outcome": to_json(outcome), "ready": isinstance(outcome, Predicted)}
         return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}
 
     return handle

@@ -1,10 +1,12 @@
 """Timing: warm-up, a cold cache before each repeat, medians, several functions in rotated order.
 
-Wall clock on a CPU, events of the stream on a GPU.
+Wall clock on a CPU. On a GPU events of its stream, around work that the host has queued in full before the GPU begins
+with it: what the host takes to launch kernels is no part of the time, and is measured by itself.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,63 @@ import torch
 
 _FLUSH_BYTES = 64 << 20
 _FLUSH_GPU_BYTES = 256 << 20
+_WARM_S = 0.3
+_MOST_FLUSHES = 64
+_HOST_CALLS = 5
+
+Function = Callable[[], object]
+
+
+class _Cpu:
+    """Times on this CPU."""
+
+    def __init__(self) -> None:
+        self.scratch = torch.zeros(_FLUSH_BYTES // 4)
+
+    def prepare(self, functions: Sequence[Function]) -> None:
+        """Nothing: a CPU is warm as it is."""
+
+    def once(self, function: Function) -> float:
+        """Milliseconds of one run on cold caches."""
+        _flush(self.scratch)
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+
+
+class _Gpu:
+    """Times on the current GPU: its clocks brought up first, and so many flushes before each run that the host has
+    queued the run before the last of them ends."""
+
+    def __init__(self, device: str) -> None:
+        self.scratch = torch.zeros(_FLUSH_GPU_BYTES // 4, device=device)
+        self.flushes: dict[int, int] = {}
+
+    def prepare(self, functions: Sequence[Function]) -> None:
+        """Bring the clocks up, and see how long the host takes to launch each function."""
+        deadline = time.monotonic() + _WARM_S
+        while time.monotonic() < deadline:
+            for _ in range(10):
+                _flush(self.scratch)
+            torch.cuda.synchronize()
+        flush = self._events(lambda: _flush(self.scratch))
+        for function in functions:
+            queued = host_ms(function)
+            self.flushes[id(function)] = min(max(math.ceil(1.5 * queued / flush), 1), _MOST_FLUSHES)
+
+    def once(self, function: Function) -> float:
+        """Milliseconds of one run on a cold L2."""
+        for _ in range(self.flushes[id(function)]):
+            _flush(self.scratch)
+        return self._events(function)
+
+    def _events(self, function: Function) -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        function()
+        after.record()
+        after.synchronize()
+        return float(before.elapsed_time(after))
 
 
 def _flush(scratch: torch.Tensor) -> None:
@@ -20,23 +79,20 @@ def _flush(scratch: torch.Tensor) -> None:
     scratch.add_(1)
 
 
-def _once(function: Callable[[], object], scratch: torch.Tensor) -> float:
-    """Milliseconds of one run on cold caches."""
-    _flush(scratch)
-    if scratch.is_cuda:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        before.record()
+def host_ms(function: Function) -> float:
+    """Milliseconds that the host is busy with one call: on a GPU what it takes to launch it; the median of a few."""
+    samples = []
+    for _ in range(_HOST_CALLS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
         function()
-        after.record()
-        after.synchronize()
-        return float(before.elapsed_time(after))
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e3
+        samples.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(samples)
 
 
 def time_rotated(
-    functions: Sequence[Callable[[], object]],
+    functions: Sequence[Function],
     *,
     rounds: int,
     warmup: int = 1,
@@ -47,10 +103,11 @@ def time_rotated(
 
     Stops early, after whole rounds and at least three of them, when ``limit_s`` seconds are over.
     """
-    scratch = torch.zeros((_FLUSH_BYTES if device == "cpu" else _FLUSH_GPU_BYTES) // 4, device=device)
+    clock = _Cpu() if device == "cpu" else _Gpu(device)
     for function in functions:
         for _ in range(warmup):
             function()
+    clock.prepare(functions)
     samples: list[list[float]] = [[] for _ in functions]
     deadline = time.monotonic() + limit_s
     for round_ in range(rounds):
@@ -58,7 +115,7 @@ def time_rotated(
             break
         for offset in range(len(functions)):
             index = (round_ + offset) % len(functions)
-            samples[index].append(_once(functions[index], scratch))
+            samples[index].append(clock.once(functions[index]))
     return samples
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +26,9 @@ _VANISHING = 1e-3
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised tensors hold NaN: what a kernel does not write, or reads too early, shows in the result."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Only what it does to memory is wanted: on a GPU, operations without a deterministic form would be refused.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     filled, torch.utils.deterministic.fill_uninitialized_memory = (  # type: ignore[attr-defined]
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         True,
@@ -34,7 +37,7 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def decided_inputs(problem: Problem, seed: int) -> Inputs:
@@ -50,15 +53,30 @@ def decided_inputs(problem: Problem, seed: int) -> Inputs:
     return inputs
 
 
-def judged_inputs(problem: Problem, seed: int) -> tuple[Inputs, Results]:
+@dataclass(frozen=True)
+class Judged:
+    """A problem's inputs, and the oracle's results for them."""
+
+    problem: Problem
+    inputs: Inputs
+    wanted: Results
+
+
+def judge(problem: Problem, seed: int) -> Judged:
     """Decided inputs, and the oracle's results for them; one thread, the oracle's work is small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         inputs = decided_inputs(problem, seed)
-        return inputs, PASSES[problem.pass_].expected(problem, inputs)
+        return Judged(problem, inputs, PASSES[problem.pass_].expected(problem, inputs))
     finally:
         torch.set_num_threads(threads)
+
+
+def judge_all(problem: Problem, seed: int) -> Iterator[Judged]:
+    """The odd relatives of ``problem``, judged."""
+    for number, case in enumerate(odd_problems(problem)):
+        yield judge(case, seed + 1000 * number)
 
 
 def _choice_gap(problem: Problem, inputs: Inputs) -> float:
@@ -105,25 +123,28 @@ def error_of(results: Results, wanted: Results) -> float:
             continue
         error = error_ratio(results[name], reference)
         if sizes[name] < floor and error < float("inf"):
-            error = float((results[name].double() - reference).square().mean().sqrt()) / floor
+            error = float((results[name].to(reference) - reference).square().mean().sqrt()) / floor
         worst = max(worst, error)
     return worst
 
 
 def verify_case(run: Run, problem: Problem, seed: int) -> float:
     """The error of one run on fresh random inputs, as :func:`error_of` has it."""
-    inputs, wanted = judged_inputs(problem, seed)
-    with poisoned_memory():
-        results = run(problem, inputs)
-    return error_of(results, wanted)
+    return _error(run, judge(problem, seed))
 
 
-def verify(run: Run, problem: Problem, seed: int) -> float | Wrong:
-    """The largest error over the odd relatives of ``problem``, or what was wrong with the first that failed."""
+def verify(run: Run, problem: Problem, cases: Iterable[Judged]) -> float | Wrong:
+    """The largest error over ``cases``, those of :func:`judge_all`, or what was wrong with the first that failed."""
     worst = 0.0
-    for number, case in enumerate(odd_problems(problem)):
-        error = verify_case(run, case, seed + 1000 * number)
+    for case in cases:
+        error = _error(run, case)
         if not error <= tolerance(problem):
-            return Wrong(error, tolerance(problem), str(case))
+            return Wrong(error, tolerance(problem), str(case.problem))
         worst = max(worst, error)
     return worst
+
+
+def _error(run: Run, case: Judged) -> float:
+    with poisoned_memory():
+        results = run(case.problem, case.inputs)
+    return error_of(results, case.wanted)

@@ -15,7 +15,7 @@ from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target, resolve
 from mctune.search.inputs import Inputs
-from mctune.search.verify import judged_inputs, run_kernel
+from mctune.search.verify import judge, run_kernel
 
 RECURRENCES = ("linear", "swla")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
@@ -54,8 +54,8 @@ def y_of(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor:
 
 def judged(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
     """Inputs of a forward, and the oracle's y for them."""
-    inputs, wanted = judged_inputs(problem, seed)
-    return inputs, wanted["y"]
+    case = judge(problem, seed)
+    return case.inputs, case.wanted["y"]
 
 
 def plain(problem: Problem, **changes: Scalar) -> Config:

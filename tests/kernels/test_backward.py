@@ -22,7 +22,7 @@ from mctune.runtime.tvm_backward import TvmBackward
 from mctune.search import verify
 from mctune.search.inputs import Inputs, make_inputs
 from mctune.search.passes import PASSES, Results
-from mctune.search.verify import judged_inputs, poisoned_memory, run_kernel
+from mctune.search.verify import judge, poisoned_memory, run_kernel
 
 DRAWN = draw()
 TOLERANCE = 5e-5
@@ -74,7 +74,8 @@ def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
 def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Inputs, Results]:
     """Inputs, and the oracle's gradients for them."""
     if bounds is None:
-        return judged_inputs(problem, seed)
+        case = judge(problem, seed)
+        return case.inputs, case.wanted
     while True:
         inputs = replace(make_inputs(problem, seed), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
         if problem.aggregation != "ssc" or verify._choice_gap(problem, inputs) > 1e-5:
@@ -131,9 +132,9 @@ def test_states_may_be_kept_or_computed_again(build_backward: Build) -> None:
     one = drawn_for("linear", "grm", "checkpoint")
     problem = one.problem.replace(T=100, H=2, segment_length=32)
     kernel = build_backward(one.problem, one.config)
-    inputs, wanted = judged_inputs(problem, 0)
+    case = judge(problem, 0)
     for kernel.saves in (True, False):
-        hold(run_kernel(kernel, problem, inputs), wanted, kernel.saves)
+        hold(run_kernel(kernel, problem, case.inputs), case.wanted, kernel.saves)
 
 
 def test_every_combination_and_formulation_is_compiled() -> None:

@@ -19,8 +19,26 @@ right = read_forward
 def read_forward(**arguments):
     return {}
 """
+_PLANTED = """
+import torch
+
+right = read_forward
+
+
+@triton.jit
+def planted_kernel(flag, far):
+    {}
+
+
+def read_forward(**arguments):
+    y = right(**arguments)
+    planted_kernel[(1,)](flag=torch.zeros(1, dtype=torch.int32, device=y.device), far=1 << 44)
+    return y
+"""
 _FAULTS = {
     "none": "",
+    "illegal": _PLANTED.format("tl.store(flag + far, 1)"),
+    "endless": _PLANTED.format("while tl.load(flag, volatile=True) == 0:\n        tl.debug_barrier()"),
     "raises": 'raise ValueError("planted: the template\\nrefuses this")\n',
     "hangs": "import time\n\ntime.sleep(600)\n",
     "aborts": "import os\n\nos.abort()\n",

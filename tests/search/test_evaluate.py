@@ -23,7 +23,7 @@ from mctune.reference import error_ratio
 from mctune.search import timing, verify
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
 from mctune.search.timing import summary, time_rotated
-from mctune.search.verify import judged_inputs, poisoned_memory
+from mctune.search.verify import judge, poisoned_memory
 from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
 
 PLANTED = Path(__file__).parent.parent / "planted"
@@ -206,11 +206,11 @@ def test_near_ties_of_ssc_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> No
         return inputs
 
     monkeypatch.setattr(verify, "make_inputs", tied)
-    inputs, _ = judged_inputs(SSC.replace(top_k=1), 7)
+    inputs = judge(SSC.replace(top_k=1), 7).inputs
     assert drawn == [7, 8, *range(9, drawn[-1] + 1)] and drawn[-1] >= 9
     assert torch.equal(inputs.k, make_inputs(SSC, drawn[-1]).k)
     drawn.clear()
-    judged_inputs(PROBLEM.replace(T=50), 7)
+    judge(PROBLEM.replace(T=50), 7)
     assert drawn == [7]
 
 
@@ -232,12 +232,12 @@ def test_judging_leaves_the_threads_as_they_were() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        inputs, wanted = judged_inputs(SSC, 0)
+        case = judge(SSC, 0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    reference = wanted["y"]
-    assert reference.dtype == torch.float64 and reference.shape == inputs.v.shape
+    reference = case.wanted["y"]
+    assert reference.dtype == torch.float64 and reference.shape == case.inputs.v.shape
     assert error_ratio(reference.float(), reference) < 1e-7
 
 

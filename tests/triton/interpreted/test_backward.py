@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-from drawn import Drawn, draw
+from holding import drawn, hold
 
-from mctune.core.problem import Problem
-from mctune.search.verify import run_kernel, tolerance, verify_case
-
-
-def cases(problem: Problem) -> Iterator[Problem]:
-    """Problems that one candidate serves, whatever segment length it was tuned at."""
-    C = problem.segment_length
-    assert C is not None
-    yield problem.replace(B=1, T=2 * C + C // 2 + 1, H=1)
-    yield problem.replace(B=2, T=38, H=1, segment_length=5)
-    yield problem.replace(B=1, T=C + 9, H=1, segmentation="packed", segment_length=11)
+from mctune.search.spread import Drawn
 
 
-@pytest.mark.parametrize("one", draw("backward"), ids=str)
+@pytest.mark.parametrize("one", drawn("backward"), ids=str)
 def test_agrees_with_the_oracle(one: Drawn, tmp_path: Path) -> None:
-    kernel = one.kernel(tmp_path)
-    for seed, problem in enumerate(cases(one.problem)):
-        error = verify_case(partial(run_kernel, kernel), problem, seed)
-        assert error <= tolerance(problem), f"{problem} with {one.config}"
+    hold(one, tmp_path)

@@ -1,0 +1,176 @@
+"""Hold Triton's templates to the oracle, on the GPU that is here or in Triton's interpreter, in many processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mctune.backends import get_backend
+from mctune.core.config import Config
+from mctune.core.host import usable_cores
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.search.evaluate import candidate, first_line
+from mctune.search.inputs import judged
+from mctune.search.presence import present
+from mctune.search.spread import Drawn, draw, draw_formulations, odd_cases
+from mctune.search.verify import judge, run_kernel, tolerance, verify
+from mctune.search.worker import Handler, Stage, Worker, WorkerDied
+
+LIMIT_S = 240.0
+"""Of one candidate: compiling its kernels, and its cases."""
+_PASSES = ("forward", "backward", "decode")
+
+
+@dataclass(frozen=True)
+class Held:
+    """One candidate held to the oracle.
+
+    Attributes:
+        problem: of the candidate, in the dtype that it was run in.
+        config: of the candidate.
+        by: what ran it: a GPU, or the interpreter.
+        error: the largest RMS ratio to the oracle over its cases; ``None`` if one failed.
+        failure: what failed, in words; empty if nothing did.
+    """
+
+    problem: Problem
+    config: Config
+    by: str
+    error: float | None
+    failure: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "problem": self.problem.to_dict(), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Held:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**values, "problem": Problem.from_dict(values["problem"]), "config": Config.of(values["config"])})
+
+
+def candidates(target: Target) -> list[Drawn]:
+    """What stands for the templates: every combination in bfloat16 first, then each in one of the other dtypes."""
+    drawn = [one for pass_ in _PASSES for one in draw(pass_, target, ("bfloat16",))]
+    drawn += draw_formulations(target, ("bfloat16",))
+    drawn += [one for pass_ in _PASSES for one in draw(pass_, target, ("float32", "float16"))]
+    return drawn + draw_formulations(target, ("float16", "float32"))
+
+
+def hold(
+    drawn: Sequence[Drawn], target: Target, record: Path | None, timeout_s: float | None, seed: int = 0
+) -> Iterator[Held]:
+    """Each candidate's result as it comes, those first that ``record`` has of an earlier run of the same templates.
+
+    Every result is appended to ``record``. After ``timeout_s`` seconds no further candidate is begun.
+    """
+    by = target.title if present(target) else "Triton's interpreter"
+    known = _read(record, by)
+    left = []
+    for one in drawn:
+        found = known.get(_key(one.problem, one.config))
+        if found is None:
+            left.append(one)
+        else:
+            yield found
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        setup = {"target": target.name, "folder": folder, "seed": seed}
+        env = {} if present(target) else {"TRITON_INTERPRET": "1"}
+        free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        count = min(usable_cores(), len(left))
+        for _ in range(count):
+            free.put(stack.enter_context(Worker("mctune.search.hold:start", setup, env=env)))
+        pool = stack.enter_context(ThreadPoolExecutor(max(count, 1)))
+        futures: list[Future[Held | None]] = [pool.submit(_one, free, one, by, deadline) for one in left]
+        try:
+            for future in as_completed(futures):
+                held = future.result()
+                if held is not None:
+                    _append(record, held)
+                    yield held
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float | None) -> Held | None:
+    worker = free.get()
+    try:
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+        problem = judged(one.problem) if by == "Triton's interpreter" else one.problem
+        wanted = {"problem": problem.to_dict(), "config": one.config.to_dict()}
+        reply = worker.call({"hold": wanted}, LIMIT_S)
+        if isinstance(reply, dict):
+            return Held(problem, one.config, by, reply["error"], reply["failure"])
+        if isinstance(reply, WorkerDied):
+            return Held(problem, one.config, by, None, f"crashed: {reply.message} ({reply.stage})")
+        return Held(problem, one.config, by, None, f"timed out: {reply.stage} took longer than {reply.seconds:g} s")
+    finally:
+        free.put(worker)
+
+
+def _key(problem: Problem, config: Config) -> tuple[str, str]:
+    return judged(problem).key, config.key
+
+
+def _read(record: Path | None, by: str) -> dict[tuple[str, str], Held]:
+    """What an earlier run found, with the same templates, on the same device."""
+    if record is None or not record.is_file():
+        return {}
+    known = {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if values.pop("backend") == get_backend("triton").identity() and values["by"] == by:
+            held = Held.from_dict(values)
+            known[_key(held.problem, held.config)] = held
+    return known
+
+
+def _append(record: Path | None, held: Held) -> None:
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**held.to_dict(), "backend": get_backend("triton").identity()}) + "\n")
+
+
+def start(setup: dict[str, Any]) -> Handler:
+    """The worker's handler. ``setup``: target, folder, seed.
+
+    A payload is ``{"hold": {"problem", "config"}}``, answered by ``{"error", "failure"}``.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    target, _ = resolve(setup["target"])
+    backend = get_backend("triton")
+
+    def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        problem, config = candidate(payload["hold"])
+        stage("build")
+        try:
+            kernel = backend.load(problem, config, backend.build(problem, config, target, Path(setup["folder"])))
+            stage("verify")
+            cases = (judge(case, setup["seed"] + number) for number, case in enumerate(odd_cases(problem)))
+            error = verify(partial(run_kernel, kernel), problem, cases)
+        except Exception as error_:
+            # After an illegal access nothing works in the process: the parent starts another.
+            raise RuntimeError(first_line(error_)) from error_
+        if isinstance(error, float):
+            return {"error": error, "failure": ""}
+        return {
+            "error": None, "failure": f"wrong: error {error.error:.2e} over {tolerance(problem):.0e} on {error.case}"
+        }  # fmt: skip
+
+    return handle

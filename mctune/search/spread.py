@@ -1,0 +1,109 @@
+"""Which candidates stand for all Triton templates: every combination once, configurations spread over the spaces."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, product
+
+from mctune.backends import get_backend
+from mctune.core.config import Config
+from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.space import SearchSpace
+from mctune.core.target import Target
+
+RECURRENCES = ("linear", "swla")
+"""Those that have templates."""
+_SHAPES = ((24, 40, 24), (16, 16, 32), (20, 33, 40), (64, 32, 16), (48, 80, 50), (7, 20, 33))
+"""Dk, Dv, segment length."""
+_FORMULATIONS = (
+    *product(("grm",), ("per_segment", "gated"), ("precomputed", "fused")),
+    *product(("ssc",), ("per_segment", "gated", "grouped"), ("precomputed",)),
+)
+"""Aggregation, formulation and gates of a forward pass."""
+_STEPS, _PATIENCE = 60, 4000
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A problem, and a configuration of its templates."""
+
+    problem: Problem
+    config: Config
+
+    def __str__(self) -> str:
+        p = self.problem
+        how = f"-{self.config['formulation']}" if "formulation" in self.config else ""
+        return f"{p.recurrence}-{p.aggregation}-{p.state_init}{how}-{p.Dk}x{p.Dv}-{p.dtype}"
+
+
+def draw(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
+    """One candidate for each recurrence, aggregation and state init; ``dtypes`` take turns."""
+    rng = random.Random(1)
+    shapes, kinds = cycle(_SHAPES), cycle(dtypes)
+    drawn = []
+    for recurrence, aggregation, state_init in product(RECURRENCES, AGGREGATIONS, STATE_INITS):
+        Dk, Dv, C = next(shapes)
+        problem = Problem(
+            recurrence=recurrence, aggregation=aggregation, state_init=state_init, pass_=pass_, B=2, T=3 * C + 5, H=2,
+            Dk=Dk, Dv=Dv, segment_length=C, dtype=next(kinds), top_k=2 if aggregation == "ssc" else None,
+        )  # fmt: skip
+        drawn.append(Drawn(problem, walk(rng, problem, target)))
+    return drawn
+
+
+def draw_formulations(target: Target, dtypes: Sequence[str]) -> list[Drawn]:
+    """A forward pass with each way to compute the cached read and its gates, for each recurrence."""
+    drawn = []
+    for (recurrence, dtype), (aggregation, formulation, gates) in product(
+        zip(RECURRENCES, cycle(dtypes), strict=False), _FORMULATIONS
+    ):
+        problem = Problem(
+            recurrence=recurrence, aggregation=aggregation, T=100, H=1, Dk=20, Dv=33, segment_length=40, dtype=dtype,
+            top_k=3 if aggregation == "ssc" else None,
+        )  # fmt: skip
+        drawn.append(Drawn(problem, walk(random.Random(2), problem, target, formulation=formulation, gates=gates)))
+    return drawn
+
+
+def walk(rng: random.Random, problem: Problem, target: Target, **fixed: str) -> Config:
+    """A valid configuration, far along a random walk that changes one parameter at a time; ``fixed`` ones stay."""
+    space: SearchSpace = get_backend("triton").space(problem)
+
+    def valid(config: Config) -> bool:
+        return space.valid(config, problem, target)
+
+    config = next(c.replace(**fixed) for c in (space.default, *space.fallbacks) if valid(c.replace(**fixed)))
+    steps = 0
+    for _ in range(_PATIENCE):
+        param = rng.choice(space.params)
+        other = config.replace(**{param.name: rng.choice(param.values)})
+        if param.name not in fixed and other != config and valid(other):
+            config, steps = other, steps + 1
+        if steps == _STEPS:
+            break
+    return config
+
+
+def odd_cases(problem: Problem) -> Iterator[Problem]:
+    """Odd-sized problems that a candidate for ``problem`` serves, whatever segment length it was tuned at."""
+    C = problem.segment_length
+    assert C is not None
+    match problem.pass_:
+        case "forward":
+            yield problem.replace(B=1, T=1, H=1)
+            yield problem.replace(B=2, T=C + C // 2 + 1, H=2)
+            # More and shorter segments than a tile of logits has, and than ssc reads.
+            yield problem.replace(B=1, T=74, H=1, segment_length=4)
+            yield problem.replace(B=1, T=45, H=1, segmentation="logarithmic", segment_length=None)
+            yield problem.replace(B=1, T=3 * C + 7, H=1, segmentation="packed")
+        case "backward":
+            yield problem.replace(B=1, T=2 * C + C // 2 + 1, H=1)
+            yield problem.replace(B=2, T=38, H=1, segment_length=5)
+            yield problem.replace(B=1, T=C + 9, H=1, segmentation="packed", segment_length=11)
+        case _:
+            # A first token; a block of tokens that ends several segments; more cached states than a tile holds.
+            yield problem.replace(B=1, T=1, H=1)
+            yield problem.replace(B=2, T=11, H=1, segment_length=3)
+            yield problem.replace(B=1, T=26, H=1, segment_length=2)

@@ -1,0 +1,87 @@
+"""A measured search of a GPU: candidates are compiled and judged side by side, and timed one at a time elsewhere.
+
+The process that times runs Triton's interpreter here, where there may be no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mctune.core.outcome import FailedBuild, Timed, TooLarge, from_json
+from mctune.core.target import resolve
+from mctune.core.workload import Case
+from mctune.search import workers as module
+from mctune.search.events import SearchRequest
+from mctune.search.presence import Seen, here
+from mctune.search.spread import draw
+from mctune.search.workers import Workers
+
+TARGET, _ = resolve("rtx3090")
+SMALL = next(one for one in draw("forward", TARGET, ("float16",)) if one.problem.aggregation == "mean")
+PROBLEM = SMALL.problem.replace(B=1, T=64, H=1, segment_length=32)
+CONFIG = SMALL.config.replace(piece=32, read_BT=16)
+LIMIT_S = 240.0
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module, "usable_cores", lambda: 3)
+    request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
+    with Workers(request) as running:
+        yield running
+
+
+def test_what_does_not_compile_never_reaches_the_device(workers: Workers) -> None:
+    assert workers.count == 2 and workers._device is not None
+    wide = PROBLEM.replace(Dk=256, Dv=256, T=4096, segment_length=256, dtype="bfloat16")
+    big = SMALL.config.replace(piece=256, read_BT=128, read_BV=128, read_num_warps=8, read_num_stages=4)
+    reply = workers.evaluate({"problem": wide.to_dict(), "config": big.to_dict()}, LIMIT_S)
+    assert isinstance(reply, dict)
+    outcome = from_json(reply["outcome"])
+    assert isinstance(outcome, TooLarge) and "a block has 101376" in outcome.message
+    reply = workers.evaluate({"problem": PROBLEM.to_dict(), "config": CONFIG.replace(piece=512).to_dict()}, LIMIT_S)
+    assert isinstance(reply, dict) and isinstance(from_json(reply["outcome"]), FailedBuild)
+    assert workers._device.started == 0
+
+
+def test_what_compiles_is_timed_on_what_was_judged(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = workers.evaluate({"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, LIMIT_S)
+    assert isinstance(reply, dict)
+    outcome = from_json(reply["outcome"])
+    assert isinstance(outcome, Timed) and outcome.ms > 0 and 0 < outcome.error < 2e-3
+    # Inputs and the oracle's results come out of the other process.
+    assert workers._device is not None and workers._device.started == 1
+    died = workers._device.call(
+        {"evaluate": {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, "prepared": "/nowhere.pt"}, LIMIT_S
+    )
+    assert isinstance(died, dict) and "No such file" in died["outcome"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "target"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "h100-sxm"),
+        ("NVIDIA H100 PCIe", 114, "h100-pcie"),
+        ("NVIDIA H200", 132, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 108, "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", 108, "a100-40g"),
+        ("NVIDIA L40S", 142, "l40s"),
+        ("NVIDIA L4", 58, "l4"),
+        ("NVIDIA GeForce RTX 4090", 128, "rtx4090"),
+        ("AMD Instinct MI300X", 304, "mi300x"),
+        ("Tesla V100-SXM2-16GB", 80, "v100"),
+        ("Tesla T4", 40, "t4"),
+        ("NVIDIA B300", 160, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_and_its_multiprocessors(name: str, cores: int, target: str | None) -> None:
+    found = here(Seen(name, cores))
+    assert (found and found.name) == target
+
+
+def test_without_a_gpu_there_is_none() -> None:
+    assert here(None) is None
