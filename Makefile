@@ -7,7 +7,15 @@ TUNED := build/mctune_cpu
 
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: search test test-all bench lint types wheel wheel-check clean setup
+# Of the machine with the GPU, for `make wheelhouse` and `make gpu`.
+PYTHON_OF_GPU := 3.12
+GPU_PYTHON := python3
+MINUTES := 9.5
+# What such a machine may lack beside its torch and Triton: all of it is small.
+WHEELS := click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalchemy greenlet alembic mako markupsafe \
+	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig einops fla-core==0.6.0
+
+.PHONY: search test test-all bench gpu wheelhouse lint types wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
@@ -31,6 +39,19 @@ bench: $(READY)
 	for pass in forward training decode; do \
 		$(BIN)/python benchmarks/$$pass.py --out results/cpu/$$pass.json \
 			$(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED)) || exit 1; done
+
+# On a machine with an NVIDIA GPU, by its own python3: everything is verified, compared and searched, in build/gpu.
+# The same command goes on where it ended.
+gpu:
+	$(GPU_PYTHON) benchmarks/on_gpu.py --minutes $(MINUTES)
+
+# For a machine with a GPU and no network: copy the checkout with build/wheelhouse to it.
+wheelhouse: $(READY)
+	rm -rf build/wheelhouse && mkdir -p build/wheelhouse
+	grep -v '^torch\|^triton\|numpy' constraints.txt > build/wheelhouse/constraints.txt
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(PYTHON_OF_GPU) $(foreach N,17 24 26 27 28 31 34 35,--platform manylinux_2_$(N)_x86_64) \
+		--platform manylinux2014_x86_64 -c build/wheelhouse/constraints.txt -d build/wheelhouse $(WHEELS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
