@@ -392,7 +392,7 @@ def run(options: argparse.Namespace) -> None:
         about["rehearsal"] = "times of an interpreter: they say nothing of the GPU"
     data = {
         "rows": made, "goals": judged, "environment": about,
-        "rates": [{"sgemm_gflops": reached.matrix / 1e9, "copy_gbs": reached.copy / 1e9}],
+        "rates": [{"matrix_gflops": reached.matrix / 1e9, "copy_gbs": reached.copy / 1e9}],
     }  # fmt: skip
     write(options.out, data)
 

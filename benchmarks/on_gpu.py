@@ -149,6 +149,8 @@ def stages(run: Run, rehearse: bool) -> None:
     if found:
         run.stage("report", "-m", "mctune", "report", *found, "--out", str(out / "results"))
     if not rehearse:
+        # The candidates that were searched are compiled already.
+        run.env["TRITON_CACHE_DIR"] = str(package / "search" / "triton")
         run.stage("calibrate", "-m", "mctune", "calibrate", "--gpu", target.name, str(package / "search" / "study.db"),
                   "--out", str(out / "results"), limit_s=max(run.left, 60.0))  # fmt: skip
 

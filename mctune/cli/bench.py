@@ -44,7 +44,7 @@ def command(package: Path | None, rounds: int, out: Path | None, as_json: bool) 
     else:
         click.echo(text_table(_HEADER, [_line(row) for row in data["rows"]]))
     measured = data["environment"]
-    say(f"torch's sgemm {measured['sgemm_gflops']:.0f} GFLOP/s, copy {measured['copy_gbs']:.1f} GB/s, "
+    say(f"torch's sgemm {measured['matrix_gflops']:.0f} GFLOP/s, copy {measured['copy_gbs']:.1f} GB/s, "
         f"{measured['threads']} threads")  # fmt: skip
 
 

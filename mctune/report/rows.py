@@ -22,7 +22,7 @@ _PROBLEM = (
 _TEXT = frozenset({"pass", "recurrence", "aggregation", "segmentation", "state_init", "dtype"})
 COLUMNS = (
     "target", *_PROBLEM, "backend", "config", "how", "ms", "low", "high", "repeats", "error", "best_baseline",
-    "best_baseline_ms", "speedup", "fraction_of_bound", "baselines", "versions",
+    "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "baselines", "versions",
 )  # fmt: skip
 """The columns of ``rows.csv``; ``config``, ``baselines`` and ``versions`` hold JSON objects."""
 
@@ -37,6 +37,7 @@ class Row:
         error: RMS ratio to the oracle, where it was verified.
         baselines: milliseconds of other ways to compute the same, by name, timed in the same run.
         fraction_of_bound: the time that no kernel can beat on this target, over ``ms``.
+        sm_mhz, celsius: a GPU's clock and temperature right after it was timed.
         versions: of the packages that took part.
     """
 
@@ -52,6 +53,8 @@ class Row:
     error: float | None = None
     baselines: tuple[tuple[str, float], ...] = ()
     fraction_of_bound: float | None = None
+    sm_mhz: float | None = None
+    celsius: float | None = None
     versions: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,7 +79,8 @@ class Row:
         """The row of an outcome that has a time."""
         spread: dict[str, Any] = {}
         if isinstance(outcome, Timed):
-            spread = {"low": outcome.low, "high": outcome.high, "repeats": outcome.repeats, "error": outcome.error}
+            names = ("low", "high", "repeats", "error", "sm_mhz", "celsius")
+            spread = {name: getattr(outcome, name) for name in names}
         return cls(
             target=target,
             problem=problem,
@@ -117,6 +121,8 @@ class Row:
             "baselines": dict(self.baselines),
             "speedup": self.speedup,
             "fraction_of_bound": self.fraction_of_bound,
+            "sm_mhz": self.sm_mhz,
+            "celsius": self.celsius,
             "versions": dict(self.versions),
         }
 
@@ -169,7 +175,8 @@ def _to_record(row: Row) -> dict[str, str]:
 
 def _from_record(record: dict[str, str]) -> Row:
     problem = {name: record[name] if name in _TEXT else int(record[name]) for name in _PROBLEM if record[name]}
-    numbers = {name: float(record[name]) if record[name] else None for name in ("low", "high", "error")}
+    optional = ("low", "high", "error", "fraction_of_bound", "sm_mhz", "celsius")
+    numbers = {name: float(record[name]) if record.get(name) else None for name in optional}
     return Row.from_dict(
         {
             **{name: record[name] for name in ("target", "backend", "how")},
@@ -178,7 +185,6 @@ def _from_record(record: dict[str, str]) -> Row:
             "config": json.loads(record["config"]),
             "ms": float(record["ms"]),
             "repeats": int(record["repeats"]) if record["repeats"] else None,
-            "fraction_of_bound": float(record["fraction_of_bound"]) if record["fraction_of_bound"] else None,
             "baselines": json.loads(record["baselines"]),
             "versions": json.loads(record["versions"]),
         }

@@ -25,8 +25,9 @@ def results_readme(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         "baselines and versions, `environment.json` what they were measured on.\n",
         "Times are medians in milliseconds. *Speedup* is against the fastest baseline of the same run. *Of the bound* "
         "is the shortest possible time on this target (operations over the matrix rate, or bytes over the memory "
-        "bandwidth) over the measured one; on a CPU the rates are of torch's sgemm and copy in the same run: a "
-        "kernel that beats sgemm passes 100%; a row without a baseline has the fastest rates of that benchmark. "
+        "bandwidth) over the measured one; the rates are those of torch's own matrix product and copy in the same "
+        "run, in float32 on a CPU, in bfloat16 on a GPU: a kernel that beats torch's passes 100%; a row without a "
+        "baseline has the fastest rates of that benchmark. "
         "*Error* is the RMS ratio to the float64 oracle.\n",
     ]
     predicted = sum(row.how == "predicted" for row in ordered)

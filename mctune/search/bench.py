@@ -60,7 +60,7 @@ class Rates:
 
     def to_dict(self) -> dict[str, float]:
         """The JSON form, in GFLOP/s and GB/s."""
-        return {"sgemm_gflops": self.sgemm / 1e9, "copy_gbs": self.copy / 1e9}
+        return {"matrix_gflops": self.sgemm / 1e9, "copy_gbs": self.copy / 1e9}
 
 
 @dataclass(frozen=True)

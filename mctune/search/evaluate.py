@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, des
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.search.clocks import read_clocks
-from mctune.search.inputs import make_inputs, odd_problems
+from mctune.search.inputs import Inputs, make_inputs, odd_problems
 from mctune.search.passes import PASSES
 from mctune.search.timing import summary, time_rotated
 from mctune.search.verify import Judged, judge_all, run_kernel, verify
@@ -112,7 +112,9 @@ class _Bench:
         return self.backend.load(problem, config, self.backend.build(problem, config, self.target, self.folder))
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
-        return PASSES[problem.pass_].call(kernel, problem, make_inputs(problem, self.seed))
+        # How a row is cut does not change its tensors, which take seconds to draw where they are large.
+        drawn = problem.replace(segment_length=problem.T) if problem.segmentation == "constant" else problem
+        return PASSES[problem.pass_].call(kernel, problem, _inputs(drawn, self.seed))
 
 
 def start(setup: dict[str, Any]) -> Handler:
@@ -136,6 +138,11 @@ def start(setup: dict[str, Any]) -> Handler:
         return {"outcome": to_json(bench.evaluate(problem, config, payload.get("prepared"), stage))}
 
     return handle
+
+
+@lru_cache(maxsize=2)
+def _inputs(problem: Problem, seed: int) -> Inputs:
+    return make_inputs(problem, seed)
 
 
 def seed_of(seed: int, problem: Problem, config: Config) -> int:

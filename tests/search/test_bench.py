@@ -141,12 +141,12 @@ def test_speedup_and_fraction_of_bound(tmp_path: Path) -> None:
     assert row.speedup == 3.0 and row.best_baseline == ("torch.compile", 9.0)
     assert (row.ms, row.low, row.high, row.repeats, row.error) == (3.0, 0.9 * 3.0, 1.2 * 3.0, 5, 1e-7)
     assert bare.speedup is None
-    assert data["rates"][0] == {"sgemm_gflops": 100, "copy_gbs": 10}
+    assert data["rates"][0] == {"matrix_gflops": 100, "copy_gbs": 10}
     assert data["environment"]["copy_gbs"] == 25 and data["environment"]["threads"] == TARGET.cores
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(data))
     (folder,) = write_results([read_document(path)], tmp_path / "results")
-    assert "3.00x" in (folder / "README.md").read_text() and "sgemm_gflops" in (folder / "README.md").read_text()
+    assert "3.00x" in (folder / "README.md").read_text() and "matrix_gflops" in (folder / "README.md").read_text()
 
 
 def test_deep_memories_have_no_bound() -> None:
