@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -362,15 +362,19 @@ def run(options: argparse.Namespace) -> None:
     say(f"{made_by['gpu']}: {len(wanted) - len(left)} of {len(wanted)} shapes are measured already")
     reached = rates(options.small)
     say(f"bfloat16 products {reached.matrix / 1e12:.0f} TFLOP/s, copy {reached.copy / 1e9:.0f} GB/s")
+
+    def over() -> bool:
+        return options.budget is not None and time.monotonic() - started > options.budget
+
     with tempfile.TemporaryDirectory() as folder:
-        # The decisive shapes first, then the rest: what the budget ends is in the second part.
-        for group in (left[:4], left[4:]):
-            if group and (options.budget is None or time.monotonic() - started < options.budget):
+        # The decisive shapes first. A group has its kernels in common, which are compiled before it.
+        groups = [left[:4], *(list(group) for _, group in groupby(left[4:], lambda shape: (shape.D, shape.C)))]
+        for group in groups:
+            if group and not over():
                 say(f"compiling for {len(group)} shapes, {usable_cores()} cores")
                 warm(group, options)
             for shape in group:
-                if options.budget is not None and time.monotonic() - started > options.budget:
-                    say("the time is over; the same command goes on")
+                if over():
                     break
                 say(str(shape))
                 timings = measured(shape, target, options.package, Path(folder), options.rounds)
@@ -379,6 +383,8 @@ def run(options: argparse.Namespace) -> None:
                 line = {"shape": asdict(shape), "timings": [asdict(t) for t in timings], "identity": made_by}
                 with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+    if len(found) < len(wanted):
+        say(f"the time is over with {len(found)} of {len(wanted)} shapes; the same command goes on")
     for shape in wanted:
         if shape in found:
             print(table(shape, found[shape], reached))
