@@ -81,7 +81,7 @@ class OneStudy:
         if result.stopped == "timeout":
             listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")
         if result.stopped == "exhausted":
-            listener.note(f"every valid configuration was tried: {len(result.trials)}")
+            listener.note(f"no further valid configuration: {len(result.trials)} were tried")
         if result.interrupted:
             return self.report(result.trials), True
         decide_ = self._time_again if self.request.measure else self._verify_fastest

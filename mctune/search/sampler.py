@@ -1,13 +1,14 @@
 """What to try next: a pure function of the history, the seed and the number of candidates tried so far.
 
-Every sampler returns a valid point that was never tried, or ``None`` once there is none, so a search neither stalls on
+Every sampler returns a valid point that was never tried, or ``None`` once none is found, so a search neither stalls on
 duplicates nor spends anything on points that break the space's constraints. Because nothing but the history and the
 seed goes in, a search that is killed and started again goes on exactly as if it had not been interrupted.
 
 ``tpe`` (the default) is a mix, not Optuna's TPESampler: a random start, then by turns a multivariate Parzen ratio (the
 TPE criterion) and a Gaussian process's expected improvement. Both judge the same pool (random valid points and the
 neighbours of the best ones) and then climb from the pool's best to better neighbours. ``gp`` is the same without the
-Parzen turns. ``random`` is uniform without repetition; ``grid`` walks the space in lexicographic order.
+Parzen turns. ``random`` is uniform without repetition, unless constraints leave so few valid points that only random
+walks find them; ``grid`` walks the space in lexicographic order.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ Tried = tuple[Point, float | None]
 START = 24  # points, most of them random, before a model is asked
 _POOL = 300  # random valid points in a pool
 _DRAWS = 2048  # most draws to fill it with: constraints may leave few valid points
-_LONE_DRAWS = 16384  # most draws for one random point
+_LONE_DRAWS = 1024  # most draws for one random point
+_WANDERERS = 24  # points of a pool that come from walks, where draws have found fewer
+_STEPS_A_PARAMETER = 3  # of a walk
+_SCANNED = 1 << 20  # points that are looked through for one that was not tried
 _ELITES = 3  # best points whose neighbours and relatives join the pool
 _RELATIVES = 20  # points 2 or 3 changes away from each elite
 _CLIMBS = 3
@@ -77,7 +81,7 @@ class Proposer:
         self._fitted: tuple[int, Array] | None = None
 
     def propose(self, history: Sequence[Tried]) -> Point | None:
-        """A valid point that ``history`` has not, or ``None`` when every valid point was tried."""
+        """A valid point that ``history`` has not, or ``None`` when there is none, or none to be found."""
         seen = {point for point, _ in history}
         step = len(history)
         if self._sampler == "grid":
@@ -92,7 +96,12 @@ class Proposer:
         for stratum in dict.fromkeys((self._stratum(step), None)):
             if point is None:
                 point = next(iter(self._random(rng, seen, 1, _LONE_DRAWS, stratum)), None)
-        return self._next_in_order(seen) if point is None else point
+            if point is None:
+                point = next(iter(self._wander(rng, seen, 1, stratum)), None)
+        # Only where it ends: constraints may leave one valid point in millions.
+        if point is None and math.prod(self._sizes) <= _SCANNED:
+            return self._next_in_order(seen)
+        return point
 
     def _stratum(self, step: int) -> tuple[int, int] | None:
         """Parameter and index that this step is confined to."""
@@ -134,7 +143,9 @@ class Proposer:
         """Up to ``count`` different valid points not in ``seen``, each equally likely."""
         found: dict[Point, None] = {}
         batch = min(draws, 8 * count)
-        for _ in range(math.ceil(draws / batch)):
+        for number in range(math.ceil(draws / batch)):
+            if len(found) < number * batch / 256 and number * batch >= draws / 4:
+                break  # constraints leave too few to be met like this
             drawn = rng.integers(0, self._sizes, size=(batch, len(self._sizes)))
             if stratum is not None:
                 drawn[:, stratum[0]] = stratum[1]
@@ -143,6 +154,39 @@ class Proposer:
                     found[point] = None
                     if len(found) == count:
                         return list(found)
+        return list(found)
+
+    def _wander(
+        self, rng: np.random.Generator, seen: set[Point], count: int, stratum: tuple[int, int] | None
+    ) -> list[Point]:
+        """Up to ``count`` different valid points not in ``seen``, the ends of random walks over valid points.
+
+        Where constraints leave so few valid points that draws do not meet them. A walk begins at a default or at a
+        point that was tried, and changes up to three parameters a step.
+        """
+        starts = [point for point in (*self._defaults(), *sorted(seen)) if self._ok(point)]
+        if stratum is not None:
+            moved = ((*point[: stratum[0]], stratum[1], *point[stratum[0] + 1 :]) for point in starts)
+            starts = [point for point in moved if self._ok(point)]
+        free = [p for p, size in enumerate(self._sizes) if size > 1 and (stratum is None or p != stratum[0])]
+        found: dict[Point, None] = {}
+        if not starts or not free:
+            return []
+        for _ in range(2 * count + 8):
+            point = starts[int(rng.integers(len(starts)))]
+            steps = 0
+            for _ in range(40 * len(free)):
+                changed = list(point)
+                for p in rng.choice(free, size=min(len(free), int(rng.integers(1, 4))), replace=False).tolist():
+                    changed[p] = int(rng.integers(self._sizes[p]))
+                if tuple(changed) != point and self._ok(tuple(changed)):
+                    point, steps = tuple(changed), steps + 1
+                if steps >= _STEPS_A_PARAMETER * len(free) and point not in seen:
+                    break
+            if point not in seen:
+                found[point] = None
+            if len(found) == count:
+                break
         return list(found)
 
     def _neighbours(self, point: Point) -> Iterator[Point]:
@@ -164,6 +208,8 @@ class Proposer:
             return inside and point not in seen and self._ok(point)
 
         pool = dict.fromkeys(self._random(rng, seen, _POOL, _DRAWS, stratum))
+        if len(pool) < _WANDERERS:
+            pool.update(dict.fromkeys(self._wander(rng, seen, _WANDERERS - len(pool), stratum)))
         for row in np.argsort(scores, kind="stable")[:_ELITES]:
             elite: Point = tuple(points[row].tolist())
             if stratum is not None:

@@ -7,13 +7,18 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from mctune.backends import get_backend
 from mctune.core.config import Config
+from mctune.core.problem import Problem
 from mctune.core.space import Choice, Int, SearchSpace
+from mctune.core.target import resolve
 from mctune.search.sampler import Proposer, Tried
 from mctune.search.study import run_study
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
@@ -60,6 +65,43 @@ def test_a_needle_in_a_large_space_is_found_by_scanning() -> None:
     needles = [space.at([0, 3, 7, 7, i]) for i in range(3)]
     result = run_study(space, needles.__contains__, lambda config: timed(1.0), trials=10)
     assert result.stopped == "exhausted" and {trial.config for trial in result.trials} == set(needles)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_few_valid_points_in_an_endless_space_are_found_by_walking(sampler: str) -> None:
+    """Most parameters of the last eight must keep their first value: one point in a hundred million is valid."""
+    params = tuple(Int(f"p{i}", range(10)) for i in range(12))
+    space = SearchSpace(params, default=Config.of({f"p{i}": 0 for i in range(12)}))
+
+    def allowed(config: Config) -> bool:
+        return all(config[f"p{i}"] == 0 for i in range(4, 12)) and config.integer("p0") <= config.integer("p1")
+
+    before = time.process_time()
+    result = run_study(
+        space, allowed, lambda config: timed(1.0 + abs(config.integer("p2") - 7)), trials=30, sampler=sampler,
+        balance="p3",
+    )  # fmt: skip
+    assert len({trial.config for trial in result.trials}) == 30 and all(allowed(t.config) for t in result.trials)
+    assert {trial.config["p3"] for trial in result.trials} == set(range(10))
+    assert len({(t.config["p0"], t.config["p1"], t.config["p2"]) for t in result.trials}) > 15
+    assert time.process_time() - before < 60  # 6 s measured; a scan would take days
+
+
+@pytest.mark.parametrize("aggregation", ["residual", "grm"])
+def test_every_space_of_a_gpu_yields_candidates(aggregation: str) -> None:
+    problem = Problem(aggregation=aggregation, T=4096, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")
+    for pass_ in ("forward", "backward", "decode"):
+        case, target = problem.replace(pass_=pass_), resolve("h100")[0]
+        space = get_backend("triton").space(case)
+        allowed = partial(space.valid, problem=case, target=target)
+        default = space.first_valid(allowed)
+        assert default is not None
+        proposer = Proposer(replace(space, default=default), allowed, "tpe", 0, start=10)
+        history: list[Tried] = []
+        for step in range(14):
+            point = proposer.propose(history)
+            assert point is not None and point not in dict(history)
+            history.append((point, 1.0 + step % 5))
 
 
 def proposal_seconds(count: int) -> float:
