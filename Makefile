@@ -13,7 +13,8 @@ GPU_PYTHON := python3
 MINUTES := 9.5
 # What such a machine may lack beside its torch and Triton: all of it is small.
 WHEELS := click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalchemy greenlet alembic mako markupsafe \
-	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig einops fla-core==0.6.0
+	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
+	einops fla-core==0.6.0
 
 .PHONY: search test test-all bench gpu wheelhouse lint types wheel wheel-check clean setup
 

@@ -30,6 +30,7 @@ NEEDED = {
     "sqlalchemy": "sqlalchemy", "greenlet": "greenlet", "alembic": "alembic", "mako": "mako",
     "markupsafe": "markupsafe", "colorlog": "colorlog", "tqdm": "tqdm", "packaging": "packaging",
     "typing_extensions": "typing_extensions", "pytest": "pytest", "pluggy": "pluggy", "iniconfig": "iniconfig",
+    "hypothesis": "hypothesis", "sortedcontainers": "sortedcontainers",
     "einops": "einops", "fla": "fla_core",
 }  # fmt: skip
 """Modules, and the wheels that have them; "" for what is the machine's own."""
