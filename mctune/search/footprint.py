@@ -17,9 +17,9 @@ _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
 _GATE_ROWS = ("logits", "dgamma", "dr")
 _TOKENS = (
     "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
-    "ending",
+    "ending", "own_logit",
 )  # fmt: skip
-_CHOICES = ("chosen", "picked", "order")
+_CHOICES = ("chosen", "picked", "order", "chosen_dr")
 _IN_PLACE = {("carry_kernel", "ends"), ("_read_kernel", "online"), ("connector_kernel", "dgamma")}
 """(kernel, parameter) of arrays that are read and written."""
 
@@ -54,6 +54,8 @@ def _elements(name: str, walk: Walk) -> float:
         return heads * walk.segments * Dk
     if name in _PIECE_KEYS:
         return heads * len(walk.pieces) * Dk
+    if name == "dgamma" and walk.has("formulation", "grouped"):
+        return heads * tokens * top_k
     if name in _GATE_ROWS:
         # A token's row ends with its own segment.
         return heads * sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
@@ -62,7 +64,7 @@ def _elements(name: str, walk: Walk) -> float:
     if name in _CHOICES:
         return heads * tokens * top_k
     if name == "partial":
-        return heads * tokens * top_k * p.Dv
+        return heads * tokens * top_k * (p.Dk if p.pass_ == "backward" else p.Dv)
     if name == "parts":
         return heads * tokens * (int(walk.values.get("SPLITS", 1)) + 1) * p.Dv
     return heads * Dk * Dv if name == "online" else 0.0

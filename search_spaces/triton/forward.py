@@ -188,8 +188,9 @@ SPACE = SearchSpace(
             "the accumulator alone would spill",
         ),
     ),
-    default=_WIDE,
+    default=_shorter(256, "grouped"),
     fallbacks=(
+        *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
         *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
         *(
             config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))

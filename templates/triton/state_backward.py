@@ -287,6 +287,7 @@ def state_backward(
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
     gate: torch.Tensor | None,
+    chosen: torch.Tensor | None,
     cum: torch.Tensor | None,
     before: torch.Tensor | None,
     begin: torch.Tensor,
@@ -303,6 +304,7 @@ def state_backward(
     crosses: bool,
     SWLA: bool,
     AGGREGATION: str,
+    FORMULATION: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -323,6 +325,7 @@ def state_backward(
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
         logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
 
@@ -335,17 +338,17 @@ def state_backward(
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32)
+    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
     products = dentered = crossing = None
     carries, enters = crosses, crosses
-    if AGGREGATION == "grm" or AGGREGATION == "ssc":
+    if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
         cached_kernel[(blocks * triton.cdiv(N, SEGMENTS), B * H)](
             q=q, dy=dy, logits=logits, lse=lse, seg_end=seg_end, seg_past_end=seg_past_end,
             seg_last=None if P == N else seg_last, dends=dends, scale=scale, T=T, H=H, N=N, P=P, PRECISION=PRECISION,
             DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS, num_warps=num_warps,
             num_stages=num_stages,
         )  # fmt: skip
-    else:
+    if AGGREGATION == "residual" or AGGREGATION == "mean":
         carries = True
         dentered = products = torch.empty_like(dends)
         piece_kernel[(blocks * P, B * H)](

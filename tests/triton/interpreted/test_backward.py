@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from drawn import Drawn, draw
+from drawn import Drawn, draw, walk
 
 from mctune.core.problem import Problem
 from mctune.search.verify import run_kernel, tolerance, verify_case
@@ -28,3 +29,17 @@ def test_agrees_with_the_oracle(one: Drawn, tmp_path: Path) -> None:
     for seed, problem in enumerate(cases(one.problem)):
         error = verify_case(partial(run_kernel, kernel), problem, seed)
         assert error <= tolerance(problem), f"{problem} with {one.config}"
+
+
+@pytest.mark.parametrize("formulation", ["per_segment", "grouped"])
+@pytest.mark.parametrize(("recurrence", "dtype"), [("linear", "float16"), ("swla", "float32")])
+def test_formulations_agree_with_the_oracle(recurrence: str, dtype: str, formulation: str, tmp_path: Path) -> None:
+    problem = Problem(
+        recurrence=recurrence, aggregation="ssc", state_init="checkpoint", pass_="backward", T=100, H=1, Dk=20, Dv=33,
+        segment_length=40, dtype=dtype, top_k=3,
+    )  # fmt: skip
+    config = walk(random.Random(2), problem, formulation=formulation)
+    kernel = Drawn(problem, config).kernel(tmp_path)
+    for seed, case in enumerate((problem, problem.replace(B=2, T=78, segment_length=4))):
+        error = verify_case(partial(run_kernel, kernel), case, seed)
+        assert error <= tolerance(case), f"{case} with {config}"
