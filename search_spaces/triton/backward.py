@@ -99,7 +99,7 @@ _WIDE = Config.of(
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
         "dkv_BJ": 128,
-        "dkv_BT": 64,
+        "dkv_BT": 32,
         "dkv_BN": 128,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
@@ -118,7 +118,11 @@ _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
     config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
-    return config if routed else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
+    return (
+        config
+        if routed
+        else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1, dkv_BT=64)
+    )
 
 
 def _chosen(piece: int) -> Config:
@@ -144,6 +148,7 @@ def _chosen_float32(piece: int, precision: str) -> Config:
     return _float32(piece, True, precision).replace(formulation="grouped", **tiles)
 
 
+_MANY = "only the products of sm_90 spread over so many warps"
 _LONG = "a tile longer than a piece computes rows that do not exist"
 _BROAD = "a tile wider than a row computes columns that do not exist"
 
@@ -171,7 +176,7 @@ SPACE = SearchSpace(
         Pow2("dq_BT", 16, 256, "tokens of a tile of dq, which share every state that they read"),
         Pow2("dq_BJ", 16, 128, "tokens of a step inside the piece"),
         Pow2("dq_BK", 16, 256, "key columns of a tile of dq"),
-        Pow2("dq_num_warps", 4, 8),
+        Pow2("dq_num_warps", 4, 16),
         Int("dq_num_stages", (1, 2, 3, 4)),
         Pow2("dgates_BT", 16, 128, "tokens of a tile of du, and of a step of a mean key's gradient"),
         Pow2("dgates_BI", 16, 64, "segments of a tile of the gates' gradients"),
@@ -182,7 +187,7 @@ SPACE = SearchSpace(
         Pow2("dstates_BK", 16, 128, "key columns of a tile of a state's gradient"),
         Pow2("dstates_BV", 16, 256, "value columns of a tile of a state's gradient"),
         Pow2("dstates_SEGMENTS", 1, 4, "states whose gradients share the rows that they read"),
-        Pow2("dstates_num_warps", 4, 8),
+        Pow2("dstates_num_warps", 4, 16),
         Int("dstates_num_stages", (1, 2, 3, 4)),
         Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
         Pow2("dkv_BT", 16, 128, "tokens of a step inside the piece"),
@@ -258,6 +263,10 @@ SPACE = SearchSpace(
             lambda c, p, t: c["formulation"] != "grouped" or _operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),
             "float32 rows of dy would spill",
         ),
+        *(
+            Constraint(name, lambda c, p, t, name=name: c.integer(name) <= 8 or t.arch == "sm_90", _MANY)
+            for name in ("dq_num_warps", "dstates_num_warps")
+        ),
         Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
             "dkv operands", _operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
@@ -271,6 +280,8 @@ SPACE = SearchSpace(
     default=_chosen(256),
     fallbacks=(
         *(_chosen(piece) for piece in (128, 64, 32, 16)),
+        # Rows share a state's way from the L2.
+        _WIDE.replace(dq_BT=256, dq_BJ=32, dq_num_warps=16),
         *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
         *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
         # Wider rows.

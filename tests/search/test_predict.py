@@ -207,7 +207,9 @@ def test_unknown_kernels_and_parameters_have_no_source() -> None:
 def test_footprint_counts_each_array_once() -> None:
     rows = 16 * 2048 * 128 * 2
     assert footprint(launched(), FORWARD, CONFIG) == 2 * rows
-    carry = launched("carry_kernel", arguments=(("ends", "*fp32"), ("mystery", "*fp32"), ("T", "i32")))
+    carry = launched(
+        "carry_kernel", arguments=(("ends", "*fp32"), ("carried", "*fp32"), ("mystery", "*fp32"), ("T", "i32"))
+    )
     assert footprint(carry, FORWARD, CONFIG) == 2 * 16 * 16 * 128 * 128 * 4
 
 

@@ -24,11 +24,11 @@ SK = 128
 DV = 128
 PV = 128
 SV = 128
-BJ = 64
+BJ = 32
 BK = 64
-BT = 128
+BT = 256
 num_stages = 2
-num_warps = 8
+num_warps = 16
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])

@@ -25,10 +25,10 @@ DV = 128
 PV = 128
 SV = 128
 BJ = 64
-BT = 128
-BV = 128
+BT = 256
+BV = 64
 num_stages = 3
-num_warps = 8
+num_warps = 16
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])

@@ -106,7 +106,8 @@ def carry_kernel(
     high = tl.load(seq_end + sequence)
     carried = tl.zeros([BLOCK], tl.float32)
     later = tl.zeros([BLOCK], tl.float32)
-    for n in range(0, high - low):
+    # Only additions wait for the piece after: loads go ahead.
+    for n in tl.range(0, high - low, num_stages=4):
         piece = high - 1 - n
         matrix = (bh * P + piece) * SIZE + place
         last = tl.load(seg_last + tl.load(segment + piece)) == piece
