@@ -99,7 +99,7 @@ _WIDE = Config.of(
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
         "dkv_BJ": 128,
-        "dkv_BT": 32,
+        "dkv_BT": 64,
         "dkv_BN": 128,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
@@ -118,11 +118,7 @@ _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
     config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
-    return (
-        config
-        if routed
-        else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1, dkv_BT=64)
-    )
+    return config if routed else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
 
 
 def _chosen(piece: int) -> Config:

@@ -226,8 +226,8 @@ def read_backward(
         q=q, k=k, v=v, dy=dy, states=states, past=past, logits=logits, lse=lse, own_logit=own_logit,
         picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
         segment=segment, entering=entering, seg_first=seg_first, seg_last=seg_last, tiles=tiles, dq=dq, dgamma=dgamma,
-        own=own, scale=scale, top_k=top_k, T=T, H=H, N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, FORMULATION=FORMULATION,
-        PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk, num_warps=num_warps,
-        num_stages=num_stages,
+        own=own, scale=scale, top_k=top_k, T=T, H=H, N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION,
+        FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dgamma, own

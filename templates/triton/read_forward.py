@@ -272,8 +272,8 @@ def read_forward(
         q=q, k=k, v=v, u=u, states=states, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
         picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
         segment=segment, entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece,
-        seg_last=seg_last, tiles=tiles, y=y, scale=scale, top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], SWLA=SWLA,
-        AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV,
-        PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        seg_last=seg_last, tiles=tiles, y=y, scale=scale, top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0],
+        SWLA=SWLA, AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION,
+        DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

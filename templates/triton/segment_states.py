@@ -291,8 +291,8 @@ def segment_states(
         )  # fmt: skip
     if carries:
         carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
-            ends=ends, carried=ends if crosses else None, operand=operand if crosses else None, past=past, cum=cum, end=end, segment=segment, entering=entering,
-            seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end, T=T, N=N, P=P, SWLA=SWLA, SIZE=SK * SV,
-            BLOCK=1024, num_warps=4,
+            ends=ends, carried=ends if crosses else None, operand=operand if crosses else None, past=past,
+            cum=cum, end=end, segment=segment, entering=entering, seg_last=seg_last,
+            seq_begin=seq_begin, seq_end=seq_end, T=T, N=N, P=P, SWLA=SWLA, SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return ends, ends if operand is None else operand, past, means, sums

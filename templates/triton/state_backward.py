@@ -16,7 +16,7 @@ import triton.language as tl
 from .common import load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["heads", "T", "H", "N", "P"])
 def cached_kernel(
     q,
     dy,
@@ -27,6 +27,7 @@ def cached_kernel(
     seg_last,
     dends,
     scale,
+    heads,
     T,
     H,
     N,
@@ -44,10 +45,12 @@ def cached_kernel(
     """One program: a block of the states' gradients of SEGMENTS segments, which share the rows that they read."""
     BLOCKS: tl.constexpr = (SV + BV - 1) // BV
     KEYS: tl.constexpr = (SK + BK - 1) // BK
-    value = tl.program_id(0) % BLOCKS * BV
-    key = tl.program_id(0) // BLOCKS % KEYS * BK
-    i0 = tl.program_id(0) // (BLOCKS * KEYS) * SEGMENTS
-    bh = tl.program_id(1).to(tl.int64)
+    # The longest first, of all heads: few programs are left for the end.
+    bh = (tl.program_id(0) % heads).to(tl.int64)
+    block = tl.program_id(0) // heads
+    value = block % BLOCKS * BV
+    key = block // BLOCKS % KEYS * BK
+    i0 = block // (BLOCKS * KEYS) * SEGMENTS
     i = i0 + tl.arange(0, SEGMENTS)
     there = i < N
     left = tl.load(seg_end + i, mask=there, other=0)
@@ -343,11 +346,11 @@ def state_backward(
     products = dentered = crossing = None
     carries, enters = crosses, crosses
     if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
-        cached_kernel[(blocks * triton.cdiv(N, SEGMENTS), B * H)](
+        cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
             q=q, dy=dy, logits=logits, lse=lse, seg_end=seg_end, seg_past_end=seg_past_end,
-            seg_last=None if P == N else seg_last, dends=dends, scale=scale, T=T, H=H, N=N, P=P, PRECISION=PRECISION,
-            DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS, num_warps=num_warps,
-            num_stages=num_stages,
+            seg_last=None if P == N else seg_last, dends=dends, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
+            PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
+            num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if AGGREGATION == "residual" or AGGREGATION == "mean":
         carries = True

@@ -193,8 +193,8 @@ def key_kernel(
             pull_t = tl.load(pull + bh * T + t, mask=t < stop, other=0.0)
             pulled = tl.where(t[None, :] >= j[:, None], pull_t[None, :], 0.0)
             if HALF and PRECISION == "tf32x3":
-                # Exact u, and 16 bits of the pulls, whose sum is rounded to 8.
-                grad = tl.dot(pulled, u_t, grad, input_precision="bf16x3")
+                # u is exact in TF32, and the pulls have more bits than the result.
+                grad = tl.dot(pulled, u_t, grad, input_precision="tf32")
             else:
                 grad = tl.dot(pulled, u_t, grad, input_precision=PRECISION)
         for t0 in range(j0 + aside, stop, BT):
