@@ -39,6 +39,7 @@ class TritonForward:
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.states = parts["segment_states"]
         self.gates = parts["gates"].gates if "gates" in parts else None
+        self.pair_order = parts["pair_order"].pair_order if "pair_order" in parts else None
         self.grouped_read = parts["grouped_read"].grouped_read if "grouped_read" in parts else None
         self.read_forward = parts["read_forward"].read_forward
 
@@ -66,19 +67,21 @@ class TritonForward:
         seg_last = None if tables.whole else tables.seg_last
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        logits = lse = own = partial = None
+        logits = lse = own = picked = partial = None
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
             logits, lse, own, chosen, picked = self.gates(
                 u=u, k=k, means=means, sums=sums, **pieces, **spans, tiles=tiles, top_k=top_k
             )
-            if self.grouped_read is not None:
+            if self.pair_order is not None and self.grouped_read is not None:
+                order, offsets = self.pair_order(chosen=chosen, N=segments.count)
                 partial = self.grouped_read(
-                    q=q, states=operand, chosen=chosen, picked=picked, lse=lse, seg_last=seg_last, N=segments.count
-                )
+                    q=q, states=operand, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last,
+                    N=segments.count,
+                )  # fmt: skip
         y = self.read_forward(
             q=q, k=k, v=v, u=u, states=operand, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
-            partial=partial, cum=cum, now=now, after=after, before=before, **pieces, **spans,
+            picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, **pieces, **spans,
             entering=tables.entering, seg_last=seg_last, tiles=tables.tiles(self.config["read_BT"]),
             scale=float(scale), top_k=top_k,
         )  # fmt: skip

@@ -10,17 +10,17 @@ from mctune.search.trips import Walk
 _ITEM = {"i1": 1, "i8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "i16": 2, "fp32": 4, "i32": 4, "fp64": 8, "i64": 8}
 _KEYS = ("q", "k", "u", "dq", "dk", "du")
 _VALUES = ("v", "y", "dy", "dv")
-_PIECE_STATES = ("ends", "operand", "dends", "enters", "dpieces")
+_PIECE_STATES = ("ends", "carried", "operand", "dends", "enters", "dpieces")
 _SEGMENT_STATES = ("past", "dpast", "dstates", "states")
 _SEGMENT_KEYS = ("means", "dmeans", "descriptors")
 _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
 _GATE_ROWS = ("logits", "dgamma", "dr")
 _TOKENS = (
     "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
-    "ending",
+    "ending", "own_logit",
 )  # fmt: skip
-_CHOICES = ("chosen", "picked", "order")
-_IN_PLACE = {("carry_kernel", "ends"), ("_read_kernel", "online"), ("connector_kernel", "dgamma")}
+_CHOICES = ("chosen", "picked", "order", "chosen_dr")
+_IN_PLACE = {("_read_kernel", "online"), ("connector_kernel", "dgamma")}
 """(kernel, parameter) of arrays that are read and written."""
 
 
@@ -54,6 +54,8 @@ def _elements(name: str, walk: Walk) -> float:
         return heads * walk.segments * Dk
     if name in _PIECE_KEYS:
         return heads * len(walk.pieces) * Dk
+    if name == "dgamma" and walk.has("formulation", "grouped"):
+        return heads * tokens * top_k
     if name in _GATE_ROWS:
         # A token's row ends with its own segment.
         return heads * sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
@@ -62,7 +64,7 @@ def _elements(name: str, walk: Walk) -> float:
     if name in _CHOICES:
         return heads * tokens * top_k
     if name == "partial":
-        return heads * tokens * top_k * p.Dv
+        return heads * tokens * top_k * (p.Dk if p.pass_ == "backward" else p.Dv)
     if name == "parts":
         return heads * tokens * (int(walk.values.get("SPLITS", 1)) + 1) * p.Dv
     return heads * Dk * Dv if name == "online" else 0.0

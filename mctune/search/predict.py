@@ -119,8 +119,8 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
     )
 
 
-_EXTRA = {"grouped_read_kernel": 14}
-"""Kernels of torch that a launcher runs beside ours: a stable sort of the pairs and a search in them."""
+_EXTRA = {"place_kernel": 3}
+"""Kernels of torch that a launcher runs beside ours: zeros, and sums over counts of pairs."""
 
 
 _STREAMING = ("_read_kernel",)

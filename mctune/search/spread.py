@@ -17,11 +17,18 @@ RECURRENCES = ("linear", "swla")
 """Those that have templates."""
 _SHAPES = ((24, 40, 24), (16, 16, 32), (20, 33, 40), (64, 32, 16), (48, 80, 50), (7, 20, 33))
 """Dk, Dv, segment length."""
-_FORMULATIONS = (
-    *product(("grm",), ("per_segment", "gated"), ("precomputed", "fused")),
-    *product(("ssc",), ("per_segment", "gated", "grouped"), ("precomputed",)),
-)
-"""Aggregation, formulation and gates of a forward pass."""
+_FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
+    "forward": (
+        *(
+            ("grm", {"formulation": one, "gates": gates})
+            for one, gates in product(("per_segment", "gated"), ("precomputed", "fused"))
+        ),
+        *(("ssc", {"formulation": one, "gates": "precomputed"}) for one in ("per_segment", "gated", "grouped")),
+    ),
+    "backward": tuple(("ssc", {"formulation": one}) for one in ("per_segment", "grouped")),
+}
+"""Aggregation and formulation of a pass."""
+FORMULATED = tuple(_FORMULATIONS)
 _STEPS, _PATIENCE = 60, 4000
 
 
@@ -34,7 +41,7 @@ class Drawn:
 
     def __str__(self) -> str:
         p = self.problem
-        how = f"-{self.config['formulation']}" if "formulation" in self.config else ""
+        how = "".join(f"-{self.config[name]}" for name in ("formulation", "gates") if name in self.config)
         return f"{p.recurrence}-{p.aggregation}-{p.state_init}{how}-{p.Dk}x{p.Dv}-{p.dtype}"
 
 
@@ -53,17 +60,18 @@ def draw(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
     return drawn
 
 
-def draw_formulations(target: Target, dtypes: Sequence[str]) -> list[Drawn]:
-    """A forward pass with each way to compute the cached read and its gates, for each recurrence."""
+def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
+    """Each way to compute the cached read of a pass, or its gradients, for each recurrence."""
     drawn = []
-    for (recurrence, dtype), (aggregation, formulation, gates) in product(
-        zip(RECURRENCES, cycle(dtypes), strict=False), _FORMULATIONS
+    for (recurrence, dtype), (aggregation, fixed) in product(
+        zip(RECURRENCES, cycle(dtypes), strict=False), _FORMULATIONS[pass_]
     ):
         problem = Problem(
-            recurrence=recurrence, aggregation=aggregation, T=100, H=1, Dk=20, Dv=33, segment_length=40, dtype=dtype,
+            recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=100, H=1, Dk=20, Dv=33, segment_length=40,
+            state_init="checkpoint" if pass_ == "backward" else "independent", dtype=dtype,
             top_k=3 if aggregation == "ssc" else None,
         )  # fmt: skip
-        drawn.append(Drawn(problem, walk(random.Random(2), problem, target, formulation=formulation, gates=gates)))
+        drawn.append(Drawn(problem, walk(random.Random(2), problem, target, **fixed)))
     return drawn
 
 

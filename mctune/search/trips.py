@@ -189,6 +189,39 @@ def _grouped(w: Walk) -> Source:
     return Source(1, state * share, (Source(math.log2(w.segments + 1)),), conditional=state * (1 - share))
 
 
+def _pairs(w: Walk) -> Source:
+    """As of :func:`_grouped`: the gradient of a tile of pairs has whole rows."""
+    BT, (PK, PV) = w["BT"], w.padded
+    pairs = w.problem.T * min(w.problem.top_k or 1, w.segments)
+    grid = math.ceil(pairs / BT) + w.segments + 1
+    share = 1.0 if w.heaviest else min(1.0, (pairs / BT + w.segments / 2) / grid)
+    state = 2 * BT * PK * PV
+    return Source(1, state * share, (Source(math.log2(w.segments + 1)),), conditional=state * (1 - share))
+
+
+def _chosen(w: Walk) -> float:
+    """Pairs of a segment. Every later token is as likely to choose it as another: early segments have more."""
+    counts = [0.0] * w.segments
+    for past, (begin, end) in enumerate(w.problem.spans()):
+        for i in range(past):
+            counts[i] += (end - begin) * min(1.0, (w.problem.top_k or 1) / past)
+    return max(counts) if w.heaviest else sum(counts) / len(counts)
+
+
+def _chosen_states(w: Walk) -> Source:
+    BT = w["BT"]
+    return Source(1, 0, (Source(_chosen(w) / BT + 0.5, 2 * BT * w["BK"] * w["BV"]),))
+
+
+def _chosen_descriptors(w: Walk) -> Source:
+    return Source(1, 0, (Source(_chosen(w) / w["BT"] + 0.5),))
+
+
+def _place(w: Walk) -> Source:
+    rounds = w["rounds"]
+    return Source(1, 0, (Source(rounds, 0, (Source((rounds + 1) / 2),)),))
+
+
 def _read_backward(w: Walk) -> Source:
     BT, BJ, BK, (_, PV) = w["BT"], w["BJ"], w["BK"], w.padded
     state = 2 * BT * PV * BK
@@ -196,7 +229,9 @@ def _read_backward(w: Walk) -> Source:
         Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), 2 * BT * BJ * (PV + BK)),
     ]
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
-    if w.problem.routed:
+    if w.problem.routed and w.has("formulation", "grouped"):
+        loops.append(Source(w["top_k"]))
+    elif w.problem.routed:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.past), state))
     else:
         outside += state * w.of_tiles(BT, lambda p, t: p.past > 0)
@@ -259,17 +294,21 @@ def _key_writes(w: Walk) -> Source:
             loops.append(Source(w.of_tiles(BJ, lambda p, t: p.later)))
         aside = -(-BJ // BT) * BT
         near = w.of_tiles(BJ, lambda p, t: math.ceil(min(aside, p.length - t) / BT))
-        loops.append(Source(near, _wide(w) * 2 * BJ * BT * BN))
+        # In 16 bits one product of TF32, not three.
+        loops.append(Source(near, min(_wide(w), 2.0) * 2 * BJ * BT * BN))
         loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(max(p.length - t - aside, 0) / BT))))
     return Source(1, 2 * BJ * PV * BN, tuple(loops))
 
 
 def _connectors(w: Walk) -> Source:
-    BT, BI, parts, (PK, _) = w["BT"], w["BI"], int(w.values.get("PARTS", 1)), w.padded
+    BT, BI, parts, (PK, _) = w["BT"], int(w.values.get("BI", 1)), int(w.values.get("PARTS", 1)), w.padded
     cached = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BI))
     # One part is a constant: its loop is gone.
     each = (Source(parts),) if parts > 1 else ()
-    loops = [*each, Source(cached, 0, each), Source(cached, _wide(w) * 2 * BT * BI * PK, each)]
+    if w.has("formulation", "grouped"):
+        loops = [*each, Source(w["top_k"]), Source(w["top_k"])]
+    else:
+        loops = [*each, Source(cached, 0, each), Source(cached, _wide(w) * 2 * BT * BI * PK, each)]
     if not w.whole:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.before)))
     loops.append(Source(w.of_tiles(BT, lambda p, t: t // BT)))
@@ -319,7 +358,12 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "carry_kernel": _carry,
     "gates_kernel": _gates,
     "read_forward_kernel": _read,
+    "count_kernel": lambda walk: Source(1),
+    "place_kernel": _place,
     "grouped_read_kernel": _grouped,
+    "pair_kernel": _pairs,
+    "chosen_kernel": _chosen_states,
+    "chosen_descriptor_kernel": _chosen_descriptors,
     "read_backward_kernel": _read_backward,
     "cached_kernel": _cached,
     "piece_kernel": _piece_product,

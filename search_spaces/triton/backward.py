@@ -16,11 +16,11 @@ def _longest(problem: Problem) -> int:
     return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
 
 
-def _unused(prefix: str, default: Config, names: tuple[str, ...]) -> Constraint:
-    """Parameters of an operation that equal gates do without keep one value."""
+def _unused(prefix: str, default: Config, names: tuple[str, ...], used=lambda c, p: p.routed) -> Constraint:
+    """Parameters of an operation that a configuration does without keep one value: equal gates do without some."""
 
     def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return problem.routed or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
+        return used(config, problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
 
     return Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune")
 
@@ -41,6 +41,11 @@ def _accumulator(prefix: str, elements) -> Constraint:
         return elements(config, problem) <= 128 * 32 * config.integer(f"{prefix}_num_warps")
 
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
+
+
+def _dense(config: Config, problem: Problem) -> bool:
+    """Whether tokens read every cached state with a gate of its own."""
+    return problem.routed and config["formulation"] != "grouped"
 
 
 def _rows(config: Config) -> int:
@@ -67,6 +72,7 @@ _WIDE = Config.of(
         "piece": 256,
         "precision": "tf32x3",
         "saved": "states",
+        "formulation": "per_segment",
         "states_BT": 64,
         "states_BK": 128,
         "states_BV": 128,
@@ -92,21 +98,32 @@ _WIDE = Config.of(
         "dstates_SEGMENTS": 2,
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
-        "dkv_BJ": 64,
+        "dkv_BJ": 128,
         "dkv_BT": 64,
-        "dkv_BN": 64,
+        "dkv_BN": 128,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
+        "dgroup_BT": 64,
+        "dgroup_BK": 128,
+        "dgroup_BV": 128,
+        "dgroup_num_warps": 4,
+        "dgroup_num_stages": 3,
     }
 )
 _GATES = ("BT", "BN", "num_warps", "num_stages")
+_GROUP = ("BT", "BK", "BV", "num_warps", "num_stages")
 _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 
 
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
-    config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 64))
-    return config if routed else config.replace(saved="nothing", precision="ieee", dstates_SEGMENTS=1)
+    config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
+    return config if routed else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
+
+
+def _chosen(piece: int) -> Config:
+    """The default for ssc, with whole rows of dq: one part of the gradients of gates."""
+    return _shorter(piece, True).replace(formulation="grouped", dq_BK=128, dgates_BT=64, dgates_num_warps=8)
 
 
 def _float32(piece: int, routed: bool, precision: str) -> Config:
@@ -121,6 +138,13 @@ def _float32(piece: int, routed: bool, precision: str) -> Config:
     return _shorter(piece, routed).replace(precision=precision, **tiles)
 
 
+def _chosen_float32(piece: int, precision: str) -> Config:
+    """The default for ssc of float32."""
+    tiles = {"dgroup_BT": 16, "dgroup_BK": 64, "dgroup_BV": 32, "dgroup_num_stages": 1, "dstates_SEGMENTS": 2}
+    return _float32(piece, True, precision).replace(formulation="grouped", **tiles)
+
+
+_MANY = "only the products of sm_90 spread over so many warps"
 _LONG = "a tile longer than a piece computes rows that do not exist"
 _BROAD = "a tile wider than a row computes columns that do not exist"
 
@@ -131,6 +155,11 @@ SPACE = SearchSpace(
             "precision", ("ieee", "tf32x3"), "of float32 products: with 16-bit inputs, those of the gates' gradients"
         ),
         Choice("saved", ("states", "nothing"), "what the forward keeps; with nothing the states are computed again"),
+        Choice(
+            "formulation",
+            ("per_segment", "grouped"),
+            "of what cached states were read for: by segment and token, or by the pairs of them that ssc chose",
+        ),
         Pow2("states_BT", 16, 128, "tokens of a step of a state's sum"),
         Pow2("states_BK", 32, 128, "key columns of a state's tile"),
         Pow2("states_BV", 16, 128, "value columns of a state's tile"),
@@ -143,7 +172,7 @@ SPACE = SearchSpace(
         Pow2("dq_BT", 16, 256, "tokens of a tile of dq, which share every state that they read"),
         Pow2("dq_BJ", 16, 128, "tokens of a step inside the piece"),
         Pow2("dq_BK", 16, 256, "key columns of a tile of dq"),
-        Pow2("dq_num_warps", 4, 8),
+        Pow2("dq_num_warps", 4, 16),
         Int("dq_num_stages", (1, 2, 3, 4)),
         Pow2("dgates_BT", 16, 128, "tokens of a tile of du, and of a step of a mean key's gradient"),
         Pow2("dgates_BI", 16, 64, "segments of a tile of the gates' gradients"),
@@ -154,13 +183,18 @@ SPACE = SearchSpace(
         Pow2("dstates_BK", 16, 128, "key columns of a tile of a state's gradient"),
         Pow2("dstates_BV", 16, 256, "value columns of a tile of a state's gradient"),
         Pow2("dstates_SEGMENTS", 1, 4, "states whose gradients share the rows that they read"),
-        Pow2("dstates_num_warps", 4, 8),
+        Pow2("dstates_num_warps", 4, 16),
         Int("dstates_num_stages", (1, 2, 3, 4)),
         Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
         Pow2("dkv_BT", 16, 128, "tokens of a step inside the piece"),
         Pow2("dkv_BN", 16, 256, "columns of a tile of dk or dv"),
         Pow2("dkv_num_warps", 4, 8),
         Int("dkv_num_stages", (1, 2, 3, 4)),
+        Pow2("dgroup_BT", 16, 128, "pairs of a tile of grouped reads, and of a step of the gradient of a state"),
+        Pow2("dgroup_BK", 32, 128, "key columns of a tile of a state's gradient, where pairs are grouped"),
+        Pow2("dgroup_BV", 32, 128, "value columns of the same"),
+        Pow2("dgroup_num_warps", 4, 8),
+        Int("dgroup_num_stages", (1, 2, 3, 4)),
     ),
     constraints=(
         Constraint(
@@ -176,6 +210,14 @@ SPACE = SearchSpace(
             lambda c, p, t: c["saved"] == "nothing" or (p.routed and c.integer("piece") == _longest(p)),
             "the forward keeps the end states of segments, neither those of shorter pieces nor sums of states",
         ),
+        Constraint(
+            "formulation",
+            lambda c, p, t: c["formulation"] == "per_segment" or p.aggregation == "ssc",
+            "only ssc chooses pairs of tokens and segments",
+        ),
+        _unused("dgroup", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
+        _unused("dgates", _WIDE, ("BI", "SPLITS"), lambda c, p: c["formulation"] != "grouped"),
+        _unused("dstates", _WIDE, ("SEGMENTS",), lambda c, p: c["formulation"] != "grouped"),
         _unused("gates", _WIDE, _GATES),
         _unused("dgates", _WIDE, _DGATES),
         Constraint(
@@ -196,9 +238,13 @@ SPACE = SearchSpace(
         _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
         _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
         _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
-        # dy and q stay, and the read of one state is added to that of the others.
+        # dy and q stay, and where every state is read for itself, one read is added to that of the others.
         _accumulator(
-            "dq", lambda c, p: c.integer("dq_BT") * (3 * min(c.integer("dq_BK"), _power(p.Dk)) + _power(p.Dv) / 2)
+            "dq",
+            lambda c, p: (
+                c.integer("dq_BT")
+                * ((3 if _dense(c, p) else 1) * min(c.integer("dq_BK"), _power(p.Dk)) + _power(p.Dv) / 2)
+            ),
         ),
         # Products of float32 are made of three, of parts of their operands.
         _accumulator("dgates", lambda c, p: 4 * _rows(c) * _power(p.Dk) if p.routed else 0),
@@ -207,6 +253,16 @@ SPACE = SearchSpace(
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
         ),
         _accumulator("dkv", lambda c, p: c.integer("dkv_BJ") * c.integer("dkv_BN")),
+        _accumulator("dgroup", lambda c, p: c.integer("dgroup_BK") * c.integer("dgroup_BV")),
+        Constraint(
+            "dgroup rows",
+            lambda c, p, t: c["formulation"] != "grouped" or _operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),
+            "float32 rows of dy would spill",
+        ),
+        *(
+            Constraint(name, lambda c, p, t, name=name: c.integer(name) <= 8 or t.arch == "sm_90", _MANY)
+            for name in ("dq_num_warps", "dstates_num_warps")
+        ),
         Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
             "dkv operands", _operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
@@ -217,8 +273,11 @@ SPACE = SearchSpace(
             "float32 rows of u would spill",
         ),
     ),
-    default=_WIDE,
+    default=_chosen(256),
     fallbacks=(
+        *(_chosen(piece) for piece in (128, 64, 32, 16)),
+        # Rows share a state's way from the L2.
+        _WIDE.replace(dq_BT=256, dq_BJ=32, dq_num_warps=16),
         *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
         *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
         # Wider rows.
@@ -229,6 +288,7 @@ SPACE = SearchSpace(
             for saved in ("states", "nothing")
         ),
         *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
+        *(_chosen_float32(piece, precision) for piece in (64, 32, 16) for precision in ("tf32x3", "ieee")),
         *(
             _float32(piece, routed, precision)
             for routed in (True, False)

@@ -93,6 +93,8 @@ def _operands(name: str):
     return holds
 
 
+_MANY = "only the products of sm_90 spread over so many warps"
+
 SPACE = SearchSpace(
     params=(
         Pow2("piece", 16, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
@@ -112,7 +114,7 @@ SPACE = SearchSpace(
         Pow2("read_BJ", 16, 128, "tokens of a step inside the piece"),
         Pow2("read_BV", 16, 256, "value columns of a tile"),
         Pow2("read_BN", 16, 64, "segments whose gates are computed at once, where gates are fused"),
-        Pow2("read_num_warps", 4, 8),
+        Pow2("read_num_warps", 4, 16),
         Int("read_num_stages", (1, 2, 3, 4)),
         Pow2("group_BT", 16, 128, "pairs of a tile of the grouped read"),
         Pow2("group_BV", 16, 128, "value columns of a tile of the grouped read"),
@@ -176,6 +178,7 @@ SPACE = SearchSpace(
             lambda c, p, t: c.integer("read_BT") * c.integer("read_BV") <= 128 * c.integer("read_num_warps") * 32,
             "the accumulator alone would spill",
         ),
+        Constraint("read_num_warps", lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90", _MANY),
         Constraint("read operands", _operands("read"), "float32 rows of q would spill"),
         Constraint(
             "gates operands",
@@ -188,8 +191,11 @@ SPACE = SearchSpace(
             "the accumulator alone would spill",
         ),
     ),
-    default=_WIDE,
+    default=_shorter(256, "grouped"),
     fallbacks=(
+        *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
+        # Rows share a state's way from the L2: twice as many, half the columns.
+        _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
         *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
         *(
             config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))

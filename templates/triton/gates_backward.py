@@ -4,6 +4,8 @@
     du_t = sum_{i < s} dr_t^(i) p_i + dr_t^(s) pbar_t          pbar_t: the mean of the segment's keys up to t
     dp_i = sum_t dr_t^(i) u_t                                  over the later tokens of the sequence
 
+Under ssc with FORMULATION "grouped" a token has only the gates of the segments that it chose, by pairs.
+
 Mean keys have much in common while the dr of a token sum to zero, so that their products are of float32 accuracy.
 """
 
@@ -16,14 +18,18 @@ import triton.language as tl
 from .common import load_rows
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def connector_kernel(
     k,
     means,
     sums,
     logits,
     lse,
+    own_logit,
+    chosen,
+    picked,
     dgamma,
+    chosen_dr,
     own,
     begin,
     end,
@@ -35,11 +41,13 @@ def connector_kernel(
     du,
     gate,
     pull,
+    top_k,
     T,
     H,
     N,
     P,
     PARTS,
+    FORMULATION: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     PK: tl.constexpr,
@@ -47,7 +55,7 @@ def connector_kernel(
     BT: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr."""
+    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``."""
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -63,38 +71,58 @@ def connector_kernel(
     t = t0 + tl.arange(0, BT)
     valid = t < stop
     total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
-    gamma_s = tl.exp(tl.load(logits + (bh * N + s) * T + t, mask=valid, other=float("-inf")) - total)
+    if FORMULATION == "grouped":
+        logit_s = tl.load(own_logit + bh * T + t, mask=valid, other=float("-inf"))
+    else:
+        logit_s = tl.load(logits + (bh * N + s) * T + t, mask=valid, other=float("-inf"))
+    gamma_s = tl.exp(logit_s - total)
     dgamma_s = tl.zeros([BT], tl.float32)
     for p in range(PARTS):
         dgamma_s += tl.load(own + p * part + bh * T + t, mask=valid, other=0.0)
-    weighted = tl.zeros([BI, BT], tl.float32)
-    for i0 in range(first, s, BI):
-        i = i0 + tl.arange(0, BI)
-        here = (i < s)[:, None] & valid[None, :]
-        place = (bh * N + i)[:, None] * T + t[None, :]
-        gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
-        for p in range(PARTS):
-            weighted += gamma * tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
-    delta = gamma_s * dgamma_s + tl.sum(weighted, 0)
-
     grad = tl.zeros([BT, PK], tl.float32)
-    for i0 in range(first, s, BI):
-        i = i0 + tl.arange(0, BI)
-        here = (i < s)[:, None] & valid[None, :]
-        place = (bh * N + i)[:, None] * T + t[None, :]
-        gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
-        dr = tl.zeros([BI, BT], tl.float32) - delta[None, :]
-        for p in range(PARTS):
-            dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
-        dr *= gamma
-        tl.store(dgamma + place, dr, mask=here)
-        mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
-        grad = tl.dot(tl.trans(dr), mean, grad, input_precision=PRECISION)
+    cols = tl.arange(0, PK)
+    if FORMULATION == "grouped":
+        delta = gamma_s * dgamma_s
+        for r in range(0, top_k):
+            place = (bh * T + t) * top_k + r
+            gamma = tl.exp(tl.load(picked + place, mask=valid, other=float("-inf")) - total)
+            # Without a segment nothing was written.
+            delta += gamma * tl.load(dgamma + place, mask=valid & (gamma > 0.0), other=0.0)
+        for r in range(0, top_k):
+            place = (bh * T + t) * top_k + r
+            gamma = tl.exp(tl.load(picked + place, mask=valid, other=float("-inf")) - total)
+            dr = gamma * (tl.load(dgamma + place, mask=valid & (gamma > 0.0), other=0.0) - delta)
+            tl.store(chosen_dr + place, dr, mask=valid)
+            i = tl.load(chosen + place, mask=valid, other=0)
+            inside = (valid & (i < N))[:, None] & (cols < SK)[None, :]
+            grad += dr[:, None] * tl.load(means + (bh * N + i)[:, None] * SK + cols[None, :], mask=inside, other=0.0)
+    else:
+        weighted = tl.zeros([BI, BT], tl.float32)
+        for i0 in range(first, s, BI):
+            i = i0 + tl.arange(0, BI)
+            here = (i < s)[:, None] & valid[None, :]
+            place = (bh * N + i)[:, None] * T + t[None, :]
+            gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
+            for p in range(PARTS):
+                weighted += gamma * tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
+        delta = gamma_s * dgamma_s + tl.sum(weighted, 0)
+
+        for i0 in range(first, s, BI):
+            i = i0 + tl.arange(0, BI)
+            here = (i < s)[:, None] & valid[None, :]
+            place = (bh * N + i)[:, None] * T + t[None, :]
+            gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
+            dr = tl.zeros([BI, BT], tl.float32) - delta[None, :]
+            for p in range(PARTS):
+                dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
+            dr *= gamma
+            tl.store(dgamma + place, dr, mask=here)
+            mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
+            grad = tl.dot(tl.trans(dr), mean, grad, input_precision=PRECISION)
 
     dr_s = gamma_s * (dgamma_s - delta) / (t - tl.load(seg_begin + s) + 1).to(tl.float32)
     tl.store(gate + bh * T + t, gamma_s, mask=valid)
     tl.store(pull + bh * T + t, dr_s, mask=valid)
-    cols = tl.arange(0, PK)
     earlier = tl.zeros([PK], tl.float32)
     if sums is not None:
         for p in range(tl.load(seg_piece + s), piece):
@@ -157,6 +185,47 @@ def descriptor_kernel(
     tl.store(out, grad, mask=there[:, None] & (cols < SK)[None, :])
 
 
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "parts"])
+def chosen_descriptor_kernel(
+    u,
+    chosen_dr,
+    order,
+    offsets,
+    seg_begin,
+    seg_end,
+    dmeans,
+    top_k,
+    T,
+    H,
+    N,
+    parts,
+    DK: tl.constexpr,
+    PK: tl.constexpr,
+    SK: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """One program: a segment of a head, and the pairs that chose it."""
+    i = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    offsets += bh * (N + 1) * parts
+    base = tl.load(offsets)
+    first = (tl.load(offsets + i * parts) - base).to(tl.int32)
+    stop = (tl.load(offsets + (i + 1) * parts) - base).to(tl.int32)
+    order += bh * (T * top_k)
+    chosen_dr += bh * (T * top_k)
+    cols = tl.arange(0, PK)
+    total = tl.zeros([BT, PK], tl.float32)
+    for p0 in range(first, stop, BT):
+        pair = p0 + tl.arange(0, BT)
+        place = tl.load(order + pair, mask=pair < stop, other=0)
+        row = ((bh // H * T + place // top_k) * H + bh % H)[:, None]
+        inside = (pair < stop)[:, None] & (cols < DK)[None, :]
+        u_t = tl.load(u + row * DK + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += u_t * tl.load(chosen_dr + place, mask=pair < stop, other=0.0)[:, None]
+    grad = tl.sum(total, 0) / (tl.load(seg_end + i) - tl.load(seg_begin + i)).to(tl.float32)
+    tl.store(dmeans + (bh * N + i) * SK + cols, grad, mask=cols < SK)
+
+
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def pulls_kernel(
     u,
@@ -191,8 +260,13 @@ def gates_backward(
     u: torch.Tensor,
     means: torch.Tensor,
     sums: torch.Tensor | None,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     lse: torch.Tensor,
+    own_logit: torch.Tensor | None,
+    chosen: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    order: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
     begin: torch.Tensor,
@@ -204,6 +278,7 @@ def gates_backward(
     seg_past_end: torch.Tensor,
     seg_piece: torch.Tensor,
     tiles: torch.Tensor,
+    FORMULATION: str,
     PRECISION: str,
     DK: int,
     PK: int,
@@ -218,8 +293,10 @@ def gates_backward(
 
     Args:
         k, u [B, T, H, DK]: of one dtype.
-        means, sums: of :mod:`segment_states`; logits, lse: of :mod:`gates`.
+        means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
         dgamma [blocks, B*H, N, T], own [blocks, B*H, T]: of :mod:`read_backward`; dgamma is overwritten.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits are None, and there
+        are order and offsets, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -231,18 +308,33 @@ def gates_backward(
     N, P = seg_first.shape[0], begin.shape[0]
     du = torch.empty_like(u)
     gate, pull = torch.empty_like(lse), torch.empty_like(lse)
+    top_k = 0
+    chosen_dr = None
+    if FORMULATION == "grouped":
+        top_k = dgamma.shape[-1]
+        chosen_dr = torch.empty_like(dgamma)
     connector_kernel[(tiles.shape[0], B * H)](
-        k=k, means=means, sums=sums, logits=logits, lse=lse, dgamma=dgamma, own=own, begin=begin, end=end,
-        segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate,
-        pull=pull, T=T, H=H, N=N, P=P, PARTS=own.shape[0], PRECISION=PRECISION, DK=DK, PK=PK, SK=SK, BT=BT, BI=BI,
+        k=k, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, chosen=chosen, picked=picked,
+        dgamma=dgamma, chosen_dr=chosen_dr, own=own, begin=begin, end=end, segment=segment, seg_first=seg_first,
+        seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate, pull=pull, top_k=top_k, T=T, H=H, N=N,
+        P=P, PARTS=own.shape[0], FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, PK=PK, SK=SK, BT=BT, BI=BI,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    dmeans = means.new_empty((SPLITS, B * H, N, SK))
-    descriptor_kernel[(SPLITS * triton.cdiv(N, BI), B * H)](
-        u=u, dr=dgamma, seg_begin=seg_begin, seg_end=seg_end, seg_past_end=seg_past_end, dmeans=dmeans, T=T, H=H, N=N,
-        PRECISION=PRECISION, DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, SPLITS=SPLITS, num_warps=num_warps,
-        num_stages=num_stages,
-    )  # fmt: skip
+    if FORMULATION == "grouped":
+        dmeans = torch.empty_like(means)
+        chosen_descriptor_kernel[(N, B * H)](
+            u=u, chosen_dr=chosen_dr, order=order, offsets=offsets, seg_begin=seg_begin, seg_end=seg_end, dmeans=dmeans,
+            top_k=top_k, T=T, H=H, N=N, parts=offsets.shape[0] // (B * H * (N + 1)), DK=DK, PK=PK, SK=SK, BT=BT,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    else:
+        parts = means.new_empty((SPLITS, B * H, N, SK))
+        descriptor_kernel[(SPLITS * triton.cdiv(N, BI), B * H)](
+            u=u, dr=dgamma, seg_begin=seg_begin, seg_end=seg_end, seg_past_end=seg_past_end, dmeans=parts, T=T, H=H,
+            N=N, PRECISION=PRECISION, DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, SPLITS=SPLITS, num_warps=num_warps,
+            num_stages=num_stages,
+        )  # fmt: skip
+        dmeans = parts.sum(0)
     pulls = None
     if P > N:
         pulls = means.new_empty((B * H, P, SK))
@@ -250,4 +342,4 @@ def gates_backward(
             u=u, pull=pull, begin=begin, end=end, pulls=pulls, T=T, H=H, P=P, DK=DK, PK=PK, SK=SK, BT=BT,
             num_warps=num_warps,
         )  # fmt: skip
-    return du, dmeans.sum(0), gate, pull, pulls
+    return du, dmeans, gate, pull, pulls

@@ -4,6 +4,8 @@
     dq_t = scale sum_i gamma_t^(i) P_t^(i)
     dgamma_t^(i) = scale <q_t, P_t^(i)>
 
+Under ssc with FORMULATION "grouped" another kernel has read the cached states, and their parts of dq are added up here.
+
 The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece:
 P_t^(s) = sum_j w_tj <dy_t, v_j> k_j + e^{cum_t} dy_t A^T, and under SWLA the row before the piece.
 """
@@ -17,7 +19,7 @@ import triton.language as tl
 from .common import load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def read_backward_kernel(
     q,
     k,
@@ -27,6 +29,9 @@ def read_backward_kernel(
     past,
     logits,
     lse,
+    own_logit,
+    picked,
+    partial,
     cum,
     now,
     after,
@@ -42,12 +47,14 @@ def read_backward_kernel(
     dgamma,
     own,
     scale,
+    top_k,
     T,
     H,
     N,
     P,
     SWLA: tl.constexpr,
     AGGREGATION: tl.constexpr,
+    FORMULATION: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -127,16 +134,26 @@ def read_backward_kernel(
         online *= 1.0 / (s - first + 1)
     if AGGREGATION == "grm" or AGGREGATION == "ssc":
         total = tl.load(lse + lines, mask=valid, other=float("inf"))
-        online *= tl.exp(tl.load(logits + (bh * N + s) * T + t, mask=valid, other=0.0) - total)[:, None]
-        for i in range(first, s):
-            last = i
-            if seg_last is not None:
-                last = tl.load(seg_last + i)
-            state = load_state(states + (bh * P + last) * (SK * SV), column, 0, SK, SV, BK, PV)
-            read = tl.dot(dy_t, tl.trans(state), input_precision=PRECISION)
-            gamma = tl.exp(tl.load(logits + (bh * N + i) * T + t, mask=valid, other=0.0) - total)
-            tl.store(dgamma + (part * N + i) * T + t, tl.sum(keys * read, 1) * scale, mask=valid)
-            online += gamma[:, None] * read
+        if FORMULATION == "grouped":
+            online *= tl.exp(tl.load(own_logit + lines, mask=valid, other=0.0) - total)[:, None]
+            places = column + tl.arange(0, BK)
+            for r in range(0, top_k):
+                # Without a segment a logit is -inf, and nothing was written.
+                chosen = tl.load(picked + lines * top_k + r, mask=valid, other=float("-inf")) > float("-inf")
+                row = (lines * top_k + r)[:, None] * DK + places[None, :]
+                inside = chosen[:, None] & (places < DK)[None, :]
+                online += tl.load(partial + row, mask=inside, other=0.0).to(tl.float32)
+        else:
+            online *= tl.exp(tl.load(logits + (bh * N + s) * T + t, mask=valid, other=0.0) - total)[:, None]
+            for i in range(first, s):
+                last = i
+                if seg_last is not None:
+                    last = tl.load(seg_last + i)
+                state = load_state(states + (bh * P + last) * (SK * SV), column, 0, SK, SV, BK, PV)
+                read = tl.dot(dy_t, tl.trans(state), input_precision=PRECISION)
+                gamma = tl.exp(tl.load(logits + (bh * N + i) * T + t, mask=valid, other=0.0) - total)
+                tl.store(dgamma + (part * N + i) * T + t, tl.sum(keys * read, 1) * scale, mask=valid)
+                online += gamma[:, None] * read
     cols = column + tl.arange(0, BK)
     out = dq + head * DK + t.to(tl.int64)[:, None] * (H * DK) + cols[None, :]
     tl.store(out, (online * scale).to(dq.dtype.element_ty), mask=valid[:, None] & (cols < DK)[None, :])
@@ -151,6 +168,9 @@ def read_backward(
     past: torch.Tensor | None,
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
+    own_logit: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    partial: torch.Tensor | None,
     cum: torch.Tensor | None,
     now: torch.Tensor | None,
     after: torch.Tensor | None,
@@ -163,8 +183,10 @@ def read_backward(
     seg_last: torch.Tensor | None,
     tiles: torch.Tensor,
     scale: float,
+    top_k: int,
     SWLA: bool,
     AGGREGATION: str,
+    FORMULATION: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -183,25 +205,29 @@ def read_backward(
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products; past: of :mod:`segment_states`.
-        logits, lse: of :mod:`gates`; None where gates are not learned.
+        logits, lse, own_logit, picked: of :mod:`gates`; None where gates are not learned, logits also with "grouped".
+        partial [B*H, T, top_k, DK]: of :mod:`grouped_backward`, parts of dq without ``scale``.
         seg_last: None where every segment is one piece.
         tiles: of BT tokens.
 
     Returns:
         dq in q's dtype. Float32: the gradients of the cached segments' gates, row i at the tokens of later segments
-        (None where gates are not learned), and that of the online segment's.
+        (None where there are none, or others have them), and that of the online segment's.
     """
     B, T, H, _ = q.shape
     bk = min(BK, PK)
     blocks, N, P = triton.cdiv(DK, bk), seg_first.shape[0], begin.shape[0]
     dq = torch.empty_like(q)
     own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
-    dgamma = None if logits is None else q.new_empty((blocks, B * H, N, T), dtype=torch.float32)
+    dgamma = None
+    if FORMULATION != "grouped" and (AGGREGATION == "grm" or AGGREGATION == "ssc"):
+        dgamma = q.new_empty((blocks, B * H, N, T), dtype=torch.float32)
     read_backward_kernel[(blocks * tiles.shape[0], B * H)](
-        q=q, k=k, v=v, dy=dy, states=states, past=past, logits=logits, lse=lse, cum=cum, now=now, after=after,
-        before=before, begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first,
-        seg_last=seg_last, tiles=tiles, dq=dq, dgamma=dgamma, own=own, scale=scale, T=T, H=H, N=N, P=P, SWLA=SWLA,
-        AGGREGATION=AGGREGATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk,
+        q=q, k=k, v=v, dy=dy, states=states, past=past, logits=logits, lse=lse, own_logit=own_logit,
+        picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
+        segment=segment, entering=entering, seg_first=seg_first, seg_last=seg_last, tiles=tiles, dq=dq, dgamma=dgamma,
+        own=own, scale=scale, top_k=top_k, T=T, H=H, N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION,
+        FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dgamma, own

@@ -32,6 +32,7 @@ def read_forward_kernel(
     logits,
     lse,
     own,
+    picked,
     partial,
     cum,
     now,
@@ -150,7 +151,9 @@ def read_forward_kernel(
             cols = column + tl.arange(0, BV)
             for r in range(0, top_k):
                 row = (bh * T + t) * top_k + r
-                inside = valid[:, None] & (cols < DV)[None, :]
+                # Without a segment a logit is -inf, and nothing was written.
+                chosen = tl.load(picked + row, mask=valid, other=float("-inf")) > float("-inf")
+                inside = chosen[:, None] & (cols < DV)[None, :]
                 acc += tl.load(partial + row[:, None] * DV + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         elif GATES == "precomputed":
             # Under ssc a logit may be -inf; it is no number where nothing was written.
@@ -216,6 +219,7 @@ def read_forward(
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
     own: torch.Tensor | None,
+    picked: torch.Tensor | None,
     partial: torch.Tensor | None,
     cum: torch.Tensor | None,
     now: torch.Tensor | None,
@@ -256,7 +260,7 @@ def read_forward(
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
-        past, means, sums: of :mod:`segment_states`; logits, lse, own: of :mod:`gates`.
+        past, means, sums: of :mod:`segment_states`; logits, lse, own, picked: of :mod:`gates`.
         partial [B*H, T, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
         seg_last: None where every segment is one piece.
         tiles: of BT tokens.
@@ -266,10 +270,10 @@ def read_forward(
     y = torch.empty_like(v)
     read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], B * H)](
         q=q, k=k, v=v, u=u, states=states, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
-        partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end, segment=segment,
-        entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece, seg_last=seg_last,
-        tiles=tiles, y=y, scale=scale, top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], SWLA=SWLA,
-        AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV,
-        PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
+        segment=segment, entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece,
+        seg_last=seg_last, tiles=tiles, y=y, scale=scale, top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0],
+        SWLA=SWLA, AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION,
+        DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -16,7 +16,7 @@ import triton.language as tl
 from .common import load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["heads", "T", "H", "N", "P"])
 def cached_kernel(
     q,
     dy,
@@ -27,6 +27,7 @@ def cached_kernel(
     seg_last,
     dends,
     scale,
+    heads,
     T,
     H,
     N,
@@ -44,10 +45,12 @@ def cached_kernel(
     """One program: a block of the states' gradients of SEGMENTS segments, which share the rows that they read."""
     BLOCKS: tl.constexpr = (SV + BV - 1) // BV
     KEYS: tl.constexpr = (SK + BK - 1) // BK
-    value = tl.program_id(0) % BLOCKS * BV
-    key = tl.program_id(0) // BLOCKS % KEYS * BK
-    i0 = tl.program_id(0) // (BLOCKS * KEYS) * SEGMENTS
-    bh = tl.program_id(1).to(tl.int64)
+    # The longest first, of all heads: few programs are left for the end.
+    bh = (tl.program_id(0) % heads).to(tl.int64)
+    block = tl.program_id(0) // heads
+    value = block % BLOCKS * BV
+    key = block // BLOCKS % KEYS * BK
+    i0 = block // (BLOCKS * KEYS) * SEGMENTS
     i = i0 + tl.arange(0, SEGMENTS)
     there = i < N
     left = tl.load(seg_end + i, mask=there, other=0)
@@ -166,7 +169,8 @@ def carry_kernel(
     high = tl.load(seq_end + sequence)
     carried = tl.zeros([BLOCK], tl.float32)
     later = tl.zeros([BLOCK], tl.float32)
-    for n in range(0, high - low):
+    # Only additions wait for the piece after: loads go ahead.
+    for n in tl.range(0, high - low, num_stages=4):
         piece = high - 1 - n
         matrix = (bh * P + piece) * SIZE + place
         last = tl.load(seg_last + tl.load(segment + piece)) == piece
@@ -287,6 +291,7 @@ def state_backward(
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
     gate: torch.Tensor | None,
+    chosen: torch.Tensor | None,
     cum: torch.Tensor | None,
     before: torch.Tensor | None,
     begin: torch.Tensor,
@@ -303,6 +308,7 @@ def state_backward(
     crosses: bool,
     SWLA: bool,
     AGGREGATION: str,
+    FORMULATION: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -323,6 +329,7 @@ def state_backward(
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
         logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
 
@@ -335,17 +342,17 @@ def state_backward(
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32)
+    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
     products = dentered = crossing = None
     carries, enters = crosses, crosses
-    if AGGREGATION == "grm" or AGGREGATION == "ssc":
-        cached_kernel[(blocks * triton.cdiv(N, SEGMENTS), B * H)](
+    if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
+        cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
             q=q, dy=dy, logits=logits, lse=lse, seg_end=seg_end, seg_past_end=seg_past_end,
-            seg_last=None if P == N else seg_last, dends=dends, scale=scale, T=T, H=H, N=N, P=P, PRECISION=PRECISION,
-            DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS, num_warps=num_warps,
-            num_stages=num_stages,
+            seg_last=None if P == N else seg_last, dends=dends, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
+            PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
+            num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-    else:
+    if AGGREGATION == "residual" or AGGREGATION == "mean":
         carries = True
         dentered = products = torch.empty_like(dends)
         piece_kernel[(blocks * P, B * H)](

@@ -111,6 +111,7 @@ def key_kernel(
     P,
     SWLA: tl.constexpr,
     AGGREGATION: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -191,7 +192,11 @@ def key_kernel(
             u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
             pull_t = tl.load(pull + bh * T + t, mask=t < stop, other=0.0)
             pulled = tl.where(t[None, :] >= j[:, None], pull_t[None, :], 0.0)
-            grad = tl.dot(pulled, u_t, grad, input_precision=PRECISION)
+            if HALF and PRECISION == "tf32x3":
+                # u is exact in TF32, and the pulls have more bits than the result.
+                grad = tl.dot(pulled, u_t, grad, input_precision="tf32")
+            else:
+                grad = tl.dot(pulled, u_t, grad, input_precision=PRECISION)
         for t0 in range(j0 + aside, stop, BT):
             u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
             t = t0 + tl.arange(0, BT)
@@ -315,6 +320,7 @@ def write_backward(
     scale: float,
     SWLA: bool,
     AGGREGATION: str,
+    HALF: bool,
     PRECISION: str,
     PIECE: int,
     DK: int,
@@ -360,7 +366,7 @@ def write_backward(
         q=q, k=k, v=v, u=u, dy=dy, gate=gate, cum=cum, now=now, after=after, dends=dends, dmeans=dmeans, pull=pull,
         pulls=pulls, dk_lead=dk_lead, begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first,
         seg_last=seg_last, tiles=tiles, dk=dk, diagonal=diagonal, tail=tail, ending=ending, scale=scale, T=T, H=H,
-        N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV,
+        N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV,
         SK=SK, SV=SV, BJ=BJ, BT=BT, BN=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if SWLA:

@@ -182,6 +182,16 @@ def test_trips_depend_on_gates_and_formulation() -> None:
     assert len(TRIPS["read_forward_kernel"](walk(CONFIG, residual, BT=64, BJ=32, BV=128)).inner) == 1
 
 
+def test_gradients_of_chosen_pairs_do_not_grow_with_segments() -> None:
+    """2 of past segments each: every segment's pairs together are the tokens' choices."""
+    ssc = FORWARD.replace(aggregation="ssc", top_k=2, pass_="backward")
+    grouped = CONFIG.replace(formulation="grouped")
+    choices = 256 * (0 + 1 + 2 * 6)
+    (loop,) = TRIPS["chosen_kernel"](walk(grouped, ssc, BT=64, BK=128, BV=128)).inner
+    assert loop.trips == pytest.approx(choices / 8 / 64 + 0.5) and loop.matrix == 2 * 64 * 128 * 128
+    assert TRIPS["read_backward_kernel"](walk(grouped, ssc, BT=64, BJ=64, BK=128, top_k=2)).inner[1].trips == 2
+
+
 def test_the_products_of_a_read_are_those_of_the_mathematics() -> None:
     """Whole tiles of whole segments: intra-piece blocks, entering states and cached reads, all tiles of all heads."""
     source = TRIPS["read_forward_kernel"](walk(BT=128, BJ=128, BV=128))
@@ -207,7 +217,9 @@ def test_unknown_kernels_and_parameters_have_no_source() -> None:
 def test_footprint_counts_each_array_once() -> None:
     rows = 16 * 2048 * 128 * 2
     assert footprint(launched(), FORWARD, CONFIG) == 2 * rows
-    carry = launched("carry_kernel", arguments=(("ends", "*fp32"), ("mystery", "*fp32"), ("T", "i32")))
+    carry = launched(
+        "carry_kernel", arguments=(("ends", "*fp32"), ("carried", "*fp32"), ("mystery", "*fp32"), ("T", "i32"))
+    )
     assert footprint(carry, FORWARD, CONFIG) == 2 * 16 * 16 * 128 * 128 * 4
 
 

@@ -16,12 +16,14 @@ from mctune.core.problem import Problem
 PREFIXES = {
     "segment_states": "states",
     "gates": "gates",
+    "pair_order": "pairs",
     "grouped_read": "group",
     "read_forward": "read",
     "gates_backward": "dgates",
     "read_backward": "dq",
     "state_backward": "dstates",
     "write_backward": "dkv",
+    "grouped_backward": "dgroup",
     "decode_step": "decode",
     "decode_combine": "decode",
 }
@@ -36,11 +38,12 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
     match problem.pass_:
         case "forward":
             gates = ("gates",) if problem.routed and config["gates"] == "precomputed" else ()
-            grouped = ("grouped_read",) if config["formulation"] == "grouped" else ()
+            grouped = ("pair_order", "grouped_read") if config["formulation"] == "grouped" else ()
             return ("segment_states", *gates, *grouped, "read_forward")
         case "backward":
             gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
-            return ("segment_states", *gates, "read_backward", *dgates, "state_backward", "write_backward")
+            grouped = ("pair_order", "grouped_backward") if config["formulation"] == "grouped" else ()
+            return ("segment_states", *gates, *grouped, "read_backward", *dgates, "state_backward", "write_backward")
         case _:
             return ("decode_step", "decode_combine") if config.integer("decode_SPLITS") > 1 else ("decode_step",)
 

@@ -4,6 +4,8 @@
     du_t = sum_{i < s} dr_t^(i) p_i + dr_t^(s) pbar_t          pbar_t: the mean of the segment's keys up to t
     dp_i = sum_t dr_t^(i) u_t                                  over the later tokens of the sequence
 
+Under ssc with FORMULATION "grouped" a token has only the gates of the segments that it chose, by pairs.
+
 Mean keys have much in common while the dr of a token sum to zero, so that their products are of float32 accuracy.
 """
 
@@ -55,7 +57,7 @@ def connector_kernel(
     BT: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr."""
+    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``."""
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -71,10 +73,13 @@ def connector_kernel(
     t = t0 + tl.arange(0, BT)
     valid = t < stop
     total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
-    gamma_s = tl.exp(tl.load(logits + (bh * N + s) * T + t, mask=valid, other=float("-inf")) - total)
+    logit_s = tl.load(logits + (bh * N + s) * T + t, mask=valid, other=float("-inf"))
+    gamma_s = tl.exp(logit_s - total)
     dgamma_s = tl.zeros([BT], tl.float32)
     for p in range(PARTS):
         dgamma_s += tl.load(own + p * part + bh * T + t, mask=valid, other=0.0)
+    grad = tl.zeros([BT, PK], tl.float32)
+    cols = tl.arange(0, PK)
     weighted = tl.zeros([BI, BT], tl.float32)
     for i0 in range(first, s, BI):
         i = i0 + tl.arange(0, BI)
@@ -85,7 +90,6 @@ def connector_kernel(
             weighted += gamma * tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
     delta = gamma_s * dgamma_s + tl.sum(weighted, 0)
 
-    grad = tl.zeros([BT, PK], tl.float32)
     for i0 in range(first, s, BI):
         i = i0 + tl.arange(0, BI)
         here = (i < s)[:, None] & valid[None, :]
@@ -102,7 +106,6 @@ def connector_kernel(
     dr_s = gamma_s * (dgamma_s - delta) / (t - tl.load(seg_begin + s) + 1).to(tl.float32)
     tl.store(gate + bh * T + t, gamma_s, mask=valid)
     tl.store(pull + bh * T + t, dr_s, mask=valid)
-    cols = tl.arange(0, PK)
     earlier = tl.zeros([PK], tl.float32)
     if sums is not None:
         for p in range(tl.load(seg_piece + s), piece):
@@ -198,8 +201,13 @@ def gates_backward(
     u: torch.Tensor,
     means: torch.Tensor,
     sums: torch.Tensor | None,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     lse: torch.Tensor,
+    own_logit: torch.Tensor | None,
+    chosen: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    order: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
     begin: torch.Tensor,
@@ -216,8 +224,10 @@ def gates_backward(
 
     Args:
         k, u [B, T, H, DK]: of one dtype.
-        means, sums: of :mod:`segment_states`; logits, lse: of :mod:`gates`.
+        means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
         dgamma [blocks, B*H, N, T], own [blocks, B*H, T]: of :mod:`read_backward`; dgamma is overwritten.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits are None, and there
+        are order and offsets, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -229,17 +239,20 @@ def gates_backward(
     N, P = seg_first.shape[0], begin.shape[0]
     du = torch.empty_like(u)
     gate, pull = torch.empty_like(lse), torch.empty_like(lse)
+    top_k = 0
+    chosen_dr = None
     connector_kernel[(tiles.shape[0], B * H)](
         k=k, means=means, sums=sums, logits=logits, lse=lse, dgamma=dgamma, own=own, begin=begin, end=end,
         segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate,
         pull=pull, T=T, H=H, N=N, P=P, PARTS=own.shape[0], DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    dmeans = means.new_empty((SPLITS, B * H, N, SK))
+    parts = means.new_empty((SPLITS, B * H, N, SK))
     descriptor_kernel[(SPLITS * triton.cdiv(N, BI), B * H)](
-        u=u, dr=dgamma, seg_begin=seg_begin, seg_end=seg_end, seg_past_end=seg_past_end, dmeans=dmeans, T=T, H=H, N=N,
+        u=u, dr=dgamma, seg_begin=seg_begin, seg_end=seg_end, seg_past_end=seg_past_end, dmeans=parts, T=T, H=H, N=N,
         DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, SPLITS=SPLITS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
+    dmeans = parts.sum(0)
     pulls = None
     if P > N:
         pulls = means.new_empty((B * H, P, SK))
@@ -247,4 +260,4 @@ def gates_backward(
             u=u, pull=pull, begin=begin, end=end, pulls=pulls, T=T, H=H, P=P, DK=DK, PK=PK, SK=SK, BT=BT,
             num_warps=num_warps,
         )  # fmt: skip
-    return du, dmeans.sum(0), gate, pull, pulls
+    return du, dmeans, gate, pull, pulls

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_state
+from .common import find_pairs, load_state
 
 DK = 128
 PK = 128
@@ -23,12 +23,12 @@ BV = 128
 num_warps = 4
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P", "parts"])
 def grouped_read_kernel(
     q,
     states,
     order,
-    bounds,
+    offsets,
     picked,
     lse,
     seg_last,
@@ -38,6 +38,7 @@ def grouped_read_kernel(
     H,
     N,
     P,
+    parts,
     DK: tl.constexpr,
     DV: tl.constexpr,
     PK: tl.constexpr,
@@ -46,78 +47,60 @@ def grouped_read_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """One program: at most BT pairs of one segment, BV value columns, one head. Pairs without a segment get zeros."""
+    """One program: at most BT pairs of one segment, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
     bh = tl.program_id(1).to(tl.int64)
-    # bounds [B*H, N + 2]: the first pair of every segment; the last "segment" is that of pairs without one.
-    bounds += bh * (N + 2)
-    low = 0
-    high = N + 1
-    # Tiles of the segments before i: its first pair over BT, rounded up, plus i. The last i not beyond the tile.
-    while low < high - 1:
-        middle = (low + high) // 2
-        if tl.load(bounds + middle) // BT + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    first = tl.load(bounds + low)
-    p0 = first + (tile - (first // BT + low)) * BT
-    stop = tl.load(bounds + low + 1)
-    if p0 < stop:
+    i, p0, stop = find_pairs(offsets, bh, tile, N, parts, ROWS=BT)
+    if (i < N) & (p0 < stop):
         pair = p0 + tl.arange(0, BT)
         valid = pair < stop
-        place = tl.load(order + bh * (T * top_k) + pair, mask=valid, other=0)
+        place = bh * (T * top_k) + tl.load(order + bh * (T * top_k) + pair, mask=valid, other=0)
+        t = (place - bh * (T * top_k)) // top_k
+        keys = tl.arange(0, PK)
         cols = column + tl.arange(0, BV)
-        out = partial + (bh * (T * top_k) + place)[:, None] * DV + cols[None, :]
-        inside = valid[:, None] & (cols < DV)[None, :]
-        if low < N:
-            t = place // top_k
-            keys = tl.arange(0, PK)
-            rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * DK + keys[None, :]
-            q_t = tl.load(rows, mask=valid[:, None] & (keys < DK)[None, :], other=0.0)
-            last = low
-            if seg_last is not None:
-                last = tl.load(seg_last + low)
-            state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
-            logit = tl.load(picked + bh * (T * top_k) + place, mask=valid, other=0.0)
-            gamma = tl.exp(logit - tl.load(lse + bh * T + t, mask=valid, other=0.0))
-            read = tl.dot(q_t, state, input_precision="ieee") * gamma[:, None]
-            tl.store(out, read.to(partial.dtype.element_ty), mask=inside)
-        else:
-            tl.store(out, tl.zeros([BT, BV], partial.dtype.element_ty), mask=inside)
+        rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * DK + keys[None, :]
+        q_t = tl.load(rows, mask=valid[:, None] & (keys < DK)[None, :], other=0.0)
+        last = i
+        if seg_last is not None:
+            last = tl.load(seg_last + i)
+        state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
+        total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
+        gamma = tl.exp(tl.load(picked + place, mask=valid, other=0.0) - total)
+        read = tl.dot(q_t, state, input_precision="ieee") * gamma[:, None]
+        out = partial + place[:, None] * DV + cols[None, :]
+        tl.store(out, read.to(partial.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
 
 
 def grouped_read(
     q: torch.Tensor,
     states: torch.Tensor,
-    chosen: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
     N: int,
 ) -> torch.Tensor:
-    """partial ``[B*H, T, top_k, DV]``, of q's dtype: gates times reads, without ``scale``.
+    """partial ``[B*H, T, top_k, DV]``, of q's dtype: gates times reads, without ``scale``; where there is a segment.
 
     Args:
         q [B, T, H, DK], states [B*H, P, SK, SV]: of one dtype.
-        chosen, picked, lse: of :mod:`gates`.
+        order, offsets: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
     """
     B, T, H, _ = q.shape
-    top_k = chosen.shape[-1]
+    top_k = picked.shape[-1]
     pairs = T * top_k
-    segments, order = chosen.view(B * H, pairs).sort(dim=-1, stable=True)
-    wanted = torch.arange(N + 2, dtype=torch.int32, device=q.device).expand(B * H, -1).contiguous()
-    bounds = torch.searchsorted(segments, wanted, out_int32=True)
+    parts = offsets.shape[0] // (B * H * (N + 1))
     partial = q.new_empty((B * H, T, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
     tiles = triton.cdiv(pairs, BT) + N + 1
     grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
-        q=q, states=states, order=order, bounds=bounds, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
-        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv,
+        q=q, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
+        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], parts=parts, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv,
         num_warps=num_warps,
     )  # fmt: skip
     return partial

@@ -4,6 +4,8 @@
     dq_t = scale sum_i gamma_t^(i) P_t^(i)
     dgamma_t^(i) = scale <q_t, P_t^(i)>
 
+Under ssc with FORMULATION "grouped" another kernel has read the cached states, and their parts of dq are added up here.
+
 The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece:
 P_t^(s) = sum_j w_tj <dy_t, v_j> k_j + e^{cum_t} dy_t A^T, and under SWLA the row before the piece.
 """
@@ -22,11 +24,11 @@ SK = 128
 DV = 128
 PV = 128
 SV = 128
-BJ = 64
+BJ = 32
 BK = 64
-BT = 128
+BT = 256
 num_stages = 2
-num_warps = 8
+num_warps = 16
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
@@ -146,6 +148,9 @@ def read_backward(
     past: torch.Tensor | None,
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
+    own_logit: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    partial: torch.Tensor | None,
     cum: torch.Tensor | None,
     now: torch.Tensor | None,
     after: torch.Tensor | None,
@@ -158,26 +163,29 @@ def read_backward(
     seg_last: torch.Tensor | None,
     tiles: torch.Tensor,
     scale: float,
+    top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """dq ``[B, T, H, DK]``, dgamma ``[blocks, B*H, N, T]`` and own ``[blocks, B*H, T]``, to be added up over blocks.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products; past: of :mod:`segment_states`.
-        logits, lse: of :mod:`gates`; None where gates are not learned.
+        logits, lse, own_logit, picked: of :mod:`gates`; None where gates are not learned, logits also with "grouped".
+        partial [B*H, T, top_k, DK]: of :mod:`grouped_backward`, parts of dq without ``scale``.
         seg_last: None where every segment is one piece.
         tiles: of BT tokens.
 
     Returns:
         dq in q's dtype. Float32: the gradients of the cached segments' gates, row i at the tokens of later segments
-        (None where gates are not learned), and that of the online segment's.
+        (None where there are none, or others have them), and that of the online segment's.
     """
     B, T, H, _ = q.shape
     bk = min(BK, PK)
     blocks, N, P = triton.cdiv(DK, bk), seg_first.shape[0], begin.shape[0]
     dq = torch.empty_like(q)
     own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
-    dgamma = None if logits is None else q.new_empty((blocks, B * H, N, T), dtype=torch.float32)
+    dgamma = None
+    dgamma = q.new_empty((blocks, B * H, N, T), dtype=torch.float32)
     read_backward_kernel[(blocks * tiles.shape[0], B * H)](
         q=q, k=k, v=v, dy=dy, states=states, logits=logits, lse=lse, cum=cum, now=now, after=after, before=before,
         begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first, seg_last=seg_last, tiles=tiles,

@@ -114,6 +114,7 @@ def read_forward(
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
     own: torch.Tensor | None,
+    picked: torch.Tensor | None,
     partial: torch.Tensor | None,
     cum: torch.Tensor | None,
     now: torch.Tensor | None,
@@ -136,7 +137,7 @@ def read_forward(
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
-        past, means, sums: of :mod:`segment_states`; logits, lse, own: of :mod:`gates`.
+        past, means, sums: of :mod:`segment_states`; logits, lse, own, picked: of :mod:`gates`.
         partial [B*H, T, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
         seg_last: None where every segment is one piece.
         tiles: of BT tokens.

@@ -126,6 +126,7 @@ def local_kernel(
 @triton.jit(do_not_specialize=["N", "P"])
 def carry_kernel(
     ends,
+    carried,
     operand,
     past,
     segment,
@@ -140,7 +141,8 @@ def carry_kernel(
 ):
     """One program: BLOCK elements of the states of a sequence, from its first piece to its last.
 
-    ``past``, where not None, gets the sum of the states of the segments before, for every segment.
+    ``past``, where not None, gets the sum of the states of the segments before, for every segment; ``carried`` is None
+    where nothing enters a piece.
     """
     sequence = tl.program_id(1)
     bh = tl.program_id(2).to(tl.int64)
@@ -148,11 +150,13 @@ def carry_kernel(
     inside = place < SIZE
     state = tl.zeros([BLOCK], tl.float32)
     earlier = tl.zeros([BLOCK], tl.float32)
-    for piece in range(tl.load(seq_begin + sequence), tl.load(seq_end + sequence)):
+    # Only additions wait for the piece before: loads go ahead.
+    for piece in tl.range(tl.load(seq_begin + sequence), tl.load(seq_end + sequence), num_stages=4):
         matrix = (bh * P + piece) * SIZE + place
         entered = tl.where(tl.load(entering + piece) >= 0, state, 0.0)
         state = tl.load(ends + matrix, mask=inside, other=0.0) + entered
-        tl.store(ends + matrix, state, mask=inside)
+        if carried is not None:
+            tl.store(carried + matrix, state, mask=inside)
         if operand is not None:
             tl.store(operand + matrix, state.to(operand.dtype.element_ty), mask=inside)
         if past is not None:
@@ -222,7 +226,8 @@ def segment_states(
         crosses: whether any piece is entered.
 
     Returns:
-        End states, float32; the same as operands of products, in k's dtype (``ends`` itself where that is float32); the
+        End states, float32; the same as operands of products, in k's dtype (``ends`` itself where that is float32, not
+        written where sums of states are read and nothing enters a piece); the
         sum of earlier segments' states in k's dtype, for residual and mean, else None; mean keys, float32; the sums of
         pieces' keys, float32, None where every segment is one piece.
     """
@@ -250,7 +255,8 @@ def segment_states(
         )  # fmt: skip
     if carries:
         carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
-            ends=ends, operand=operand, past=past, segment=segment, entering=entering, seg_last=seg_last,
-            seq_begin=seq_begin, seq_end=seq_end, N=N, P=P, SIZE=SK * SV, BLOCK=1024, num_warps=4,
+            ends=ends, carried=ends if crosses else None, operand=operand if crosses else None, past=past,
+            segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end, N=N, P=P,
+            SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return ends, ends if operand is None else operand, past, means, sums

@@ -22,9 +22,9 @@ DV = 80
 PV = 128
 SV = 80
 BK = 64
-BT = 64
-BV = 128
-num_stages = 2
+BT = 32
+BV = 32
+num_stages = 1
 num_warps = 8
 
 
@@ -106,7 +106,8 @@ def carry_kernel(
     high = tl.load(seq_end + sequence)
     carried = tl.zeros([BLOCK], tl.float32)
     later = tl.zeros([BLOCK], tl.float32)
-    for n in range(0, high - low):
+    # Only additions wait for the piece after: loads go ahead.
+    for n in tl.range(0, high - low, num_stages=4):
         piece = high - 1 - n
         matrix = (bh * P + piece) * SIZE + place
         last = tl.load(seg_last + tl.load(segment + piece)) == piece
@@ -129,6 +130,7 @@ def state_backward(
     logits: torch.Tensor | None,
     lse: torch.Tensor | None,
     gate: torch.Tensor | None,
+    chosen: torch.Tensor | None,
     cum: torch.Tensor | None,
     before: torch.Tensor | None,
     begin: torch.Tensor,
@@ -150,6 +152,7 @@ def state_backward(
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
         logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
 
@@ -162,7 +165,7 @@ def state_backward(
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32)
+    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
     products = dentered = crossing = None
     carries, enters = crosses, crosses
     carries = True

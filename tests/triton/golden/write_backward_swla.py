@@ -22,8 +22,8 @@ SK = 128
 DV = 128
 PV = 128
 SV = 128
-BJ = 64
-BN = 64
+BJ = 128
+BN = 128
 BT = 64
 num_stages = 2
 num_warps = 8
@@ -181,7 +181,8 @@ def key_kernel(
         u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
         pull_t = tl.load(pull + bh * T + t, mask=t < stop, other=0.0)
         pulled = tl.where(t[None, :] >= j[:, None], pull_t[None, :], 0.0)
-        grad = tl.dot(pulled, u_t, grad, input_precision="tf32x3")
+        # u is exact in TF32, and the pulls have more bits than the result.
+        grad = tl.dot(pulled, u_t, grad, input_precision="tf32")
     for t0 in range(j0 + aside, stop, BT):
         u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
         t = t0 + tl.arange(0, BT)

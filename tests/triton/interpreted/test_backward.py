@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from holding import drawn, hold
+from holding import DTYPES, TARGET, drawn, hold
 
-from mctune.search.spread import Drawn
+from mctune.search.spread import Drawn, draw_formulations
 
 
 @pytest.mark.parametrize("one", drawn("backward"), ids=str)
 def test_agrees_with_the_oracle(one: Drawn, tmp_path: Path) -> None:
+    hold(one, tmp_path)
+
+
+@pytest.mark.parametrize("one", draw_formulations("backward", TARGET, DTYPES[::-1]), ids=str)
+def test_formulations_agree_with_the_oracle(one: Drawn, tmp_path: Path) -> None:
     hold(one, tmp_path)

@@ -1,0 +1,223 @@
+"""What the compiler made of the Triton kernels for a GPU that need not be here, and what bounds them by arithmetic.
+
+Nothing here is measured. Of every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
+its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, the bytes that it moves, and
+the time that the cost model predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mctune.backends.protocol import Launch
+from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.resources import CORES, resources
+from mctune.cli._cases import parse_problem
+from mctune.cli._output import text_table
+from mctune.core.config import Config
+from mctune.core.errors import MctuneError
+from mctune.core.outcome import TooLarge
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.search.calibrated import calibration
+from mctune.search.predict import Demand, Part, demands, estimate
+from mctune.search.trips import Source, source_of
+
+CLASSES = {
+    "product": ("HGMMA", "HMMA", "UTCHMMA", "QGMMA"),
+    "float": ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "HADD2", "HMUL2", "HFMA2", "F2F", "F2FP"),
+    "special": ("MUFU",),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "UTMALDG", "ATOMS"),
+    "global": ("LDG", "STG", "LD", "ST", "RED", "ATOMG"),
+    "stack": ("LDL", "STL"),
+}
+"""Opcodes of NVIDIA's assembly by what they occupy; all others are "other"."""
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_TARGET = re.compile(r"\(?`?\(?(\.L_x_\d+)\)?")
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An innermost loop: instructions of one warp in a pass, by class, and operations of products of a warp."""
+
+    mix: Counter[str]
+    operations: float
+
+    @property
+    def issued(self) -> int:
+        """Instructions."""
+        return sum(self.mix.values())
+
+
+def inner_loops(binary: bytes) -> list[Inner]:
+    """The innermost loops of a cubin, in the order of its code."""
+    lines: list[tuple[str, str]] = []
+    places: dict[str, int] = {}
+    for line in disassembled(binary).splitlines():
+        label, found = _LABEL.match(line), _INSTRUCTION.match(line)
+        if label:
+            places[label[1]] = len(lines)
+        elif found:
+            lines.append((found[2], found[3]))
+    spans = []
+    for end, (opcode, operands) in enumerate(lines):
+        target = _TARGET.search(operands) if opcode.startswith("BRA") else None
+        # A jump to itself is the end of the code; a short one back waits for a copy.
+        if target and places.get(target[1], end) < end - 8:
+            spans.append((places[target[1]], end + 1))
+    inner = [x for x in spans if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in spans)]
+    return [_loop(lines[begin:end]) for begin, end in inner]
+
+
+def _loop(lines: Sequence[tuple[str, str]]) -> Inner:
+    mix: Counter[str] = Counter()
+    operations = 0.0
+    for opcode, _ in lines:
+        base, _, rest = opcode.partition(".")
+        mix[next((name for name, opcodes in CLASSES.items() if base in opcodes), "other")] += 1
+        shape = re.match(r"(\d+)x(\d+)x(\d+)", rest)
+        if base == "HGMMA" and shape:
+            operations += 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) / 4 * (2 if "TF32" in rest else 1)
+        elif base == "HMMA":
+            operations += {"16816": 4096.0, "1688": 2048.0, "1684": 1024.0}[rest.split(".")[0]] * (
+                2 if "TF32" in rest else 1
+            )
+    return Inner(mix, operations)
+
+
+def disassembled(binary: bytes) -> str:
+    """NVIDIA's assembly of a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def leaves(source: Source | None, entries: float = 1.0) -> Iterator[float]:
+    """How often each innermost loop of a source runs in all."""
+    for loop in source.inner if source else ():
+        if loop.inner:
+            yield from leaves(loop, entries * loop.trips)
+        else:
+            yield entries * loop.trips
+
+
+class Aside(TorchDispatchMode):
+    """Counts the operators of torch that launch something beside our kernels."""
+
+    FREE = ("empty", "view", "expand", "select", "slice", "alias", "detach", "unsqueeze", "as_strided", "_to_cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        device = getattr(made[0] if isinstance(made, tuple) else made, "device", None)
+        if device is not None and device.type == "meta" and not any(free in name for free in self.FREE):
+            self.counted[name] += 1
+        return made
+
+
+def row(launch: Launch, demand: Demand, part: Part, source: Source | None, target: Target) -> tuple[str, ...]:
+    """One line of the table."""
+    taken, core = resources(launch, target), CORES[target.arch]
+    loops, trips = inner_loops(launch.binary), list(leaves(source))
+    told = dict(enumerate(trips)) if len(trips) == len(loops) else {}
+    weights = [loop.issued * told.get(i, 1.0 + loop.operations) for i, loop in enumerate(loops)]
+    traffic = demand.blocks * (demand.mean.loaded + demand.mean.stored) / 2**20
+    cells = [
+        launch.name.removesuffix("_kernel"), f"{launch.blocks}", f"{launch.num_warps}", f"{launch.registers}",
+        f"{launch.spills}", f"{launch.shared / 1024:.0f}", f"{taken.blocks_per_core}",
+    ]  # fmt: skip
+    if loops:
+        place = weights.index(max(weights))
+        loop, warps = loops[place], launch.num_warps
+        clock = (target.matrix_tflops or 1.0) * 1e12 / target.cores / ((target.clock_ghz or 1.0) * 1e9)
+        lanes = warps * launch.warp_size
+        cycles = {
+            "products": warps * loop.operations / clock,
+            "issue": warps * loop.issued / core.parts,
+            "special": lanes * loop.mix["special"] / core.special_lanes,
+        }
+        most = max(cycles, key=lambda name: cycles[name])
+        cells += [
+            f"{told[place]:.0f}" if place in told else "",
+            *(str(loop.mix[name]) for name in (*CLASSES, "other")),
+            f"{cycles['products']:.0f}", f"{cycles['issue']:.0f}", most,
+        ]  # fmt: skip
+    else:
+        cells += [""] * (len(CLASSES) + 5)
+    return (*cells, f"{traffic:.0f}", f"{demand.footprint / 2**20:.0f}", f"{part.us:.0f}", part.bound)
+
+
+def table(problem: Problem, config: Config, target: Target) -> str:
+    """Every launch of a pass, and the sums.
+
+    Raises:
+        MctuneError: if the target cannot hold a kernel.
+    """
+    backend = TritonBackend()
+    with tempfile.TemporaryDirectory() as folder, Aside() as aside:
+        built = backend.build(problem, config, target, Path(folder))
+        launches = backend.compile(problem, config, built, target)
+    if isinstance(launches, TooLarge):
+        raise MctuneError(launches.message)
+    parameters, _ = calibration(target)
+    asked = demands(launches, problem, config, target, parameters)
+    parts = estimate(asked, target, parameters)
+    header = (
+        "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc issue",
+        "loop bound", "MiB L2", "MiB DRAM", "us", "bound",
+    )  # fmt: skip
+    rows = [
+        row(launch, demand, part, source_of(launch, problem, config), target)
+        for launch, demand, part in zip(launches, asked, parts, strict=True)
+    ]
+    beside = ", ".join(f"{name} x{count}" for name, count in aside.counted.items()) or "none"
+    total = sum(part.us for part in parts)
+    return f"{problem}\n{text_table(header, rows)}\npredicted {total:.0f} us; launches of torch beside them: {beside}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gpu", default="h100-sxm", help="target (default h100-sxm)")
+    parser.add_argument(
+        "--problem",
+        default="T=16384,H=16,Dk=128,Dv=128,segment_length=256,aggregation=grm,dtype=bfloat16",
+        help="as `mctune search` takes it",
+    )
+    parser.add_argument("--set", default="", metavar="NAME=VALUE,..", help="parameters other than the default's")
+    options = parser.parse_args()
+    try:
+        target, problem = resolve(options.gpu)[0], Problem.from_dict(parse_problem(options.problem))
+        space = TritonBackend().space(problem)
+        changes = dict(part.split("=") for part in options.set.split(",") if part)
+        typed = {name: next(v for v in space.param(name).values if str(v) == x) for name, x in changes.items()}
+        config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
+        if config is None:
+            raise MctuneError("no default of the space is valid with these parameters")
+        print(table(problem, config.replace(**typed), target))
+    except MctuneError as error:
+        raise SystemExit(f"compiled.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

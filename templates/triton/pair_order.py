@@ -1,0 +1,76 @@
+"""Pairs of a token and a segment that ssc chose for it, in the order of the segments (Eq. 16): a stable counting sort.
+
+A head's pairs are cut into parts, and each part's are counted by segment. Sums over segments, and over the parts of a
+segment, say where each part's pairs of a segment begin.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = tl.constexpr(64)
+"""Pairs that are compared together, by one warp: its lanes have columns, so that sums over rows stay in a lane."""
+
+
+@triton.jit(do_not_specialize=["pairs_a_part", "pairs", "parts", "N"])
+def count_kernel(chosen, counts, pairs_a_part, pairs, parts, N, ROWS: tl.constexpr):
+    """One program: ROWS pairs, each counted with its segment's of its part. Sums of integers have no order."""
+    bh = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    which = tl.load(chosen + bh * pairs + pair, mask=pair < pairs, other=0)
+    place = (bh * (N + 1) + which) * parts + pair // pairs_a_part
+    tl.atomic_add(counts + place, 1, mask=pair < pairs, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rounds", "pairs", "N"])
+def place_kernel(chosen, offsets, order, rounds, pairs, N):
+    """One program: the pairs of a part, rounds times ROWS, each to its place."""
+    part = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    parts = tl.num_programs(0)
+    chosen += bh * pairs
+    offsets += bh * (N + 1) * parts + part
+    first = part * rounds * ROWS
+    for r in range(0, rounds):
+        line = first + r * ROWS
+        pair = line + tl.arange(0, ROWS)
+        which = tl.load(chosen + pair, mask=pair < pairs, other=0)
+        before = tl.zeros([ROWS], tl.int32)
+        for e0 in range(first, line + 1, ROWS):
+            earlier = e0 + tl.arange(0, ROWS)
+            other = tl.load(chosen + earlier, mask=earlier < pairs, other=-1)
+            same = (other[:, None] == which[None, :]) & (earlier[:, None] < pair[None, :])
+            before += tl.sum(same.to(tl.int32), 0)
+        inside = pair < pairs
+        place = tl.load(offsets + which.to(tl.int64) * parts, mask=inside, other=0) + before
+        tl.store(order + place, pair, mask=inside)
+
+
+def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """order ``[B*H, T * top_k]`` and offsets ``[B*H * (N + 1) * parts + 1]``.
+
+    Args:
+        chosen [B*H, T, top_k]: int32, of :mod:`gates`; N for no segment.
+
+    Returns:
+        order: int32, a head's pairs, those of one segment in a row. offsets: int64, how many pairs are before a
+        head's, a segment's and a part's of it; every ``parts``-th is where a segment begins.
+    """
+    heads, T, top_k = chosen.shape
+    pairs = T * top_k
+    # At least 256 pairs a part, and so many that there are no more counts than pairs.
+    rounds = triton.cdiv(max(N + 1, 256), 64)
+    parts = triton.cdiv(pairs, rounds * 64)
+    counts = chosen.new_zeros(heads * (N + 1) * parts)
+    count_kernel[(triton.cdiv(pairs, 256), heads)](
+        chosen=chosen, counts=counts, pairs_a_part=rounds * 64, pairs=pairs, parts=parts, N=N, ROWS=256, num_warps=4
+    )
+    offsets = chosen.new_zeros(counts.numel() + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    order = torch.empty_like(chosen).view(heads, pairs)
+    place_kernel[(parts, heads)](
+        chosen=chosen, offsets=offsets, order=order, rounds=rounds, pairs=pairs, N=N, num_warps=1
+    )
+    return order, offsets

@@ -1,0 +1,192 @@
+"""Gradient of the read of a linear or SWLA Memory Caching layer (Eq. 6-17) to q and, where gates are learned, to them.
+
+    P_t^(i) = dy_t M^(i)T                            of the cached states, and of the online memory
+    dq_t = scale sum_i gamma_t^(i) P_t^(i)
+    dgamma_t^(i) = scale <q_t, P_t^(i)>
+
+Under ssc with FORMULATION "grouped" another kernel has read the cached states, and their parts of dq are added up here.
+
+The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece:
+P_t^(s) = sum_j w_tj <dy_t, v_j> k_j + e^{cum_t} dy_t A^T, and under SWLA the row before the piece.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import load_rows, load_state
+
+DK = 128
+PK = 128
+SK = 128
+DV = 128
+PV = 128
+SV = 128
+BJ = 64
+BK = 128
+BT = 128
+num_stages = 2
+num_warps = 8
+
+
+@triton.jit(do_not_specialize=["top_k", "T", "H", "P"])
+def read_backward_kernel(
+    q,
+    k,
+    v,
+    dy,
+    states,
+    lse,
+    own_logit,
+    picked,
+    partial,
+    cum,
+    now,
+    after,
+    before,
+    begin,
+    end,
+    segment,
+    entering,
+    seg_first,
+    tiles,
+    dq,
+    own,
+    scale,
+    top_k,
+    T,
+    H,
+    P,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PV: tl.constexpr,
+    SK: tl.constexpr,
+    SV: tl.constexpr,
+    BT: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program: BT tokens, BK key columns, one head."""
+    BLOCKS: tl.constexpr = (DK + BK - 1) // BK
+    column = tl.program_id(0) % BLOCKS * BK
+    tile = tiles + tl.program_id(0) // BLOCKS * 2
+    bh = tl.program_id(1).to(tl.int64)
+    piece = tl.load(tile)
+    t0 = tl.load(tile + 1)
+    start = tl.load(begin + piece)
+    stop = tl.minimum(t0 + BT, tl.load(end + piece))
+    s = tl.load(segment + piece)
+    first = tl.load(seg_first + s)
+    enters = tl.load(entering + piece)
+    head = bh // H * T * H + bh % H
+    q += head * DK
+    k += head * DK
+    v += head * DV
+    dy += head * DV
+    t = t0 + tl.arange(0, BT)
+    valid = t < stop
+    lines = bh * T + t
+    dy_t = load_rows(dy, t0, stop, H * DV, 0, DV, BT, PV)
+    q_t = load_rows(q, t0, stop, H * DK, column, DK, BT, BK)
+    online = tl.zeros([BT, BK], tl.float32)
+    cum += bh * T
+    cum_t = tl.load(cum + t, mask=valid, other=0.0)
+    now_t = tl.load(now + lines, mask=valid, other=0.0)
+    for j0 in range(start, stop, BJ):
+        j = j0 + tl.arange(0, BJ)
+        v_j = load_rows(v, j0, stop, H * DV, 0, DV, BJ, PV)
+        k_j = load_rows(k, j0, stop, H * DK, column, DK, BJ, BK)
+        scores = tl.dot(dy_t, tl.trans(v_j), input_precision="tf32x3")
+        cum_next = tl.load(cum + j + 1, mask=j + 1 < stop, other=0.0)
+        after_j = tl.load(after + bh * T + j, mask=j + 1 < stop, other=0.0)
+        decayed = after_j[None, :] * tl.exp(tl.minimum(cum_t[:, None] - cum_next[None, :], 0.0))
+        weights = tl.where(t[:, None] > j[None, :], decayed, 0.0)
+        scores *= tl.where(t[:, None] == j[None, :], now_t[:, None], weights)
+        online = tl.dot(scores.to(k_j.dtype), k_j, online, input_precision="tf32x3")
+    if enters >= 0:
+        state = load_state(states + (bh * P + enters) * (SK * SV), column, 0, SK, SV, BK, PV)
+        entered = tl.dot(dy_t, tl.trans(state), input_precision="tf32x3")
+        entered *= tl.exp(cum_t)[:, None]
+        # The row before the piece writes once more, with the strength of the piece's first token.
+        values = tl.arange(0, PV)
+        cols = column + tl.arange(0, BK)
+        last = tl.cast(start - 1, tl.int64)
+        v_row = tl.load(v + last * (H * DV) + values, mask=values < DV, other=0.0).to(tl.float32)
+        k_row = tl.load(k + last * (H * DK) + cols, mask=cols < DK, other=0.0).to(tl.float32)
+        score = tl.sum(dy_t.to(tl.float32) * v_row[None, :], 1)
+        score *= tl.load(before + bh * P + piece) * tl.exp(cum_t - tl.load(cum + start))
+        entered += score[:, None] * k_row[None, :]
+        online += entered
+
+    keys = q_t.to(tl.float32)
+    part = (column // BK) * tl.num_programs(1) + bh
+    tl.store(own + part * T + t, tl.sum(keys * online, 1) * scale, mask=valid)
+    total = tl.load(lse + lines, mask=valid, other=float("inf"))
+    online *= tl.exp(tl.load(own_logit + lines, mask=valid, other=0.0) - total)[:, None]
+    places = column + tl.arange(0, BK)
+    for r in range(0, top_k):
+        # Without a segment a logit is -inf, and nothing was written.
+        chosen = tl.load(picked + lines * top_k + r, mask=valid, other=float("-inf")) > float("-inf")
+        row = (lines * top_k + r)[:, None] * DK + places[None, :]
+        inside = chosen[:, None] & (places < DK)[None, :]
+        online += tl.load(partial + row, mask=inside, other=0.0).to(tl.float32)
+    cols = column + tl.arange(0, BK)
+    out = dq + head * DK + t.to(tl.int64)[:, None] * (H * DK) + cols[None, :]
+    tl.store(out, (online * scale).to(dq.dtype.element_ty), mask=valid[:, None] & (cols < DK)[None, :])
+
+
+def read_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dy: torch.Tensor,
+    states: torch.Tensor,
+    past: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    own_logit: torch.Tensor | None,
+    picked: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    cum: torch.Tensor | None,
+    now: torch.Tensor | None,
+    after: torch.Tensor | None,
+    before: torch.Tensor | None,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    segment: torch.Tensor,
+    entering: torch.Tensor,
+    seg_first: torch.Tensor,
+    seg_last: torch.Tensor | None,
+    tiles: torch.Tensor,
+    scale: float,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """dq ``[B, T, H, DK]``, dgamma ``[blocks, B*H, N, T]`` and own ``[blocks, B*H, T]``, to be added up over blocks.
+
+    Args:
+        q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
+        states [B*H, P, SK, SV]: end states of the pieces, as operands of products; past: of :mod:`segment_states`.
+        logits, lse, own_logit, picked: of :mod:`gates`; None where gates are not learned, logits also with "grouped".
+        partial [B*H, T, top_k, DK]: of :mod:`grouped_backward`, parts of dq without ``scale``.
+        seg_last: None where every segment is one piece.
+        tiles: of BT tokens.
+
+    Returns:
+        dq in q's dtype. Float32: the gradients of the cached segments' gates, row i at the tokens of later segments
+        (None where there are none, or others have them), and that of the online segment's.
+    """
+    B, T, H, _ = q.shape
+    bk = min(BK, PK)
+    blocks, N, P = triton.cdiv(DK, bk), seg_first.shape[0], begin.shape[0]
+    dq = torch.empty_like(q)
+    own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
+    dgamma = None
+    read_backward_kernel[(blocks * tiles.shape[0], B * H)](
+        q=q, k=k, v=v, dy=dy, states=states, lse=lse, own_logit=own_logit, picked=picked, partial=partial, cum=cum,
+        now=now, after=after, before=before, begin=begin, end=end, segment=segment, entering=entering,
+        seg_first=seg_first, tiles=tiles, dq=dq, own=own, scale=scale, top_k=top_k, T=T, H=H, P=P, DK=DK, DV=DV, PV=PV,
+        SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return dq, dgamma, own
