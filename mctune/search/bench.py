@@ -145,7 +145,10 @@ def bench_package(path: Path, *, rounds: int, note: Note) -> tuple[Target, list[
     package = load_package(path)
     target, _ = resolve(package.runtime.dispatch.TABLE.target)
     if not target.on_cpu:
-        raise DeviceError(f"{path} holds kernels for {target.name} ({target.title}); this times the CPU it runs on")
+        raise DeviceError(
+            f"{path} holds kernels for {target.name} ({target.title}); this times the CPU it runs on, and "
+            f"`python benchmarks/gpu.py --package {path}` a GPU"
+        )
     entries = read_entries(path)
     results = []
     with threads(target.cores):
