@@ -67,7 +67,9 @@ def test_table(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     entry, other = table["entries"]
     assert entry["problem"] == GRM.to_dict() and entry["config"]["segment_length"] == 32
     assert entry["kernel"] == f"kernels/{winners[0].library.name}" and (out / entry["kernel"]).is_file()
-    assert entry["portable"] != entry["kernel"] and (out / entry["portable"]).is_file()
+    # On a CPU that is no more than portable, the two are one file.
+    assert (entry["portable"] != entry["kernel"]) == (target.arch != "x86-64-v3")
+    assert (out / entry["portable"]).is_file()
     assert "# forward linear grm" in (out / entry["source"]).read_text() and entry["source"].endswith(".py")
     assert entry["outcome"] == {"kind": "timed", "ms": 1.5, "low": 1.4, "high": 1.7, "repeats": 21, "error": 3e-7}
     assert entry["verified"] == {"error": 3e-7, "tolerance": 2e-5, "cases": 3}
