@@ -297,6 +297,11 @@ def test_refusals(build_decode: Build) -> None:
             *(torch.zeros(1, 6, *x.shape[2:]) for x in (inputs.q, inputs.k, inputs.v, inputs.u)),
             g=None, beta=None, lam=None, scale=1.0, top_k=1, segment_length=5, memory=memory,
         )  # fmt: skip
+    narrow = replace(memory, states=(memory.states[0].half(),))
+    with pytest.raises(
+        KernelError, match=r"states of torch\.float16.*read torch\.float32; use MemoryCache\(state_dtype"
+    ):
+        extend(kernel, of, inputs, narrow, 0, 1)
     memory.states = (memory.states[0].new_zeros(1).expand(1, 1, 2**31, one.problem.Dk, one.problem.Dv),)
     with pytest.raises(KernelError, match=r"exceeds 2\^31 - 1"):
         extend(kernel, of, inputs, memory, 0, 1)
