@@ -18,6 +18,8 @@ from .rewind import History, extend_recorded
 from .step import extend
 
 Tensor = torch.Tensor
+STATE_DTYPES = (torch.bfloat16, torch.float16)
+"""What cached states may be kept in, besides the dtype that they are computed in."""
 
 
 @dataclass(eq=False)
@@ -44,17 +46,28 @@ class MemoryCache:
         max_states: most cached states to keep of a sequence; the oldest is dropped. ``None`` keeps all.
         rewind: newest tokens that :meth:`crop` can take back wherever they end, by a snapshot every ``rewind`` tokens
             and the keys, values and gates since.
+        state_dtype: ``torch.bfloat16`` or ``torch.float16`` keeps cached end states in 16 bits: half the bytes of a
+            decoded token, which time is bound by, at about the accuracy of a forward in that dtype, whose kernels round
+            the states that they read in the same way. Each is rounded once, when its segment has ended; what later
+            calls read is rounded, and float32 sums are made of it. A state beyond 65504 overflows float16. All else is
+            float32 as ever: states under way, mean keys, a deep memory's momentum. ``None`` rounds nothing: float32, or
+            float64 for a float64 model. Kernels of the CPU read float32 only: PyTorch serves the others there.
 
     Raises:
-        ArgumentError: if either is negative.
+        ArgumentError: if a number is negative, or the dtype another.
     """
 
-    def __init__(self, max_states: int | None = None, rewind: int = 0) -> None:
+    def __init__(self, max_states: int | None = None, rewind: int = 0, state_dtype: torch.dtype | None = None) -> None:
         if max_states is not None and max_states < 0:
             raise ArgumentError(f"max_states={max_states}: must be at least 0; None keeps all states")
         if rewind < 0:
             raise ArgumentError(f"rewind={rewind}: must be at least 0")
-        self.max_states, self.rewind = max_states, rewind
+        if state_dtype is not None and state_dtype not in STATE_DTYPES:
+            raise ArgumentError(
+                f"state_dtype={state_dtype!r} is not one of {', '.join(map(str, STATE_DTYPES))}; None keeps what "
+                "states are computed in, float32 unless the model is float64"
+            )
+        self.max_states, self.rewind, self.state_dtype = max_states, rewind, state_dtype
         self._layers: dict[int, _Layer] = {}
         self._convolutions: dict[int, _Convolution] = {}
 
@@ -98,7 +111,7 @@ class MemoryCache:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, call: Call, backend: str) -> tuple[Tensor, _Layer]:
         if self.rewind == 0 or call.segmentation == "logarithmic":
-            y, memory = prefill(call, backend, self.max_states)
+            y, memory = prefill(call, backend, self.max_states, self.state_dtype)
             return y, _Layer(memory, None)
         # The newest tokens are written one snapshot later, so that they can be taken back.
         lengths = sequence_lengths(call)
@@ -106,10 +119,11 @@ class MemoryCache:
         heads = [length - tail for length in lengths]
         outputs = []
         if max(heads) > 0:
-            y, memory = prefill(between(call, [0] * len(heads), heads), backend, self.max_states)
+            head = between(call, [0] * len(heads), heads)
+            y, memory = prefill(head, backend, self.max_states, self.state_dtype)
             outputs.append(y)
         else:
-            memory = LayerMemory.empty(call, len(heads), self.max_states)
+            memory = LayerMemory.empty(call, len(heads), self.max_states, self.state_dtype)
         layer = _Layer(memory, History(self.rewind))
         assert layer.history is not None
         layer.history.restart(memory)
@@ -180,7 +194,9 @@ class MemoryCache:
     def crop(self, max_length: int) -> None:
         """Forget all tokens of each sequence but the first ``max_length``; of a negative number, that many newest ones.
 
-        The cache becomes what it would be had those tokens never been written. All layers are cropped, or none.
+        The cache becomes what it would be had those tokens never been written. One thing stays, under ``checkpoint``
+        and out of the reach of ``rewind``: a segment then goes on from a cached state, and keeps the rounding that
+        ``state_dtype`` gave it. All layers are cropped, or none.
 
         Raises:
             ArgumentError: if the place cannot be restored: the message names those that can, and what to do.
@@ -250,7 +266,7 @@ class MemoryCache:
         """
         layers = {index: layer.memory for index, layer in self._layers.items()}
         convolutions = {index: (kept.inputs, kept.spare) for index, kept in self._convolutions.items()}
-        write_layers(Path(path), layers, convolutions, self.max_states, self.rewind)
+        write_layers(Path(path), layers, convolutions, self.max_states, self.rewind, self.state_dtype)
 
     @classmethod
     def load(cls, path: str | Path) -> MemoryCache:
@@ -259,8 +275,8 @@ class MemoryCache:
         Raises:
             ArgumentError: without the safetensors package, or if the file holds something else.
         """
-        layers, convolutions, max_states, rewind = read_layers(Path(path))
-        cache = cls(max_states, rewind)
+        layers, convolutions, max_states, rewind, state_dtype = read_layers(Path(path))
+        cache = cls(max_states, rewind, state_dtype)
         for index, memory in layers.items():
             history = History(rewind) if rewind else None
             if history is not None:

@@ -19,12 +19,18 @@ _Convolutions = dict[int, tuple[tuple[Tensor, ...], int]]
 
 
 def write_layers(
-    path: Path, layers: dict[int, LayerMemory], convolutions: _Convolutions, max_states: int | None, rewind: int
+    path: Path,
+    layers: dict[int, LayerMemory],
+    convolutions: _Convolutions,
+    max_states: int | None,
+    rewind: int,
+    state_dtype: torch.dtype | None,
 ) -> None:
     """Write memories and the convolutions' inputs; room beyond the states in use is left out."""
     library = _safetensors()
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {"max_states": max_states, "rewind": rewind, "layers": {}, "convolutions": {}}
+    about["state_dtype"] = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
     for index, memory in layers.items():
         assert memory.rules is not None
         about["layers"][index] = {"rules": asdict(memory.rules)}
@@ -39,8 +45,8 @@ def write_layers(
     library.save_file(tensors, str(path), metadata={"format": FORMAT, "cache": json.dumps(about)})
 
 
-def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int | None, int]:
-    """What :func:`write_layers` wrote: memories, convolutions, max_states, rewind.
+def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int | None, int, torch.dtype | None]:
+    """What :func:`write_layers` wrote: memories, convolutions, max_states, rewind, state_dtype.
 
     Raises:
         ArgumentError: if the file is of another kind.
@@ -66,7 +72,9 @@ def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int 
         int(index): (_numbered(tensors, f"{index}.convolution"), spare)
         for index, spare in about["convolutions"].items()
     }
-    return layers, convolutions, about["max_states"], about["rewind"]
+    # Files from before there was a choice do not say.
+    name = about.get("state_dtype")
+    return layers, convolutions, about["max_states"], about["rewind"], None if name is None else getattr(torch, name)
 
 
 def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:

@@ -81,7 +81,10 @@ def _row(row: int, x: Tensor) -> Tensor:
 
 
 def _to_boundary(memory: LayerMemory, target: int) -> None:
-    """The only sequence of ``memory`` to the end of a segment, as the next one starts."""
+    """The only sequence of ``memory`` to the end of a segment, as the next one starts.
+
+    Under checkpoint ``online`` becomes what is cached, and keeps its rounding if that is of 16 bits.
+    """
     rules = memory.rules
     assert rules is not None
     kept = target // rules.segment_length - int(memory.dropped[0])

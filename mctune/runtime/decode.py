@@ -178,7 +178,7 @@ def _close(call: Call, memory: LayerMemory, ended: list[int], slots: list[int]) 
     """Cache the end states of the rows ``ended`` in ``slots``, and make their next segment start."""
     rows, places = (torch.tensor(x, device=memory.key_sum.device) for x in (ended, slots))
     for store, online in zip(memory.states, memory.online, strict=True):
-        store[rows, :, places] = online[rows]
+        store[rows, :, places] = online[rows].to(store.dtype)
     memory.descriptors[rows, :, places] = memory.key_sum[rows] / call.segment_length
     memory.key_sum[rows] = 0
     if not call.carried:
@@ -214,18 +214,18 @@ def _gated(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
     else:
         # Lane by lane: one product over all lanes would copy the states, whose storage has room between two lanes.
         lanes = zip(x, states[0], strict=True)
-        hidden = torch.stack([torch.bmm(row.expand(len(store), -1, -1), store) for row, store in lanes])
+        hidden = torch.stack([torch.bmm(row.expand(len(store), -1, -1), store.to(x.dtype)) for row, store in lanes])
         rows = gelu(hidden, approximate="tanh").transpose(1, 2)
-    return (past[..., None] * rows).flatten(2) @ states[-1].flatten(1, 2)
+    return (past[..., None] * rows).flatten(2) @ states[-1].to(x.dtype).flatten(1, 2)
 
 
 def _few(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
     """The same for ssc, from the few states that each token chose."""
     index = best(past, call.top_k)[0]
     lane = torch.arange(len(past), device=past.device)[:, None, None]
-    rows = x[:, :, None, None] @ states[0][lane, index]
+    rows = x[:, :, None, None] @ states[0][lane, index].to(x.dtype)
     if len(states) > 1:
-        rows = gelu(rows, approximate="tanh") @ states[1][lane, index]
+        rows = gelu(rows, approximate="tanh") @ states[1][lane, index].to(x.dtype)
     return (past.gather(-1, index)[:, :, None] @ rows[:, :, :, 0])[:, :, 0]
 
 

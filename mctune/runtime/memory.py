@@ -39,15 +39,19 @@ class Rules:
 
 @dataclass(eq=False)
 class LayerMemory:
-    """The cache of one layer, float32, one row a sequence; sequences may be at different places.
+    """The cache of one layer, one row a sequence; sequences may be at different places.
+
+    All is float32 (float64 for a float64 model), but ``states`` may be bfloat16 or float16: their bytes are what
+    decoding is bound by, and they are rounded once, since nothing is added to them after their segment has ended. They
+    are widened where they are read.
 
     Where a segment has just ended, ``filled`` is 0 and the memory is already as the next one starts: ``key_sum`` is 0
     and, under independent, ``online`` is the initial state, ``momentum``, ``last_key`` and ``last_value`` are 0.
 
     Attributes:
         states: cached end states of segments (Eq. 4): ``(M,)`` with M [B, H, capacity, Dk, Dv] for a matrix memory,
-            ``(W_up, W_down)``, [B, H, capacity, Dk, E] and [B, H, capacity, E, Dv], for a deep one. What lies past
-            ``cached`` means nothing, and is finite.
+            ``(W_up, W_down)``, [B, H, capacity, Dk, E] and [B, H, capacity, E, Dv], for a deep one. Their dtype is that
+            of the states to come too. What lies past ``cached`` means nothing, and is finite.
         descriptors: mean key of each cached segment, [B, H, capacity, Dk] (Eq. 10).
         online: the state of the segment under way, shaped as ``states`` without the capacity axis.
         key_sum: sum of the keys of the segment under way, [B, H, Dk].
@@ -83,12 +87,17 @@ class LayerMemory:
             self.dropped = torch.zeros_like(self.cached)
 
     @classmethod
-    def empty(cls, call: Call, rows: int, bound: int | None = None) -> LayerMemory:
-        """A memory of ``rows`` sequences that have no token yet, for the tokens of ``call`` and those after them."""
+    def empty(
+        cls, call: Call, rows: int, bound: int | None = None, state_dtype: torch.dtype | None = None
+    ) -> LayerMemory:
+        """A memory of ``rows`` sequences that have no token yet, for the tokens of ``call`` and those after them.
+
+        ``state_dtype`` is that of the cached states, ``None`` the call's compute dtype, as all else has.
+        """
         H, Dk, Dv, like = call.q.shape[2], call.q.shape[3], call.v.shape[3], call.q
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=call.compute_dtype, device=like.device)
+        def zeros(*shape: int, dtype: torch.dtype = call.compute_dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
 
         initial: tuple[Tensor, ...] = ()
         online: tuple[Tensor, ...] = (zeros(rows, H, Dk, Dv),)
@@ -97,7 +106,7 @@ class LayerMemory:
             online = tuple(W.expand(rows, -1, -1, -1).contiguous() for W in initial)
         deep = call.deep
         return cls(
-            tuple(zeros(rows, H, FIRST_CAPACITY, *x.shape[2:]) for x in online),
+            tuple(zeros(rows, H, FIRST_CAPACITY, *x.shape[2:], dtype=state_dtype or x.dtype) for x in online),
             zeros(rows, H, FIRST_CAPACITY, Dk),
             online,
             zeros(rows, H, Dk),

@@ -22,13 +22,16 @@ Tensor = torch.Tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def prefill(call: Call, backend: str = "auto", bound: int | None = None) -> tuple[Tensor, LayerMemory]:
+def prefill(
+    call: Call, backend: str = "auto", bound: int | None = None, state_dtype: torch.dtype | None = None
+) -> tuple[Tensor, LayerMemory]:
     """What ``memory_caching`` gives for sequences that start here, and their memory.
 
     Args:
         call: checked arguments; of a packed row, each sequence becomes a row of the memory.
         backend: as in ``memory_caching``.
         bound: most states to keep of a sequence. What a token reads is then what it would read token by token.
+        state_dtype: of the cached states, as in :meth:`LayerMemory.empty`.
 
     Returns:
         y as ``memory_caching`` does, differentiable where there is no bound, and the memory.
@@ -46,10 +49,10 @@ def prefill(call: Call, backend: str = "auto", bound: int | None = None) -> tupl
     unbounded = max(lengths) if bound is None else (bound + 1) * call.segment_length
     heads = [min(length, unbounded) for length in lengths]
     if heads == lengths:
-        y, memory = _whole(call, backend, bound)
+        y, memory = _whole(call, backend, bound, state_dtype)
         memory.evict()
         return y, memory
-    y, memory = _whole(between(call, [0] * len(lengths), heads), backend, bound)
+    y, memory = _whole(between(call, [0] * len(lengths), heads), backend, bound, state_dtype)
     memory.evict()
     rest = _extend_each(between(call, heads, lengths), memory, backend)
     return joined(call, [y, rest], [heads, lengths]), memory
@@ -120,24 +123,28 @@ def as_batch(call: Call, rows: int) -> Call:
     return replace(batched, cu_seqlens=None, segmentation="constant")
 
 
-def _whole(call: Call, backend: str, bound: int | None) -> tuple[Tensor, LayerMemory]:
+def _whole(call: Call, backend: str, bound: int | None, state_dtype: torch.dtype | None) -> tuple[Tensor, LayerMemory]:
     if call.requires_grad:
-        return serve(call, backend), remember(call, bound)
+        return serve(call, backend), remember(call, bound, state_dtype)
     y, states, means = forward_with_states(call, backend)
-    return y, remember(call, bound, states, means)
+    return y, remember(call, bound, state_dtype, states, means)
 
 
 @torch.no_grad()
 def remember(
-    call: Call, bound: int | None = None, kept: Tensor | None = None, means: Tensor | None = None
+    call: Call,
+    bound: int | None = None,
+    state_dtype: torch.dtype | None = None,
+    kept: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> LayerMemory:
-    """The memory that sequences leave, from their writes alone.
+    """The memory that sequences leave, from their writes alone; ``state_dtype`` as in :meth:`LayerMemory.empty`.
 
     ``kept`` and ``means`` are the states at the segments' ends, [B, H, N, Dk, Dv], and their mean keys, [B, H, N, Dk],
     where a kernel has left them.
     """
     lengths = sequence_lengths(call)
-    memory = LayerMemory.empty(call, len(lengths), bound)
+    memory = LayerMemory.empty(call, len(lengths), bound, state_dtype)
     C = call.segment_length
     states: tuple[Tensor, ...] = ()
     momentum: tuple[Tensor, ...] = ()

@@ -54,9 +54,9 @@ class TritonDecode:
     ) -> torch.Tensor:
         """y ``[B, n, H, Dv]`` from q, k, u ``[B, n, H, Dk]``, v, all of one dtype, and float32 gates ``[B, n, H]``.
 
-        The tensors of ``memory``, float32 and contiguous, are written in place; its counts stay. Counts on the CPU are
-        checked, and passed as numbers where all sequences are at the same place. Counts on the device are not waited
-        for: a state that there is no room for is left out of the cache.
+        The tensors of ``memory``, contiguous and float32, its states float32, bfloat16 or float16, are written in
+        place; its counts stay. Counts on the CPU are checked, and passed as numbers where all sequences are at the same
+        place. Counts on the device are not waited for: a state that there is no room for is left out of the cache.
 
         Raises:
             KernelError: if the memory has no room for the states of the tokens, or more states than ssc's kernels take.

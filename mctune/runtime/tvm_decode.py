@@ -54,12 +54,17 @@ class TvmDecode:
         The tensors of ``memory``, float32, contiguous and of any alignment, are written in place; its counts stay.
 
         Raises:
-            KernelError: if the memory has no room for the states of the tokens, or an array has more elements than the
-                kernel's 32-bit indices reach.
+            KernelError: if the cached states are of 16 bits, the memory has no room for those of the tokens, or an
+                array has more elements than the kernel's 32-bit indices reach.
         """
         B, n, H, Dk = q.shape
         (states,), (online,), descriptors = memory.states, memory.online, memory.descriptors
         cached, filled = memory.cached, memory.filled
+        if states.dtype != torch.float32:
+            raise KernelError(
+                f"cached states of {states.dtype}, and kernels of the CPU read torch.float32; use "
+                "MemoryCache(state_dtype=None)"
+            )
         needed = max(
             used + (begun + n) // segment_length for used, begun in zip(cached.tolist(), filled.tolist(), strict=True)
         )

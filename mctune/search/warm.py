@@ -64,26 +64,26 @@ def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
         started = time.monotonic()
         launcher = dispatch.launcher(entry)
         with VirtualDevice(target) as device:
-            for variant, even in variants(problem):
-                call_on_meta(variant, launcher, even)
+            for variant, even, state_dtype in variants(problem):
+                call_on_meta(variant, launcher, even, state_dtype)
         launched = tuple(dict.fromkeys(launch.name for launch in device.launches))
         yield Warmed(problem, launched, tuple(device.compiled), time.monotonic() - started)
 
 
-def variants(problem: Problem) -> Iterator[tuple[Problem, bool]]:
-    """Calls that together launch every variant of a problem's kernels, and whether sequences are at the same place.
+def variants(problem: Problem) -> Iterator[tuple[Problem, bool, str]]:
+    """Calls that together launch every variant of a problem's kernels: what :func:`call_on_meta` is given of them.
 
     Sizes are arguments of the kernels. What they decide at compile time: whether any segment is cut up, or continues
     another; of a decode step whether all sequences are at the same place; and under ssc, by powers of two, for how many
-    cached states there is room.
+    cached states there is room. A decode step is also compiled for each dtype that states can be cached in.
     """
     if problem.pass_ != "decode":
         for T in dict.fromkeys((problem.T, max(problem.T - 1, 1), 1)):
-            yield problem.replace(T=T), True
+            yield problem.replace(T=T), True, "float32"
         return
     C = problem.segment_length or 1
     room = [-(-problem.T // C)]
     if problem.aggregation == "ssc":
         room += [1 << bit for bit in range(4, (room[0] - 1).bit_length())]
-    for count, even in product(room, (True, False)):
-        yield problem.replace(T=count * C, B=max(problem.B, 2)), even
+    for count, even, state_dtype in product(room, (True, False), ("float32", "bfloat16", "float16")):
+        yield problem.replace(T=count * C, B=max(problem.B, 2)), even, state_dtype

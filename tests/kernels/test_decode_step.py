@@ -24,7 +24,7 @@ from mctune.runtime.tvm_decode import TvmDecode
 from mctune.runtime.tvm_loader import KernelError
 from mctune.search.inputs import Inputs
 from mctune.search.passes import PASSES, memory_of
-from mctune.search.verify import decided_inputs, poisoned_memory, tolerance, verify
+from mctune.search.verify import decided_inputs, judge_all, poisoned_memory, tolerance, verify
 
 SPACE = load_space("tvm", "decode")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (7, 192), (1, 1), (33, 256))
@@ -210,7 +210,8 @@ def drawn_for(recurrence: str, aggregation: str, state_init: str) -> Drawn:
 def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
     one = drawn_for("swla", aggregation, "checkpoint")
     kernel = build_decode(one.problem, one.config)
-    assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, 0) < 2e-5
+    cases = judge_all(one.problem, 0)
+    assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, cases) < 2e-5
 
 
 def ssc_case(build_decode: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
@@ -297,6 +298,11 @@ def test_refusals(build_decode: Build) -> None:
             *(torch.zeros(1, 6, *x.shape[2:]) for x in (inputs.q, inputs.k, inputs.v, inputs.u)),
             g=None, beta=None, lam=None, scale=1.0, top_k=1, segment_length=5, memory=memory,
         )  # fmt: skip
+    narrow = replace(memory, states=(memory.states[0].half(),))
+    with pytest.raises(
+        KernelError, match=r"states of torch\.float16.*read torch\.float32; use MemoryCache\(state_dtype"
+    ):
+        extend(kernel, of, inputs, narrow, 0, 1)
     memory.states = (memory.states[0].new_zeros(1).expand(1, 1, 2**31, one.problem.Dk, one.problem.Dv),)
     with pytest.raises(KernelError, match=r"exceeds 2\^31 - 1"):
         extend(kernel, of, inputs, memory, 0, 1)

@@ -29,6 +29,7 @@ PROBLEMS = (
 )
 _LATER = """
 import sys
+from itertools import product
 from pathlib import Path
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import VirtualDevice
@@ -44,9 +45,9 @@ for entry in dispatch.TABLE.entries:
     shapes = ((problem.T, 1, 4), (64 * 7, 2, 1), (333, 3, 16), (63, 1, 3), (20, 1, 8))
     sizes = [dict(T=T, B=B, H=H) for T, B, H in shapes]
     with VirtualDevice(resolve("a100")[0]) as device:
-        for even in (True, False):
+        for even, states in product((True, False), ("float32", "bfloat16", "float16")):
             for changes in sizes:
-                call_on_meta(problem.replace(**changes), launcher, even)
+                call_on_meta(problem.replace(**changes), launcher, even, states)
     compiled += device.compiled
     launched += len(device.launches)
 print(launched, *compiled)

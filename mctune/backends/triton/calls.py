@@ -16,10 +16,11 @@ _LANES = 16
 """States that a forward keeps for a backward have widths padded to this."""
 
 
-def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True) -> None:
+def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True, state_dtype: str = "float32") -> None:
     """Call the launcher of the problem's pass once, as a search times it and as a model calls it.
 
-    A decode step's sequences are all at the same place, or, where not ``even``, the first is one token behind.
+    A decode step's sequences are all at the same place, or, where not ``even``, the first is one token behind; its
+    cached states are in ``state_dtype``.
     """
     match problem.pass_:
         case "forward":
@@ -27,7 +28,7 @@ def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True) -> None:
         case "backward":
             _backward(problem, kernel)
         case "decode":
-            _decode(problem, kernel, even)
+            _decode(problem, kernel, even, _DTYPES[state_dtype])
         case _:
             raise ValueError(f"no launcher is called for pass {problem.pass_!r}")
 
@@ -44,13 +45,13 @@ def _backward(problem: Problem, kernel: Kernel) -> None:
     kernel(torch.empty_like(v), q, k, v, u, segments=segments, **saved, **_options(problem, problem.T))
 
 
-def _decode(problem: Problem, kernel: Kernel, even: bool) -> None:
+def _decode(problem: Problem, kernel: Kernel, even: bool, state_dtype: torch.dtype) -> None:
     """One token, the last of T, after a memory of the others."""
     B, H, Dk, Dv = problem.B, problem.H, problem.Dk, problem.Dv
     C = problem.segment_length or 1
     capacity = -(-problem.T // C)
     memory = LayerMemory(
-        states=(_empty(B, H, capacity, Dk, Dv),),
+        states=(_empty(B, H, capacity, Dk, Dv, dtype=state_dtype),),
         descriptors=_empty(B, H, capacity, Dk),
         online=(_empty(B, H, Dk, Dv),),
         key_sum=_empty(B, H, Dk),

@@ -11,6 +11,9 @@ value columns walks through the tokens, writes the online state and reads it, an
 the tokens that come after. A second kernel adds up the parts. The same serves every aggregation: with all logits 0
 the softmax is 1 / s (mean), and without its division all weights are 1 (residual).
 
+Cached states in 16 bits are half the bytes; all sums are float32. A state is rounded as it is appended, so the tokens
+of the same launch read it before it is.
+
 With SPLITS = 1 one program a head does everything, in a single launch.
 """
 
@@ -183,7 +186,8 @@ def _read_kernel(
             if place == length:
                 # The host knows that there is room, unless the counts are on the device.
                 room = d < tl.where(slot < capacity, DK, 0)
-                tl.store(states + slot.to(tl.int64) * DK * DV + tile, M, mask=room[:, None] & (x < DV)[None, :])
+                ended = M.to(states.dtype.element_ty)
+                tl.store(states + slot.to(tl.int64) * DK * DV + tile, ended, mask=room[:, None] & (x < DV)[None, :])
                 tl.store(descriptors + slot * DK + d, keys / length, mask=room)
                 slot += 1
                 place = 0
@@ -264,7 +268,7 @@ def _read_kernel(
                 inside = (d < tl.where(slot < used, DK, 0))[:, None] & (x < DV)[None, :]
                 M = tl.load(
                     states + slot.to(tl.int64) * DK * DV + (d[:, None] * DV + x[None, :]), mask=inside, other=0.0
-                )
+                ).to(tl.float32)
                 inside = (tokens < n)[:, None] & (d < DK)[None, :]
                 w = tl.load(q + tokens[:, None] * H * DK + d[None, :], mask=inside, other=0.0).to(tl.float32)
                 w = w * scale * tl.sum(tl.where(here[None, :], weight, 0.0), 1)[:, None]
@@ -311,8 +315,9 @@ def decode_step(
     Args:
         q, k, u [B, T, H, DK], v, y [B, T, H, DV], of one dtype; g, beta, lam [B, T, H] float32 or None for
             0, 0 and 1.
-        states, descriptors, online, key_sum, last_key, last_value: of the memory, float32:
-            [B, H, capacity, DK, DV], [B, H, capacity, DK], [B, H, DK, DV], [B, H, DK], [B, H, DK], [B, H, DV].
+        states: of the memory, float32, bfloat16 or float16 [B, H, capacity, DK, DV].
+        descriptors, online, key_sum, last_key, last_value: of the memory, float32:
+            [B, H, capacity, DK], [B, H, DK, DV], [B, H, DK], [B, H, DK], [B, H, DV].
         cached, filled: int32 [B], states and tokens of the segment under way; None where they are ``cached_all`` and
             ``filled_all`` for every sequence.
         length: C.
