@@ -30,6 +30,7 @@ from mctune.search.package import load_package
 Tensor = torch.Tensor
 Results = Mapping[str, Tensor]
 Call = Callable[[], Results]
+NARROW = "16-bit states"
 KINDS = ("forward", "training", "decode")
 """y; y and the gradients of all inputs; one token after T of context."""
 
@@ -115,6 +116,9 @@ def contenders(shape: Shape, target: Target, package: Path | None, folder: Path)
             ours.append(Contender(f"mctune {aggregation}", aggregation, kernels.make, kernels.config))
         plain = Kernels(aggregation, target, None, folder)
         ours.append(Contender(f"mctune {aggregation}, defaults", aggregation, plain.make, plain.config))
+        if shape.kind == "decode":
+            narrow = Kernels(aggregation, target, package, folder, narrow=True)
+            ours.append(Contender(f"mctune {aggregation}, {NARROW}", aggregation, narrow.make, narrow.config))
     others = [Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION))]
     others.append(Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION)))
     if shape.kind != "decode":
@@ -138,6 +142,8 @@ class Kernels:
     target: Target
     package: Path | None
     folder: Path
+    narrow: bool = False
+    """Whether cached states are kept in the dtype of the shape, as ``MemoryCache(state_dtype=...)`` does."""
 
     def config(self, shape: Shape) -> Config:
         """Of the pass that takes longest."""
@@ -169,6 +175,8 @@ class Kernels:
     def _step(self, shape: Shape, data: Data, options: dict[str, Any]) -> Call:
         launcher, _ = self._launcher(shape.problem(self.aggregation))
         memory = memory_after(shape, data)
+        if self.narrow:
+            memory.states = (memory.states[0].to(data.k.dtype),)
         q, k, v, u = (x[:, -1:].contiguous() for x in (data.q, data.k, data.v, data.u))
         return lambda: {"y": launcher(q, k, v, u, **options, segment_length=shape.C, memory=memory)}
 

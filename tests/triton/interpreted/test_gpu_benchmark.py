@@ -29,7 +29,8 @@ def gpu() -> Iterator[ModuleType]:
         import gpu
 
         yield gpu
-        del sys.modules["gpu"], sys.modules["gpu_contenders"]
+        for name in ("gpu", "gpu_contenders", "gpu_report"):
+            del sys.modules[name]
 
 
 def tiny(gpu: ModuleType, kind: str) -> Any:
@@ -55,14 +56,21 @@ def test_what_is_right_is_timed_and_what_is_not_is_left_out(
     said = capsys.readouterr().err
     assert re.search(r"mctune grm, planted left out: MctuneError: wrong: error (4\.9|5\.0)\de-02 over [25]e-03", said)
     times = {timing.name: timing for timing in found}
-    assert set(times) == {"mctune grm, defaults", "sdpa, flash"}
+    narrow_ = {"mctune grm, 16-bit states"} if kind == "decode" else set()
+    assert set(times) == {"mctune grm, defaults", "sdpa, flash"} | narrow_
     grm = times["mctune grm, defaults"]
     assert grm.timed.ms > 0 and grm.host_ms > 0 and 0 < grm.timed.error < 2e-3 and grm.config
     reached = gpu.Rates(1e12, 1e11)
-    assert (
-        gpu.fraction(tiny(gpu, kind), grm, reached) > 0
-        and gpu.fraction(tiny(gpu, kind), times["sdpa, flash"], reached) is None
-    )
+    fraction = sys.modules["gpu_report"].fraction
+    assert fraction(tiny(gpu, kind), grm, reached) > 0
+    assert fraction(tiny(gpu, kind), times["sdpa, flash"], reached) is None
+    if kind == "decode":
+        narrow = times["mctune grm, 16-bit states"]
+        assert grm.timed.error < narrow.timed.error < 2e-3
+        at_once = replace(narrow, timed=grm.timed)
+        assert fraction(tiny(gpu, kind), at_once, gpu.Rates(1e15, 1e11)) < fraction(
+            tiny(gpu, kind), grm, gpu.Rates(1e15, 1e11)
+        )
 
 
 def test_rows_are_kept_and_reported(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
