@@ -19,15 +19,17 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mctune.backends import backend_for
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.backend import TritonBackend
 from mctune.backends.triton.resources import CORES, resources
 from mctune.cli._cases import parse_problem
 from mctune.cli._output import text_table
-from mctune.core.config import Config
+from mctune.core.config import Config, Scalar
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
+from mctune.core.space import SearchSpace
 from mctune.core.target import Target, resolve
 from mctune.search.calibrated import calibration
 from mctune.search.predict import Demand, Part, demands, estimate
@@ -196,6 +198,15 @@ def table(problem: Problem, config: Config, target: Target) -> str:
     return f"{problem}\n{text_table(header, rows)}\npredicted {total:.0f} us; launches of torch beside them: {beside}"
 
 
+def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
+    """The value of a parameter that prints like the one given."""
+    values = space.param(name).values
+    found = [value for value in values if str(value) == str(given)]
+    if not found:
+        raise MctuneError(f"{name}={given}: it may be {', '.join(map(str, values))}")
+    return found[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", default="h100-sxm", help="target (default h100-sxm)")
@@ -208,9 +219,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         target, problem = resolve(options.gpu)[0], Problem.from_dict(parse_problem(options.problem))
+        if backend_for(target) != "triton":
+            raise MctuneError(f"{target.name} is a CPU; give --gpu the name of a GPU (`mctune targets`)")
         space = TritonBackend().space(problem)
-        changes = dict(part.split("=") for part in options.set.split(",") if part)
-        typed = {name: next(v for v in space.param(name).values if str(v) == x) for name, x in changes.items()}
+        typed = {name: value_of(space, name, text) for name, text in parse_problem(options.set).items()}
         config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
         if config is None:
             raise MctuneError("no default of the space is valid with these parameters")
