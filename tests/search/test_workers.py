@@ -5,24 +5,25 @@ The process that times runs Triton's interpreter here, where there may be no GPU
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mctune.core.outcome import FailedBuild, Timed, TooLarge, from_json
+from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.search import workers as module
 from mctune.search.events import SearchRequest
 from mctune.search.presence import Seen, here
-from mctune.search.spread import draw
+from mctune.search.spread import walk
 from mctune.search.workers import Workers
 
 TARGET, _ = resolve("rtx3090")
-SMALL = next(one for one in draw("forward", TARGET, ("float16",)) if one.problem.aggregation == "mean")
-PROBLEM = SMALL.problem.replace(B=1, T=64, H=1, segment_length=32)
-CONFIG = SMALL.config.replace(piece=32, read_BT=16)
+PROBLEM = Problem(aggregation="mean", T=64, H=1, Dk=20, Dv=33, segment_length=32, dtype="float16")
+CONFIG = walk(random.Random(0), PROBLEM, TARGET)
 LIMIT_S = 240.0
 
 
@@ -38,7 +39,9 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers
 def test_what_does_not_compile_never_reaches_the_device(workers: Workers) -> None:
     assert workers.count == 2 and workers._device is not None
     wide = PROBLEM.replace(Dk=256, Dv=256, T=4096, segment_length=256, dtype="bfloat16")
-    big = SMALL.config.replace(piece=256, read_BT=128, read_BV=128, read_num_warps=8, read_num_stages=4)
+    big = walk(random.Random(0), wide, TARGET).replace(
+        piece=256, read_BT=128, read_BV=128, read_num_warps=8, read_num_stages=4
+    )
     reply = workers.evaluate({"problem": wide.to_dict(), "config": big.to_dict()}, LIMIT_S)
     assert isinstance(reply, dict)
     outcome = from_json(reply["outcome"])

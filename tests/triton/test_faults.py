@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.search import one
 from mctune.search.presence import here, seen
-from mctune.search.spread import draw
+from mctune.search.spread import walk
 from mctune.search.worker import Worker
 
 PLANTED = Path(__file__).parent.parent / "planted"
@@ -21,9 +22,7 @@ GPU = here(seen())
 TARGET = GPU or resolve("h200")[0]
 LIMIT_S = 240.0
 PROBLEM = Problem(aggregation="mean", T=64, H=1, Dk=16, Dv=16, segment_length=32, dtype="float16")
-CONFIG = next(x for x in draw("forward", TARGET, ("float16",)) if x.problem.aggregation == "mean").config.replace(
-    piece=32, read_BT=16
-)
+CONFIG = walk(random.Random(0), PROBLEM, TARGET)
 
 
 @pytest.fixture(scope="module")
