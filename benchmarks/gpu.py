@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> None:
     started, target, record = time.monotonic(), _target(), options.out.with_suffix(".jsonl")
     made_by = identity(options.package)
     found = read_rows(record, made_by)
-    wanted = list(shapes(options.small))
+    wanted, known = list(shapes(options.small)), len(found)
     left = [shape for shape in wanted if shape not in found]
     say(f"{made_by['gpu']}: {len(wanted) - len(left)} of {len(wanted)} shapes are measured already")
     reached = rates(options.small)
@@ -275,11 +275,14 @@ def run(options: argparse.Namespace) -> None:
         # The decisive shapes first. A group has its kernels in common, which are compiled before it.
         groups = [left[:4], *(list(group) for _, group in groupby(left[4:], lambda shape: (shape.D, shape.C)))]
         for group in groups:
-            if group and not over():
+            if over() and len(found) > known:
+                break
+            if group:
                 say(f"compiling for {len(group)} shapes, {usable_cores()} cores")
                 warm(group, options)
             for shape in group:
-                if over():
+                # One at least, whatever compiling took: the same command again gets further.
+                if over() and len(found) > known:
                     break
                 say(str(shape))
                 timings = measured(shape, target, options.package, Path(folder), options.rounds)
