@@ -86,6 +86,11 @@ def test_rows_are_kept_and_reported(gpu: ModuleType, tmp_path: Path, monkeypatch
     monkeypatch.setattr(gpu, "measured", lambda *_: pytest.fail("it is measured already"))
     gpu.run(options)
     assert out.with_suffix(".jsonl").read_text() == written
+    # Another package: the decisive shapes are measured again, others are not.
+    made_by = {**gpu.identity(None), "package": "another"}
+    assert gpu.read_rows(out.with_suffix(".jsonl"), made_by, [shape]) == {}
+    assert list(gpu.read_rows(out.with_suffix(".jsonl"), made_by, [])) == [shape]
+    assert gpu.read_rows(out.with_suffix(".jsonl"), {**made_by, "gpu": "another"}, []) == {}
     data = json.loads(out.read_text())
     assert "rehearsal" in data["environment"]
     (row,) = data["rows"]
