@@ -40,7 +40,7 @@ from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
 from mctune.reference import error_ratio
 from mctune.runtime.triton_tables import DEVICE
-from mctune.search.clocks import read_clocks
+from mctune.search.clocks import clock_and_heat, read_clocks
 from mctune.search.presence import here, seen
 from mctune.search.timing import host_ms, summary, time_rotated
 from mctune.search.verify import tolerance
@@ -96,11 +96,10 @@ def measured(shape: Shape, target: Target, package: Path | None, folder: Path, r
             continue
         calls[contender] = call
         del results
-    before = time_rotated(list(calls.values()), rounds=rounds, limit_s=30.0, device=DEVICE)
-    clocks = read_clocks() if DEVICE == "cuda" else None
-    state = (clocks.sm_mhz, clocks.celsius) if clocks else (None, None)
+    times = time_rotated(list(calls.values()), rounds=rounds, limit_s=30.0, device=DEVICE)
+    state = clock_and_heat(DEVICE)
     found = []
-    for (contender, call), samples in zip(calls.items(), before, strict=True):
+    for (contender, call), samples in zip(calls.items(), times, strict=True):
         timed = Timed(*summary(samples), len(samples), errors[contender.name], *state)
         config = contender.config(shape).to_dict() if contender.config else {}
         found.append(Timing(contender.name, contender.computes, timed, host_ms(call), config))
@@ -108,10 +107,10 @@ def measured(shape: Shape, target: Target, package: Path | None, folder: Path, r
 
 
 def checked(contender: Contender, shape: Shape, data: Data, results: Results) -> float:
-    """The error of a contender, inf if it is not finite; 0 of one that has nothing to be held to.
+    """The error of a contender; 0 of one that has nothing to be held to.
 
     Raises:
-        MctuneError: if it is wrong.
+        MctuneError: if it is wrong, or not finite.
     """
     if not all(bool(x.isfinite().all()) for x in results.values()):
         raise MctuneError("the result is not finite")

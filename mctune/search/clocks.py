@@ -33,3 +33,9 @@ def read_clocks() -> Clocks | None:
         return Clocks(*(float(value) for value in done.stdout.strip().split(",")))
     except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None
+
+
+def clock_and_heat(device: str) -> tuple[float | None, float | None]:
+    """The clock in MHz and the temperature that a :class:`mctune.core.outcome.Timed` has; ``None`` of a CPU."""
+    clocks = read_clocks() if device == "cuda" else None
+    return (clocks.sm_mhz, clocks.celsius) if clocks else (None, None)

@@ -18,7 +18,7 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.clocks import read_clocks
+from mctune.search.clocks import clock_and_heat
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
 from mctune.search.passes import PASSES
 from mctune.search.timing import summary, time_rotated
@@ -64,9 +64,7 @@ class _Bench:
         call = self._call(kernel, problem)
         samples = time_rotated([call], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[0]
         ms, low, high = summary(samples)
-        clocks = read_clocks() if kernel.device == "cuda" else None
-        state = (clocks.sm_mhz, clocks.celsius) if clocks else (None, None)
-        return Timed(ms, low, high, len(samples), error_, *state)
+        return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device))
 
     def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
