@@ -40,7 +40,7 @@ class TritonBackward:
         self.states = parts["segment_states"]
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.pair_order = parts["pair_order"].pair_order if "pair_order" in parts else None
-        self.grouped = parts.get("grouped_backward")
+        self.grouped = parts["grouped_backward"].grouped_backward if "grouped_backward" in parts else None
         self.gates_backward = parts["gates_backward"].gates_backward if "gates_backward" in parts else None
         self.read_backward = parts["read_backward"].read_backward
         self.state_backward = parts["state_backward"].state_backward
@@ -89,7 +89,7 @@ class TritonBackward:
         else:
             ends, operand, past, means, sums = states_of(self.states, tables, k, v, (cum, now, after, before))
 
-        logits = lse = gate = dmeans = pull = pulls = own_logit = order = offsets = partial = dpicked = None
+        logits = lse = gate = dmeans = pull = pulls = own_logit = order = offsets = partial = dpicked = chosen = None
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
         picks: dict[str, torch.Tensor | None] = {"chosen": None, "picked": None}
@@ -101,11 +101,11 @@ class TritonBackward:
             )  # fmt: skip
         if self.pair_order is not None and self.grouped is not None:
             order, offsets = self.pair_order(chosen=picks["chosen"], N=segments.count)
-            pairs = {"order": order, "offsets": offsets, "picked": picks["picked"], "lse": lse, "seg_last": seg_last}
-            partial, dpicked = self.grouped.pair_backward(
-                q=q, dy=dy, states=operand, **pairs, N=segments.count, scale=scale
-            )
-        dq, dgamma, own = self.read_backward(
+            partial, dpicked, chosen = self.grouped(
+                q=q, dy=dy, states=operand, order=order, offsets=offsets, picked=picks["picked"], lse=lse,
+                seg_last=seg_last, N=segments.count, scale=scale,
+            )  # fmt: skip
+        dq, dgamma, own, delta = self.read_backward(
             q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=logits, lse=lse, own_logit=own_logit,
             picked=picks["picked"], partial=partial, **decayed, **reads, seg_last=seg_last,
             tiles=tables.tiles(self.config["dq_BT"]), scale=scale, top_k=top_k,
@@ -116,24 +116,19 @@ class TritonBackward:
         else:
             du, dmeans, gate, pull, pulls = self.gates_backward(
                 k=k, u=u, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, **picks,
-                order=order, offsets=offsets, dgamma=dgamma if dpicked is None else dpicked, own=own, **pieces,
-                seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
+                order=order, offsets=offsets, dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta,
+                **pieces, seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
                 seg_past_end=tables.seg_past_end, seg_piece=tables.seg_piece,
                 tiles=tables.tiles(self.config["dgates_BT"]),
             )  # fmt: skip
-            del dgamma, dpicked
-        chosen = None
-        if self.grouped is not None:
-            chosen = self.grouped.chosen_backward(
-                q=q, dy=dy, **pairs, N=segments.count, P=tables.begin.shape[0], scale=scale
-            )
+            # The logits are gates now.
+            del dgamma, dpicked, lse
         dends, crossing, dk_lead, dv_lead, dbefore = self.state_backward(
-            q=q, k=k, v=v, dy=dy, ends=ends, logits=logits, lse=lse, gate=gate, chosen=chosen, cum=cum,
-            before=before, **reads, seg_end=tables.seg_end, seg_past_end=tables.seg_past_end,
-            seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end, scale=scale,
-            crosses=tables.crosses,
+            q=q, k=k, v=v, dy=dy, ends=ends, gammas=logits, gate=gate, chosen=chosen, cum=cum, before=before,
+            **reads, seg_end=tables.seg_end, seg_past_end=tables.seg_past_end, seg_last=tables.seg_last,
+            seq_begin=tables.seq_begin, seq_end=tables.seq_end, scale=scale, crosses=tables.crosses,
         )  # fmt: skip
-        del ends, logits, lse
+        del ends, logits
         dk, dv, dg, dbeta, dlam = self.write_backward(
             q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed, dends=dends, crossing=crossing,
             dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore, dmeans=dmeans, pull=pull, pulls=pulls, **reads,

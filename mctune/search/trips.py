@@ -144,10 +144,11 @@ def _gates(w: Walk) -> Source:
     loops = [] if w.whole else [Source(w.of_tiles(BT, lambda p, t: p.before))]
     loops.append(Source(w.of_tiles(BT, lambda p, t: t // BT + 1), 2 * BT * BT * PK))
     cached = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BN))
-    chosen = (Source(w["top_k"]),) if w.problem.aggregation == "ssc" else ()
-    loops.append(Source(cached, _twice(w) * 2 * BT * BN * PK, chosen))
-    if chosen and not w.has("formulation", "grouped"):
-        loops.append(Source(cached))
+    loops.append(Source(cached, _twice(w) * 2 * BT * BN * PK))
+    if w.problem.aggregation == "ssc":
+        loops.append(Source(w["top_k"]))
+        if not w.has("formulation", "grouped"):
+            loops.append(Source(cached))
     return Source(1, 0, tuple(loops))
 
 
@@ -189,16 +190,6 @@ def _grouped(w: Walk) -> Source:
     return Source(1, state * share, (Source(math.log2(w.segments + 1)),), conditional=state * (1 - share))
 
 
-def _pairs(w: Walk) -> Source:
-    """As of :func:`_grouped`: the gradient of a tile of pairs has whole rows."""
-    BT, (PK, PV) = w["BT"], w.padded
-    pairs = w.problem.T * min(w.problem.top_k or 1, w.segments)
-    grid = math.ceil(pairs / BT) + w.segments + 1
-    share = 1.0 if w.heaviest else min(1.0, (pairs / BT + w.segments / 2) / grid)
-    state = 2 * BT * PK * PV
-    return Source(1, state * share, (Source(math.log2(w.segments + 1)),), conditional=state * (1 - share))
-
-
 def _chosen(w: Walk) -> float:
     """Pairs of a segment. Every later token is as likely to choose it as another: early segments have more."""
     counts = [0.0] * w.segments
@@ -209,8 +200,8 @@ def _chosen(w: Walk) -> float:
 
 
 def _chosen_states(w: Walk) -> Source:
-    BT = w["BT"]
-    return Source(1, 0, (Source(_chosen(w) / BT + 0.5, 2 * BT * w["BK"] * w["BV"]),))
+    BT, (_, PV) = w["BT"], w.padded
+    return Source(1, 0, (Source(_chosen(w) / BT + 0.5, 2 * 2 * BT * w["BK"] * PV),))
 
 
 def _chosen_descriptors(w: Walk) -> Source:
@@ -308,7 +299,7 @@ def _connectors(w: Walk) -> Source:
     if w.has("formulation", "grouped"):
         loops = [*each, Source(w["top_k"]), Source(w["top_k"])]
     else:
-        loops = [*each, Source(cached, 0, each), Source(cached, _wide(w) * 2 * BT * BI * PK, each)]
+        loops = [*each, *each, Source(cached, _wide(w) * 2 * BT * BI * PK, each)]
     if not w.whole:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.before)))
     loops.append(Source(w.of_tiles(BT, lambda p, t: t // BT)))
@@ -361,7 +352,6 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "count_kernel": lambda walk: Source(1),
     "place_kernel": _place,
     "grouped_read_kernel": _grouped,
-    "pair_kernel": _pairs,
     "chosen_kernel": _chosen_states,
     "chosen_descriptor_kernel": _chosen_descriptors,
     "read_backward_kernel": _read_backward,

@@ -105,13 +105,12 @@ _WIDE = Config.of(
         "dkv_num_stages": 2,
         "dgroup_BT": 64,
         "dgroup_BK": 128,
-        "dgroup_BV": 128,
         "dgroup_num_warps": 4,
         "dgroup_num_stages": 3,
     }
 )
 _GATES = ("BT", "BN", "num_warps", "num_stages")
-_GROUP = ("BT", "BK", "BV", "num_warps", "num_stages")
+_GROUP = ("BT", "BK", "num_warps", "num_stages")
 _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 
 
@@ -121,9 +120,10 @@ def _shorter(piece: int, routed: bool) -> Config:
     return config if routed else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
 
 
-def _chosen(piece: int) -> Config:
+def _chosen(piece: int, keys: int = 128, warps: int = 8) -> Config:
     """The default for ssc, with whole rows of dq: one part of the gradients of gates."""
-    return _shorter(piece, True).replace(formulation="grouped", dq_BK=128, dgates_BT=64, dgates_num_warps=8)
+    rows = {"dq_BK": 128, "dgates_BT": 64, "dgates_num_warps": 8}
+    return _shorter(piece, True).replace(formulation="grouped", dgroup_BK=keys, dgroup_num_warps=warps, **rows)
 
 
 def _float32(piece: int, routed: bool, precision: str) -> Config:
@@ -140,7 +140,7 @@ def _float32(piece: int, routed: bool, precision: str) -> Config:
 
 def _chosen_float32(piece: int, precision: str) -> Config:
     """The default for ssc of float32."""
-    tiles = {"dgroup_BT": 16, "dgroup_BK": 64, "dgroup_BV": 32, "dgroup_num_stages": 1, "dstates_SEGMENTS": 2}
+    tiles = {"dgroup_BT": 16, "dgroup_BK": 32, "dgroup_num_stages": 1, "dstates_SEGMENTS": 2}
     return _float32(piece, True, precision).replace(formulation="grouped", **tiles)
 
 
@@ -190,10 +190,9 @@ SPACE = SearchSpace(
         Pow2("dkv_BN", 16, 256, "columns of a tile of dk or dv"),
         Pow2("dkv_num_warps", 4, 8),
         Int("dkv_num_stages", (1, 2, 3, 4)),
-        Pow2("dgroup_BT", 16, 128, "pairs of a tile of grouped reads, and of a step of the gradient of a state"),
-        Pow2("dgroup_BK", 32, 128, "key columns of a tile of a state's gradient, where pairs are grouped"),
-        Pow2("dgroup_BV", 32, 128, "value columns of the same"),
-        Pow2("dgroup_num_warps", 4, 8),
+        Pow2("dgroup_BT", 16, 128, "pairs of a step of the gradients of a state and of what read it"),
+        Pow2("dgroup_BK", 16, 128, "key columns of a tile of the same"),
+        Pow2("dgroup_num_warps", 4, 16),
         Int("dgroup_num_stages", (1, 2, 3, 4)),
     ),
     constraints=(
@@ -253,15 +252,21 @@ SPACE = SearchSpace(
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
         ),
         _accumulator("dkv", lambda c, p: c.integer("dkv_BJ") * c.integer("dkv_BN")),
-        _accumulator("dgroup", lambda c, p: c.integer("dgroup_BK") * c.integer("dgroup_BV")),
+        # A state's gradient, and the read and its rows beside it.
+        _accumulator(
+            "dgroup",
+            lambda c, p: (
+                c.integer("dgroup_BK") * (_power(p.Dv) + c.integer("dgroup_BT")) if c["formulation"] == "grouped" else 0
+            ),
+        ),
         Constraint(
             "dgroup rows",
             lambda c, p, t: c["formulation"] != "grouped" or _operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),
             "float32 rows of dy would spill",
         ),
         *(
-            Constraint(name, lambda c, p, t, name=name: c.integer(name) <= 8 or t.arch == "sm_90", _MANY)
-            for name in ("dq_num_warps", "dstates_num_warps")
+            Constraint(name, lambda c, p, t, name=name, most=most: c.integer(name) <= most or t.arch == "sm_90", _MANY)
+            for name, most in (("dq_num_warps", 8), ("dstates_num_warps", 8), ("dgroup_num_warps", 4))
         ),
         Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
@@ -276,8 +281,16 @@ SPACE = SearchSpace(
     default=_chosen(256),
     fallbacks=(
         *(_chosen(piece) for piece in (128, 64, 32, 16)),
+        *(
+            _chosen(piece, keys, warps)
+            for keys, warps in ((64, 8), (64, 4), (32, 4))
+            for piece in (256, 128, 64, 32, 16)
+        ),
         # Rows share a state's way from the L2.
-        _WIDE.replace(dq_BT=256, dq_BJ=32, dq_num_warps=16),
+        _WIDE.replace(
+            **{"dq_BT": 256, "dq_BJ": 32, "dq_num_warps": 16, "dgates_BT": 64, "dgates_num_warps": 8},
+            **{"dstates_SEGMENTS": 4, "dstates_num_warps": 16},
+        ),
         *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
         *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
         # Wider rows.
@@ -288,7 +301,12 @@ SPACE = SearchSpace(
             for saved in ("states", "nothing")
         ),
         *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
-        *(_chosen_float32(piece, precision) for piece in (64, 32, 16) for precision in ("tf32x3", "ieee")),
+        *(
+            _chosen_float32(piece, precision).replace(saved=saved)
+            for saved in ("states", "nothing")
+            for piece in (64, 32, 16)
+            for precision in ("tf32x3", "ieee")
+        ),
         *(
             _float32(piece, routed, precision)
             for routed in (True, False)

@@ -31,6 +31,7 @@ def connector_kernel(
     dgamma,
     chosen_dr,
     own,
+    deltas,
     begin,
     end,
     segment,
@@ -55,7 +56,10 @@ def connector_kernel(
     BT: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``."""
+    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``.
+
+    Logits of cached segments become their gates.
+    """
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -97,16 +101,9 @@ def connector_kernel(
             inside = (valid & (i < N))[:, None] & (cols < SK)[None, :]
             grad += dr[:, None] * tl.load(means + (bh * N + i)[:, None] * SK + cols[None, :], mask=inside, other=0.0)
     else:
-        weighted = tl.zeros([BI, BT], tl.float32)
-        for i0 in range(first, s, BI):
-            i = i0 + tl.arange(0, BI)
-            here = (i < s)[:, None] & valid[None, :]
-            place = (bh * N + i)[:, None] * T + t[None, :]
-            gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
-            for p in range(PARTS):
-                weighted += gamma * tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
-        delta = gamma_s * dgamma_s + tl.sum(weighted, 0)
-
+        delta = tl.zeros([BT], tl.float32)
+        for p in range(PARTS):
+            delta += tl.load(deltas + p * part + bh * T + t, mask=valid, other=0.0)
         for i0 in range(first, s, BI):
             i = i0 + tl.arange(0, BI)
             here = (i < s)[:, None] & valid[None, :]
@@ -117,6 +114,7 @@ def connector_kernel(
                 dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
             dr *= gamma
             tl.store(dgamma + place, dr, mask=here)
+            tl.store(logits + place, gamma, mask=here)
             mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
             grad = tl.dot(tl.trans(dr), mean, grad, input_precision=PRECISION)
 
@@ -269,6 +267,7 @@ def gates_backward(
     offsets: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
+    delta: torch.Tensor | None,
     begin: torch.Tensor,
     end: torch.Tensor,
     segment: torch.Tensor,
@@ -294,9 +293,10 @@ def gates_backward(
     Args:
         k, u [B, T, H, DK]: of one dtype.
         means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
-        dgamma [blocks, B*H, N, T], own [blocks, B*H, T]: of :mod:`read_backward`; dgamma is overwritten.
-        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits are None, and there
-        are order and offsets, of :mod:`pair_order`.
+        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten, and
+        logits of cached segments with their gates, as :mod:`state_backward` takes them.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits and delta are None,
+        and there are order and offsets, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -315,10 +315,10 @@ def gates_backward(
         chosen_dr = torch.empty_like(dgamma)
     connector_kernel[(tiles.shape[0], B * H)](
         k=k, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, chosen=chosen, picked=picked,
-        dgamma=dgamma, chosen_dr=chosen_dr, own=own, begin=begin, end=end, segment=segment, seg_first=seg_first,
-        seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate, pull=pull, top_k=top_k, T=T, H=H, N=N,
-        P=P, PARTS=own.shape[0], FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, PK=PK, SK=SK, BT=BT, BI=BI,
-        num_warps=num_warps, num_stages=num_stages,
+        dgamma=dgamma, chosen_dr=chosen_dr, own=own, deltas=delta, begin=begin, end=end, segment=segment,
+        seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate, pull=pull,
+        top_k=top_k, T=T, H=H, N=N, P=P, PARTS=own.shape[0], FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, PK=PK,
+        SK=SK, BT=BT, BI=BI, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if FORMULATION == "grouped":
         dmeans = torch.empty_like(means)

@@ -20,8 +20,7 @@ from .common import load_rows, load_state
 def cached_kernel(
     q,
     dy,
-    logits,
-    lse,
+    gammas,
     seg_end,
     seg_past_end,
     seg_last,
@@ -63,8 +62,7 @@ def cached_kernel(
     for t0 in range(tl.load(seg_end + i0), high, BT):
         t = t0 + tl.arange(0, BT)
         here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
-        logit = tl.load(logits + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=float("-inf"))
-        gamma = tl.exp(logit - tl.load(lse + bh * T + t, mask=t < high, other=0.0)[None, :])
+        gamma = tl.load(gammas + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=0.0)
         q_t = load_rows(q, t0, high, H * DK, key, DK, BT, BK)
         dy_t = load_rows(dy, t0, high, H * DV, value, DV, BT, BV)
         weighted = gamma[:, None, :] * tl.trans(q_t)[None, :, :].to(tl.float32)
@@ -288,8 +286,7 @@ def state_backward(
     v: torch.Tensor,
     dy: torch.Tensor,
     ends: torch.Tensor,
-    logits: torch.Tensor | None,
-    lse: torch.Tensor | None,
+    gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
     cum: torch.Tensor | None,
@@ -328,7 +325,8 @@ def state_backward(
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
-        logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
+            where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
@@ -347,7 +345,7 @@ def state_backward(
     carries, enters = crosses, crosses
     if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
         cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
-            q=q, dy=dy, logits=logits, lse=lse, seg_end=seg_end, seg_past_end=seg_past_end,
+            q=q, dy=dy, gammas=gammas, seg_end=seg_end, seg_past_end=seg_past_end,
             seg_last=None if P == N else seg_last, dends=dends, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
             PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
             num_warps=num_warps, num_stages=num_stages,

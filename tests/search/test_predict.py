@@ -187,8 +187,8 @@ def test_gradients_of_chosen_pairs_do_not_grow_with_segments() -> None:
     ssc = FORWARD.replace(aggregation="ssc", top_k=2, pass_="backward")
     grouped = CONFIG.replace(formulation="grouped")
     choices = 256 * (0 + 1 + 2 * 6)
-    (loop,) = TRIPS["chosen_kernel"](walk(grouped, ssc, BT=64, BK=128, BV=128)).inner
-    assert loop.trips == pytest.approx(choices / 8 / 64 + 0.5) and loop.matrix == 2 * 64 * 128 * 128
+    (loop,) = TRIPS["chosen_kernel"](walk(grouped, ssc, BT=64, BK=128)).inner
+    assert loop.trips == pytest.approx(choices / 8 / 64 + 0.5) and loop.matrix == 2 * 2 * 64 * 128 * 128
     assert TRIPS["read_backward_kernel"](walk(grouped, ssc, BT=64, BJ=64, BK=128, top_k=2)).inner[1].trips == 2
 
 

@@ -21,10 +21,10 @@ DK = 128
 PK = 128
 SK = 128
 BI = 16
-BT = 32
+BT = 64
 SPLITS = 4
 num_stages = 2
-num_warps = 4
+num_warps = 8
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
@@ -36,6 +36,7 @@ def connector_kernel(
     lse,
     dgamma,
     own,
+    deltas,
     begin,
     end,
     segment,
@@ -57,7 +58,10 @@ def connector_kernel(
     BT: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``."""
+    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``.
+
+    Logits of cached segments become their gates.
+    """
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -80,16 +84,9 @@ def connector_kernel(
         dgamma_s += tl.load(own + p * part + bh * T + t, mask=valid, other=0.0)
     grad = tl.zeros([BT, PK], tl.float32)
     cols = tl.arange(0, PK)
-    weighted = tl.zeros([BI, BT], tl.float32)
-    for i0 in range(first, s, BI):
-        i = i0 + tl.arange(0, BI)
-        here = (i < s)[:, None] & valid[None, :]
-        place = (bh * N + i)[:, None] * T + t[None, :]
-        gamma = tl.exp(tl.load(logits + place, mask=here, other=float("-inf")) - total[None, :])
-        for p in range(PARTS):
-            weighted += gamma * tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
-    delta = gamma_s * dgamma_s + tl.sum(weighted, 0)
-
+    delta = tl.zeros([BT], tl.float32)
+    for p in range(PARTS):
+        delta += tl.load(deltas + p * part + bh * T + t, mask=valid, other=0.0)
     for i0 in range(first, s, BI):
         i = i0 + tl.arange(0, BI)
         here = (i < s)[:, None] & valid[None, :]
@@ -100,6 +97,7 @@ def connector_kernel(
             dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
         dr *= gamma
         tl.store(dgamma + place, dr, mask=here)
+        tl.store(logits + place, gamma, mask=here)
         mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
         grad = tl.dot(tl.trans(dr), mean, grad, input_precision="tf32x3")
 
@@ -210,6 +208,7 @@ def gates_backward(
     offsets: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
+    delta: torch.Tensor | None,
     begin: torch.Tensor,
     end: torch.Tensor,
     segment: torch.Tensor,
@@ -225,9 +224,10 @@ def gates_backward(
     Args:
         k, u [B, T, H, DK]: of one dtype.
         means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
-        dgamma [blocks, B*H, N, T], own [blocks, B*H, T]: of :mod:`read_backward`; dgamma is overwritten.
-        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits are None, and there
-        are order and offsets, of :mod:`pair_order`.
+        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten, and
+        logits of cached segments with their gates, as :mod:`state_backward` takes them.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits and delta are None,
+        and there are order and offsets, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -242,7 +242,7 @@ def gates_backward(
     top_k = 0
     chosen_dr = None
     connector_kernel[(tiles.shape[0], B * H)](
-        k=k, means=means, sums=sums, logits=logits, lse=lse, dgamma=dgamma, own=own, begin=begin, end=end,
+        k=k, means=means, sums=sums, logits=logits, lse=lse, dgamma=dgamma, own=own, deltas=delta, begin=begin, end=end,
         segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate,
         pull=pull, T=T, H=H, N=N, P=P, PARTS=own.shape[0], DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, num_warps=num_warps,
         num_stages=num_stages,

@@ -58,7 +58,10 @@ def connector_kernel(
     SK: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``."""
+    """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``.
+
+    Logits of cached segments become their gates.
+    """
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -198,6 +201,7 @@ def gates_backward(
     offsets: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
+    delta: torch.Tensor | None,
     begin: torch.Tensor,
     end: torch.Tensor,
     segment: torch.Tensor,
@@ -213,9 +217,10 @@ def gates_backward(
     Args:
         k, u [B, T, H, DK]: of one dtype.
         means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
-        dgamma [blocks, B*H, N, T], own [blocks, B*H, T]: of :mod:`read_backward`; dgamma is overwritten.
-        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits are None, and there
-        are order and offsets, of :mod:`pair_order`.
+        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten, and
+        logits of cached segments with their gates, as :mod:`state_backward` takes them.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits and delta are None,
+        and there are order and offsets, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:

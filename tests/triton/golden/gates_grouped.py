@@ -26,13 +26,31 @@ num_warps = 4
 
 
 @triton.jit
-def _insert(best, number, values, numbers):
-    """The list [BT, KP] of a token's best logits, with a further one in place of the least where it is greater."""
-    least = tl.min(values, 1)
-    # Of equal logits the earlier segment stays; the numbers in a list differ.
-    latest = tl.max(tl.where(values == least[:, None], numbers, -(1 << 30)), 1)
-    here = (numbers == latest[:, None]) & (values == least[:, None]) & (best > least)[:, None]
-    return tl.where(here, best[:, None], values), tl.where(here, number[:, None], numbers)
+def _sift(score, number, values: tl.tuple, numbers: tl.tuple):
+    """Lists of the best logits, each place's in descending order, with a further one; of equal ones the older first."""
+    best = ()
+    which = ()
+    for r in tl.static_range(len(values)):
+        higher = score > values[r]
+        best = best + (tl.where(higher, score, values[r]),)
+        which = which + (tl.where(higher, number, numbers[r]),)
+        score, number = tl.where(higher, values[r], score), tl.where(higher, numbers[r], number)
+    return best, which
+
+
+@triton.jit
+def _drop(here, values: tl.tuple, numbers: tl.tuple):
+    """The lists without the first one of these places."""
+    best = ()
+    which = ()
+    for r in tl.static_range(len(values)):
+        if r + 1 < len(values):
+            best = best + (tl.where(here, values[r + 1], values[r]),)
+            which = which + (tl.where(here, numbers[r + 1], numbers[r]),)
+        else:
+            best = best + (tl.where(here, float("-inf"), values[r]),)
+            which = which + (numbers[r],)
+    return best, which
 
 
 @triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
@@ -99,9 +117,12 @@ def gates_kernel(
 
     top = logit_s
     size = tl.full([BT], 1.0, tl.float32)
-    slot = tl.arange(0, KP)[None, :] + tl.zeros([BT, KP], tl.int32)
-    values = tl.where(slot < top_k, float("-inf"), float("inf"))
-    numbers = -1 - slot
+    # Every place of a tile keeps its own best, so that they are compared across places once, in the end.
+    values = ()
+    numbers = ()
+    for _ in tl.static_range(KP):
+        values = values + (tl.full([BT, BN], float("-inf"), tl.float32),)
+        numbers = numbers + (tl.zeros([BT, BN], tl.int32),)
     for i0 in range(first, s, BN):
         i = i0 + tl.arange(0, BN)
         mean = load_rows(means, i0, s, SK, 0, SK, BN, PK)
@@ -112,22 +133,24 @@ def gates_kernel(
             place = (bh * N + i)[None, :] * T + t[:, None]
             tl.store(logits + place, score, mask=(i < s)[None, :] & valid[:, None])
         score = tl.where((i < s)[None, :], score, float("-inf"))
-        for _ in range(0, top_k):
-            best = tl.max(score, 1)
-            number = tl.min(tl.where(score == best[:, None], i[None, :], 1 << 30), 1)
-            values, numbers = _insert(best, number, values, numbers)
-            score = tl.where(i[None, :] == number[:, None], float("-inf"), score)
-    taken = (numbers >= 0) & (slot < top_k)
-    top = tl.maximum(top, tl.max(tl.where(taken, values, float("-inf")), 1))
-    size = tl.exp(logit_s - top) + tl.sum(tl.where(taken, tl.exp(values - top[:, None]), 0.0), 1)
+        values, numbers = _sift(score, i[None, :] + tl.zeros([BT, BN], tl.int32), values, numbers)
+    top = tl.maximum(top, tl.max(values[0], 1))
+    size = tl.exp(logit_s - top)
+    least = tl.full([BT], float("-inf"), tl.float32)
+    latest = tl.zeros([BT], tl.int32)
+    for r in range(0, top_k):
+        least = tl.max(values[0], 1)
+        latest = tl.min(tl.where(values[0] == least[:, None], numbers[0], 1 << 30), 1)
+        taken = least > float("-inf")
+        size += tl.where(taken, tl.exp(least - top), 0.0)
+        place = (bh * T + t) * top_k + r
+        tl.store(chosen + place, tl.where(taken, latest, N), mask=valid)
+        tl.store(picked + place, least, mask=valid)
+        values, numbers = _drop(numbers[0] == latest[:, None], values, numbers)
     tl.store(lse + bh * T + t, top + tl.log(size), mask=valid)
     if logits is not None:
         tl.store(logits + (bh * N + s) * T + t, logit_s, mask=valid)
     tl.store(own + bh * T + t, logit_s, mask=valid)
-    place = (bh * T + t)[:, None] * top_k + slot
-    inside = valid[:, None] & (slot < top_k)
-    tl.store(chosen + place, tl.where(taken, numbers, N), mask=inside)
-    tl.store(picked + place, values, mask=inside)
 
 
 def gates(

@@ -3,6 +3,7 @@
     P_t^(i) = dy_t M^(i)T                            of the cached states, and of the online memory
     dq_t = scale sum_i gamma_t^(i) P_t^(i)
     dgamma_t^(i) = scale <q_t, P_t^(i)>
+    delta_t = sum_i gamma_t^(i) dgamma_t^(i) = <q_t, dq_t>
 
 Under ssc with FORMULATION "grouped" another kernel has read the cached states, and their parts of dq are added up here.
 
@@ -162,8 +163,8 @@ def read_backward(
     tiles: torch.Tensor,
     scale: float,
     top_k: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """dq ``[B, T, H, DK]``, dgamma ``[blocks, B*H, N, T]`` and own ``[blocks, B*H, T]``, to be added up over blocks.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own, delta ``[blocks, B*H, T]``.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
@@ -174,19 +175,20 @@ def read_backward(
         tiles: of BT tokens.
 
     Returns:
-        dq in q's dtype. Float32: the gradients of the cached segments' gates, row i at the tokens of later segments
-        (None where there are none, or others have them), and that of the online segment's.
+        dq in q's dtype. Float32: the gradients of the cached segments' gates, row i at the tokens of later segments;
+        that of the online segment's; the sum of all, each times its gate. dgamma and delta are None where gates are
+        equal or others have their gradients.
     """
     B, T, H, _ = q.shape
     bk = min(BK, PK)
     blocks, N, P = triton.cdiv(DK, bk), seg_first.shape[0], begin.shape[0]
     dq = torch.empty_like(q)
     own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
-    dgamma = None
+    dgamma = delta = None
     read_backward_kernel[(blocks * tiles.shape[0], B * H)](
         q=q, k=k, v=v, dy=dy, states=states, lse=lse, own_logit=own_logit, picked=picked, partial=partial, cum=cum,
         now=now, after=after, before=before, begin=begin, end=end, segment=segment, entering=entering,
         seg_first=seg_first, tiles=tiles, dq=dq, own=own, scale=scale, top_k=top_k, T=T, H=H, P=P, DK=DK, DV=DV, PV=PV,
         SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return dq, dgamma, own
+    return dq, dgamma, own, delta

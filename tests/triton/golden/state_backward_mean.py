@@ -127,8 +127,7 @@ def state_backward(
     v: torch.Tensor,
     dy: torch.Tensor,
     ends: torch.Tensor,
-    logits: torch.Tensor | None,
-    lse: torch.Tensor | None,
+    gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
     cum: torch.Tensor | None,
@@ -151,7 +150,8 @@ def state_backward(
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
-        logits, lse: of :mod:`gates`; gate [B*H, T]: of the online segment; None where gates are not learned.
+        gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
+            where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
