@@ -181,13 +181,12 @@ def _read(w: Walk) -> Source:
 
 
 def _grouped(w: Walk) -> Source:
-    BT, BV, (PK, _) = w["BT"], w["BV"], w.padded
+    """Its grid has a program more for every segment than the pairs may fill."""
+    BT, rounds, BV, (PK, _) = w["BT"], w["ROUNDS"], w["BV"], w.padded
     pairs = w.problem.T * min(w.problem.top_k or 1, w.segments)
-    # The grid has a tile more for every segment than the pairs may fill.
-    filled = pairs / BT / (math.ceil(pairs / BT) + w.segments + 1)
-    share = 1.0 if w.heaviest else min(1.0, filled + w.segments / 2 / (math.ceil(pairs / BT) + w.segments + 1))
-    state = 2 * BT * PK * BV
-    return Source(1, state * share, (Source(math.log2(w.segments + 1)),), conditional=state * (1 - share))
+    grid = math.ceil(pairs / (BT * rounds)) + w.segments + 1
+    tiles = rounds if w.heaviest else (pairs / BT + w.segments / 2) / grid
+    return Source(1, 0, (Source(math.log2(w.segments + 1)), Source(tiles, 2 * BT * PK * BV)))
 
 
 def _chosen(w: Walk) -> float:
@@ -210,7 +209,7 @@ def _chosen_descriptors(w: Walk) -> Source:
 
 def _place(w: Walk) -> Source:
     rounds = w["rounds"]
-    return Source(1, 0, (Source(rounds, 0, (Source((rounds + 1) / 2),)),))
+    return Source(1, 0, (Source(rounds, 0, (Source((rounds - 1) / 2),)),))
 
 
 def _read_backward(w: Walk) -> Source:

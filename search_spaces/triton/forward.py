@@ -57,11 +57,13 @@ _WIDE = Config.of(
         "read_num_stages": 3,
         "group_BT": 64,
         "group_BV": 128,
+        "group_ROUNDS": 8,
         "group_num_warps": 4,
+        "group_num_stages": 3,
     }
 )
 _GATES = ("BT", "BN", "num_warps", "num_stages")
-_GROUP = ("BT", "BV", "num_warps")
+_GROUP = ("BT", "BV", "ROUNDS", "num_warps", "num_stages")
 
 
 def _shorter(piece: int, formulation: str) -> Config:
@@ -118,7 +120,9 @@ SPACE = SearchSpace(
         Int("read_num_stages", (1, 2, 3, 4)),
         Pow2("group_BT", 16, 128, "pairs of a tile of the grouped read"),
         Pow2("group_BV", 16, 128, "value columns of a tile of the grouped read"),
+        Pow2("group_ROUNDS", 1, 16, "tiles of a segment's pairs that a program reads its state for"),
         Pow2("group_num_warps", 2, 8),
+        Int("group_num_stages", (1, 2, 3, 4)),
     ),
     constraints=(
         Constraint(

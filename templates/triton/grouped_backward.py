@@ -17,7 +17,7 @@ import triton.language as tl
 from .common import load_state
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P", "parts"])
+@triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P", "parts"])
 def chosen_kernel(
     q,
     dy,
@@ -31,6 +31,7 @@ def chosen_kernel(
     dgamma,
     dends,
     scale,
+    heads,
     top_k,
     T,
     H,
@@ -48,17 +49,18 @@ def chosen_kernel(
 ):
     """One program: all pairs of a segment of a head, BK key columns."""
     KEYS: tl.constexpr = (DK + BK - 1) // BK
-    block = tl.program_id(0) % KEYS
+    # The first segments, with the most pairs, come first, of all heads: few programs are left for the end.
+    bh = (tl.program_id(0) % heads).to(tl.int64)
+    block = tl.program_id(0) // heads % KEYS
+    i = tl.program_id(0) // heads // KEYS
     key = block * BK
-    i = tl.program_id(0) // KEYS
-    bh = tl.program_id(1).to(tl.int64)
     offsets += bh * (N + 1) * parts
     base = tl.load(offsets)
     first = (tl.load(offsets + i * parts) - base).to(tl.int32)
     stop = (tl.load(offsets + (i + 1) * parts) - base).to(tl.int32)
     order += bh * (T * top_k)
     picked += bh * (T * top_k)
-    dgamma += (block * tl.num_programs(1) + bh) * (T * top_k)
+    dgamma += (block * heads + bh) * (T * top_k)
     partial += bh * (T * top_k) * DK
     keys = key + tl.arange(0, BK)
     values = tl.arange(0, PV)
@@ -129,11 +131,10 @@ def grouped_backward(
     partial = q.new_empty((B * H, T, top_k, DK))
     dgamma = q.new_empty((blocks, *picked.shape), dtype=torch.float32)
     dends = q.new_empty(states.shape, dtype=torch.float32)
-    # The first segments, with the most pairs, come first.
-    chosen_kernel[(blocks * N, B * H)](
+    chosen_kernel[(blocks * N * B * H,)](
         q=q, dy=dy, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last,
-        partial=partial, dgamma=dgamma, dends=dends, scale=scale, top_k=top_k, T=T, H=H, N=N, P=states.shape[1],
-        parts=offsets.shape[0] // (B * H * (N + 1)), PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK, SV=SV, BT=BT,
-        BK=bk, num_warps=num_warps, num_stages=num_stages,
+        partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H, top_k=top_k, T=T, H=H, N=N,
+        P=states.shape[1], parts=offsets.shape[0] // (B * H * (N + 1)), PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK,
+        SV=SV, BT=BT, BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial, dgamma[0] if blocks == 1 else dgamma.sum(0), dends

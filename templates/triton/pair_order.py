@@ -33,16 +33,15 @@ def place_kernel(chosen, offsets, order, rounds, pairs, N):
     chosen += bh * pairs
     offsets += bh * (N + 1) * parts + part
     first = part * rounds * ROWS
-    for r in range(0, rounds):
+    for r in range(0, tl.minimum(rounds, tl.cdiv(pairs - first, ROWS))):
         line = first + r * ROWS
         pair = line + tl.arange(0, ROWS)
         which = tl.load(chosen + pair, mask=pair < pairs, other=0)
-        before = tl.zeros([ROWS], tl.int32)
-        for e0 in range(first, line + 1, ROWS):
-            earlier = e0 + tl.arange(0, ROWS)
-            other = tl.load(chosen + earlier, mask=earlier < pairs, other=-1)
-            same = (other[:, None] == which[None, :]) & (earlier[:, None] < pair[None, :])
-            before += tl.sum(same.to(tl.int32), 0)
+        same = (which[:, None] == which[None, :]) & (pair[:, None] < pair[None, :])
+        before = tl.sum(same.to(tl.int32), 0)
+        for e0 in range(first, line, ROWS):
+            other = tl.load(chosen + e0 + tl.arange(0, ROWS))
+            before += tl.sum((other[:, None] == which[None, :]).to(tl.int32), 0)
         inside = pair < pairs
         place = tl.load(offsets + which.to(tl.int64) * parts, mask=inside, other=0) + before
         tl.store(order + place, pair, mask=inside)
@@ -60,8 +59,8 @@ def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor
     """
     heads, T, top_k = chosen.shape
     pairs = T * top_k
-    # At least 256 pairs a part, and so many that there are no more counts than pairs.
-    rounds = triton.cdiv(max(N + 1, 256), 64)
+    # At least 128 pairs a part, and so many that there are no more than two counts for a pair.
+    rounds = triton.cdiv(max(N + 1, 256), 128)
     parts = triton.cdiv(pairs, rounds * 64)
     counts = chosen.new_zeros(heads * (N + 1) * parts)
     count_kernel[(triton.cdiv(pairs, 256), heads)](

@@ -20,6 +20,8 @@ PV = 128
 SV = 128
 BT = 64
 BV = 128
+ROUNDS = 8
+num_stages = 3
 num_warps = 4
 
 
@@ -46,31 +48,36 @@ def grouped_read_kernel(
     SV: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
-    """One program: at most BT pairs of one segment, BV value columns, one head."""
+    """One program: at most ROUNDS times BT pairs of one segment, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
     bh = tl.program_id(1).to(tl.int64)
-    i, p0, stop = find_pairs(offsets, bh, tile, N, parts, ROWS=BT)
-    if (i < N) & (p0 < stop):
-        pair = p0 + tl.arange(0, BT)
-        valid = pair < stop
-        place = bh * (T * top_k) + tl.load(order + bh * (T * top_k) + pair, mask=valid, other=0)
-        t = (place - bh * (T * top_k)) // top_k
+    i, first, stop = find_pairs(offsets, bh, tile, N, parts, ROWS=BT * ROUNDS)
+    if (i < N) & (first < stop):
+        order += bh * (T * top_k)
+        picked += bh * (T * top_k)
+        partial += bh * (T * top_k) * DV
         keys = tl.arange(0, PK)
         cols = column + tl.arange(0, BV)
-        rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * DK + keys[None, :]
-        q_t = tl.load(rows, mask=valid[:, None] & (keys < DK)[None, :], other=0.0)
         last = i
         if seg_last is not None:
             last = tl.load(seg_last + i)
         state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
-        total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
-        gamma = tl.exp(tl.load(picked + place, mask=valid, other=0.0) - total)
-        read = tl.dot(q_t, state, input_precision="ieee") * gamma[:, None]
-        out = partial + place[:, None] * DV + cols[None, :]
-        tl.store(out, read.to(partial.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
+        for p0 in range(first, stop, BT):
+            pair = p0 + tl.arange(0, BT)
+            valid = pair < stop
+            place = tl.load(order + pair, mask=valid, other=0)
+            t = place // top_k
+            rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * DK + keys[None, :]
+            q_t = tl.load(rows, mask=valid[:, None] & (keys < DK)[None, :], other=0.0)
+            total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
+            gamma = tl.exp(tl.load(picked + place, mask=valid, other=0.0) - total)
+            read = tl.dot(q_t, state, input_precision="ieee") * gamma[:, None]
+            out = partial + place.to(tl.int64)[:, None] * DV + cols[None, :]
+            tl.store(out, read.to(partial.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
 
 
 def grouped_read(
@@ -97,10 +104,10 @@ def grouped_read(
     partial = q.new_empty((B * H, T, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
-    tiles = triton.cdiv(pairs, BT) + N + 1
+    tiles = triton.cdiv(pairs, BT * ROUNDS) + N + 1
     grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
         q=q, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
         top_k=top_k, T=T, H=H, N=N, P=states.shape[1], parts=parts, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv,
-        num_warps=num_warps,
+        ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial
