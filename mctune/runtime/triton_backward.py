@@ -67,7 +67,7 @@ class TritonBackward:
 
         Those of q, k, v, u are in their dtype, the gates' float32. ``states`` and ``means`` are what the forward of the
         same arguments left (:class:`Forward`). They are computed again without them, and where pieces are shorter than
-        segments or the read is of sums of states: the forward keeps neither.
+        segments: the forward keeps no states of pieces.
         """
         dy, q, k, v, u = (x.contiguous() for x in (dy, q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
@@ -81,11 +81,18 @@ class TritonBackward:
             cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
         decayed = {"cum": cum, "now": now, "after": after, "before": before}
         past = sums = None
-        if states is not None and means is not None and tables.whole and self.gates is not None:
+        if states is not None and means is not None and tables.whole:
             heads = q.shape[0] * q.shape[2]
             ends = states.view(heads, segments.count, *states.shape[1:])
             means = means.view(heads, segments.count, -1)
-            operand = ends.to(q.dtype)
+            if self.gates is None:
+                past = self.states.past_states(
+                    ends=ends, like=q, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
+                    seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
+                )  # fmt: skip
+            # States that only their sums are read of are no operands.
+            read = self.gates is not None or tables.crosses
+            operand = ends.to(q.dtype) if read else torch.empty_like(ends, dtype=q.dtype)
         else:
             ends, operand, past, means, sums = states_of(self.states, tables, k, v, (cum, now, after, before))
 

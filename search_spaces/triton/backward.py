@@ -117,7 +117,7 @@ _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
     config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
-    return config if routed else config.replace(saved="nothing", precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
+    return config if routed else config.replace(precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
 
 
 def _chosen(piece: int, keys: int = 128, warps: int = 8) -> Config:
@@ -147,6 +147,33 @@ def _chosen_float32(piece: int, precision: str) -> Config:
 _MANY = "only the products of sm_90 spread over so many warps"
 _LONG = "a tile longer than a piece computes rows that do not exist"
 _BROAD = "a tile wider than a row computes columns that do not exist"
+
+_PIECES = (256, 128, 64, 32, 16)
+_PRECISIONS = ("tf32x3", "ieee")
+_DEFAULTS = (
+    *(_chosen(piece, *wide) for wide in ((128, 8), (64, 8), (64, 4), (32, 4)) for piece in _PIECES),
+    # Rows share a state's way from the L2.
+    _WIDE.replace(
+        **{"dq_BT": 256, "dq_BJ": 32, "dq_num_warps": 16, "dgates_BT": 64, "dgates_num_warps": 8},
+        **{"dstates_SEGMENTS": 4, "dstates_num_warps": 16},
+    ),
+    *(_shorter(piece, routed) for routed in (True, False) for piece in _PIECES),
+    *(_shorter(piece, True).replace(precision="ieee") for piece in _PIECES),
+    # Wider rows.
+    *(
+        _shorter(piece, True).replace(dq_BT=min(piece, 64), dgates_num_warps=8, precision=precision)
+        for piece in _PIECES
+        for precision in _PRECISIONS
+    ),
+    *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
+    *(_chosen_float32(piece, precision) for piece in (64, 32, 16) for precision in _PRECISIONS),
+    *(
+        _float32(piece, routed, precision)
+        for routed in (True, False)
+        for piece in (64, 32, 16)
+        for precision in _PRECISIONS
+    ),
+)
 
 SPACE = SearchSpace(
     params=(
@@ -206,8 +233,8 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "saved",
-            lambda c, p, t: c["saved"] == "nothing" or (p.routed and c.integer("piece") == _longest(p)),
-            "the forward keeps the end states of segments, neither those of shorter pieces nor sums of states",
+            lambda c, p, t: c["saved"] == "nothing" or c.integer("piece") == _longest(p),
+            "the forward keeps the end states of segments, not those of shorter pieces",
         ),
         Constraint(
             "formulation",
@@ -279,41 +306,6 @@ SPACE = SearchSpace(
         ),
     ),
     default=_chosen(256),
-    fallbacks=(
-        *(_chosen(piece) for piece in (128, 64, 32, 16)),
-        *(
-            _chosen(piece, keys, warps)
-            for keys, warps in ((64, 8), (64, 4), (32, 4))
-            for piece in (256, 128, 64, 32, 16)
-        ),
-        # Rows share a state's way from the L2.
-        _WIDE.replace(
-            **{"dq_BT": 256, "dq_BJ": 32, "dq_num_warps": 16, "dgates_BT": 64, "dgates_num_warps": 8},
-            **{"dstates_SEGMENTS": 4, "dstates_num_warps": 16},
-        ),
-        *(_shorter(piece, routed) for routed in (True, False) for piece in (256, 128, 64, 32, 16)),
-        *(_shorter(piece, True).replace(precision="ieee") for piece in (256, 128, 64, 32, 16)),
-        # Wider rows.
-        *(
-            _shorter(piece, True).replace(dq_BT=min(piece, 64), dgates_num_warps=8, precision=precision, saved=saved)
-            for piece in (256, 128, 64, 32, 16)
-            for precision in ("tf32x3", "ieee")
-            for saved in ("states", "nothing")
-        ),
-        *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
-        *(
-            _chosen_float32(piece, precision).replace(saved=saved)
-            for saved in ("states", "nothing")
-            for piece in (64, 32, 16)
-            for precision in ("tf32x3", "ieee")
-        ),
-        *(
-            _float32(piece, routed, precision)
-            for routed in (True, False)
-            for piece in (64, 32, 16)
-            for precision in ("tf32x3", "ieee")
-        ),
-        # Segments longer than that.
-        *(_float32(64, True, precision).replace(saved="nothing") for precision in ("tf32x3", "ieee")),
-    ),
+    # Where pieces are shorter than segments, the same with nothing saved.
+    fallbacks=tuple(config.replace(saved=saved) for saved in ("states", "nothing") for config in _DEFAULTS),
 )

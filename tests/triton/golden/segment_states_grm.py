@@ -260,3 +260,28 @@ def segment_states(
             SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return ends, ends if operand is None else operand, past, means, sums
+
+
+def past_states(
+    ends: torch.Tensor,
+    like: torch.Tensor,
+    cum: torch.Tensor | None,
+    end: torch.Tensor,
+    segment: torch.Tensor,
+    entering: torch.Tensor,
+    seg_last: torch.Tensor,
+    seq_begin: torch.Tensor,
+    seq_end: torch.Tensor,
+) -> torch.Tensor:
+    """past ``[B*H, N, SK, SV]`` of :func:`segment_states`, in the dtype of ``like``, from its ``ends``.
+
+    Every segment is one piece.
+    """
+    heads, P = ends.shape[:2]
+    past = like.new_empty(ends.shape)
+    # What entered a piece is in its end state already.
+    carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], heads)](
+        ends=ends, carried=None, operand=None, past=past, segment=segment, entering=torch.full_like(entering, -1),
+        seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end, N=P, P=P, SIZE=SK * SV, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return past
