@@ -71,10 +71,15 @@ def _launch_backward(dy: Tensor, call: Call, states: Tensor, means: Tensor) -> t
     read = rows(call, kernel)
     found = kernel(as_read(dy, read[0].dtype), *read, **options(call), segments=call.segments, **saved)
     by_name = found._asdict()
-    if call.u is None:
+    if call.u is None and found.u is not None:
         by_name["q"] = found.q + found.u
-    tensors = ((getattr(call, name), by_name.get(name)) for name in TENSORS)
-    return tuple(call.q.new_empty(0) if x is None else dx.to(x.dtype).contiguous() for x, dx in tensors)
+    return tuple(_gradient(getattr(call, name), by_name.get(name), call.q) for name in TENSORS)
+
+
+def _gradient(x: Tensor | None, dx: Tensor | None, like: Tensor) -> Tensor:
+    if x is None:
+        return like.new_empty(0)
+    return x.new_zeros(x.shape) if dx is None else dx.to(x.dtype).contiguous()
 
 
 def _eager_backward(dy: Tensor, call: Call) -> tuple[Tensor, ...]:

@@ -118,9 +118,8 @@ class TritonBackward:
             tiles=tables.tiles(self.config["dq_BT"]), scale=scale, top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
-        if self.gates_backward is None:
-            du = torch.zeros_like(u)
-        else:
+        du = None
+        if self.gates_backward is not None:
             du, dmeans, gate, pull, pulls = self.gates_backward(
                 k=k, u=u, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, **picks,
                 order=order, offsets=offsets, dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta,

@@ -20,13 +20,13 @@ class Gradients(NamedTuple):
     """Gradients of q, k, v, u and the gates, float32, in the shapes of the inputs.
 
     q's is that of the read alone: u's, which stands by itself, is added to it where u is q. Gates that the recurrence
-    does not have are ``None``.
+    does not have are ``None``, and so may be u's where gates are not learned: it is zero.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    u: torch.Tensor
+    u: torch.Tensor | None
     g: torch.Tensor | None
     beta: torch.Tensor | None
     lam: torch.Tensor | None

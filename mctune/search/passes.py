@@ -94,7 +94,9 @@ def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
     states, means = _saved(problem, inputs) if kernel.saves else (None, None)
     found = _backward(kernel, problem, inputs, states, means)()
-    return {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
+    made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
+    # Where gates are not learned, u's is zero, and a kernel need not say so.
+    return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
 
 
 def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
