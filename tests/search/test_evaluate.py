@@ -21,6 +21,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.reference import error_ratio
 from mctune.search import timing, verify
+from mctune.search.evaluate import first_line
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
 from mctune.search.timing import summary, time_rotated
 from mctune.search.verify import judge, poisoned_memory
@@ -148,6 +149,26 @@ def test_what_ships_is_verified_again(worker: Worker) -> None:
     died = worker.call({"ship": candidate("forgets"), "portable_arch": "x86-64-v3"}, LIMIT_S)
     assert isinstance(died, WorkerDied) and died.stage == "verify"
     assert "wrong: error" in died.message and "fault=forgets" in died.message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("at 3:4:\n  x = y\nno such thing\n", "no such thing"),
+        (
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported late\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+            "CUDA error: an illegal memory access was encountered",
+        ),
+        (
+            "Triton Error [CUDA]: an illegal memory access was encountered",
+            "Triton Error [CUDA]: an illegal memory access",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_line_that_tells_most(text: str, line: str) -> None:
+    assert first_line(RuntimeError(text)).startswith(f"RuntimeError: {line}" if line else "RuntimeError")
 
 
 def test_a_backend_is_named_by_module_and_attribute(folder: Path) -> None:
