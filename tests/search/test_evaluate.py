@@ -202,6 +202,9 @@ def test_the_cache_is_flushed_in_place() -> None:
     scratch = torch.zeros(8)
     timing._flush(scratch)
     assert scratch.tolist() == [1.0] * 8
+    sums = torch.zeros(2)
+    timing._flush_by_reading(scratch.view(2, 4), sums)
+    assert scratch.tolist() == [1.0] * 8 and sums.tolist() == [4.0] * 2
     # Larger than any last-level cache that a laptop or a slice of a server has.
     assert timing._FLUSH_BYTES >= 64 << 20
 
