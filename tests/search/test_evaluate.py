@@ -284,6 +284,8 @@ def test_odd_problems_cover_the_edges(segmentation: str) -> None:
     one, short, many = odd_problems(problem)
     assert (one.B, one.T, one.H) == (1, 1, 1)
     assert short.T == (C or 32) - 1 and short.segment_length == C
+    whole = odd_problems(problem.replace(segment_length=C and 4096))[1]
+    assert whole.T == (1023 if C else 31)
     assert many.B * many.H > 1 and (C is None or many.T % 64 != 0)
     assert C is None or many.T // 64 > problem.top_k + 1  # type: ignore[operator]
     assert {(case.Dk, case.Dv, case.top_k, case.segmentation) for case in (one, short, many)} == {
