@@ -96,8 +96,9 @@ def hold(
             env["TRITON_INTERPRET"] = "1"
         free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         count = min(usable_cores(), len(left))
-        for _ in range(count):
-            free.put(stack.enter_context(Worker("mctune.search.hold:start", setup, env=env)))
+        workers = [stack.enter_context(Worker("mctune.search.hold:start", setup, env=env)) for _ in range(count)]
+        for worker in workers:
+            free.put(worker)
         pool = stack.enter_context(ThreadPoolExecutor(max(count, 1)))
         futures: list[Future[Held | None]] = [pool.submit(_one, free, one, by, deadline) for one in left]
         try:
@@ -107,8 +108,11 @@ def hold(
                     _append(record, held)
                     yield held
         finally:
+            # After Ctrl-C nobody waits for what is under way.
             for future in futures:
                 future.cancel()
+            for worker in workers:
+                worker.halt()
 
 
 def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float | None) -> Held | None:

@@ -36,6 +36,9 @@ class Planted:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def halt(self) -> None:
+        pass
+
     def call(self, payload: dict[str, Any], limit_s: float) -> Any:
         answer = self.answers.pop(0)
         if answer == "slow":
