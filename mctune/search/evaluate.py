@@ -63,8 +63,7 @@ class _Bench:
         """What became of one candidate; a crash or hang takes the process along and is the parent's to record."""
         stage("build")
         try:
-            built = prepared.built or self.backend.build(problem, config, self.target, self.folder)
-            kernel = self.backend.load(problem, config, built)
+            kernel = self._load(problem, config, prepared.built)
         except MctuneError:
             raise
         except Exception as error:
@@ -85,11 +84,11 @@ class _Bench:
         ms, low, high = summary(samples)
         return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device))
 
-    def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
+    def compare(self, candidates: list[tuple[Problem, Config, Built | None]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
         stage("build")
-        kernels = [self._load(problem, config) for problem, config in candidates]
-        calls = [self._call(kernel, problem) for kernel, (problem, _) in zip(kernels, candidates, strict=True)]
+        kernels = [self._load(problem, config, built) for problem, config, built in candidates]
+        calls = [self._call(kernel, problem) for kernel, (problem, _, _) in zip(kernels, candidates, strict=True)]
         stage("time")
         return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S, device=kernels[0].device)
 
@@ -125,8 +124,9 @@ class _Bench:
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
 
-    def _load(self, problem: Problem, config: Config) -> Kernel:
-        return self.backend.load(problem, config, self.backend.build(problem, config, self.target, self.folder))
+    def _load(self, problem: Problem, config: Config, built: Built | None) -> Kernel:
+        built = built or self.backend.build(problem, config, self.target, self.folder)
+        return self.backend.load(problem, config, built)
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
         # How a row is cut does not change its tensors, which take seconds to draw where they are large.
@@ -140,7 +140,7 @@ def start(setup: dict[str, Any]) -> Handler:
     A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
     ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns,
     both with what another process has left, ``"prepared"`` and ``"built"``, or without; or
-    ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``.
+    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples"}``.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
@@ -150,7 +150,8 @@ def start(setup: dict[str, Any]) -> Handler:
         if "ship" in payload:
             return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], Prepared.of(payload), stage)
         if "compare" in payload:
-            return {"samples": bench.compare([candidate(values) for values in payload["compare"]], stage)}
+            finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
+            return {"samples": bench.compare(finalists, stage)}
         problem, config = candidate(payload["evaluate"])
         return {"outcome": to_json(bench.evaluate(problem, config, Prepared.of(payload), stage))}
 

@@ -20,7 +20,7 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.evaluate import candidate, first_line, seed_of, shipment
+from mctune.search.evaluate import Prepared, candidate, first_line, seed_of, shipment
 from mctune.search.inputs import judged, odd_problems
 from mctune.search.predict import predict
 from mctune.search.verify import judge_all, run_kernel, verify
@@ -60,7 +60,9 @@ class _Predictor:
         outcome = self.evaluate(problem, config, stage)
         if not isinstance(outcome, Predicted):
             return {"outcome": to_json(outcome), "ready": False}
-        built = self.backend.build(problem, config, self.target, self.folder)
+        files = self.build(problem, config, stage)
+        built = Prepared.of(files).built
+        assert built is not None
         stage("compile")
         for case in odd_problems(problem):
             try:
@@ -71,8 +73,13 @@ class _Predictor:
                 return {"outcome": to_json(launches), "ready": False}
         stage("judge")
         torch.save(list(judge_all(problem, seed_of(self.seed, problem, config) + again)), into)
-        files = {"library": str(built.library), "source": str(built.source), "parts": built.parts}
-        return {"outcome": to_json(outcome), "ready": True, "built": files}
+        return {"outcome": to_json(outcome), "ready": True, **files}
+
+    def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The files of a candidate, as :meth:`mctune.search.evaluate.Prepared.of` takes them."""
+        stage("build")
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return {"built": {"library": str(built.library), "source": str(built.source), "parts": built.parts}}
 
     def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
@@ -104,7 +111,8 @@ def start(setup: dict[str, Any]) -> Handler:
 
     A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
     ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
-    ``{"ship": ...}``, answered by what :func:`mctune.search.evaluate.shipment` returns.
+    ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
+    :func:`mctune.search.evaluate.shipment` returns.
     """
     target, _ = resolve(setup["target"])
     predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
@@ -115,6 +123,8 @@ def start(setup: dict[str, Any]) -> Handler:
         if "verify" in payload:
             outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
             return {"outcome": to_json(outcome)}
+        if "build" in payload:
+            return predictor.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:
             return predictor.prepare(*candidate(payload["prepare"]), payload["into"], payload["again"], stage)
         return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}

@@ -7,6 +7,7 @@ import queue
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -90,6 +91,12 @@ class Workers:
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
         """``{"samples"}``: milliseconds of each finalist in each round."""
         assert self._device is not None, "only a measured search times finalists"
+        if self._compilers:
+            with ThreadPoolExecutor(self.count) as pool:
+                built = list(pool.map(lambda one: self._compile({"build": one}, limit_s, None), candidates))
+            if not all(isinstance(reply, dict) for reply in built):
+                return next(reply for reply in built if isinstance(reply, WorkerDied | WorkerTimedOut))
+            candidates = [one | reply for one, reply in zip(candidates, built, strict=True) if isinstance(reply, dict)]
         return self._device.call({"compare": candidates}, limit_s)
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:

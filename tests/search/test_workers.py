@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_a_kernel_ships_after_it_was_judged_on_other_inputs(workers: Workers) ->
     refused = CONFIG.replace(piece=512).to_dict()
     died = workers.ship({"problem": PROBLEM.to_dict(), "config": refused}, None, LIMIT_S)
     assert isinstance(died, WorkerDied) and "failed to build" in died.message
+
+
+def test_finalists_are_rendered_beside(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    assert workers._device is not None
+    monkeypatch.setattr(workers._device, "call", lambda payload, limit_s: asked.append(payload) or {"samples": []})
+    candidate = {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}
+    assert workers.compare([candidate, candidate], LIMIT_S) == {"samples": []}
+    assert all(Path(one["built"]["library"]).is_file() for one in asked[0]["compare"]) and len(asked[0]["compare"]) == 2
+    refused = {"problem": PROBLEM.to_dict(), "config": CONFIG.replace(piece=512).to_dict()}
+    assert isinstance(workers.compare([candidate, refused], LIMIT_S), WorkerDied) and len(asked) == 1
 
 
 def test_nothing_is_evaluated_when_the_time_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
