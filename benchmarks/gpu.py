@@ -39,8 +39,8 @@ from mctune.core.target import Target
 from mctune.runtime.triton_tables import DEVICE
 from mctune.search.clocks import read_clocks
 
-WARM_S, FAIR_S = 300.0, 100.0
-"""Most seconds that compiling beforehand may take; so many that what takes longer is not tried again."""
+WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
+"""Most seconds that compiling beforehand may take; so many that what takes longer is not tried again; fewest."""
 SHARE = 0.6
 """Of the time that is left, for compiling beforehand."""
 DECISIVE = 4
@@ -138,7 +138,7 @@ class Pass:
         return chosen if not group.late or any(one.late for one in chosen) else []
 
     def _measure(self, group: Group, plan: dict[Shape, list[Contender]]) -> None:
-        options, limit_s = self.options, min(WARM_S, max(SHARE * self.left, 1.0))
+        options, limit_s = self.options, min(WARM_S, max(SHARE * self.left, LEAST_S))
         say(f"compiling for {len(plan)} shapes, {usable_cores()} cores, at most {limit_s:.0f} s")
         every = [(shape, one) for shape, chosen in plan.items() for one in chosen]
         cut_off = warm(every, options.package, options.small, limit_s)
@@ -149,7 +149,7 @@ class Pass:
             if self.over:
                 break
             ready = [one for one in chosen if (shape, one.name) not in cut_off]
-            if group.late and not any(one.late for one in ready):
+            if not any(one.late or not group.late for one in ready):
                 continue
             say(f"{shape}{', with torch.compile' if group.late else ''}")
             try:

@@ -53,16 +53,26 @@ class Workers:
                 "cases": [], "parts": {}}  # fmt: skip
 
 
+class Clock:
+    """Stands in for ``time``: it goes when a study runs."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class Study:
     """Stands in for a study that had ``done`` candidates before; it takes its whole share and ``over`` seconds more."""
 
-    def __init__(self, done: int, over: float = 0.0) -> None:
-        self.case, self.done, self.over, self.shares = CASE, done, over, [0.0][:0]
+    def __init__(self, clock: Clock, done: int, over: float = 0.0) -> None:
+        self.case, self.clock, self.done, self.over, self.shares = CASE, clock, done, over, list[float]()
 
     def run(self, workers: object, listener: object, share: float | None) -> tuple[StudyReport, bool]:
         assert share is not None
         self.shares.append(share)
-        time.sleep(share + self.over)
+        self.clock.now += share + self.over
         return self.report([0] * (self.done + 10)), False
 
     def so_far(self) -> Sequence[int]:
@@ -75,7 +85,14 @@ class Study:
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchRequest:
     monkeypatch.setattr(module, "Workers", Workers)
-    return SearchRequest(target=resolve("h200")[0], cases=(CASE,), out=tmp_path, trials=9, timeout_s=1.0)
+    return SearchRequest(target=resolve("h200")[0], cases=(CASE,), out=tmp_path, trials=9, timeout_s=100.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
+    return found
 
 
 def searched(
@@ -88,24 +105,36 @@ def searched(
     return search(request, heard), notes
 
 
-def test_the_time_is_shared(request_: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workers, "least_s", 0.01)
-    studies = [Study(0, over=0.1), Study(0), Study(0)]
+def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [Study(clock, 0, over=10.0), Study(clock, 0), Study(clock, 0)]
     report, notes = searched(request_, studies, monkeypatch)
-    shares = [study.shares[0] for study in studies]
     # What the first took beyond its share is not the second's.
-    assert shares == [pytest.approx(1 / 3, abs=0.05), pytest.approx(0.18, abs=0.05), pytest.approx(0.38, abs=0.08)]
-    assert report.seconds < 1.3 and not notes
+    left = 100 - 100 / 3 - 10
+    assert [study.shares for study in studies] == [
+        [pytest.approx(100 / 3)], [pytest.approx(left / 2 - 10)], [pytest.approx(left / 2 + 10)]
+    ]  # fmt: skip
+    assert report.seconds == pytest.approx(100) and not notes
 
 
-def test_nothing_runs_when_the_time_is_over(request_: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workers, "least_s", 0.4)
-    studies = [Study(40), Study(7), Study(20, over=0.2), Study(30)]
+def test_nothing_runs_when_the_time_is_over(
+    request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "least_s", 40.0)
+    studies = [Study(clock, 40), Study(clock, 7), Study(clock, 20, over=25.0), Study(clock, 30)]
     report, notes = searched(request_, studies, monkeypatch)
     # Those first that have least, each long enough to get anywhere; the others as they were, in the request's order.
-    assert [len(study.shares) for study in studies] == [0, 1, 1, 0]
+    assert [study.shares for study in studies] == [[], [40.0], [40.0], []]
     assert [study.trials for study in report.studies] == [40, 17, 30, 30]
-    assert report.seconds < 1.5 and len(notes) == 2 and "40 trials of earlier runs" in notes[0]
+    assert report.seconds == 105 and len(notes) == 2 and "40 trials of earlier runs" in notes[0]
+
+
+def test_a_limit_under_what_a_study_takes_is_kept(
+    request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "least_s", 400.0)
+    studies = [Study(clock, 0), Study(clock, 0)]
+    searched(request_, studies, monkeypatch)
+    assert [study.shares for study in studies] == [[100.0], []]
 
 
 def point(number: int, length: int, ms: float) -> FrontierPoint:
