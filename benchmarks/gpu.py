@@ -40,7 +40,7 @@ from mctune.runtime.triton_tables import DEVICE
 from mctune.search.clocks import read_clocks
 
 WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
-"""Most seconds that compiling beforehand may take; so many that what takes longer is not tried again; fewest."""
+"""Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""
 SHARE = 0.6
 """Of the time that is left, for compiling beforehand."""
 DECISIVE = 4
@@ -144,7 +144,7 @@ class Pass:
         cut_off = warm(every, options.package, options.small, limit_s)
         for (shape, name), why in cut_off.items():
             if limit_s >= FAIR_S:
-                self.record.leave_out(shape, {name: why})
+                self.record.leave_out(shape, {name: why}, slow=True)
         for shape, chosen in plan.items():
             if self.over:
                 break
@@ -162,7 +162,8 @@ class Pass:
                 if lost(error):
                     raise Lost(ALL, told(error)) from error
                 continue
-            self.record.add(shape, timings, late=group.late, partial=len(ready) < len(chosen) and limit_s < FAIR_S)
+            partial = any((shape, one.name) not in self.record.bad for one in chosen if one not in ready)
+            self.record.add(shape, timings, late=group.late, partial=partial)
             self.added += 1
 
 

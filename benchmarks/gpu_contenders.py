@@ -100,6 +100,7 @@ class Contender:
         make: the call for a shape and its tensors.
         config: the configurations of its kernels, where it has any.
         exact: whether it compiles for the very shape, not for its widths and segments.
+        built: whether there is nothing to compile.
         late: whether it takes so long to compile that it is compared when everything else has been.
     """
 
@@ -107,6 +108,7 @@ class Contender:
     computes: str
     make: Callable[[Shape, Data], Call]
     config: Callable[[Shape], Config] | None = None
+    built: bool = False
     exact: bool = False
     late: bool = False
 
@@ -123,8 +125,10 @@ def contenders(shape: Shape, target: Target, package: Path | None, folder: Path)
         if shape.kind == "decode":
             narrow = Kernels(aggregation, target, package, folder, narrow=True)
             ours.append(Contender(f"mctune {aggregation}, {NARROW}", aggregation, narrow.make, narrow.config))
-    others = [Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION))]
-    others.append(Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION)))
+    others = [
+        Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION), built=True),
+        Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION), built=True),
+    ]
     if shape.kind != "decode":
         others.append(Contender("fla chunk_linear_attn", "base", _fla_linear))
         others.append(Contender("fla chunk_simple_gla", "", _fla_gla))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
 from mctune.search.presence import here, seen
 
+TRIES = 2
 ALL = "*"
 """In place of a contender: the whole shape."""
 Identity = dict[str, Any]
@@ -56,6 +58,7 @@ class Record:
         partial: shapes that were measured without what had no time to compile.
         late: the timings of a shape at which what compiles longest was compared with mctune's, later.
         bad: why a contender is not tried again at a shape.
+        slow: how often it was given up while it compiled.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class Record:
     partial: set[Shape] = field(default_factory=set)
     late: dict[Shape, list[Timing]] = field(default_factory=dict)
     bad: dict[tuple[Shape, str], str] = field(default_factory=dict)
+    slow: Counter[tuple[Shape, str]] = field(default_factory=Counter)
 
     @classmethod
     def read(cls, path: Path, made_by: Identity, decisive: Sequence[Shape]) -> Record:
@@ -77,9 +81,12 @@ class Record:
             values = json.loads(line)
             shape, was = Shape(**values["shape"]), values["identity"]
             alike = {**was, "package": made_by["package"]} == made_by
-            if "bad" in values:
-                names = [name for name in values["bad"] if was == made_by or (alike and not name.startswith("mctune"))]
-                record.bad |= {(shape, name): values["bad"][name] for name in names}
+            if "bad" in values or "slow" in values:
+                kind = "bad" if "bad" in values else "slow"
+                known = {
+                    n: w for n, w in values[kind].items() if was == made_by or (alike and not n.startswith("mctune"))
+                }
+                record._leave_out(shape, known, kind == "slow")
                 continue
             late = values.get("late", False)
             if was == made_by or (alike and (late or shape not in decisive)):
@@ -95,10 +102,17 @@ class Record:
         self._take(shape, timings, late, partial)
         self._write(shape, {"timings": [asdict(t) for t in timings], "late": late, "partial": partial})
 
-    def leave_out(self, shape: Shape, bad: Mapping[str, str]) -> None:
-        """Contenders by name, or ``ALL``, are not tried again at a shape."""
-        self.bad |= {(shape, name): why for name, why in bad.items()}
-        self._write(shape, {"bad": dict(bad)})
+    def leave_out(self, shape: Shape, why: Mapping[str, str], *, slow: bool = False) -> None:
+        """Contenders by name, or ``ALL``, are not tried again at a shape; slow ones are the second time: what they
+        have compiled is on disk."""
+        self._leave_out(shape, why, slow)
+        self._write(shape, {"slow" if slow else "bad": dict(why)})
+
+    def _leave_out(self, shape: Shape, why: Mapping[str, str], slow: bool) -> None:
+        for name, reason in why.items():
+            self.slow[shape, name] += slow
+            if not slow or self.slow[shape, name] >= TRIES:
+                self.bad[shape, name] = reason
 
     def everything(self) -> dict[Shape, list[Timing]]:
         """What was found, with what was compared late beside it, where anything was."""

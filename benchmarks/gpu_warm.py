@@ -36,6 +36,8 @@ def jobs(chosen: Sequence[tuple[Shape, Contender]]) -> Iterator[Job]:
     """What to run so that every chosen contender finds its kernels: once at every width and segment length."""
     grouped: dict[tuple[object, ...], list[tuple[Shape, Contender]]] = {}
     for shape, contender in chosen:
+        if contender.built:
+            continue
         own = shape if contender.exact else None
         segment = shape.C if contender.name.startswith("mctune") else 0
         grouped.setdefault((contender.name, shape.kind, shape.D, segment, own), []).append((shape, contender))
