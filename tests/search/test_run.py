@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.problem import Problem
@@ -18,7 +19,9 @@ from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.search import run as module
 from mctune.search.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+from mctune.search.one import OneStudy
 from mctune.search.run import search, ship
+from mctune.search.study import Trial
 from mctune.search.worker import WorkerDied
 from tests.search.spaces import timed
 
@@ -145,6 +148,18 @@ def point(number: int, length: int, ms: float) -> FrontierPoint:
 SHORT, LONG = point(1, 32, 1.05), point(2, 64, 1.0)
 SPARE = (point(3, 32, 1.2), point(4, 64, 1.02), point(5, 32, 3.0))
 REPORT = StudyReport(CASE, (), (SHORT, LONG), SHORT, spare=SPARE)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_the_next_best_at_every_segment_length_stand_by(request_: SearchRequest, measure: bool) -> None:
+    study = OneStudy(replace(request_, measure=measure), get_backend("triton"), CASE, "sqlite://")
+    times = [(32, 5.0), (64, 1.0), (32, 2.0), (32, 3.0), (64, 4.0), (32, 9.0), (32, 4.0)]
+    trials = [Trial(n, point(n, C, ms).config, timed(ms), 0.1) for n, (C, ms) in enumerate(times)]
+    report = study.report(trials)
+    assert [one.config["n"] for one in report.frontier] == [2, 1]
+    # What is predicted was verified before it stands for its length; nothing else was.
+    assert [one.config["n"] for one in report.spare] == ([3, 4, 6] if measure else [])
+    assert all(one.problem.segment_length == one.config["segment_length"] for one in report.spare)
 
 
 def shipped(request: SearchRequest, note: Callable[[str], None] = lambda _: None) -> list[tuple[int, bool]]:
