@@ -42,7 +42,7 @@ NEEDED = {
 }  # fmt: skip
 """Modules, and the wheels that have them; "" for what is the machine's own."""
 STAGES = ("faults", "verify", "benchmark", "search", "paper", "report")
-SHARES = {"verify": 0.25, "benchmark": 0.35, "search": 0.25, "paper": 0.15}
+SHARES = {"verify": 0.25, "benchmark": 0.3, "search": 0.3, "paper": 0.15}
 """Of the time that is left, in proportion to the stages to come."""
 FAULTS_S, LATE_S = 150.0, 40.0
 """Most seconds for the faults, and that a stage may take beyond its share."""
