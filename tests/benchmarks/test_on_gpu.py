@@ -124,7 +124,8 @@ def test_a_stage_is_asked_to_end_then_killed(
 def test_the_time_is_shared_by_the_stages_to_come(on_gpu: ModuleType, tmp_path: Path) -> None:
     run = on_gpu.Run(tmp_path, minutes=10.0, chosen=("verify", "search", "report"))
     run.to_come.pop(0)
-    assert run.share("verify") == pytest.approx((600 - on_gpu.FINISH_S) / 2, abs=1)
+    part = on_gpu.SHARES["verify"] / (on_gpu.SHARES["verify"] + on_gpu.SHARES["search"])
+    assert run.share("verify") == pytest.approx(part * (600 - on_gpu.FINISH_S), abs=1)
     run.to_come.pop(0)
     assert run.share("search") == pytest.approx(600 - on_gpu.FINISH_S, abs=1)
     assert set(on_gpu.SHARES) | {"faults", "report"} == set(on_gpu.STAGES)
