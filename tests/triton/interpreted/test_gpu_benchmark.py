@@ -269,6 +269,7 @@ def test_compiling_beforehand(
     assert "planted: no such kernel" in capsys.readouterr().err
     late = module.warm([(long, made["slow"]), (short, made["slow"])], None, False, 1.0)
     assert set(late) == {(long, "slow"), (short, "slow")} and "after 1 s" in late[long, "slow"]
+    assert module.warm([(long, made["slow"])], None, True, 1.0) == {}
 
 
 def test_rows_are_kept_and_reported(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
