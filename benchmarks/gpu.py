@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -208,6 +209,8 @@ def run(options: argparse.Namespace) -> int:
         trying.end()
         return AGAIN
     except KeyboardInterrupt:
+        # Whoever asks once more would only lose what is told now.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         trying.end()
         say("interrupted: what is measured so far")
         status = 130

@@ -21,7 +21,7 @@ AGAIN = 75
 """Exit status of a process that has recorded a fault and cannot go on."""
 HANG_S = 150.0
 """A contender that takes longer, compiled as it is, or all of them together, do not end."""
-_POLL_S, _PATIENCE_S = 0.2, 15.0
+_POLL_S, _PATIENCE_S = 0.2, 25.0
 
 
 def supervise(script: Path, budget: float | None, out: Path, made_by: Identity, small: bool) -> int:
@@ -60,6 +60,7 @@ def _watched(command: list[str], trying: Trying, hang_s: float) -> int:
             if since is not None and time.time() - since > hang_s:
                 process.kill()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return max(process.wait(_PATIENCE_S), 1)
         return 130

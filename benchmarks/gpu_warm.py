@@ -20,7 +20,7 @@ from mctune.cli._output import say
 from mctune.core.host import usable_cores
 
 _MAIN = Path(__file__).with_name("gpu.py")
-_CHECKED = 2048
+_CHECKED, _REHEARSED_S = 2048, 20.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def warm(
 ) -> dict[tuple[Shape, str], str]:
     """Run every job; what each compiles is on disk then. Those that ``limit_s`` did not suffice for, and why.
 
-    A rehearsal, which is ``small``, goes without: an interpreter compiles nothing.
+    A rehearsal, which is ``small``, tries a few and goes without: an interpreter compiles nothing.
     """
+    limit_s = min(limit_s, _REHEARSED_S) if small else limit_s
     deadline = time.monotonic() + limit_s
     # A tuner that has the GPU for itself chooses better: in the process that times, from what is compiled here.
     env = {**os.environ, "FLA_CACHE_RESULTS": "0"}

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +245,32 @@ def test_what_ends_the_process_is_recorded_and_the_others_go_on(
     found = gpu.Record.read(out.with_suffix(".jsonl"), {"package": None}, [])
     assert list(found.bad.values()) == bad and (not bad or next(iter(found.bad))[1] == "planted")
     assert not out.with_suffix(".trying").exists()
+
+
+def test_ctrl_c_twice_is_once(gpu: ModuleType, tmp_path: Path) -> None:
+    script, begun, told = (tmp_path / name for name in ("script.py", "begun", "told"))
+    script.write_text(
+        f"import signal, time\ntry:\n    open({str(begun)!r}, 'w')\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        f"    signal.signal(2, signal.SIG_IGN)\n    time.sleep(1)\n    open({str(told)!r}, 'w')\n"
+        "    raise SystemExit(130)\n"
+    )
+    code = (
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_supervise as s\n"
+        f"out = Path({str(tmp_path / 'benchmark.json')!r})\n"
+        f"sys.exit(s.supervise(Path({str(script)!r}), 99.0, out, {{}}, True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.4)
+        assert process.wait(30) == 130 and told.exists()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_compiling_beforehand(
