@@ -7,10 +7,12 @@ TUNED := build/mctune_cpu
 
 TRITONS := 3.6.0 3.9.0
 
-# Of the machine with the GPU, for `make wheelhouse` and `make gpu`.
+# Of the machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
+# minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).
 PYTHON_OF_GPU := 3.12
 GPU_PYTHON := python3
 MINUTES := 9.5
+STAGES :=
 # What such a machine may lack beside its torch and Triton: all of it is small.
 WHEELS := click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalchemy greenlet alembic mako markupsafe \
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
@@ -44,7 +46,7 @@ bench: $(READY)
 # On a machine with an NVIDIA GPU, by its own python3: everything is verified, compared and searched, in build/gpu.
 # The same command goes on where it ended.
 gpu:
-	$(GPU_PYTHON) benchmarks/on_gpu.py --minutes $(MINUTES)
+	$(GPU_PYTHON) benchmarks/on_gpu.py --minutes $(MINUTES) $(if $(STAGES),--stages $(STAGES))
 
 # For a machine with a GPU and no network: copy the checkout with build/wheelhouse to it.
 wheelhouse: $(READY)

@@ -7,49 +7,43 @@ PyTorch path; in bfloat16, 16 heads, 16K and 64K tokens in sequences of 2K to 64
 
 One process, the same tensors for all, rotated order, a cold L2, clocks brought up first; medians of device time. What
 mctune computes, and what is the same recurrence, is held to mctune's PyTorch path in float32 beforehand. The decisive
-shapes come first. Rows are written as they come: the same command goes on where an earlier one ended.
+shapes come first, torch.compile after them, beside mctune's once more. Rows are written as they come: the same command
+goes on where an earlier one ended. What ends the process is left out, and the others are measured in another one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_contenders import KINDS, Contender, Data, Results, Shape, contenders, eager
-from gpu_report import HEADS, Rates, Timing, goals, rows, table
+from gpu_contenders import KINDS, Contender, Shape, contenders
+from gpu_measure import Lost, lost, measured, rates, told
+from gpu_record import ALL, Record, Trying, identity, this_target
+from gpu_report import HEADS, Rates, goals, rows, table
+from gpu_supervise import AGAIN, supervise
+from gpu_warm import run_one, warm
 
-from mctune.backends import get_backend
 from mctune.cli._output import say
 from mctune.cli.bench import write
-from mctune.core.environment import environment, version
-from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.environment import environment
+from mctune.core.errors import MctuneError
 from mctune.core.host import usable_cores
-from mctune.core.outcome import Timed
-from mctune.core.target import Target, resolve
-from mctune.reference import error_ratio
+from mctune.core.target import Target
 from mctune.runtime.triton_tables import DEVICE
-from mctune.search.clocks import clock_and_heat, read_clocks
-from mctune.search.presence import here, seen
-from mctune.search.timing import host_ms, summary, time_rotated
-from mctune.search.verify import tolerance
+from mctune.search.clocks import read_clocks
 
-CHECKED = 2048
-"""Tokens of the first sequence that results are held to float32 on."""
-UNDECIDED = 1e-3
-"""Of ssc's tokens: two logits may be closer than rounding, and a right result may come from the other segment."""
-WARM_S = 300
+WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
+"""Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""
+SHARE = 0.6
+"""Of the time that is left, for compiling beforehand."""
 DECISIVE = 4
 """Shapes that come first, and are measured again with other kernels."""
 
@@ -77,167 +71,101 @@ def shapes(small: bool) -> Iterator[Shape]:
     yield from dict.fromkeys([*first, *rest])
 
 
-# --- measuring
+# --- what is measured, in which order
 
 
-def measured(shape: Shape, target: Target, package: Path | None, folder: Path, rounds: int) -> list[Timing]:
-    """Check and time every contender that runs here; what does not is left out, with a note."""
-    data, calls, errors = Data.of(shape), {}, {}
-    for contender in contenders(shape, target, package, folder):
-        try:
-            call = contender.make(shape, data)
-            results = call()
-            errors[contender.name] = checked(contender, shape, data, results)
-        except Exception as error:
-            reason = (str(error).strip() or "no message").splitlines()[0][:200]
-            say(f"  {contender.name} left out: {type(error).__name__}: {reason}")
-            if "CUDA error" in str(error):
-                raise  # nothing works in this process any more
-            continue
-        calls[contender] = call
-        del results
-    times = time_rotated(list(calls.values()), rounds=rounds, limit_s=30.0, device=DEVICE)
-    state = clock_and_heat(DEVICE)
-    found = []
-    for (contender, call), samples in zip(calls.items(), times, strict=True):
-        timed = Timed(*summary(samples), len(samples), errors[contender.name], *state)
-        config = contender.config(shape).to_dict() if contender.config else {}
-        found.append(Timing(contender.name, contender.computes, timed, host_ms(call), config))
-    return found
+@dataclass(frozen=True)
+class Group:
+    """Shapes that have their kernels in common; ``late``: what takes longest to compile, and what it is set against."""
+
+    shapes: tuple[Shape, ...]
+    late: bool = False
+
+    def chosen(self, shape: Shape, every: Sequence[Contender], bad: Mapping[tuple[Shape, str], str]) -> list[Contender]:
+        """Those of every contender that are compared at a shape."""
+        late = {contender.computes for contender in every if contender.late}
+        of = [one for one in every if (one.late or one.name.startswith("mctune")) and one.computes in late]
+        kept = of if self.late else [one for one in every if not one.late]
+        return [one for one in kept if (shape, one.name) not in bad and (shape, ALL) not in bad]
 
 
-def checked(contender: Contender, shape: Shape, data: Data, results: Results) -> float:
-    """The error of a contender; 0 of one that has nothing to be held to.
-
-    Raises:
-        MctuneError: if it is wrong, or not finite.
-    """
-    if not all(bool(x.isfinite().all()) for x in results.values()):
-        raise MctuneError("the result is not finite")
-    if not contender.computes:
-        return 0.0
-    # The gradients of a token depend on later ones, y does not: the first are held to the path over them alone.
-    prefix = min(shape.T, max(CHECKED, 4 * shape.C))
-    if shape.kind == "decode":
-        whole = replace(shape, kind="forward", B=1)
-        y = eager(whole, data.prefix(shape.T), contender.computes)()["y"][:, -1:]
-        found, wanted = {"y": results["y"][:1]}, {"y": y}
-    elif shape.kind == "forward":
-        wanted = eager(replace(shape, B=1, T=prefix), data.prefix(prefix), contender.computes)()
-        found = {"y": results["y"][:1, :prefix]}
-    else:
-        short = replace(shape, B=1, T=prefix)
-        wanted = eager(short, data.prefix(prefix), contender.computes)()
-        found = dict(contender.make(short, data.prefix(prefix))())
-    if set(found) != set(wanted):
-        raise MctuneError(f"it has {', '.join(found)}, wanted are {', '.join(wanted)}")
-    error = max(error_ratio(*_decided(found[name], wanted[name], contender.computes)) for name in wanted)
-    limit = tolerance(shape.problem(contender.computes))
-    if not error <= limit:
-        raise MctuneError(f"wrong: error {error:.2e} over {limit:.0e}")
-    return error
+def groups(wanted: Sequence[Shape], record: Record) -> Iterator[Group]:
+    """What earlier runs have not measured, what decides first."""
+    first, rest = wanted[:DECISIVE], wanted[DECISIVE:]
+    for of in (first, *(list(group) for _, group in groupby(rest, lambda shape: (shape.D, shape.C)))):
+        yield Group(tuple(shape for shape in of if shape not in record.found or shape in record.partial))
+        yield Group(tuple(shape for shape in of if shape in record.found and shape not in record.late), late=True)
 
 
-def _decided(found: torch.Tensor, wanted: torch.Tensor, aggregation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    found, wanted = found.float().flatten(0, 2), wanted.float().flatten(0, 2)
-    if aggregation != "ssc":
-        return found, wanted
-    off = (found - wanted).square().sum(-1)
-    kept = off.argsort()[: off.numel() - int(UNDECIDED * off.numel())]
-    return found[kept], wanted[kept]
+@dataclass
+class Pass:
+    """One process's way through the groups."""
 
+    options: argparse.Namespace
+    record: Record
+    target: Target
+    trying: Trying
+    deadline: float | None
+    added: int = 0
 
-def rates(small: bool) -> Rates:
-    """The medians of a few."""
-    size, count = (256, 1 << 20) if small else (8192, 1 << 28)
-    dtype = torch.float32 if small else torch.bfloat16
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    source, target = (torch.zeros(count, device=DEVICE) for _ in range(2))
-    product, copy = (
-        summary(one)[0] / 1e3
-        for one in time_rotated([lambda: a @ b, lambda: target.copy_(source)], rounds=11, device=DEVICE)
-    )
-    return Rates(2.0 * size**3 / product, 8.0 * count / copy)
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
+    @property
+    def over(self) -> bool:
+        """One shape at least, whatever compiling took: the same command again gets further."""
+        return self.left <= 0 and (self.added > 0 or self.options.again)
 
-# --- compiling beforehand, in other processes
+    def run(self, wanted: Sequence[Shape]) -> None:
+        """Measure what is left to be.
 
+        Raises:
+            Lost: by a fault that is recorded, and after which another process must go on.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for group in groups(wanted, self.record):
+                plan = {shape: self._chosen(group, shape, Path(folder)) for shape in group.shapes}
+                plan = {shape: chosen for shape, chosen in plan.items() if chosen}
+                if self.over:
+                    break
+                if plan and not (group.late and SHARE * self.left < FAIR_S / 2):
+                    self._measure(group, plan)
 
-def warm(chosen: Sequence[Shape], options: argparse.Namespace) -> None:
-    """Run every contender once at every width and segment length, each in a process: what it compiles is on disk."""
-    jobs: dict[tuple[Any, ...], tuple[Shape, str]] = {}
-    for shape in chosen:
-        for name in names(shape, options.package):
-            ours = name.startswith("mctune")
-            exact = shape.T if "torch.compile" in name else 0
-            jobs[name, shape.kind, shape.D, shape.C if ours or exact else 0, exact] = (shape, name)
+    def _chosen(self, group: Group, shape: Shape, folder: Path) -> list[Contender]:
+        every = contenders(shape, self.target, self.options.package, folder)
+        chosen = group.chosen(shape, every, self.record.bad)
+        return chosen if not group.late or any(one.late for one in chosen) else []
 
-    def run(job: tuple[Shape, str]) -> None:
-        shape, name = job
-        if "torch.compile" not in name and shape.kind != "decode":
-            shape = replace(shape, B=1, T=min(shape.T, max(4 * shape.C, 2048)))
-        one = ["--one", json.dumps([asdict(shape), name])]
-        package = ["--package", str(options.package)] if options.package else []
-        command = [sys.executable, __file__, *one, *package, *(["--small"] if options.small else [])]
-        try:
-            subprocess.run(command, capture_output=True, timeout=WARM_S, check=False)
-        except subprocess.TimeoutExpired:
-            say(f"  {name} takes longer than {WARM_S} s to compile at {shape}")
-
-    with ThreadPoolExecutor(max(usable_cores() - 1, 1)) as pool:
-        list(pool.map(run, jobs.values()))
-
-
-def names(shape: Shape, package: Path | None) -> list[str]:
-    """The contenders' names at a shape."""
-    return [contender.name for contender in contenders(shape, _target(), package, Path())]
-
-
-def run_one(shape: Shape, name: str, package: Path | None) -> None:
-    """What a process of :func:`warm` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        contender = next(c for c in contenders(shape, _target(), package, Path(folder)) if c.name == name)
-        contender.make(shape, Data.of(shape))()
-
-
-def _target() -> Target:
-    """This machine's GPU; for a rehearsal without one, any."""
-    found = here(seen())
-    if found is not None:
-        return found
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return resolve("h200")[0]
-    raise DeviceError(
-        "there is no GPU here that mctune knows (`mctune targets`); TRITON_INTERPRET=1 with --small rehearses without"
-    )
-
-
-# --- rows, and what is said of them
-
-
-def identity(package: Path | None) -> dict[str, Any]:
-    """What rows depend on besides their shape: of another identity they are measured again."""
-    gpu = seen()
-    return {
-        "gpu": gpu.name if gpu else "none: Triton's interpreter, a rehearsal",
-        "backend": get_backend("triton").identity(),
-        "versions": {name: version(name) for name in ("torch", "fla-core")},
-        "package": json.loads((package / "manifest.json").read_text())["files"]["tuned.json"] if package else None,
-    }
-
-
-def read_rows(path: Path, made_by: dict[str, Any], decisive: Sequence[Shape]) -> dict[Shape, list[Timing]]:
-    """The rows of an earlier run; of the decisive shapes only those with the same package, which a search improves."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        shape, was = Shape(**values["shape"]), values["identity"]
-        if was == made_by or (shape not in decisive and {**was, "package": made_by["package"]} == made_by):
-            timings = [Timing(**{**t, "timed": Timed(**t["timed"])}) for t in values["timings"]]
-            found[shape] = timings
-    return found
+    def _measure(self, group: Group, plan: dict[Shape, list[Contender]]) -> None:
+        options, limit_s = self.options, min(WARM_S, max(SHARE * self.left, LEAST_S))
+        say(f"compiling for {len(plan)} shapes, {usable_cores()} cores, at most {limit_s:.0f} s")
+        every = [(shape, one) for shape, chosen in plan.items() for one in chosen]
+        cut_off = warm(every, options.package, options.small, limit_s)
+        for (shape, name), why in cut_off.items():
+            if limit_s >= FAIR_S:
+                self.record.leave_out(shape, {name: why}, slow=True)
+        for shape, chosen in plan.items():
+            if self.over:
+                break
+            ready = [one for one in chosen if (shape, one.name) not in cut_off]
+            if not any(one.late or not group.late for one in ready):
+                continue
+            say(f"{shape}{', with torch.compile' if group.late else ''}")
+            try:
+                timings = measured(shape, ready, options.rounds, self.trying)
+            except Lost as fault:
+                self.record.leave_out(shape, {fault.name: fault.why})
+                raise
+            except Exception as error:
+                self.record.leave_out(shape, {ALL: told(error)})
+                if lost(error):
+                    raise Lost(ALL, told(error)) from error
+                continue
+            partial = any((shape, one.name) not in self.record.bad for one in chosen if one not in ready)
+            self.record.add(shape, timings, late=group.late, partial=partial)
+            self.added += 1
 
 
 def main() -> None:
@@ -249,64 +177,66 @@ def main() -> None:
                         help="rows for `mctune report`; beside it .jsonl, from where it goes on")  # fmt: skip
     parser.add_argument("--small", action="store_true", help="tiny shapes: a rehearsal, whose times mean nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        shape, name = json.loads(options.one)
-        return run_one(Shape(**shape), name, options.package)
     try:
-        run(options)
+        if options.one:
+            shape, name = json.loads(options.one)
+            run_one(Shape(**shape), name, options.package)
+        elif options.inside:
+            raise SystemExit(run(options))
+        else:
+            made_by = identity(options.package)
+            raise SystemExit(supervise(Path(__file__), options.budget, options.out, made_by, options.small))
     except MctuneError as error:
         raise SystemExit(f"gpu.py: error: {error}") from error
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure what an earlier run has not, then say and write everything."""
-    started, target, record = time.monotonic(), _target(), options.out.with_suffix(".jsonl")
-    made_by = identity(options.package)
+def run(options: argparse.Namespace) -> int:
+    """Measure what an earlier run has not, then say and write everything: an exit status."""
+    started, target, path = time.monotonic(), this_target(), options.out.with_suffix(".jsonl")
     wanted = list(shapes(options.small))
-    found = read_rows(record, made_by, wanted[:DECISIVE])
-    known = len(found)
-    left = [shape for shape in wanted if shape not in found]
-    say(f"{made_by['gpu']}: {len(wanted) - len(left)} of {len(wanted)} shapes are measured already")
+    record = Record.read(path, identity(options.package), wanted[:DECISIVE])
+    say(f"{record.made_by['gpu']}: {len(record.found)} of {len(wanted)} shapes are measured already")
     reached = rates(options.small)
     say(f"bfloat16 products {reached.matrix / 1e12:.0f} TFLOP/s, copy {reached.copy / 1e9:.0f} GB/s")
+    deadline = None if options.budget is None else started + options.budget
+    trying, status = Trying(options.out.with_suffix(".trying")), 0
+    try:
+        Pass(options, record, target, trying, deadline).run(wanted)
+    except Lost:
+        trying.end()
+        return AGAIN
+    except KeyboardInterrupt:
+        # Whoever asks once more would only lose what is told now.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        trying.end()
+        say("interrupted: what is measured so far")
+        status = 130
+    if len(record.found) < len(wanted):
+        say(f"{len(record.found)} of {len(wanted)} shapes are measured; the same command goes on")
+    conclude(options, record, wanted, reached, target)
+    return status
 
-    def over() -> bool:
-        return options.budget is not None and time.monotonic() - started > options.budget
 
-    with tempfile.TemporaryDirectory() as folder:
-        # The decisive shapes first. A group has its kernels in common, which are compiled before it.
-        first = [shape for shape in left if shape in wanted[:DECISIVE]]
-        rest = groupby(left[len(first) :], lambda shape: (shape.D, shape.C))
-        groups = [first, *(list(group) for _, group in rest)]
-        for group in groups:
-            if over() and len(found) > known:
-                break
-            if group:
-                say(f"compiling for {len(group)} shapes, {usable_cores()} cores")
-                warm(group, options)
-            for shape in group:
-                # One at least, whatever compiling took: the same command again gets further.
-                if over() and len(found) > known:
-                    break
-                say(str(shape))
-                timings = measured(shape, target, options.package, Path(folder), options.rounds)
-                found[shape] = timings
-                record.parent.mkdir(parents=True, exist_ok=True)
-                line = {"shape": asdict(shape), "timings": [asdict(t) for t in timings], "identity": made_by}
-                with record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-    if len(found) < len(wanted):
-        say(f"the time is over with {len(found)} of {len(wanted)} shapes; the same command goes on")
+def conclude(
+    options: argparse.Namespace, record: Record, wanted: Sequence[Shape], reached: Rates, target: Target
+) -> None:
+    """Tables and goals, and rows for `mctune report`."""
+    found = record.everything()
     for shape in wanted:
         if shape in found:
             print(table(shape, found[shape], reached))
+    for (shape, name), why in record.bad.items():
+        print(f"left out: {'everything' if name == ALL else name} at {shape}: {why}")
     judged = goals(found, reached)
     for goal in judged:
         print(f"{'met   ' if goal['met'] else 'MISSED'} {goal['figure']:.2f} {goal['name']}, {goal['wanted']:g} wanted")
     made = [row.to_dict() for shape in wanted for row in rows(shape, found.get(shape, []), target, reached)]
     clocks = read_clocks() if DEVICE == "cuda" else None
-    about = {**environment(target), "gpu": made_by["gpu"], "clocks": asdict(clocks) if clocks else None}
+    about: dict[str, Any] = {**environment(target), "gpu": record.made_by["gpu"]}
+    about["clocks"] = asdict(clocks) if clocks else None
     if options.small:
         about["rehearsal"] = "times of an interpreter: they say nothing of the GPU"
     data = {

@@ -99,12 +99,18 @@ class Contender:
         computes: the aggregation whose results it must have (``base`` for the recurrence alone); "" for something else.
         make: the call for a shape and its tensors.
         config: the configurations of its kernels, where it has any.
+        exact: whether it compiles for the very shape, not for its widths and segments.
+        built: whether there is nothing to compile.
+        late: whether it takes so long to compile that it is compared when everything else has been.
     """
 
     name: str
     computes: str
     make: Callable[[Shape, Data], Call]
     config: Callable[[Shape], Config] | None = None
+    built: bool = False
+    exact: bool = False
+    late: bool = False
 
 
 def contenders(shape: Shape, target: Target, package: Path | None, folder: Path) -> list[Contender]:
@@ -119,15 +125,19 @@ def contenders(shape: Shape, target: Target, package: Path | None, folder: Path)
         if shape.kind == "decode":
             narrow = Kernels(aggregation, target, package, folder, narrow=True)
             ours.append(Contender(f"mctune {aggregation}, {NARROW}", aggregation, narrow.make, narrow.config))
-    others = [Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION))]
-    others.append(Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION)))
+    others = [
+        Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION), built=True),
+        Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION), built=True),
+    ]
     if shape.kind != "decode":
         others.append(Contender("fla chunk_linear_attn", "base", _fla_linear))
         others.append(Contender("fla chunk_simple_gla", "", _fla_gla))
-        others.append(Contender("fla chunk_log_linear_attn", "", _fla_log_linear))
+        # Its kernels know how many levels there are.
+        others.append(Contender("fla chunk_log_linear_attn", "", _fla_log_linear, exact=True))
         # A compiled graph is for one shape, minutes each: at the shape that the comparison is about, no longer rows.
         if shape.T <= 16384 and shape.C == 256 and shape.B == 1:
-            others.append(Contender("torch.compile of mctune's eager grm", "grm", _compiled("grm")))
+            name = "torch.compile of mctune's eager grm"
+            others.append(Contender(name, "grm", _compiled("grm"), exact=True, late=True))
     return [*ours, *others]
 
 
@@ -185,7 +195,8 @@ class Kernels:
             found = _tuned(self.package, problem)
             if found is not None:
                 return found
-            raise MctuneError(f"{self.package} has no kernel for {problem}")
+            if not self.narrow:
+                raise MctuneError(f"{self.package} has no kernel for {problem}")
         return _default(problem.replace(B=1, T=min(problem.T, 4 * (problem.segment_length or 1))), self.target,
                         self.folder)  # fmt: skip
 
@@ -242,7 +253,9 @@ def eager(shape: Shape, data: Data, aggregation: str) -> Call:
 def _compiled(aggregation: str) -> Callable[[Shape, Data], Call]:
     def make(shape: Shape, data: Data) -> Call:
         problem = shape.problem(aggregation)
-        return _through_autograd(shape, data, _path(torch.compile(memory_caching), problem), problem.routed)
+        # Left to itself it takes the second length that it sees for one of any, and compiles more slowly.
+        compiled = torch.compile(memory_caching, dynamic=False)
+        return _through_autograd(shape, data, _path(compiled, problem), problem.routed)
 
     return make
 
@@ -325,11 +338,11 @@ def _fla_gla(shape: Shape, data: Data) -> Call:
 
 
 def _fla_log_linear(shape: Shape, data: Data) -> Call:
-    """Every level of the hierarchy with a weight of its own."""
+    """Every level of the hierarchy with a weight of its own, in the dtype of q: its kernels multiply the two."""
     from fla.ops.log_linear_attn import chunk_log_linear_attn
 
     levels = math.ceil(math.log2(shape.T)) + 1
-    scales = torch.rand(*data.g.shape, levels, device=data.g.device)
+    scales = torch.rand(*data.g.shape, levels, device=data.g.device).to(data.q.dtype)
 
     def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
         y: Tensor = chunk_log_linear_attn(q, k, v, data.g, scales, scale=None)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mctune.cli._output import say
 from mctune.core.errors import MctuneError
 from mctune.search.events import SearchReport, SearchRequest
 
@@ -14,7 +15,7 @@ def emit_report(request: SearchRequest, report: SearchReport) -> Path | None:
     from mctune.runtime.tvm_loader import KernelError
     from mctune.search.run import ship
 
-    winners = ship(request, report)
+    winners = ship(request, report, say)
     if not winners:
         return None
     try:

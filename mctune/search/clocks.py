@@ -5,23 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 
+_FRESH_S = 3.0
+"""Asking takes a tenth of a second or more, of a process that has the GPU for itself."""
 _FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Multiprocessor and memory clock in MHz, degrees Celsius, watts."""
+    """Multiprocessor and memory clock in MHz, degrees Celsius, watts; ``None`` for what a GPU does not tell."""
 
-    sm_mhz: float
-    memory_mhz: float
-    celsius: float
-    watts: float
+    sm_mhz: float | None
+    memory_mhz: float | None
+    celsius: float | None
+    watts: float | None
 
 
 def read_clocks() -> Clocks | None:
-    """The first visible GPU's; ``None`` where nvidia-smi is absent or does not tell."""
+    """The first visible GPU's, as they were at most ``_FRESH_S`` ago; ``None`` where nvidia-smi is absent or fails."""
+    return _read(int(time.monotonic() / _FRESH_S))
+
+
+@lru_cache(maxsize=1)
+def _read(moment: int) -> Clocks | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -30,8 +39,16 @@ def read_clocks() -> Clocks | None:
     command = [tool, f"--id={first}", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return Clocks(*(float(value) for value in done.stdout.strip().split(",")))
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return Clocks(*(_number(value) for value in done.stdout.strip().split(",")))
+    except (OSError, subprocess.SubprocessError, TypeError):
+        return None
+
+
+def _number(text: str) -> float | None:
+    """A field; not a number is ``[N/A]``, and ``[Not Supported]`` of older drivers."""
+    try:
+        return float(text)
+    except ValueError:
         return None
 
 

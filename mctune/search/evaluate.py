@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,28 +32,46 @@ _FINAL_S = 20.0
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What another process has done of a candidate: it judged the cases in a file of that name, and built it."""
+
+    cases: str | None = None
+    built: Built | None = None
+
+    @classmethod
+    def of(cls, payload: dict[str, Any]) -> Prepared:
+        """From ``{"prepared", "built"}``, where a payload has them."""
+        built = payload.get("built")
+        if built is not None:
+            parts = tuple((name, file) for name, file in built["parts"])
+            built = Built(Path(built["library"]), Path(built["source"]), parts)
+        return cls(payload.get("prepared"), built)
+
+    def judged(self) -> list[Judged]:
+        """The judged cases; none if nobody did."""
+        return torch.load(self.cases, weights_only=False) if self.cases else []
+
+
+@dataclass(frozen=True)
 class _Bench:
     backend: Backend
     target: Target
     folder: Path
     seed: int
 
-    def evaluate(self, problem: Problem, config: Config, prepared: str | None, stage: Stage) -> Outcome:
-        """What became of one candidate; a crash or hang takes the process along and is the parent's to record.
-
-        ``prepared``: a file of what it is held to, where another process has judged it.
-        """
+    def evaluate(self, problem: Problem, config: Config, prepared: Prepared, stage: Stage) -> Outcome:
+        """What became of one candidate; a crash or hang takes the process along and is the parent's to record."""
         stage("build")
         try:
-            built = self.backend.build(problem, config, self.target, self.folder)
-            kernel = self.backend.load(problem, config, built)
+            kernel = self._load(problem, config, prepared.built)
         except MctuneError:
             raise
         except Exception as error:
             return FailedBuild(first_line(error))
         stage("verify")
         try:
-            error_ = verify(partial(run_kernel, kernel), problem, self._cases(problem, config, prepared))
+            cases = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config))
+            error_ = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error:
             if kernel.device != "cpu":
                 raise  # after an illegal access nothing works in this process: the parent starts another
@@ -66,48 +84,49 @@ class _Bench:
         ms, low, high = summary(samples)
         return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device))
 
-    def compare(self, candidates: list[tuple[Problem, Config]], stage: Stage) -> list[list[float]]:
+    def compare(self, candidates: list[tuple[Problem, Config, Built | None]], stage: Stage) -> list[list[float]]:
         """Milliseconds of each finalist in each round, in rotated order."""
         stage("build")
-        kernels = [self._load(problem, config) for problem, config in candidates]
-        calls = [self._call(kernel, problem) for kernel, (problem, _) in zip(kernels, candidates, strict=True)]
+        kernels = [self._load(problem, config, built) for problem, config, built in candidates]
+        calls = [self._call(kernel, problem) for kernel, (problem, _, _) in zip(kernels, candidates, strict=True)]
         stage("time")
         return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S, device=kernels[0].device)
 
-    def ship(self, problem: Problem, config: Config, portable_arch: str | None, stage: Stage) -> dict[str, Any]:
+    def ship(
+        self, problem: Problem, config: Config, portable_arch: str | None, prepared: Prepared, stage: Stage
+    ) -> dict[str, Any]:
         """The winner's files, and the same source for every CPU of ``portable_arch`` if that is given, all verified."""
-        built, error = self._checked(problem, config, self.target, stage)
+        built, error = self._checked(problem, config, self.target, prepared, stage)
         reply = shipment(problem, built, error, f"run on {self.target.name}")
         if portable_arch is not None:
-            portable, error = self._checked(problem, config, replace(self.target, arch=portable_arch), stage)
+            portable, error = self._checked(
+                problem, config, replace(self.target, arch=portable_arch), Prepared(), stage
+            )
             reply["portable"] = str(portable.library)
             reply["errors"].append(error)
         return reply
 
-    def _checked(self, problem: Problem, config: Config, target: Target, stage: Stage) -> tuple[Built, float]:
+    def _checked(
+        self, problem: Problem, config: Config, target: Target, prepared: Prepared, stage: Stage
+    ) -> tuple[Built, float]:
         """Build for ``target`` and verify.
 
         Raises:
             MctuneError: if the result is wrong.
         """
         stage("build")
-        built = self.backend.build(problem, config, target, self.folder)
+        built = prepared.built or self.backend.build(problem, config, target, self.folder)
         stage("verify")
         kernel = self.backend.load(problem, config, built)
-        cases = judge_all(problem, seed_of(self.seed, problem, config) + 1)
+        cases = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config) + 1)
         error = verify(partial(run_kernel, kernel), problem, cases)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
 
-    def _cases(self, problem: Problem, config: Config, prepared: str | None) -> Iterable[Judged]:
-        if prepared is None:
-            return judge_all(problem, seed_of(self.seed, problem, config))
-        cases: list[Judged] = torch.load(prepared, weights_only=False)
-        return cases
-
-    def _load(self, problem: Problem, config: Config) -> Kernel:
-        return self.backend.load(problem, config, self.backend.build(problem, config, self.target, self.folder))
+    def _load(self, problem: Problem, config: Config, built: Built | None) -> Kernel:
+        built = built or self.backend.build(problem, config, self.target, self.folder)
+        return self.backend.load(problem, config, built)
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
         # How a row is cut does not change its tensors, which take seconds to draw where they are large.
@@ -118,10 +137,10 @@ class _Bench:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads.
 
-    A payload is ``{"evaluate": {"problem", "config"}}``, with the name of the file that another process has judged it
-    in as ``"prepared"`` or without, answered by ``{"outcome"}``, or
-    ``{"compare": [{"problem", "config"}, ...]}``, answered by ``{"samples"}``, or
-    ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns.
+    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
+    ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns,
+    both with what another process has left, ``"prepared"`` and ``"built"``, or without; or
+    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples"}``.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
@@ -129,11 +148,12 @@ def start(setup: dict[str, Any]) -> Handler:
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
         if "ship" in payload:
-            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], stage)
+            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], Prepared.of(payload), stage)
         if "compare" in payload:
-            return {"samples": bench.compare([candidate(values) for values in payload["compare"]], stage)}
+            finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
+            return {"samples": bench.compare(finalists, stage)}
         problem, config = candidate(payload["evaluate"])
-        return {"outcome": to_json(bench.evaluate(problem, config, payload.get("prepared"), stage))}
+        return {"outcome": to_json(bench.evaluate(problem, config, Prepared.of(payload), stage))}
 
     return handle
 
@@ -167,6 +187,10 @@ def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
 
 
 def first_line(error: Exception) -> str:
-    """An exception's type and its last line, for an outcome."""
+    """An exception's type and the line that tells most, for an outcome: the last, but of torch's CUDA errors the first.
+
+    Those end in advice.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}".rstrip(": ")
+    line = lines[0 if "CUDA error" in lines[0] else -1] if lines else ""
+    return f"{type(error).__name__}: {line[:300]}".rstrip(": ")

@@ -25,7 +25,7 @@ class SearchRequest:
         cases: problems with the segment lengths that each may take.
         out: the directory of the package to be emitted; the default storage lives in it too.
         trials: unique candidates a study, those of an interrupted earlier run included.
-        timeout_s: seconds for all studies together, ``None`` for no limit.
+        timeout_s: seconds for all studies together, ``None`` for no limit; then what they have is decided between.
         sampler: one of :data:`SAMPLERS`.
         seed: of the sampler and of the random inputs.
         storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
@@ -88,13 +88,15 @@ class FrontierPoint:
 @dataclass(frozen=True)
 class StudyReport:
     """What one study found: ``outcomes`` counts its candidates by kind; ``recommended`` is a point of ``frontier``,
-    ``None`` when no candidate was valid; ``ties`` are the configurations within noise of the recommended one."""
+    ``None`` when no candidate was valid; ``ties`` are the configurations within noise of the recommended one;
+    ``spare`` is what stands in, the best first, for a point of the frontier that turns out not to be right."""
 
     case: Case
     outcomes: tuple[tuple[str, int], ...]
     frontier: tuple[FrontierPoint, ...]
     recommended: FrontierPoint | None
     ties: tuple[Config, ...] = ()
+    spare: tuple[FrontierPoint, ...] = ()
 
     @property
     def trials(self) -> int:

@@ -27,8 +27,9 @@ from mctune.search.spread import FORMULATED, Drawn, draw, draw_formulations, odd
 from mctune.search.verify import judge, run_kernel, tolerance, verify
 from mctune.search.worker import Handler, Stage, Worker, WorkerDied
 
-LIMIT_S = 240.0
-"""Of one candidate: compiling its kernels, and its cases."""
+LIMIT_S, GRACE_S = 240.0, 20.0
+"""Of one candidate: compiling its kernels, and its cases. And what it may still take when the time is over."""
+_INTERPRETER = "Triton's interpreter"
 _PASSES = ("forward", "backward", "decode")
 
 
@@ -73,13 +74,14 @@ def hold(
 ) -> Iterator[Held]:
     """Each candidate's result as it comes, those first that ``record`` has of an earlier run of the same templates.
 
-    Every result is appended to ``record``. After ``timeout_s`` seconds no further candidate is begun.
+    Every result is appended to ``record``. After ``timeout_s`` seconds no further candidate is begun, and ``GRACE_S``
+    later those that are under way are given up, without a result.
     """
-    by = target.title if present(target) else "Triton's interpreter"
+    by = target.title if present(target) else _INTERPRETER
     known = _read(record, by)
     left = []
     for one in drawn:
-        found = known.get(_key(one.problem, one.config))
+        found = known.get(_key(one.problem, one.config, by))
         if found is None:
             left.append(one)
         else:
@@ -88,11 +90,15 @@ def hold(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         setup = {"target": target.name, "folder": folder, "seed": seed}
-        env = {} if present(target) else {"TRITON_INTERPRET": "1"}
+        # torch counts its threads when it is imported: there is a process a core.
+        env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if by == _INTERPRETER:
+            env["TRITON_INTERPRET"] = "1"
         free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         count = min(usable_cores(), len(left))
-        for _ in range(count):
-            free.put(stack.enter_context(Worker("mctune.search.hold:start", setup, env=env)))
+        workers = [stack.enter_context(Worker("mctune.search.hold:start", setup, env=env)) for _ in range(count)]
+        for worker in workers:
+            free.put(worker)
         pool = stack.enter_context(ThreadPoolExecutor(max(count, 1)))
         futures: list[Future[Held | None]] = [pool.submit(_one, free, one, by, deadline) for one in left]
         try:
@@ -102,8 +108,11 @@ def hold(
                     _append(record, held)
                     yield held
         finally:
+            # After Ctrl-C nobody waits for what is under way.
             for future in futures:
                 future.cancel()
+            for worker in workers:
+                worker.halt()
 
 
 def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float | None) -> Held | None:
@@ -111,20 +120,24 @@ def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float |
     try:
         if deadline is not None and time.monotonic() > deadline:
             return None
-        problem = judged(one.problem) if by == "Triton's interpreter" else one.problem
+        problem = judged(one.problem) if by == _INTERPRETER else one.problem
         wanted = {"problem": problem.to_dict(), "config": one.config.to_dict()}
-        reply = worker.call({"hold": wanted}, LIMIT_S)
+        limit_s = LIMIT_S if deadline is None else min(LIMIT_S, deadline + GRACE_S - time.monotonic())
+        reply = worker.call({"hold": wanted}, limit_s)
         if isinstance(reply, dict):
             return Held(problem, one.config, by, reply["error"], reply["failure"])
         if isinstance(reply, WorkerDied):
             return Held(problem, one.config, by, None, f"crashed: {reply.message} ({reply.stage})")
+        if reply.seconds < LIMIT_S:
+            return None
         return Held(problem, one.config, by, None, f"timed out: {reply.stage} took longer than {reply.seconds:g} s")
     finally:
         free.put(worker)
 
 
-def _key(problem: Problem, config: Config) -> tuple[str, str]:
-    return judged(problem).key, config.key
+def _key(problem: Problem, config: Config, by: str) -> tuple[str, str]:
+    """The interpreter runs bfloat16 in float16; a GPU tells one from the other."""
+    return (judged(problem) if by == _INTERPRETER else problem).key, config.key
 
 
 def _read(record: Path | None, by: str) -> dict[tuple[str, str], Held]:
@@ -136,7 +149,7 @@ def _read(record: Path | None, by: str) -> dict[tuple[str, str], Held]:
         values = json.loads(line)
         if values.pop("backend") == get_backend("triton").identity() and values["by"] == by:
             held = Held.from_dict(values)
-            known[_key(held.problem, held.config)] = held
+            known[_key(held.problem, held.config, by)] = held
     return known
 
 
@@ -152,7 +165,6 @@ def start(setup: dict[str, Any]) -> Handler:
 
     A payload is ``{"hold": {"problem", "config"}}``, answered by ``{"error", "failure"}``.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     target, _ = resolve(setup["target"])
     backend = get_backend("triton")
 

@@ -10,6 +10,7 @@ import torch
 from mctune.core.problem import Problem
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONGEST = 1023
 _GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}
 
 
@@ -109,7 +110,8 @@ def judged(problem: Problem) -> Problem:
 def odd_problems(problem: Problem) -> tuple[Problem, ...]:
     """Small relatives of a problem: one token; less than a segment; more segments than ssc reads, and B * H over 1.
 
-    The last one's segments are at most 64 tokens, so that many of them stay cheap for the oracle.
+    They stay cheap for the oracle, which goes token by token: the last one's segments are at most 64 tokens, and what
+    is less than a segment at most ``_LONGEST``.
     """
     segment = problem.segment_length or 32
     short = min(segment, 64)
@@ -117,6 +119,6 @@ def odd_problems(problem: Problem) -> tuple[Problem, ...]:
     many = problem.replace(B=batch, T=((problem.top_k or 2) + 3) * short + short // 2 + 1, H=2)
     return (
         problem.replace(B=1, T=1, H=1),
-        problem.replace(B=1, T=max(1, segment - 1), H=1),
+        problem.replace(B=1, T=min(max(1, segment - 1), _LONGEST), H=1),
         many.replace(segment_length=problem.segment_length and short),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, de
 from mctune.core.problem import Problem
 from mctune.core.space import Int, SearchSpace
 from mctune.core.workload import Case
-from mctune.search.events import Listener, SearchRequest, StudyReport
+from mctune.search.events import FrontierPoint, Listener, SearchRequest, StudyReport
 from mctune.search.finalists import decide, shortlist
 from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.search.sampler import START
@@ -28,6 +29,7 @@ from mctune.search.workers import Workers
 _LEAST_START = 8
 _FINALISTS = 3  # of each segment length
 _FINALISTS_LIMIT_S = 300.0
+_SPARE = 2  # of each segment length: they ship where the best does not
 _VERIFIED = 5  # predicted candidates of each segment length that may be wrong before it goes without
 
 
@@ -54,6 +56,7 @@ class OneStudy:
         Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
         """
         space, total = self.space(), self.request.trials
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         best: list[float] = []
 
         def on_trial(trial: Trial) -> None:
@@ -61,11 +64,11 @@ class OneStudy:
                 best[:] = [min([trial.ms, *best])]
             listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
 
-        listener.study_started(self.case, total, len(self._trials()))
+        listener.study_started(self.case, total, len(self.so_far()))
         result = run_study(
             space,
             self.valid,
-            lambda config: self._evaluate(workers, config),
+            lambda config: self._evaluate(workers, config, until),
             trials=total,
             timeout=timeout_s,
             sampler=self.request.sampler,
@@ -97,6 +100,13 @@ class OneStudy:
             UsageError: if the study was never begun.
         """
         return self.report(load_study(self.storage, self.name)[1])
+
+    def so_far(self) -> Sequence[Trial]:
+        """What earlier runs have evaluated."""
+        try:
+            return load_study(self.storage, self.name)[1]
+        except UsageError:
+            return ()
 
     def space(self) -> SearchSpace:
         """The templates' parameters and the segment length, the default made valid for the problem."""
@@ -136,14 +146,9 @@ class OneStudy:
             "how": "measured" if self.request.measure else "predicted",
         }
 
-    def _trials(self) -> Sequence[Trial]:
-        try:
-            return load_study(self.storage, self.name)[1]
-        except UsageError:
-            return ()
-
-    def _evaluate(self, workers: Workers, config: Config) -> Outcome:
-        return _outcome(workers.evaluate(self._candidate(config), self.request.trial_timeout_s))
+    def _evaluate(self, workers: Workers, config: Config, until: float | None) -> Outcome | None:
+        reply = workers.evaluate(self._candidate(config), self.request.trial_timeout_s, until)
+        return None if reply is None else _outcome(reply)
 
     def _candidate(self, config: Config) -> dict[str, Any]:
         return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
@@ -208,7 +213,19 @@ class OneStudy:
         if not points:
             return StudyReport(self.case, outcomes, (), None)
         best = recommend(points, self.request.max_slowdown)
-        return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()))
+        spare = self._next_best(groups, points) if self.request.measure else ()
+        return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()), spare)
+
+    def _next_best(
+        self, groups: Mapping[int, Sequence[Trial]], points: Sequence[FrontierPoint]
+    ) -> tuple[FrontierPoint, ...]:
+        """The ``_SPARE`` fastest candidates of every segment length after those that stand for it."""
+        found: list[FrontierPoint] = []
+        for _ in range(_SPARE):
+            taken = {point.config for point in (*points, *found)}
+            left = [trial for group in groups.values() for trial in group if trial.config not in taken]
+            found += frontier(left, self.case.problem)
+        return tuple(found)
 
 
 def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:

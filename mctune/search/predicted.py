@@ -20,8 +20,8 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.evaluate import candidate, first_line, seed_of, shipment
-from mctune.search.inputs import judged
+from mctune.search.evaluate import Prepared, candidate, first_line, seed_of, shipment
+from mctune.search.inputs import judged, odd_problems
 from mctune.search.predict import predict
 from mctune.search.verify import judge_all, run_kernel, verify
 from mctune.search.worker import Handler, Stage
@@ -51,13 +51,35 @@ class _Predictor:
         stage("predict")
         return predict(launches, problem, config, self.target)
 
-    def prepare(self, problem: Problem, config: Config, into: str, stage: Stage) -> Outcome:
-        """The same, for a candidate that will be timed: if it compiles, what it is held to is left in a file."""
+    def prepare(self, problem: Problem, config: Config, into: str, again: bool, stage: Stage) -> dict[str, Any]:
+        """The same, for a candidate that will be run by another process, which then finds everything done.
+
+        If it compiles, so do the variants of its kernels that odd sizes take; what it is held to is left in a file, on
+        other inputs if that is done ``again``.
+        """
         outcome = self.evaluate(problem, config, stage)
-        if isinstance(outcome, Predicted):
-            stage("judge")
-            torch.save(list(judge_all(problem, seed_of(self.seed, problem, config))), into)
-        return outcome
+        if not isinstance(outcome, Predicted):
+            return {"outcome": to_json(outcome), "ready": False}
+        files = self.build(problem, config, stage)
+        built = Prepared.of(files).built
+        assert built is not None
+        stage("compile")
+        for case in odd_problems(problem):
+            try:
+                launches = self.backend.compile(case, config, built, self.target)
+            except Exception as error:
+                return {"outcome": to_json(FailedBuild(f"{first_line(error)} on {case}")), "ready": False}
+            if not isinstance(launches, tuple):
+                return {"outcome": to_json(launches), "ready": False}
+        stage("judge")
+        torch.save(list(judge_all(problem, seed_of(self.seed, problem, config) + again)), into)
+        return {"outcome": to_json(outcome), "ready": True, **files}
+
+    def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The files of a candidate, as :meth:`mctune.search.evaluate.Prepared.of` takes them."""
+        stage("build")
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return {"built": {"library": str(built.library), "source": str(built.source), "parts": built.parts}}
 
     def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
@@ -88,7 +110,8 @@ def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed.
 
     A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
-    ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}``; or ``{"ship": ...}``, answered by what
+    ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
+    ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
     :func:`mctune.search.evaluate.shipment` returns.
     """
     target, _ = resolve(setup["target"])
@@ -100,9 +123,10 @@ def start(setup: dict[str, Any]) -> Handler:
         if "verify" in payload:
             outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
             return {"outcome": to_json(outcome)}
+        if "build" in payload:
+            return predictor.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:
-            outcome = predictor.prepare(*candidate(payload["prepare"]), payload["into"], stage)
-            return {"outcome": to_json(outcome), "ready": isinstance(outcome, Predicted)}
+            return predictor.prepare(*candidate(payload["prepare"]), payload["into"], payload["again"], stage)
         return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}
 
     return handle

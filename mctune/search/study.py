@@ -78,7 +78,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 def run_study(
     space: SearchSpace,
     valid: Callable[[Config], bool],
-    evaluate: Callable[[Config], Outcome],
+    evaluate: Callable[[Config], Outcome | None],
     *,
     trials: int,
     timeout: float | None = None,
@@ -101,7 +101,8 @@ def run_study(
     Args:
         space: the parameters. Their names and values are part of what a study is about.
         valid: whether a configuration meets the constraints.
-        evaluate: builds, verifies and times a configuration; failures are returned, not raised.
+        evaluate: builds, verifies and times a configuration; failures are returned, not raised. ``None`` says that the
+            time was over before it was done: the candidate counts as cut off, and the run ends.
         trials: evaluated candidates in all, those of earlier runs included.
         timeout: seconds after which no further candidate is started in this run; ``None`` for no limit.
         sampler, seed, balance, start: see :class:`mctune.search.sampler.Proposer`; they may change between runs.
@@ -140,11 +141,19 @@ def run_study(
                 asked.append(study.ask(ranges))
                 asked[-1].set_user_attr("config", config.to_json())
             done = _all(evaluate, configs)
+            cut_off = False
             for point, config, trial_, (outcome, seconds) in zip(points, configs, asked, done, strict=True):
+                if outcome is None:
+                    study.tell(trial_.number, state=TrialState.FAIL)
+                    cut_off = True
+                    continue
                 trial = _record(trial_, study, config, outcome, seconds)
                 history.append((point, trial.ms))
                 if on_trial is not None:
                     on_trial(trial)
+            if cut_off:
+                stopped = "timeout"
+                break
     except KeyboardInterrupt:
         _settle(study)
         stopped = "interrupted"
@@ -244,18 +253,24 @@ def _propose(proposer: Proposer, history: Sequence[Tried], most: int) -> list[Po
     return points
 
 
-def _all(evaluate: Callable[[Config], Outcome], configs: Sequence[Config]) -> Iterator[tuple[Outcome, float]]:
+def _all(
+    evaluate: Callable[[Config], Outcome | None], configs: Sequence[Config]
+) -> Iterator[tuple[Outcome | None, float]]:
     """The outcome of each, and the seconds that it took; side by side if there are several."""
 
-    def timed(config: Config) -> tuple[Outcome, float]:
+    def timed(config: Config) -> tuple[Outcome | None, float]:
         started = time.monotonic()
         return evaluate(config), time.monotonic() - started
 
     if len(configs) == 1:
         yield timed(configs[0])
         return
-    with ThreadPoolExecutor(len(configs)) as pool:
+    pool = ThreadPoolExecutor(len(configs))
+    try:
         yield from pool.map(timed, configs)
+    finally:
+        # After Ctrl-C nobody waits for the others.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _record(asked: optuna.Trial, study: optuna.Study, config: Config, outcome: Outcome, seconds: float) -> Trial:

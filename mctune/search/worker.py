@@ -2,6 +2,8 @@
 
 Parent and child speak JSON lines over two pipes of their own, so whatever a candidate prints cannot disturb them. The
 child leads a process group (compilers it starts die with it) and dies with its parent.
+
+A worker is called by one thread at a time; any other may ``halt`` it meanwhile.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -31,6 +35,8 @@ _LOG_TAIL = 4000
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _MAIN = "from mctune.search.worker import main; main()"
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
+"""Starts all children. Linux ends them with the thread that did (see :func:`_die_with`): this one lasts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Worker:
         """Processes started so far."""
         self._entry, self._setup, self._env, self._start_limit_s = entry, setup, dict(env or {}), start_limit_s
         self._child: _Child | None = None
+        self._busy = threading.RLock()
+        self._halted = False
 
     def __enter__(self) -> Worker:
         return self
@@ -86,18 +94,29 @@ class Worker:
         Raises:
             MctuneError: the child could not be started: the entry does not import, or fails on ``setup``.
         """
-        try:
-            return self._ready_child().ask(payload, limit_s)
-        finally:
-            # A child that died, hung or was interrupted half-way through an answer is of no more use.
-            if self._child is not None and not self._child.in_step:
-                self.close()
+        with self._busy:
+            if self._halted:
+                return WorkerDied("the worker was halted")
+            try:
+                return self._ready_child().ask(payload, limit_s)
+            finally:
+                # A child that died, hung or was interrupted half-way through an answer is of no more use.
+                if self._child is not None and not self._child.in_step:
+                    self.close()
 
     def close(self) -> None:
-        """Kill the child, if there is one."""
-        child, self._child = self._child, None
+        """Kill the child, if there is one; a call that another thread is in ends first."""
+        with self._busy:
+            child, self._child = self._child, None
+            if child is not None:
+                child.kill()
+
+    def halt(self) -> None:
+        """End a call that another thread is in, and have every later one answer :class:`WorkerDied`."""
+        self._halted = True
+        child = self._child
         if child is not None:
-            child.kill()
+            child.end()
 
     def _ready_child(self) -> _Child:
         if self._child is not None and self._child.exited():
@@ -105,6 +124,8 @@ class Worker:
         if self._child is None:
             self._child = _Child(self._entry, self._env)
             self.started += 1
+            if self._halted:
+                self._child.end()
             answer = self._child.ask({"setup": self._setup}, self._start_limit_s)
             if not isinstance(answer, dict):
                 self.close()
@@ -124,7 +145,7 @@ class _Child:
         self._buffer = b""
         self.in_step = True
         try:
-            self._process = subprocess.Popen(
+            self._process = _started(
                 [sys.executable, "-c", _MAIN, entry, str(requests), str(answers), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -174,12 +195,16 @@ class _Child:
         """Whether the process has ended."""
         return self._process.poll() is not None
 
-    def kill(self) -> None:
+    def end(self) -> None:
         """End the process and everything in its group."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):  # nobody left, or (macOS) only a zombie
             pass
+
+    def kill(self) -> None:
+        """The same, and leave nothing behind."""
+        self.end()
         self._process.wait()
         self._close_pipes()
 
@@ -222,6 +247,20 @@ class _Child:
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - _LOG_TAIL))
         return self._log.read().decode(errors="replace").strip("\0 \n")
+
+
+def _started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process that lives until this one ends, whichever thread asks for it."""
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, **options)
+
+    future = _STARTER.submit(start)
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.result().kill()
+        raise
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -268,7 +307,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux); elsewhere the closing pipe ends an idle one."""
+    """Have the kernel kill this process when the thread that started it ends (Linux), which does with its process;
+    elsewhere the closing pipe ends an idle one."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the call

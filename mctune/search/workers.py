@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 from mctune.backends import backend_for
 from mctune.core.host import usable_cores
+from mctune.core.outcome import describe, from_json
 from mctune.search.events import SearchRequest
 from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
 
 Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
+_GRACE_S = 10.0
+"""A candidate that is under way when the time is over may take so much longer; then its process is killed."""
+_LEAST_S = 30.0
 _MEASURED, _PREDICTED = "mctune.search.evaluate:start", "mctune.search.predicted:start"
 
 
@@ -35,7 +42,10 @@ class Workers:
             "threads": usable_cores(),
         }
         on_cpu, measure = request.target.on_cpu, request.measure
-        cache = {} if on_cpu else {"TRITON_CACHE_DIR": str(folder.parent / "triton")}
+        # Several commands may share one.
+        cache = (
+            {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
+        )
         compiling, interpreting = {**cache, "TRITON_INTERPRET": "0"}, {**cache, "TRITON_INTERPRET": "1"}
         self._device = Worker(_MEASURED, setup, env=cache) if measure else None
         self._checker = self._device or Worker(_PREDICTED, setup, env=interpreting)
@@ -43,6 +53,8 @@ class Workers:
         self._compilers = [Worker(_PREDICTED, setup, env=compiling) for _ in range(compilers)]
         self.count = compilers or 1
         """Candidates that are evaluated at once."""
+        self.least_s = 1.0 if on_cpu else _LEAST_S
+        """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._compilers:
             self._free.put(worker)
@@ -55,24 +67,36 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for worker in (*self._compilers, self._checker):
+            worker.halt()
         self._stack.close()
 
-    def evaluate(self, candidate: dict[str, Any], limit_s: float) -> Reply:
-        """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it."""
+    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float | None = None) -> Reply | None:
+        """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it.
+
+        ``None`` if it was not done by ``until``, of ``time.monotonic``.
+        """
         if self._device is None:
-            return self._compile({"evaluate": candidate}, limit_s)
+            return self._compile({"evaluate": candidate}, limit_s, until)
         if not self._compilers:
-            return self._device.call({"evaluate": candidate}, limit_s)
+            return _within(self._device, {"evaluate": candidate}, limit_s, until)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
-            reply = self._compile({"prepare": candidate, "into": file.name}, limit_s)
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": False}, limit_s, until)
             if not isinstance(reply, dict) or not reply["ready"]:
                 return reply
             with self._timing:
-                return self._device.call({"evaluate": candidate, "prepared": file.name}, limit_s)
+                payload = {"evaluate": candidate, "prepared": file.name, "built": reply["built"]}
+                return _within(self._device, payload, limit_s, until)
 
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
         """``{"samples"}``: milliseconds of each finalist in each round."""
         assert self._device is not None, "only a measured search times finalists"
+        if self._compilers:
+            with ThreadPoolExecutor(self.count) as pool:
+                built = list(pool.map(lambda one: self._compile({"build": one}, limit_s, None), candidates))
+            if not all(isinstance(reply, dict) for reply in built):
+                return next(reply for reply in built if isinstance(reply, WorkerDied | WorkerTimedOut))
+            candidates = [one | reply for one, reply in zip(candidates, built, strict=True) if isinstance(reply, dict)]
         return self._device.call({"compare": candidates}, limit_s)
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
@@ -80,13 +104,35 @@ class Workers:
         return self._checker.call({"verify": candidate}, limit_s)
 
     def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Reply:
-        """The files of one candidate, verified."""
-        return self._checker.call({"ship": candidate, "portable_arch": portable_arch}, limit_s)
+        """The files of one candidate, verified on other inputs than before; called side by side, as a GPU's compile."""
+        payload = {"ship": candidate, "portable_arch": portable_arch}
+        if self._device is None or not self._compilers:
+            with self._timing:
+                return self._checker.call(payload, limit_s)
+        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": True}, limit_s, None)
+            if not isinstance(reply, dict):
+                return reply or WorkerDied("nothing was answered", "compile")
+            if not reply["ready"]:
+                return WorkerDied(describe(from_json(reply["outcome"])), "compile")
+            with self._timing:
+                return self._device.call(payload | {"prepared": file.name, "built": reply["built"]}, limit_s)
 
-    def _compile(self, payload: dict[str, Any], limit_s: float) -> Reply:
+    def _compile(self, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
         """The reply of a compiler that has nothing else to do."""
         worker = self._free.get()
         try:
-            return worker.call(payload, limit_s)
+            return _within(worker, payload, limit_s, until)
         finally:
             self._free.put(worker)
+
+
+def _within(worker: Worker, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
+    """A worker's reply; ``None`` where the time is over, or was ``_GRACE_S`` before there was one."""
+    if until is None:
+        return worker.call(payload, limit_s)
+    left = until - time.monotonic()
+    if left <= 0:
+        return None
+    reply = worker.call(payload, min(limit_s, left + _GRACE_S))
+    return None if isinstance(reply, WorkerTimedOut) and reply.seconds < limit_s else reply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-OWN = f"cp{sys.version_info.major}{sys.version_info.minor}"
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+OWN = f"cp{PYTHON.replace('.', '')}"
 
 
 @pytest.fixture
@@ -51,7 +53,11 @@ def test_what_is_missing_comes_out_of_the_wheelhouse(
 
 
 @pytest.mark.parametrize(
-    ("tag", "said"), [(None, "has no wheel of it;"), ("cp27-cp27mu-any", "cp27-cp27mu-any.whl is for another python")]
+    ("tag", "said"),
+    [
+        (None, "has no wheel of it;"),
+        ("cp27-cp27mu-any", f"for python {PYTHON} (planted_absent-1.0-cp27-cp27mu-any.whl is"),
+    ],
 )
 def test_what_nobody_has_is_named_with_the_remedy(
     on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str | None, said: str
@@ -61,9 +67,8 @@ def test_what_nobody_has_is_named_with_the_remedy(
         wheel(tmp_path / "wheels", "planted_absent", tag)
     with pytest.raises(SystemExit) as ended:
         on_gpu.unpack_missing(tmp_path / "wheels", tmp_path / "site")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert "planted_absent is missing" in str(ended.value) and said in str(ended.value)
-    assert f"make wheelhouse PYTHON_OF_GPU={python}" in str(ended.value)
+    assert f"make wheelhouse PYTHON_OF_GPU={PYTHON}" in str(ended.value)
 
 
 def test_every_wheel_that_may_be_needed_is_fetched(on_gpu: ModuleType) -> None:
@@ -79,9 +84,19 @@ def test_stages_are_logged_and_end(on_gpu: ModuleType, tmp_path: Path) -> None:
     assert run.stage("good", "-c", "print('hello'); import mctune, sys; print(mctune.__file__)") == 0
     assert run.stage("bad", "-c", "raise SystemExit('planted')") == 1
     assert run.stage("hangs", "-c", "print('begun', flush=True); import time; time.sleep(60)", limit_s=3.0) != 0
+    split = "import os, time; os.write(1, b'\\xc3'); time.sleep(0.5); os.write(1, b'\\xa9 \\xff')"
+    assert run.stage("split", "-c", split) == 0
     assert run.failed == ["bad", "hangs"]
     log = (tmp_path / "log.txt").read_text()
-    for text in ("hello", str(BENCHMARKS.parent / "mctune"), "planted", "begun", "killed after 3 s", "== good: exit 0"):
+    for text in (
+        "hello",
+        str(BENCHMARKS.parent / "mctune"),
+        "planted",
+        "begun",
+        "ended after 3 s",
+        "== good: exit 0",
+        "é \ufffd",
+    ):
         assert text in log
 
 
@@ -90,4 +105,44 @@ def test_without_a_gpu_it_says_so(on_gpu: ModuleType, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(presence, "seen", lambda: None)
     with pytest.raises(SystemExit, match=r"there is no GPU here that `mctune targets` lists; --rehearse needs none"):
-        on_gpu.stages(on_gpu.Run(tmp_path, minutes=1.0), rehearse=False)
+        on_gpu.Stages(on_gpu.Run(tmp_path, minutes=1.0), rehearse=False)
+
+
+def test_a_stage_is_asked_to_end_then_killed(
+    on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_gpu, "ASKED_S", 1.0)
+    run = on_gpu.Run(tmp_path, minutes=1.0)
+    wait = "print('begun', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    "
+    assert run.stage("polite", "-c", f"import time\n{wait}print('left what it had')", limit_s=2.0) == 0
+    deaf = "import signal, time\nsignal.signal(2, lambda *_: print('asked', flush=True))\nwhile True: time.sleep(1)"
+    assert run.stage("deaf", "-c", deaf, limit_s=2.0) == -9
+    log = (tmp_path / "log.txt").read_text()
+    assert "left what it had" in log and log.splitlines().count("asked") == on_gpu.ASKED
+
+
+def test_the_time_is_shared_by_the_stages_to_come(on_gpu: ModuleType, tmp_path: Path) -> None:
+    run = on_gpu.Run(tmp_path, minutes=10.0, chosen=("verify", "search", "report"))
+    run.to_come.pop(0)
+    part = on_gpu.SHARES["verify"] / (on_gpu.SHARES["verify"] + on_gpu.SHARES["search"])
+    assert run.share("verify") == pytest.approx(part * (600 - on_gpu.FINISH_S), abs=1)
+    run.to_come.pop(0)
+    assert run.share("search") == pytest.approx(600 - on_gpu.FINISH_S, abs=1)
+    assert set(on_gpu.SHARES) | {"faults", "report"} == set(on_gpu.STAGES)
+    assert all(callable(getattr(on_gpu.Stages, name)) for name in on_gpu.STAGES)
+
+
+def test_what_must_be_brought_back_is_in_one_archive_after_every_stage(on_gpu: ModuleType, tmp_path: Path) -> None:
+    run = on_gpu.Run(tmp_path, minutes=1.0)
+    for name in ("held.jsonl", "study.db", "mctune_h200/tuned.json", "mctune_h200/search/kernels/x.py", "site/x.py",
+                 "triton/x", "results/h200/rows.csv"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for number in (1, 2):
+        run.stage(f"stage{number}", "-c", f"open({str(tmp_path)!r} + '/benchmark.jsonl', 'a').write('{number}')")
+        with tarfile.open(tmp_path / on_gpu.ARCHIVE) as archive:
+            names = {entry.name for entry in archive if entry.isfile()}
+            rows = archive.extractfile("benchmark.jsonl")
+            assert rows is not None and rows.read() == b"12"[:number]
+        assert names == {"log.txt", "held.jsonl", "benchmark.jsonl", "study.db", "mctune_h200/tuned.json",
+                         "results/h200/rows.csv"}  # fmt: skip

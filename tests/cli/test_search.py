@@ -63,7 +63,7 @@ class Planted:
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
     stand_in, module = Planted(), ModuleType("mctune.search.run")
     module.search = stand_in.search  # type: ignore[attr-defined]
-    module.ship = lambda request, report: []  # type: ignore[attr-defined]
+    module.ship = lambda request, report, note: []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mctune.search.run", module)
     yield stand_in
 

@@ -13,7 +13,7 @@ from mctune.core.workload import Case, load_workload, read_workload, workload_na
 
 
 def test_the_shipped_workloads() -> None:
-    assert workload_names() == ("decode", "paper", "quick", "train")
+    assert workload_names() == ("decisive", "decode", "paper", "quick", "train")
     quick = load_workload("quick")
     assert quick.timeout_s is not None and quick.timeout_s <= 300
     assert load_workload("quick", gpu=True).timeout_s == 420
@@ -31,6 +31,9 @@ def test_the_shipped_workloads() -> None:
         (hidden, T, a) for hidden in (1536, 2048) for T in (4096, 16384) for a in ("grm", "ssc", "residual")
     }
     assert len(paper.cases) == 12 and paper.cases[0].segment_lengths == (16, 32, 64, 128, 256, 512)
+    decisive = load_workload("decisive", gpu=True).cases
+    assert {c.problem.pass_ for c in decisive} == set(PASSES) and len(decisive) == 8
+    assert all(c.problem.Dk == 128 and c.problem.dtype == "bfloat16" for c in decisive)
     assert all(c.problem.pass_ == "decode" and cached_states(c.problem) == 64 for c in load_workload("decode").cases)
 
 

@@ -21,6 +21,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.reference import error_ratio
 from mctune.search import timing, verify
+from mctune.search.evaluate import first_line
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
 from mctune.search.timing import summary, time_rotated
 from mctune.search.verify import judge, poisoned_memory
@@ -150,6 +151,26 @@ def test_what_ships_is_verified_again(worker: Worker) -> None:
     assert "wrong: error" in died.message and "fault=forgets" in died.message
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("at 3:4:\n  x = y\nno such thing\n", "no such thing"),
+        (
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported late\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+            "CUDA error: an illegal memory access was encountered",
+        ),
+        (
+            "Triton Error [CUDA]: an illegal memory access was encountered",
+            "Triton Error [CUDA]: an illegal memory access",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_line_that_tells_most(text: str, line: str) -> None:
+    assert first_line(RuntimeError(text)).startswith(f"RuntimeError: {line}" if line else "RuntimeError")
+
+
 def test_a_backend_is_named_by_module_and_attribute(folder: Path) -> None:
     assert get_backend("faulty_backend:FaultyBackend").name == "faulty"
     assert get_backend("tvm").name == "tvm"
@@ -181,6 +202,9 @@ def test_the_cache_is_flushed_in_place() -> None:
     scratch = torch.zeros(8)
     timing._flush(scratch)
     assert scratch.tolist() == [1.0] * 8
+    sums = torch.zeros(2)
+    timing._flush_by_reading(scratch.view(2, 4), sums)
+    assert scratch.tolist() == [1.0] * 8 and sums.tolist() == [4.0] * 2
     # Larger than any last-level cache that a laptop or a slice of a server has.
     assert timing._FLUSH_BYTES >= 64 << 20
 
@@ -260,6 +284,8 @@ def test_odd_problems_cover_the_edges(segmentation: str) -> None:
     one, short, many = odd_problems(problem)
     assert (one.B, one.T, one.H) == (1, 1, 1)
     assert short.T == (C or 32) - 1 and short.segment_length == C
+    whole = odd_problems(problem.replace(segment_length=C and 4096))[1]
+    assert whole.T == (1023 if C else 31)
     assert many.B * many.H > 1 and (C is None or many.T % 64 != 0)
     assert C is None or many.T // 64 > problem.top_k + 1  # type: ignore[operator]
     assert {(case.Dk, case.Dv, case.top_k, case.segmentation) for case in (one, short, many)} == {

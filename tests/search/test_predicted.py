@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mctune.backends.spaces import load_space
 from mctune.core.config import Config
 from mctune.core.outcome import FailedBuild, Outcome, Predicted, TooLarge, Wrong, describe, from_json
 from mctune.core.problem import Problem
+from mctune.search.evaluate import Prepared
+from mctune.search.inputs import odd_problems
 from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
 
 PLANTED = Path(__file__).parent.parent / "planted"
@@ -57,6 +60,30 @@ def test_a_right_candidate_is_predicted_then_verified(compiler: Worker, checker:
     assert describe(outcome).startswith("predicted ")
     verified = ask(checker, "verify", "none")
     assert isinstance(verified, Predicted) and verified.error is not None and 0 < verified.error < 2e-3
+
+
+def test_a_prepared_candidate_has_everything_compiled_that_judging_it_takes(
+    compiler: Worker, setup: dict[str, Any], tmp_path: Path
+) -> None:
+    def kernels() -> int:
+        return len(list((Path(setup["folder"]) / "triton").rglob("*.cubin")))
+
+    # A single token is in one piece, for which there are kernels of their own.
+    config = CONFIG.replace(piece=16, read_BT=16, read_num_warps=2)
+    assert isinstance(ask(compiler, "evaluate", "none", config=config), Predicted)
+    before = kernels()
+    candidate = {"problem": PROBLEM.to_dict(), "config": config.replace(fault="none").to_dict()}
+    cases = []
+    for again in (False, False, True):
+        file = tmp_path / "cases.pt"
+        reply = compiler.call({"prepare": candidate, "into": str(file), "again": again}, LIMIT_S)
+        assert isinstance(reply, dict) and reply["ready"]
+        assert Path(reply["built"]["library"]).is_file() and Prepared.of(reply).built is not None
+        cases.append(torch.load(file, weights_only=False))
+    assert kernels() > before
+    assert [case.problem for case in cases[0]] == list(odd_problems(PROBLEM))
+    same, other = (bool((cases[0][1].inputs.q == one[1].inputs.q).all()) for one in cases[1:])
+    assert same and not other
 
 
 @pytest.mark.parametrize("fault", ["wrong", "unwritten"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -188,6 +189,38 @@ def test_ctrl_c_returns_what_is_there_and_the_study_goes_on(url: str, stored: bo
 def test_the_timeout_ends_a_run() -> None:
     result = run_study(SPACE, valid, evaluate, trials=20, timeout=0.0)
     assert result.stopped == "timeout" and result.trials == ()
+
+
+@pytest.mark.parametrize("at_once", (1, 3))
+def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_once: int) -> None:
+    left = 5
+
+    def timely(config: Config) -> Outcome | None:
+        nonlocal left
+        left -= 1
+        return evaluate(config) if left >= 0 else None
+
+    result = run_study(SPACE, valid, timely, trials=20, seed=1, storage=url, at_once=at_once)
+    assert result.stopped == "timeout" and len(result.trials) == 5
+    states = Counter(trial.state for trial in optuna.load_study(study_name="mctune", storage=url).trials)
+    assert states == {TrialState.COMPLETE: 5, TrialState.FAIL: 1}
+    again = run_study(SPACE, valid, evaluate, trials=20, seed=1, storage=url, at_once=at_once)
+    assert len({trial.config for trial in again.trials}) == 20
+
+
+def test_ctrl_c_does_not_wait_for_the_candidates_beside() -> None:
+    ended = threading.Event()
+
+    def beside(config: Config) -> Outcome:
+        if config.integer("x") == 0:
+            raise KeyboardInterrupt
+        ended.wait(20)
+        return timed(1.0)
+
+    began = time.monotonic()
+    result = run_study(LINE, always, beside, trials=8, sampler="grid", at_once=8)
+    ended.set()
+    assert result.interrupted and time.monotonic() - began < 10
 
 
 def test_a_study_of_something_else_is_refused(url: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,30 @@ def test_a_hang_is_killed_in_time_and_names_its_stage(worker: Worker) -> None:
     assert worker.call({"do": "hang"}, 0.3) == WorkerTimedOut(0.3, "time")
     assert time.monotonic() - began < 5
     assert isinstance(worker.call({}, LIMIT_S), dict)
+
+
+def test_a_process_outlives_the_thread_that_it_was_started_in(worker: Worker) -> None:
+    answers: list[object] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: answers.append(worker.call({}, LIMIT_S)))
+        thread.start()
+        thread.join()
+        # The kernel takes a moment to end what it would end.
+        time.sleep(0.2)
+    first, second = answers
+    assert isinstance(first, dict) and isinstance(second, dict)
+    assert first["pid"] == second["pid"] and worker.started == 1
+
+
+def test_a_call_is_halted_from_another_thread(worker: Worker) -> None:
+    worker.call({}, LIMIT_S)
+    timer = threading.Timer(0.3, worker.halt)
+    timer.start()
+    began = time.monotonic()
+    assert isinstance(worker.call({"do": "hang"}, LIMIT_S), WorkerDied)
+    assert time.monotonic() - began < 5
+    died = worker.call({}, LIMIT_S)
+    assert isinstance(died, WorkerDied) and "halted" in died.message and worker.started == 1
 
 
 def test_the_whole_process_group_is_killed(worker: Worker, tmp_path: Path) -> None:

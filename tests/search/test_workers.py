@@ -6,8 +6,11 @@ The process that times runs Triton's interpreter here, where there may be no GPU
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from mctune.search import workers as module
 from mctune.search.events import SearchRequest
 from mctune.search.presence import Seen, here
 from mctune.search.spread import walk
+from mctune.search.worker import WorkerDied
 from mctune.search.workers import Workers
 
 TARGET, _ = resolve("rtx3090")
@@ -62,6 +66,56 @@ def test_what_compiles_is_timed_on_what_was_judged(workers: Workers, monkeypatch
         {"evaluate": {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, "prepared": "/nowhere.pt"}, LIMIT_S
     )
     assert isinstance(died, dict) and "No such file" in died["outcome"]
+
+
+def test_a_kernel_ships_after_it_was_judged_on_other_inputs(workers: Workers) -> None:
+    reply = workers.ship({"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, None, LIMIT_S)
+    assert isinstance(reply, dict) and 0 < reply["errors"][0] < 2e-3 and Path(reply["library"]).is_file()
+    # It was built and judged beside, and run where candidates are timed.
+    assert workers._device is not None and workers._device.started == 1
+    assert sum(worker.started for worker in workers._compilers) == 1
+    refused = CONFIG.replace(piece=512).to_dict()
+    died = workers.ship({"problem": PROBLEM.to_dict(), "config": refused}, None, LIMIT_S)
+    assert isinstance(died, WorkerDied) and "failed to build" in died.message
+
+
+def test_finalists_are_rendered_beside(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    assert workers._device is not None
+    monkeypatch.setattr(workers._device, "call", lambda payload, limit_s: asked.append(payload) or {"samples": []})
+    candidate = {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}
+    assert workers.compare([candidate, candidate], LIMIT_S) == {"samples": []}
+    assert all(Path(one["built"]["library"]).is_file() for one in asked[0]["compare"]) and len(asked[0]["compare"]) == 2
+    refused = {"problem": PROBLEM.to_dict(), "config": CONFIG.replace(piece=512).to_dict()}
+    assert isinstance(workers.compare([candidate, refused], LIMIT_S), WorkerDied) and len(asked) == 1
+
+
+def test_nothing_is_evaluated_when_the_time_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}
+    assert workers.evaluate(candidate, LIMIT_S, time.monotonic()) is None
+    assert all(worker.started == 0 for worker in workers._compilers)
+    # A process that is under way is given a little more time, then killed.
+    monkeypatch.setattr(module, "_GRACE_S", 0.0)
+    assert workers.evaluate(candidate, LIMIT_S, time.monotonic() + 0.1) is None
+    assert workers._device is not None and workers._device.started == 0
+
+
+def test_the_processes_outlive_the_threads_of_a_batch(workers: Workers) -> None:
+    refused = {"problem": PROBLEM.to_dict(), "config": CONFIG.replace(piece=512).to_dict()}
+    for _ in range(2):
+        with ThreadPoolExecutor(workers.count) as pool:
+            list(pool.map(lambda _: workers.evaluate(refused, LIMIT_S), range(workers.count)))
+        time.sleep(0.2)
+    assert [worker.started for worker in workers._compilers] == [1, 1]
+
+
+def test_triton_keeps_what_it_compiles_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    own = str((tmp_path / "search" / "triton").resolve())
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in Workers(request)._compilers} == {own}
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in Workers(request)._compilers} == {"/elsewhere"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,205 @@
+"""A whole search: who gets how much of the time, and what becomes of a winner that is found wrong at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mctune.backends import get_backend
+from mctune.core.config import Config
+from mctune.core.errors import MctuneError
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+from mctune.core.workload import Case
+from mctune.search import run as module
+from mctune.search.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+from mctune.search.one import OneStudy
+from mctune.search.run import search, ship
+from mctune.search.study import Trial
+from mctune.search.worker import WorkerDied
+from tests.search.spaces import timed
+
+PROBLEM = Problem(aggregation="grm", T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
+CASE = Case(PROBLEM, (32, 64))
+
+
+class Workers:
+    """Stands in for :class:`mctune.search.workers.Workers`."""
+
+    count, least_s = 2, 3.0
+    wrong: tuple[int, ...] = ()
+    interrupt = -1
+
+    def __init__(self, request: SearchRequest) -> None:
+        self.asked: list[int] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Any:
+        number = candidate["config"]["n"]
+        if number == self.interrupt:
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+        if number in self.wrong:
+            return WorkerDied(f"{number} is wrong", "verify")
+        return {"library": f"{number}.json", "source": f"{number}.py", "portable": None, "errors": [1e-3], "by": "test",
+                "cases": [], "parts": {}}  # fmt: skip
+
+
+class Clock:
+    """Stands in for ``time``: it goes when a study runs."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Study:
+    """Stands in for a study that had ``done`` candidates before; it takes its whole share and ``over`` seconds more."""
+
+    def __init__(self, clock: Clock, done: int, over: float = 0.0) -> None:
+        self.case, self.clock, self.done, self.over, self.shares = CASE, clock, done, over, list[float]()
+
+    def run(self, workers: object, listener: object, share: float | None) -> tuple[StudyReport, bool]:
+        assert share is not None
+        self.shares.append(share)
+        self.clock.now += share + self.over
+        return self.report([0] * (self.done + 10)), False
+
+    def so_far(self) -> Sequence[int]:
+        return [0] * self.done
+
+    def report(self, trials: Sequence[int]) -> StudyReport:
+        return StudyReport(CASE, (("timed", len(trials)),), (), None)
+
+
+@pytest.fixture
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchRequest:
+    monkeypatch.setattr(module, "Workers", Workers)
+    return SearchRequest(target=resolve("h200")[0], cases=(CASE,), out=tmp_path, trials=9, timeout_s=100.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(module, "time", found)
+    return found
+
+
+def searched(
+    request: SearchRequest, studies: Sequence[Study], monkeypatch: pytest.MonkeyPatch
+) -> tuple[SearchReport, list[str]]:
+    notes: list[str] = []
+    listener: Any = SimpleNamespace(note=notes.append, study_done=lambda report: None)
+    heard: Listener = listener
+    monkeypatch.setattr(module, "_studies", lambda request: studies)
+    return search(request, heard), notes
+
+
+def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [Study(clock, 0, over=10.0), Study(clock, 0), Study(clock, 0)]
+    report, notes = searched(request_, studies, monkeypatch)
+    # What the first took beyond its share is not the second's.
+    left = 100 - 100 / 3 - 10
+    assert [study.shares for study in studies] == [
+        [pytest.approx(100 / 3)], [pytest.approx(left / 2 - 10)], [pytest.approx(left / 2 + 10)]
+    ]  # fmt: skip
+    assert report.seconds == pytest.approx(100) and not notes
+
+
+def test_nothing_runs_when_the_time_is_over(
+    request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "least_s", 40.0)
+    studies = [Study(clock, 40), Study(clock, 7), Study(clock, 20, over=25.0), Study(clock, 30)]
+    report, notes = searched(request_, studies, monkeypatch)
+    # Those first that have least, each long enough to get anywhere; the others as they were, in the request's order.
+    assert [study.shares for study in studies] == [[], [40.0], [40.0], []]
+    assert [study.trials for study in report.studies] == [40, 17, 30, 30]
+    assert report.seconds == 105 and len(notes) == 2 and "40 trials of earlier runs" in notes[0]
+
+
+def test_a_limit_under_what_a_study_takes_is_kept(
+    request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "least_s", 400.0)
+    studies = [Study(clock, 0), Study(clock, 0)]
+    searched(request_, studies, monkeypatch)
+    assert [study.shares for study in studies] == [[100.0], []]
+
+
+def point(number: int, length: int, ms: float) -> FrontierPoint:
+    problem = PROBLEM.replace(segment_length=length)
+    return FrontierPoint(problem, 1, 1, Config.of({"n": number, "segment_length": length}), timed(ms))
+
+
+SHORT, LONG = point(1, 32, 1.05), point(2, 64, 1.0)
+SPARE = (point(3, 32, 1.2), point(4, 64, 1.02), point(5, 32, 3.0))
+REPORT = StudyReport(CASE, (), (SHORT, LONG), SHORT, spare=SPARE)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_the_next_best_at_every_segment_length_stand_by(request_: SearchRequest, measure: bool) -> None:
+    study = OneStudy(replace(request_, measure=measure), get_backend("triton"), CASE, "sqlite://")
+    times = [(32, 5.0), (64, 1.0), (32, 2.0), (32, 3.0), (64, 4.0), (32, 9.0), (32, 4.0)]
+    trials = [Trial(n, point(n, C, ms).config, timed(ms), 0.1) for n, (C, ms) in enumerate(times)]
+    report = study.report(trials)
+    assert [one.config["n"] for one in report.frontier] == [2, 1]
+    # What is predicted was verified before it stands for its length; nothing else was.
+    assert [one.config["n"] for one in report.spare] == ([3, 4, 6] if measure else [])
+    assert all(one.problem.segment_length == one.config["segment_length"] for one in report.spare)
+
+
+def shipped(request: SearchRequest, note: Callable[[str], None] = lambda _: None) -> list[tuple[int, bool]]:
+    report = SearchReport(request.target, request.out, (REPORT, replace(REPORT)), 1.0)
+    winners = ship(request, report, note)
+    assert len(winners) % 2 == 0 and winners[: len(winners) // 2] == winners[len(winners) // 2 :]
+    return [(winner.config.integer("n"), winner.recommended) for winner in winners[: len(winners) // 2]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        ((), [(1, True), (2, False)]),
+        ((2,), [(1, True), (4, False)]),
+        ((1,), [(3, False), (2, True)]),
+        ((1, 3), [(5, False), (2, True)]),
+        ((1, 3, 5), [(2, True)]),
+    ],
+)
+def test_what_is_not_right_gives_way_to_the_next_best(
+    request_: SearchRequest, monkeypatch: pytest.MonkeyPatch, wrong: tuple[int, ...], wanted: list[tuple[int, bool]]
+) -> None:
+    monkeypatch.setattr(Workers, "wrong", wrong)
+    notes: list[str] = []
+    assert shipped(request_, notes.append) == wanted
+    assert len(notes) == 2 * len(wrong)
+    assert all(f"{number} is wrong" in " ".join(notes) for number in wrong)
+
+
+def test_where_nothing_is_right_nothing_ships(request_: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "wrong", (1, 2, 3, 4, 5))
+    with pytest.raises(MctuneError, match="is wrong"):
+        shipped(request_)
+
+
+def test_ctrl_c_ships_what_is_verified(request_: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "interrupt", 2)
+    notes: list[str] = []
+    assert shipped(request_, notes.append) == [(1, True)]
+    assert "2 of 4 kernels" in notes[0]
+    monkeypatch.setattr(Workers, "wrong", (1, 3, 5))
+    with pytest.raises(KeyboardInterrupt):
+        shipped(request_)
