@@ -132,7 +132,7 @@ def _local(w: Walk) -> Source:
 
 
 def _means(w: Walk) -> Source:
-    return Source(1, 0, (Source(len(w.pieces) / w.segments),))
+    return Source(1, 0, (Source(math.ceil(len(w.pieces) / w.segments / 16)),))
 
 
 def _carry(w: Walk) -> Source:

@@ -178,7 +178,8 @@ def carry_kernel(
         entered *= tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
         state = tl.load(ends + matrix, mask=inside, other=0.0) + entered
         if carried is not None:
-            tl.store(carried + matrix, state, mask=inside)
+            height = SIZE
+            tl.store(carried + matrix, state, mask=place < height)
         if operand is not None:
             tl.store(operand + matrix, state.to(operand.dtype.element_ty), mask=inside)
         if past is not None:
@@ -195,8 +196,11 @@ def means_kernel(sums, seg_begin, seg_end, seg_piece, seg_last, means, N, P, SK:
     bh = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BK)
     total = tl.zeros([BK], tl.float32)
-    for piece in range(tl.load(seg_piece + s), tl.load(seg_last + s) + 1):
-        total += tl.load(sums + (bh * P + piece) * SK + cols, mask=cols < SK, other=0.0)
+    last = tl.load(seg_last + s)
+    for p0 in range(tl.load(seg_piece + s), last + 1, 16):
+        piece = p0 + tl.arange(0, 16)
+        inside = (piece <= last)[:, None] & (cols < SK)[None, :]
+        total += tl.sum(tl.load(sums + (bh * P + piece)[:, None] * SK + cols[None, :], mask=inside, other=0.0), 0)
     total /= tl.load(seg_end + s) - tl.load(seg_begin + s)
     tl.store(means + (bh * N + s) * SK + cols, total, mask=cols < SK)
 
@@ -248,10 +252,10 @@ def segment_states(
         crosses: whether any piece is entered.
 
     Returns:
-        End states, float32; the same as operands of products, in k's dtype (``ends`` itself where that is float32, not
-        written where sums of states are read and nothing enters a piece); the
-        sum of earlier segments' states in k's dtype, for residual and mean, else None; mean keys, float32; the sums of
-        pieces' keys, float32, None where every segment is one piece.
+        End states, float32, in linear memories of 16 bits only those of the last pieces of segments; the states of all
+        pieces as operands of products, in k's dtype (``ends`` itself where that is float32, not written where sums of
+        states are read and nothing enters a piece); the sum of earlier segments' states in k's dtype, for residual and
+        mean, else None; mean keys, float32; the sums of pieces' keys, float32, None where every segment is one piece.
     """
     B, T, H, _ = k.shape
     P, N = begin.shape[0], seg_begin.shape[0]
@@ -273,7 +277,7 @@ def segment_states(
     if sums is not None:
         means_kernel[(N, B * H)](
             sums=sums, seg_begin=seg_begin, seg_end=seg_end, seg_piece=seg_piece, seg_last=seg_last, means=means, N=N,
-            P=P, SK=SK, BK=PK, num_warps=1,
+            P=P, SK=SK, BK=PK, num_warps=4,
         )  # fmt: skip
     if carries:
         carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
