@@ -53,6 +53,15 @@ def _rows(config: Config) -> int:
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
 
 
+def _lists(config: Config, problem: Problem, target: Target) -> bool:
+    """A tile of logits keeps top_k of them at each of its places: 128 registers a thread, or the shortest tile."""
+    kept = 1 << (max(problem.top_k or 1, 1) - 1).bit_length()
+    held = 2 * kept * config.integer("gates_BT") * config.integer("gates_BN")
+    return (
+        problem.aggregation != "ssc" or config["gates_BT"] == 16 or held <= 128 * 32 * config.integer("gates_num_warps")
+    )
+
+
 def _operands(prefix: str, rows: str, width):
     """A program keeps its rows as operands of products: float32 takes most of the registers."""
 
@@ -151,7 +160,19 @@ _BROAD = "a tile wider than a row computes columns that do not exist"
 _PIECES = (256, 128, 64, 32, 16)
 _PRECISIONS = ("tf32x3", "ieee")
 _DEFAULTS = (
-    *(_chosen(piece, *wide) for wide in ((128, 8), (64, 8), (64, 4), (32, 4)) for piece in _PIECES),
+    *(
+        _chosen(piece, *wide).replace(precision=precision)
+        for precision in _PRECISIONS
+        for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
+        for piece in _PIECES
+    ),
+    # A greater top_k.
+    *(
+        _chosen(piece, *wide).replace(gates_BT=rows, gates_num_warps=8)
+        for rows in (64, 32, 16)
+        for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
+        for piece in _PIECES
+    ),
     # Rows share a state's way from the L2.
     _WIDE.replace(
         **{"dq_BT": 256, "dq_BJ": 32, "dq_num_warps": 16, "dgates_BT": 64, "dgates_num_warps": 8},
@@ -286,6 +307,7 @@ SPACE = SearchSpace(
                 c.integer("dgroup_BK") * (_power(p.Dv) + c.integer("dgroup_BT")) if c["formulation"] == "grouped" else 0
             ),
         ),
+        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
         Constraint(
             "dgroup rows",
             lambda c, p, t: c["formulation"] != "grouped" or _operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),

@@ -95,6 +95,15 @@ def _operands(name: str):
     return holds
 
 
+def _lists(config: Config, problem: Problem, target: Target) -> bool:
+    """A tile of logits keeps top_k of them at each of its places: 128 registers a thread, or the shortest tile."""
+    kept = 1 << (max(problem.top_k or 1, 1) - 1).bit_length()
+    held = 2 * kept * config.integer("gates_BT") * config.integer("gates_BN")
+    return (
+        problem.aggregation != "ssc" or config["gates_BT"] == 16 or held <= 128 * 32 * config.integer("gates_num_warps")
+    )
+
+
 _MANY = "only the products of sm_90 spread over so many warps"
 
 SPACE = SearchSpace(
@@ -189,6 +198,7 @@ SPACE = SearchSpace(
             lambda c, p, t: _operands("gates")(c, p, t) or c["gates"] == "fused" or not p.routed,
             "float32 rows of u would spill",
         ),
+        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
         Constraint(
             "states registers",
             lambda c, p, t: c.integer("states_BK") * c.integer("states_BV") <= 128 * c.integer("states_num_warps") * 32,
@@ -198,6 +208,12 @@ SPACE = SearchSpace(
     default=_shorter(256, "grouped"),
     fallbacks=(
         *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
+        # A greater top_k.
+        *(
+            _shorter(piece, "grouped").replace(gates_BT=rows, gates_num_warps=8)
+            for rows in (64, 32, 16)
+            for piece in (256, 128, 64, 32, 16)
+        ),
         # Rows share a state's way from the L2: twice as many, half the columns.
         _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
         *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
