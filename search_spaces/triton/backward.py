@@ -54,12 +54,11 @@ def _rows(config: Config) -> int:
 
 
 def _lists(config: Config, problem: Problem, target: Target) -> bool:
-    """A tile of logits keeps top_k of them at each of its places: 128 registers a thread, or the shortest tile."""
-    kept = 1 << (max(problem.top_k or 1, 1) - 1).bit_length()
-    held = 2 * kept * config.integer("gates_BT") * config.integer("gates_BN")
-    return (
-        problem.aggregation != "ssc" or config["gates_BT"] == 16 or held <= 128 * 32 * config.integer("gates_num_warps")
-    )
+    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
+    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
+    segments = -(-problem.T // (problem.segment_length or problem.T))
+    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
+    return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
 def _operands(prefix: str, rows: str, width):
@@ -153,6 +152,12 @@ def _chosen_float32(piece: int, precision: str) -> Config:
     return _float32(piece, True, precision).replace(formulation="grouped", **tiles)
 
 
+def _little_shared(config: Config, problem: Problem, target: Target) -> bool:
+    """AMD's 64 KiB do not hold wide rows that are loaded ahead."""
+    small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BN") <= 64
+    return target.kind == "cuda" or small or _power(max(problem.Dk, problem.Dv)) < 128
+
+
 _MANY = "only the products of sm_90 spread over so many warps"
 _LONG = "a tile longer than a piece computes rows that do not exist"
 _BROAD = "a tile wider than a row computes columns that do not exist"
@@ -168,8 +173,8 @@ _DEFAULTS = (
     ),
     # A greater top_k.
     *(
-        _chosen(piece, *wide).replace(gates_BT=rows, gates_num_warps=8)
-        for rows in (64, 32, 16)
+        _chosen(piece, *wide).replace(gates_num_warps=8, precision=precision)
+        for precision in _PRECISIONS
         for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
         for piece in _PIECES
     ),
@@ -317,6 +322,7 @@ SPACE = SearchSpace(
             Constraint(name, lambda c, p, t, name=name, most=most: c.integer(name) <= most or t.arch == "sm_90", _MANY)
             for name, most in (("dq_num_warps", 8), ("dstates_num_warps", 8), ("dgroup_num_warps", 4))
         ),
+        Constraint("shared memory", _little_shared, "wide rows that are loaded ahead exceed 64 KiB"),
         Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
             "dkv operands", _operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
@@ -329,5 +335,10 @@ SPACE = SearchSpace(
     ),
     default=_chosen(256),
     # Where pieces are shorter than segments, the same with nothing saved.
-    fallbacks=tuple(config.replace(saved=saved) for saved in ("states", "nothing") for config in _DEFAULTS),
+    fallbacks=tuple(
+        config.replace(saved=saved, **small)
+        for saved in ("states", "nothing")
+        for small in ({}, {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BN": 64})
+        for config in _DEFAULTS
+    ),
 )

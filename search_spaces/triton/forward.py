@@ -96,15 +96,31 @@ def _operands(name: str):
 
 
 def _lists(config: Config, problem: Problem, target: Target) -> bool:
-    """A tile of logits keeps top_k of them at each of its places: 128 registers a thread, or the shortest tile."""
-    kept = 1 << (max(problem.top_k or 1, 1) - 1).bit_length()
-    held = 2 * kept * config.integer("gates_BT") * config.integer("gates_BN")
-    return (
-        problem.aggregation != "ssc" or config["gates_BT"] == 16 or held <= 128 * 32 * config.integer("gates_num_warps")
-    )
+    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
+    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
+    segments = -(-problem.T // (problem.segment_length or problem.T))
+    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
+    return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
 _MANY = "only the products of sm_90 spread over so many warps"
+
+_DEFAULTS = (
+    _shorter(256, "grouped"),
+    *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
+    # A greater top_k.
+    *(_shorter(piece, "grouped").replace(gates_num_warps=8) for piece in (256, 128, 64, 32, 16)),
+    # Rows share a state's way from the L2: twice as many, half the columns.
+    _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
+    *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
+    *(
+        config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
+        for name, unused in (("per_segment", False), ("summed", True))
+        for piece in (64, 32, 16)
+        for precision in ("tf32x3", "ieee")
+        for config in (_float32(piece, name, precision),)
+    ),
+)
 
 SPACE = SearchSpace(
     params=(
@@ -192,6 +208,11 @@ SPACE = SearchSpace(
             "the accumulator alone would spill",
         ),
         Constraint("read_num_warps", lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90", _MANY),
+        Constraint(
+            "read_num_stages",
+            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or _power(max(p.Dk, p.Dv)) < 128,
+            "AMD's 64 KiB of shared memory do not hold wide rows that are loaded ahead",
+        ),
         Constraint("read operands", _operands("read"), "float32 rows of q would spill"),
         Constraint(
             "gates operands",
@@ -205,24 +226,6 @@ SPACE = SearchSpace(
             "the accumulator alone would spill",
         ),
     ),
-    default=_shorter(256, "grouped"),
-    fallbacks=(
-        *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
-        # A greater top_k.
-        *(
-            _shorter(piece, "grouped").replace(gates_BT=rows, gates_num_warps=8)
-            for rows in (64, 32, 16)
-            for piece in (256, 128, 64, 32, 16)
-        ),
-        # Rows share a state's way from the L2: twice as many, half the columns.
-        _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
-        *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
-        *(
-            config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
-            for name, unused in (("per_segment", False), ("summed", True))
-            for piece in (64, 32, 16)
-            for precision in ("tf32x3", "ieee")
-            for config in (_float32(piece, name, precision),)
-        ),
-    ),
+    default=_DEFAULTS[0],
+    fallbacks=(*_DEFAULTS[1:], *(config.replace(read_num_stages=1) for config in _DEFAULTS)),
 )

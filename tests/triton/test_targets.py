@@ -62,6 +62,13 @@ def test_the_default_compiles_without_spilling_much(pass_: str, folder: Path) ->
     assert {launch.name: launch.spills for launch in made if launch.spills} == {}
 
 
+@pytest.mark.parametrize("pass_", LAUNCHERS)
+def test_the_default_fits_where_there_is_little_shared_memory(pass_: str, folder: Path) -> None:
+    target, _ = resolve("mi300x")
+    problem = PROBLEM.replace(pass_=pass_)
+    assert check(problem, next(corners(problem, target)), target, folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pass_", LAUNCHERS)
 @pytest.mark.parametrize("target", SERVED, ids=lambda target: target.name)

@@ -133,6 +133,7 @@ def gates(
     logits = own = chosen = picked = None
     logits = u.new_empty((B * H, N, T), dtype=torch.float32)
     lse = u.new_empty((B * H, T), dtype=torch.float32)
+    # KP: a place of a tile sees every BN-th segment, and has no more best ones; 4 fit all calls with few.
     gates_kernel[(tiles.shape[0], B * H)](
         u=u, k=k, means=means, sums=sums, begin=begin, end=end, segment=segment, seg_begin=seg_begin,
         seg_first=seg_first, seg_piece=seg_piece, tiles=tiles, logits=logits, lse=lse, T=T, H=H, N=N, P=P, DK=DK, PK=PK,

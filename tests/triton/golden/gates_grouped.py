@@ -186,10 +186,11 @@ def gates(
     chosen = u.new_empty((B * H, T, top_k), dtype=torch.int32)
     picked = u.new_empty((B * H, T, top_k), dtype=torch.float32)
     lse = u.new_empty((B * H, T), dtype=torch.float32)
+    # KP: a place of a tile sees every BN-th segment, and has no more best ones; 4 fit all calls with few.
     gates_kernel[(tiles.shape[0], B * H)](
         u=u, k=k, means=means, sums=sums, begin=begin, end=end, segment=segment, seg_begin=seg_begin,
         seg_first=seg_first, seg_piece=seg_piece, tiles=tiles, logits=logits, lse=lse, own=own, chosen=chosen,
         picked=picked, top_k=top_k, T=T, H=H, N=N, P=P, DK=DK, PK=PK, SK=SK, BT=BT, BN=BN,
-        KP=triton.next_power_of_2(top_k), num_warps=num_warps, num_stages=num_stages,
+        KP=triton.next_power_of_2(min(top_k, max(triton.cdiv(N, BN), 4))), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return logits, lse, own, chosen, picked
