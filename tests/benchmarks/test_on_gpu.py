@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tarfile
 import zipfile
@@ -109,10 +110,13 @@ def test_without_a_gpu_it_says_so(on_gpu: ModuleType, tmp_path: Path, monkeypatc
 
 
 def test_a_stage_is_asked_to_end_then_killed(
-    on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(on_gpu, "ASKED_S", 1.0)
     run = on_gpu.Run(tmp_path, minutes=1.0)
+    # Whoever runs the tests in the background has it ignored, and so would the stage.
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     wait = "print('begun', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    "
     assert run.stage("polite", "-c", f"import time\n{wait}print('left what it had')", limit_s=2.0) == 0
     deaf = "import signal, time\nsignal.signal(2, lambda *_: print('asked', flush=True))\nwhile True: time.sleep(1)"

@@ -255,6 +255,8 @@ def test_ctrl_c_twice_is_once(gpu: ModuleType, tmp_path: Path) -> None:
         "    raise SystemExit(130)\n"
     )
     code = (
+        # Whoever runs the tests in the background has it ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_supervise as s\n"
         f"out = Path({str(tmp_path / 'benchmark.json')!r})\n"
         f"sys.exit(s.supervise(Path({str(script)!r}), 99.0, out, {{}}, True))"
