@@ -165,15 +165,10 @@ _BROAD = "a tile wider than a row computes columns that do not exist"
 _PIECES = (256, 128, 64, 32, 16)
 _PRECISIONS = ("tf32x3", "ieee")
 _DEFAULTS = (
+    # Lists of a greater top_k take more warps.
     *(
-        _chosen(piece, *wide).replace(precision=precision)
-        for precision in _PRECISIONS
-        for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
-        for piece in _PIECES
-    ),
-    # A greater top_k.
-    *(
-        _chosen(piece, *wide).replace(gates_num_warps=8, precision=precision)
+        _chosen(piece, *wide).replace(gates_num_warps=warps, precision=precision)
+        for warps in (4, 8)
         for precision in _PRECISIONS
         for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
         for piece in _PIECES
@@ -333,7 +328,7 @@ SPACE = SearchSpace(
             "float32 rows of u would spill",
         ),
     ),
-    default=_chosen(256),
+    default=_DEFAULTS[0],
     # Where pieces are shorter than segments, the same with nothing saved.
     fallbacks=tuple(
         config.replace(saved=saved, **small)

@@ -106,10 +106,12 @@ def _lists(config: Config, problem: Problem, target: Target) -> bool:
 _MANY = "only the products of sm_90 spread over so many warps"
 
 _DEFAULTS = (
-    _shorter(256, "grouped"),
-    *(_shorter(piece, "grouped") for piece in (128, 64, 32, 16)),
-    # A greater top_k.
-    *(_shorter(piece, "grouped").replace(gates_num_warps=8) for piece in (256, 128, 64, 32, 16)),
+    # Lists of a greater top_k take more warps.
+    *(
+        _shorter(piece, "grouped").replace(gates_num_warps=warps)
+        for warps in (4, 8)
+        for piece in (256, 128, 64, 32, 16)
+    ),
     # Rows share a state's way from the L2: twice as many, half the columns.
     _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
     *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
