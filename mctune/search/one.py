@@ -19,6 +19,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
 from mctune.search.events import FrontierPoint, Listener, SearchRequest, StudyReport
+from mctune.search.feasible import Feasible
 from mctune.search.finalists import decide, shortlist
 from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.search.rules import Rule
@@ -67,6 +68,10 @@ class OneStudy:
             listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
 
         listener.study_started(self.case, total, len(self.so_far()))
+        points = Feasible(space, self.rules())
+        for position, length in enumerate(lengths):
+            if next(points.ordered((len(space.params) - 1, position)), None) is None:
+                listener.note(f"no configuration is valid with segments of {length} tokens")
         result = run_study(
             space,
             self.rules(),
@@ -89,10 +94,6 @@ class OneStudy:
             listener.note(f"no further valid configuration: {len(result.trials)} were tried")
         if result.interrupted:
             return self.report(result.trials), True
-        if len(result.trials) >= len(lengths):  # each had its turn
-            for length in lengths:
-                if not any(self.problem(trial.config).segment_length == length for trial in result.trials):
-                    listener.note(f"no configuration is valid with segments of {length} tokens")
         decide_ = self._time_again if self.request.measure else self._verify_fastest
         try:
             return self.report(result.trials, decide_(workers, listener, result.trials)), False

@@ -41,7 +41,7 @@ class _Partial(Config):
     _values: Mapping[str, Scalar]
 
     @property
-    def items(self) -> tuple[tuple[str, Scalar], ...]:  # type: ignore[override]
+    def items(self) -> tuple[tuple[str, Scalar], ...]:
         raise _TooMuch
 
     def __getitem__(self, name: str) -> Scalar:

@@ -114,7 +114,7 @@ class Proposer:
         return [((self._balance, value), tried[value]) for value in sorted(range(len(tried)), key=tried.__getitem__)]
 
     def _own_defaults(self) -> Iterator[Point]:
-        """For every value of the balanced parameter the first default that is valid with it, the default's own first."""
+        """For every value of the balanced parameter the first default that is valid with it."""
         configs = (self._space.default, *self._space.fallbacks)
         points = [self._space.indices(config) for config in configs if config in self._space]
         if self._balance is None or not points:
@@ -171,15 +171,16 @@ class Proposer:
         gain = self._model(history, points, scores, parzen=parzen)
 
         def usable(point: Point | None) -> TypeGuard[Point]:
-            inside = point is not None and (stratum is None or point[stratum[0]] == stratum[1])
-            return inside and point not in seen and point in self._feasible
+            if point is None or point in seen or (stratum is not None and point[stratum[0]] != stratum[1]):
+                return False
+            return point in self._feasible
 
         pool = dict.fromkeys(self._random(rng, seen, _POOL, _DRAWS, stratum))
         for row in np.argsort(scores, kind="stable")[:_ELITES]:
             elite: Point = tuple(points[row].tolist())
-            relatives = [self._relative(elite, rng) for _ in range(_RELATIVES)]
-            near = (self._feasible.repair(point, rng, stratum) for point in (elite, *self._neighbours(elite), *relatives))
-            pool.update((point, None) for point in near if usable(point))
+            near = [elite, *self._neighbours(elite), *(self._relative(elite, rng) for _ in range(_RELATIVES))]
+            repaired = (self._feasible.repair(point, rng, stratum) for point in near)
+            pool.update((point, None) for point in repaired if usable(point))
         if not pool:
             return None
         best, height = _highest(list(pool), gain)
