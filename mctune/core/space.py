@@ -94,7 +94,8 @@ class SearchSpace:
 
     def indices(self, config: Config) -> tuple[int, ...]:
         """The inverse of :meth:`at`."""
-        return tuple(param.values.index(config[param.name]) for param in self.params)
+        values = config.to_dict()
+        return tuple(param.values.index(values[param.name]) for param in self.params)
 
     def __contains__(self, config: object) -> bool:
         """Whether a configuration is a point of the space, valid or not."""

@@ -114,17 +114,15 @@ class Proposer:
         return [((self._balance, value), tried[value]) for value in sorted(range(len(tried)), key=tried.__getitem__)]
 
     def _own_defaults(self) -> Iterator[Point]:
-        """For every value of the balanced parameter the first default that is valid with it."""
-        configs = (self._space.default, *self._space.fallbacks)
-        points = [self._space.indices(config) for config in configs if config in self._space]
-        if self._balance is None or not points:
-            variants = [points]
-        else:
-            b, own = self._balance, points[0][self._balance]
-            values = sorted(range(self._sizes[b]), key=lambda value: value != own)
-            variants = [[(*point[:b], value, *point[b + 1 :]) for point in points] for value in values]
-        for variant in variants:
-            yield from itertools.islice((point for point in variant if point in self._feasible), 1)
+        """The first default that is valid with each value of the balanced parameter, that of the default's own first."""
+        strata = [stratum for stratum, _ in self._strata(())]
+        configs = [config for config in (self._space.default, *self._space.fallbacks) if config in self._space]
+        if self._balance is not None and configs:
+            own = self._space.indices(configs[0])[self._balance]
+            strata.sort(key=lambda stratum: stratum is not None and stratum[1] != own)
+        for stratum in strata:
+            moved = (_within(stratum, self._space.indices(config)) for config in configs)
+            yield from itertools.islice((point for point in moved if point in self._feasible), 1)
 
     def _next_in_order(self, seen: set[Point], stratum: Stratum | None) -> Point | None:
         """The first valid point not in ``seen``. The scan never goes back: what it has passed was tried."""
@@ -171,7 +169,7 @@ class Proposer:
         gain = self._model(history, points, scores, parzen=parzen)
 
         def usable(point: Point | None) -> TypeGuard[Point]:
-            if point is None or point in seen or (stratum is not None and point[stratum[0]] != stratum[1]):
+            if point is None or point in seen or point != _within(stratum, point):
                 return False
             return point in self._feasible
 
@@ -234,6 +232,11 @@ class Proposer:
             self._fitted = checkpoint, self._gp.fit(early, _standard(targets))
         self._gp.condition(points, _standard(scores), self._fitted[1])
         return self._gp.gain
+
+
+def _within(stratum: Stratum | None, point: Point) -> Point:
+    """``point`` with the value that a stratum is confined to."""
+    return point if stratum is None else (*point[: stratum[0]], stratum[1], *point[stratum[0] + 1 :])
 
 
 def _standard(scores: Array) -> Array:
