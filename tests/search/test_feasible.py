@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mctune.backends import get_backend
@@ -125,6 +125,33 @@ def test_balanced_values_take_turns_until_the_space_is_exhausted(
         history.append((point, None if sum(point) % 3 == 0 else 1.0 + sum(point)))
     if sampler == "random" or len(wanted) < most:
         assert sorted(point for point, _ in history) == wanted
+
+
+READ_LAST = SearchSpace((*(Int(name, range(1, 5)) for name in "abcd"), Int("C", (1, 2, 3))))
+"""What is left of the second rule is the same for C = 1 and C = 2, so the first of them is asked of both."""
+READING_LAST: list[Rule] = [
+    lambda config: (config.integer("a") + config.integer("b")) % config.integer("C") == 0,
+    lambda config: config.integer("c") < config.integer("d") or config["C"] == 3,
+]
+
+
+@settings(max_examples=30)
+@example((READ_LAST, READING_LAST))
+@given(spaces())
+def test_what_was_asked_before_changes_nothing(drawn: tuple[SearchSpace, list[Rule]]) -> None:
+    """A search that goes on asks its first question in the middle."""
+    space, rules = drawn
+    strata = [(p, value) for p, param in enumerate(space.params) for value in range(len(param.values))]
+    points = list(np.ndindex(*(len(param.values) for param in space.params)))[:: len(space.params) + 1]
+
+    def made(order: list[tuple[int, int]]) -> dict[tuple[int, int], list[Point | None]]:
+        feasible, found = Feasible(space, rules), {}
+        for stratum in order:
+            rng = np.random.default_rng(stratum)
+            found[stratum] = [feasible.repair(point, rng, stratum) for point in points]
+        return found
+
+    assert made(strata) == made(strata[::-1])
 
 
 def test_each_value_is_drawn_evenly_among_those_that_leave_a_point() -> None:
