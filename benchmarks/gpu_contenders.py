@@ -172,11 +172,12 @@ class Kernels:
         if shape.kind == "forward":
             return lambda: {"y": forward(data.q, data.k, data.v, data.u, **options).y}
         backward, _ = self._launcher(problem)
+        # As a model's autograd does.
+        keep = [name for group in backward.wants if forward.gives.issuperset(group) for name in group]
 
         def step() -> Results:
-            found = forward(data.q, data.k, data.v, data.u, **options)
-            saved = {"states": found.states, "means": found.means} if backward.saves else {}
-            grads = backward(data.dy, data.q, data.k, data.v, data.u, **options, **saved)
+            found = forward(data.q, data.k, data.v, data.u, **options, keep=keep)
+            grads = backward(data.dy, data.q, data.k, data.v, data.u, **options, kept=found.kept)
             du = {"du": grads.u} if problem.routed else {}
             return {"y": found.y, "dq": grads.q, "dk": grads.k, "dv": grads.v, **du}
 

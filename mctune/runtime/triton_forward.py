@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .arguments import ROUTED
+from .kept import OF_SEGMENTS, given
 from .segments import Segments
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
@@ -26,6 +27,9 @@ class TritonForward:
         record: its entry in the tuned table; ``record["problem"]`` names the operation, ``record["config"]`` the
             configuration, ``record["parts"]`` the modules.
         parts: the modules by operation, instead of those that ``record`` names.
+
+    Attributes:
+        gives: names of what it can keep for a backward (:func:`kept.given`).
     """
 
     device, dtype = DEVICE, None
@@ -34,6 +38,7 @@ class TritonForward:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
+        self.gives = given("triton", problem, self.config)
         self.gated = problem["recurrence"] == "swla"
         self.routed = problem["aggregation"] in ROUTED
         self.checkpoint = problem["state_init"] == "checkpoint"
@@ -56,27 +61,30 @@ class TritonForward:
         scale: float,
         top_k: int,
         segments: Segments,
+        keep: Sequence[str] = (),
     ) -> Forward:
-        """y, in q's dtype, and the segments' states, from q, k, u ``[B, T, H, Dk]``, v, and gates ``[B, T, H]``."""
+        """y, in q's dtype, from q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``; and what ``keep`` names."""
         q, k, v, u = (x.contiguous() for x in (q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
         cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q) if self.gated else (None,) * 4
-        ends, operand, past, means, sums = states_of(self.states, tables, k, v, (cum, now, after, before))
+        ends, operand, past, means, sums = states_of(
+            self.states, tables, k, v, (cum, now, after, before), exact="states" in keep
+        )
         pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
         spans = {"seg_begin": tables.seg_begin, "seg_first": tables.seg_first, "seg_piece": tables.seg_piece}
         seg_last = None if tables.whole else tables.seg_last
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        logits = lse = own = picked = partial = None
+        logits = lse = own = chosen = picked = order = starts = partial = None
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
             logits, lse, own, chosen, picked = self.gates(
                 u=u, k=k, means=means, sums=sums, **pieces, **spans, tiles=tiles, top_k=top_k
             )
             if self.pair_order is not None and self.grouped_read is not None:
-                order, offsets = self.pair_order(chosen=chosen, N=segments.count)
+                order, starts = self.pair_order(chosen=chosen, N=segments.count)
                 partial = self.grouped_read(
-                    q=q, states=operand, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last,
+                    q=q, states=operand, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
                     N=segments.count,
                 )  # fmt: skip
         y = self.read_forward(
@@ -85,8 +93,19 @@ class TritonForward:
             entering=tables.entering, seg_last=seg_last, tiles=tables.tiles(self.config["read_BT"]),
             scale=float(scale), top_k=top_k,
         )  # fmt: skip
-        states = ends if tables.whole else ends.index_select(1, tables.seg_last)
-        return Forward(y, states.flatten(0, 1), means.flatten(0, 1))
+        made = {
+            "states": ends, "operand": operand, "past": past, "means": means, "logits": logits, "lse": lse, "own": own,
+            "chosen": chosen, "picked": picked, "order": order, "starts": starts,
+        }  # fmt: skip
+        return Forward(y, {name: _of_segments(name, made[name], tables) for name in keep})
+
+
+def _of_segments(name: str, x: torch.Tensor | None, tables: Tables) -> torch.Tensor:
+    """An array that is kept: of end states those of segments, a row each."""
+    assert x is not None, name
+    if name in ("states", "operand") and not tables.whole:
+        x = x.index_select(1, tables.seg_last)
+    return x.flatten(0, 1) if name in OF_SEGMENTS else x
 
 
 def decays(
@@ -110,16 +129,18 @@ def decays(
     return made
 
 
-def states_of(
-    module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Decays
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """ends, operand, past, means, sums: what ``segment_states`` returns."""
+States = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""ends, operand, past, means, sums: what ``segment_states`` returns. A backward may do without means."""
+
+
+def states_of(module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Decays, *, exact: bool) -> States:
+    """The states of all pieces; ``exact``: whether the end states are wanted in float32."""
     cum, now, after, before = decayed
-    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+    made: States
     made = module.segment_states(
         k=k, v=v, cum=cum, now=now, after=after, before=before, begin=tables.begin, end=tables.end,
         segment=tables.segment, entering=tables.entering, seg_begin=tables.seg_begin, seg_end=tables.seg_end,
         seg_piece=tables.seg_piece, seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
-        crosses=tables.crosses,
+        crosses=tables.crosses, exact=exact,
     )  # fmt: skip
     return made

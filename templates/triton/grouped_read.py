@@ -10,15 +10,36 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import find_pairs, load_state
+from .common import load_state
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P", "parts"])
+@triton.jit
+def _find_pairs(starts, tile, N, ROWS: tl.constexpr):
+    """Segment, first pair and one past the last of a head's tile of at most ROWS pairs of one segment.
+
+    ``starts``: the head's, of :mod:`pair_order`. Segment N has the pairs without one. A tile may have none: then both
+    ends meet.
+    """
+    low = 0
+    high = N + 1
+    # Tiles of the segments before i: its first pair over ROWS, rounded down, plus i. The last i not beyond the tile.
+    while low < high - 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    first = tl.load(starts + low)
+    begin = first + (tile - (first // ROWS + low)) * ROWS
+    return low, begin, tl.maximum(begin, tl.minimum(begin + ROWS, tl.load(starts + low + 1)))
+
+
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
 def grouped_read_kernel(
     q,
     states,
     order,
-    offsets,
+    starts,
     picked,
     lse,
     seg_last,
@@ -28,7 +49,6 @@ def grouped_read_kernel(
     H,
     N,
     P,
-    parts,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -44,7 +64,7 @@ def grouped_read_kernel(
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
     bh = tl.program_id(1).to(tl.int64)
-    i, first, stop = find_pairs(offsets, bh, tile, N, parts, ROWS=BT * ROUNDS)
+    i, first, stop = _find_pairs(starts + bh * (N + 2), tile, N, ROWS=BT * ROUNDS)
     if (i < N) & (first < stop):
         order += bh * (T * top_k)
         picked += bh * (T * top_k)
@@ -73,7 +93,7 @@ def grouped_read(
     q: torch.Tensor,
     states: torch.Tensor,
     order: torch.Tensor,
-    offsets: torch.Tensor,
+    starts: torch.Tensor,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
@@ -95,20 +115,19 @@ def grouped_read(
 
     Args:
         q [B, T, H, DK], states [B*H, P, SK, SV]: of one dtype.
-        order, offsets: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
+        order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
     """
     B, T, H, _ = q.shape
     top_k = picked.shape[-1]
     pairs = T * top_k
-    parts = offsets.shape[0] // (B * H * (N + 1))
     partial = q.new_empty((B * H, T, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
     tiles = triton.cdiv(pairs, BT * ROUNDS) + N + 1
     grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
-        q=q, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
-        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], parts=parts, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK,
-        SV=SV, BT=BT, BV=bv, ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
+        q=q, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
+        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT,
+        BV=bv, ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial

@@ -8,12 +8,12 @@ import torch
 
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
+from mctune.runtime.kept import Sizes, shape
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
+from mctune.runtime.tvm_forward import padded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LANES = 16
-"""States that a forward keeps for a backward have widths padded to this."""
 
 
 def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True, state_dtype: str = "float32") -> None:
@@ -36,13 +36,14 @@ def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True, state_dtyp
 def _backward(problem: Problem, kernel: Kernel) -> None:
     segments = _segments(problem)
     q, k, v, u = _rows(problem, problem.T)
-    saved: dict[str, torch.Tensor | None] = {"states": None, "means": None}
-    # A forward saves nothing where a row's length decides about its segments.
-    if kernel.saves and problem.segmentation != "logarithmic":
-        count = problem.B * problem.H * segments.count
-        Dk, Dv = (-(-width // _LANES) * _LANES for width in (problem.Dk, problem.Dv))
-        saved = {"states": _empty(count, Dk, Dv), "means": _empty(count, Dk)}
-    kernel(torch.empty_like(v), q, k, v, u, segments=segments, **saved, **_options(problem, problem.T))
+    # A forward keeps nothing where a row's length decides about its segments.
+    names = [] if problem.segmentation == "logarithmic" else [name for group in kernel.wants for name in group]
+    count = segments.count
+    sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
+                  min(problem.top_k or 1, count), q.dtype)  # fmt: skip
+    shapes = {name: shape(name, sizes) for name in names}
+    kept = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
+    kernel(torch.empty_like(v), q, k, v, u, segments=segments, kept=kept, **_options(problem, problem.T))
 
 
 def _decode(problem: Problem, kernel: Kernel, even: bool, state_dtype: torch.dtype) -> None:
