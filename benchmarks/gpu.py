@@ -24,16 +24,16 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import KINDS, Contender, Shape, contenders
+from gpu_contenders import Contender, contenders
 from gpu_measure import Lost, lost, measured, rates, told
 from gpu_record import ALL, Record, Trying, identity, this_target
-from gpu_report import HEADS, Rates, goals, rows, table
+from gpu_report import HEADS, Rates, goals, rows, surroundings, table
+from gpu_shapes import KINDS, Shape
 from gpu_supervise import AGAIN, supervise
 from gpu_warm import run_one, warm
 
 from mctune.cli._output import say
 from mctune.cli.bench import write
-from mctune.core.environment import environment
 from mctune.core.errors import MctuneError
 from mctune.core.host import usable_cores
 from mctune.core.target import Target
@@ -232,15 +232,15 @@ def conclude(
         print(f"left out: {'everything' if name == ALL else name} at {shape}: {why}")
     judged = goals(found, reached)
     for goal in judged:
-        print(f"{'met   ' if goal['met'] else 'MISSED'} {goal['figure']:.2f} {goal['name']}, {goal['wanted']:g} wanted")
+        print(goal)
     made = [row.to_dict() for shape in wanted for row in rows(shape, found.get(shape, []), target, reached)]
     clocks = read_clocks() if DEVICE == "cuda" else None
-    about: dict[str, Any] = {**environment(target), "gpu": record.made_by["gpu"]}
+    about: dict[str, Any] = {**surroundings(target), "gpu": record.made_by["gpu"]}
     about["clocks"] = asdict(clocks) if clocks else None
     if options.small:
         about["rehearsal"] = "times of an interpreter: they say nothing of the GPU"
     data = {
-        "rows": made, "goals": judged, "environment": about,
+        "rows": made, "goals": [goal.to_dict() for goal in judged], "environment": about,
         "rates": [{"matrix_gflops": reached.matrix / 1e9, "copy_gbs": reached.copy / 1e9}],
     }  # fmt: skip
     write(options.out, data)

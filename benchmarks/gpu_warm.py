@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gpu_contenders import Contender, Data, Shape, contenders
+from gpu_contenders import Contender, contenders
 from gpu_record import this_target
+from gpu_shapes import Data, Shape
 
 from mctune.cli._output import say
 from mctune.core.host import usable_cores

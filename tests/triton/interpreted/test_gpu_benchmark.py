@@ -80,7 +80,7 @@ def test_what_is_right_is_timed_and_what_is_not_is_left_out(
 
 
 def test_what_the_contenders_are_given(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, shape = sys.modules["gpu_contenders"], tiny(gpu, "forward")
+    module, other, shape = sys.modules["gpu_contenders"], sys.modules["gpu_others"], tiny(gpu, "forward")
     data, given = module.Data.of(shape), dict[str, Any]()
 
     def log_linear(q: Any, k: Any, v: Any, g: Any, scales: Any, scale: None) -> Any:
@@ -90,11 +90,11 @@ def test_what_the_contenders_are_given(gpu: ModuleType, tmp_path: Path, monkeypa
     fla = ModuleType("fla.ops.log_linear_attn")
     fla.chunk_log_linear_attn = log_linear  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fla.ops.log_linear_attn", fla)
-    module._fla_log_linear(shape, data)()
+    other.fla_log_linear(shape, data)()
     # Its kernels multiply q by them; a sequence of 41 has 7 levels.
     assert given["scales"].dtype == data.q.dtype and given["scales"].shape == (1, 41, 1, 7)
-    monkeypatch.setattr(module.torch, "compile", lambda function, **options: given.update(options) or function)
-    module._compiled("grm")(shape, data)
+    monkeypatch.setattr(other.torch, "compile", lambda function, **options: given.update(options) or function)
+    other.compiled("grm")(shape, data)
     assert given["dynamic"] is False
     # A package that has no kernel for a step: the defaults show what states in 16 bits give.
     monkeypatch.setattr(module, "_tuned", lambda *_: None)
@@ -232,7 +232,7 @@ def test_what_ends_the_process_is_recorded_and_the_others_go_on(
     script, out = tmp_path / "script.py", tmp_path / "benchmark.json"
     script.write_text(
         f"import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from gpu_contenders import Shape; from gpu_record import Record, Trying\n"
+        "from gpu_shapes import Shape; from gpu_record import Record, Trying\n"
         f"out = Path({str(out)!r}); trying = Trying(out.with_suffix('.trying'))\n"
         "shape = Shape('forward', 1, 41, 1, 16, 16, 'float16')\n"
         "record = Record.read(out.with_suffix('.jsonl'), {'package': None}, [])\n"
