@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,24 +17,12 @@ from typing import Any
 
 import pytest
 
-from mctune.core.outcome import Timed
 from mctune.core.target import resolve
 from mctune.report.rows import read_csv
 from mctune.report.write import read_document, write_results
 
 BENCHMARKS = Path(__file__).parent.parent.parent.parent / "benchmarks"
 TARGET, _ = resolve("h200")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import gpu
-
-        yield gpu
-        for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
-            del sys.modules[name]
 
 
 def tiny(gpu: ModuleType, kind: str) -> Any:
@@ -331,29 +318,6 @@ def test_rows_are_kept_and_reported(gpu: ModuleType, tmp_path: Path, monkeypatch
     (folder,) = write_results([read_document(out)], tmp_path / "results")
     (read,) = read_csv(folder / "rows.csv")
     assert read.fraction_of_bound is not None and read.best_baseline is not None
-
-
-def test_goals_are_of_the_figures(gpu: ModuleType) -> None:
-    def timings(**ms: float) -> list[Any]:
-        return [
-            sys.modules["gpu_report"].Timing(name, computes, Timed(time, time, time, 9, 0.0), 0.1, {})
-            for (name, computes), time in zip(
-                [("mctune grm, defaults", "grm"), ("mctune ssc", "ssc"), ("mctune base", "base"), ("sdpa, flash", ""),
-                 ("fla chunk_simple_gla", "")], ms.values(), strict=True,
-            )
-        ]  # fmt: skip
-
-    def shape(kind: str, T: int) -> Any:
-        return gpu.Shape(kind, 1, T, 16, 128, 256)
-
-    found = {
-        shape("training", 16384): timings(grm=2.0, ssc=1.5, base=1.0, flash=5.2, fla=0.9),
-        shape("training", 65536): timings(grm=20.0, ssc=5.0, base=4.0, flash=90.0, fla=4.0),
-        shape("decode", 16385): timings(grm=0.02, ssc=0.01, base=9.0, flash=0.035, fla=9.0),
-    }
-    judged = {goal["name"].split(",")[0]: goal for goal in gpu.goals(found, gpu.Rates(8e14, 4e12))}
-    assert [goal["met"] for goal in judged.values()] == [True, False, True, False]
-    assert [round(goal["figure"], 3) for goal in judged.values()] == [2.6, 0.9, 1.2, 1.75]
 
 
 def test_the_decisive_shapes_come_first_and_none_twice(gpu: ModuleType) -> None:
