@@ -30,6 +30,7 @@ from gpu_record import ALL, Record, Trying, identity, this_target
 from gpu_report import HEADS, Rates, goals, rows, surroundings, table
 from gpu_shapes import KINDS, Shape
 from gpu_supervise import AGAIN, supervise
+from gpu_tuners import time_briefly
 from gpu_warm import run_one, warm
 
 from mctune.cli._output import say
@@ -182,9 +183,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.one:
-            shape, name = json.loads(options.one)
-            run_one(Shape(**shape), name, options.package)
+            shape, name, part, parts = json.loads(options.one)
+            run_one(Shape(**shape), name, part, parts, options.package)
         elif options.inside:
+            time_briefly()
             raise SystemExit(run(options))
         else:
             made_by = identity(options.package)

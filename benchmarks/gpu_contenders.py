@@ -44,6 +44,7 @@ class Contender:
         exact: whether it compiles for the very shape, not for its widths and segments.
         built: whether there is nothing to compile.
         late: whether it takes so long to compile that it is compared when everything else has been.
+        tunes: whether its kernels choose among many configurations when they first run.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Contender:
     built: bool = False
     exact: bool = False
     late: bool = False
+    tunes: bool = False
 
 
 def contenders(shape: Shape, target: Target, package: Path | None, folder: Path) -> list[Contender]:
@@ -86,8 +88,8 @@ def _attention(shape: Shape) -> list[Contender]:
 
 def _recurrences(shape: Shape) -> list[Contender]:
     found = [
-        Contender("fla chunk_linear_attn", "base", other.fla_linear),
-        Contender("fla chunk_simple_gla", "", other.fla_gla),
+        Contender("fla chunk_linear_attn", "base", other.fla_linear, tunes=True),
+        Contender("fla chunk_simple_gla", "", other.fla_gla, tunes=True),
         # Its kernels know how many levels there are.
         Contender("fla chunk_log_linear_attn", "", other.fla_log_linear, exact=True),
     ]

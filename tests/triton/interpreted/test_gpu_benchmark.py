@@ -268,8 +268,8 @@ def test_compiling_beforehand(
     module = sys.modules["gpu_warm"]
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, os, sys, time\nshape, name = json.loads(sys.argv[2])\n"
-        "assert os.environ['FLA_CACHE_RESULTS'] == '0'\n"
+        "import json, os, sys, time\nshape, name, part, parts = json.loads(sys.argv[2])\n"
+        "assert os.environ['FLA_CACHE_RESULTS'] == '0' and (part, parts) == (0, 1)\n"
         f"open({str(tmp_path)!r} + f'/{{name}} {{shape[\"T\"]}} {{shape[\"C\"]}}', 'w')\n"
         "if name == 'slow': time.sleep(60)\nif name == 'fla': raise SystemExit('planted: no such kernel')\n"
     )
