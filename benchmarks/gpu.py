@@ -1,9 +1,9 @@
 """Memory Caching (arXiv:2602.24281) on a GPU beside what people use today: attention, linear attention, torch.compile.
 
 GRM (Eq. 8-10), SSC (Eq. 16-17) and the recurrence alone by mctune's Triton kernels, against torch's causal attention,
-flash-linear-attention's chunked kernels (fla-core), log-linear attention as it ships it, and torch.compile of mctune's
-PyTorch path; in bfloat16, 16 heads, 16K and 64K tokens in sequences of 2K to 64K, widths 64 and 128, segments of 64 to
-512: forward, forward and backward, and one decoded token.
+FlashAttention 3 where the machine has it, flash-linear-attention's chunked kernels (fla-core), log-linear attention as
+it ships it, and torch.compile of mctune's PyTorch path; in bfloat16, 16 heads, 16K and 64K tokens in sequences of 2K to
+64K, widths 64 and 128, segments of 64 to 512: forward, forward and backward, and one decoded token.
 
 One process, the same tensors for all, rotated order, a cold L2, clocks brought up first; medians of device time. What
 mctune computes, and what is the same recurrence, is held to mctune's PyTorch path in float32 beforehand. The decisive

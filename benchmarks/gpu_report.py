@@ -18,11 +18,14 @@ from mctune.core.work import bound, work
 from mctune.report.rows import Row
 
 HEADS = 16
-BASE = (
-    f"base: plain linear attention, as residual over segments of {BASE_SEGMENT}, whose backward has its states; "
-    "one long segment would compute them again, and flatter ssc"
-)
-"""What stands beside every figure of the recurrence alone."""
+
+
+def base(segment: int) -> str:
+    """What stands beside every figure of the recurrence alone."""
+    return (
+        f"base: plain linear attention, as residual over segments of {segment}, whose backward has its states; "
+        "one long segment would compute them again, and flatter ssc"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def table(shape: Shape, timings: Sequence[Timing], reached: Rates) -> str:
             f"{f'{part:.0%}' if part else ''} | {t.host_ms:.3f} | {held} |"
         )
     if any(t.computes == "base" for t in timings):
-        lines += ["", BASE]
+        lines += ["", base(shape.problem("base").segment_length or 0)]
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +140,7 @@ def surroundings(target: Target) -> dict[str, Any]:
     """What the figures were made with, the kernels that mctune's are compared with included."""
     found = environment(target)
     others = {name: text for name in DISTRIBUTIONS if (text := version(name))}
-    return {**found, "versions": {**found["versions"], **others}, "base": BASE}
+    return {**found, "versions": {**found["versions"], **others}, "base": base(BASE_SEGMENT)}
 
 
 def rows(shape: Shape, timings: Sequence[Timing], target: Target, reached: Rates) -> Iterator[Row]:
