@@ -14,7 +14,7 @@ _PIECE_STATES = ("ends", "carried", "operand", "dends", "enters", "dpieces")
 _SEGMENT_STATES = ("past", "dpast", "dstates", "states")
 _SEGMENT_KEYS = ("means", "dmeans", "descriptors")
 _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
-_GATE_ROWS = ("logits", "dgamma", "dr")
+_GATE_ROWS = ("logits", "gammas", "dgamma", "dr")
 _TOKENS = (
     "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
     "ending", "own_logit",

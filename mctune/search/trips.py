@@ -208,8 +208,11 @@ def _chosen_descriptors(w: Walk) -> Source:
 
 
 def _place(w: Walk) -> Source:
+    """The first part of a head also writes where its segments begin."""
     rounds = w["rounds"]
-    return Source(1, 0, (Source(rounds, 0, (Source((rounds - 1) / 2),)),))
+    parts = 1 if w.heaviest else math.ceil(w["pairs"] / (64 * rounds))
+    starts = Source(math.ceil((w.segments + 2) / 64) / parts)
+    return Source(1, 0, (starts, Source(rounds, 0, (Source((rounds - 1) / 2),))))
 
 
 def _read_backward(w: Walk) -> Source:
