@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mctune.backends.protocol import Launch as Launch
-from mctune.backends.triton.notes import noting, notes_of
+from mctune.backends.triton.notes import notes_of, noting
 from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.target import Target
 
@@ -81,7 +81,8 @@ class VirtualDevice:
         driver.set_active(self)
         knobs.compilation.listener = self._listen
         knobs.runtime.kernel_load_start_hook.add(self._about_to_load)
-        self._noting.enter_context(noting())
+        if self.target.kind == "cuda":
+            self._noting.enter_context(noting())
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """What ptxas says of a kernel's performance, for example that its matrix products are serialized.
 
-Triton throws the assembler's log away. Here it is read while a kernel is compiled, and kept beside the kernel in
-Triton's cache. For a kernel that was compiled elsewhere, ptxas runs once more on the PTX that is kept there.
+Triton throws the assembler's log away. Here it is read while a kernel is compiled, which costs nothing, and kept beside
+the kernel in Triton's cache. For one that was compiled by something else ptxas runs once more, on the PTX in the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "ptxas_notes.json"
-"""In the folder of a kernel's files, which are kept by a digest of all that they depend on, ptxas's version included."""
+"""In the folder of a kernel's files, named by a digest of all that they depend on, ptxas's version included."""
 _NOTE = re.compile(r"\((C\d+)\) Potential Performance Loss: (.+)")
 _WHERE = re.compile(r" (?:in|for) the function '[^']*'(?: in line \d+)?\s*$")
 
@@ -31,26 +31,27 @@ def notes_in(log: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def noting() -> Iterator[None]:
-    """While this is active, what ptxas says of every kernel that Triton compiles is kept with the kernel."""
-    from triton import knobs
+    """While this is active, what ptxas says of every kernel that Triton compiles is kept with the kernel.
 
-    before = knobs.runtime.add_stages_inspection_hook
+    Triton's hook for stages would do, but where it is set kernels get other keys.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
 
-    def hook(*given: Any) -> tuple[str, str] | None:
-        if not given:  # what it adds to the key of a kernel: nothing
-            return before() if before is not None else ("", "")
-        if before is not None:
-            before(*given)
-        stages = given[1]
-        if "cubin" in stages:
-            stages["cubin"] = _keeping(stages["cubin"])
-        return None
+    make = CUDABackend.make_cubin
 
-    knobs.runtime.add_stages_inspection_hook = hook
+    def make_cubin(self: Any, ptx: str, metadata: Any, *rest: Any) -> bytes:
+        if "wgmma" not in ptx:
+            cubin: bytes = make(self, ptx, metadata, *rest)
+            return cubin
+        cubin, notes = _logged(lambda: make(self, ptx, metadata, *rest))
+        _keep(metadata["hash"], notes)
+        return cubin
+
+    CUDABackend.make_cubin = make_cubin
     try:
         yield
     finally:
-        knobs.runtime.add_stages_inspection_hook = before
+        CUDABackend.make_cubin = make
 
 
 def notes_of(digest: str, ptx: str, metadata: Any) -> tuple[str, ...]:
@@ -66,39 +67,26 @@ def notes_of(digest: str, ptx: str, metadata: Any) -> tuple[str, ...]:
         return ()
     kept = _kept(digest)
     if kept is None:
-        backend, stages = make_backend(metadata.target), {}
-        backend.add_stages(stages, backend.parse_options(metadata._asdict()), Language.TRITON)
-        _, kept = _logged(stages["cubin"], ptx, metadata._asdict())
+        backend, options = make_backend(metadata.target), metadata._asdict()
+        stages: dict[str, Callable[[str, Any], bytes]] = {}
+        backend.add_stages(stages, backend.parse_options(options), Language.TRITON)
+        _, kept = _logged(lambda: stages["cubin"](ptx, options))
         _keep(digest, kept)
     return kept
 
 
-def _keeping(stage: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], bytes]:
-    """The stage that makes a cubin from PTX, and keeps what is said of it."""
-
-    def keeping(ptx: Any, metadata: Any) -> bytes:
-        if "wgmma" not in ptx:
-            return stage(ptx, metadata)
-        cubin, notes = _logged(stage, ptx, metadata)
-        _keep(metadata["hash"], notes)
-        return cubin
-
-    return keeping
-
-
-def _logged(stage: Callable[[Any, Any], bytes], ptx: Any, metadata: Any) -> tuple[bytes, tuple[str, ...]]:
-    """The cubin, and what is said of it. Triton prints the log if it is told to."""
+def _logged(make: Callable[[], bytes]) -> tuple[bytes, tuple[str, ...]]:
+    """The cubin, and what is said of it. The log is still printed for who asks Triton for it, and where ptxas fails."""
     from triton import knobs
 
-    said, asked = io.StringIO(), knobs.nvidia.dump_ptxas_log
-    done = False
+    said, shown = io.StringIO(), True
     try:
         with knobs.nvidia.scope(), contextlib.redirect_stdout(said):
-            knobs.nvidia.dump_ptxas_log = True
-            cubin = stage(ptx, metadata)
-        done = True
+            asked, knobs.nvidia.dump_ptxas_log = knobs.nvidia.dump_ptxas_log, True
+            cubin = make()
+        shown = asked
     finally:
-        if asked or not done:
+        if shown:
             print(said.getvalue(), end="")
     return cubin, notes_in(said.getvalue())
 
