@@ -127,6 +127,7 @@ BODY = """
 	@%p1 bra 	$L__BB0_6;
 $L__BB0_2:
 	ex2.approx.f32 	%r2, %r3;
+	ld.shared::cta.b32 	%r8, [%r6];
 {
 	.reg .pred complete;
 	waitLoop:
@@ -160,6 +161,8 @@ def test_loops_are_found_and_nested() -> None:
     assert (found.mix.loaded, found.mix.stored, found.mix.special, found.mix.fp32) == (128, 128, 0, 0)
     first, second = found.inner
     assert first.mix.special == 32 and first.mix.fp32 == 0 and not first.matrix
+    # An instruction with colons is no label.
+    assert first.mix.shared == 128
     (inner,) = first.inner
     assert inner.mix.fp32 == 64 and not inner.inner
     assert second.matrix and second.mix.matrix == 4096 and not second.inner
