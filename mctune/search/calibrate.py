@@ -26,7 +26,10 @@ from mctune.search.study import load_study
 
 LEAST = 8
 """Fewer measured candidates say too little about as many parameters."""
-FITTED = ("matrix", "issue", "shared", "port", "dram", "cache", "memory_us", "dependent_cycles", "launch_us")
+FITTED = (
+    "matrix", "issue", "shared", "port", "dram", "cache", "memory_us", "dependent_cycles", "serialized_cycles",
+    "launch_us",
+)  # fmt: skip
 _PRIOR = 0.04
 """A parameter twice or half its default is as unlikely as a time that is off by 14 %: (0.1 / 0.5)^2 of the logs."""
 _WIDEST = math.log(8.0)
