@@ -11,7 +11,7 @@ from mctune.core.space import SearchSpace
 
 @cache
 def load_space(backend: str, pass_: str, measured: bool = False) -> SearchSpace:
-    """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; where candidates are ``measured``, its ``MEASURED`` if any."""
+    """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; of measured candidates ``MEASURED``, where it has one."""
     path = search_spaces_dir() / backend / f"{pass_}.py"
     spec = importlib.util.spec_from_file_location(f"mctune_space_{backend}_{pass_}", path)
     assert spec is not None and spec.loader is not None

@@ -266,7 +266,7 @@ MEASURED = SearchSpace(
         Constraint(
             "formulation",
             _specialized,
-            "warps are specialised on sm_90, for grm and soup of linear with 128 x 128 of 16 bits and precomputed gates",
+            "warps are specialised on sm_90, for linear grm and soup, 128 x 128 of 16 bits, and precomputed gates",
         ),
         Constraint("read_num_stages", _ring, "keys and values of specialised warps are in the ring together"),
         Constraint("read_*", _fixed, "specialised warps read tiles of one size"),

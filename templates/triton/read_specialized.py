@@ -2,8 +2,8 @@
 
     y_t = scale [ gamma_t^(s) q_t M_t + sum_{i < s} gamma_t^(i) q_t M^(i) ]
 
-It computes what :mod:`read_forward` does from precomputed gates, for 128 key and 128 value columns of 16 bits. Of a
-program's warps one copies (TMA): q, then the keys and values of the piece, then the states, 128 x 128 numbers at a time,
+It computes what :mod:`read_forward` does from precomputed gates, for 128 key and 128 value columns of 16 bits. One warp
+of a program copies (TMA): q, then the keys and values of the piece, then the states, 128 x 128 numbers at a time,
 through a ring of stages in shared memory. Two groups of four warps read, each 128 of the tile's 256 tokens: the
 accumulators stay where products are added up, and are multiplied from segment to segment.
 

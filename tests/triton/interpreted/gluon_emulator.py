@@ -1,9 +1,9 @@
 """Runs a Gluon kernel of specialised warps in Python: its own source, on stand-ins for what it uses of Gluon.
 
-It shows wrong indices, masks, barriers, phases and arithmetic, and deadlocks. It says nothing of layouts, of fences, and
-of what the compiler makes of the source. Partitions take turns, drawn at random, wherever one meets a barrier. A copy
-fills its stage with NaN when it is issued, and with numbers only when somebody waits for it; a product that is not waited
-for reads its operands at the wait.
+It shows wrong indices, masks, barriers, phases and arithmetic, and deadlocks. It says nothing of layouts, of fences,
+and of what the compiler makes of the source. Partitions take turns, drawn at random, wherever one meets a barrier. A
+copy fills its stage with NaN when it is issued, and with numbers only when somebody waits for it; an asynchronous
+product reads its operands when it is waited for.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class Emulated:
             return None
 
         return SimpleNamespace(
-            int64=torch.int64, float32=torch.float32, static_range=range, exp=torch.exp, where=where,
-            minimum=torch.minimum, maximum=maximum, zeros=zeros, load=load, store=store, allocate_shared_memory=allocate,
+            int64=torch.int64, float32=torch.float32, static_range=range, exp=torch.exp, where=where, zeros=zeros,
+            minimum=torch.minimum, maximum=maximum, load=load, store=store, allocate_shared_memory=allocate,
             arange=lambda first, end, layout: torch.arange(first, end, dtype=torch.int32),
             convert_layout=lambda x, layout: x, program_id=lambda axis: torch.tensor(self.program[axis]),
             NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing,

@@ -1,4 +1,4 @@
-"""The read by specialised warps: its source, run by an emulation of Gluon, against the oracle. No test of its binary."""
+"""The read by specialised warps: its source, run by an emulation of Gluon, against the oracle. Not its binary."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import pytest
 from gluon_emulator import Deadlock, Emulated
 
 from mctune.backends.triton.backend import TritonBackend
+from mctune.cli import main
 from mctune.core.config import Config
-from mctune.core.outcome import Crashed
+from mctune.core.outcome import Crashed, Timed
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
+from mctune.core.winner import Winner
+from mctune.emit.package import emit_package
 from mctune.runtime import triton_forward
 from mctune.runtime.triton_forward import TritonForward
 from mctune.runtime.tvm_loader import KernelError
@@ -124,3 +127,20 @@ def test_the_interpreter_refuses_it(tmp_path: Path) -> None:
         TritonBackend().load(PROBLEM, config, built)
     outcome = _Predictor(TritonBackend(), TARGET, tmp_path, 0).verify(PROBLEM, config, lambda stage: None, 0)
     assert isinstance(outcome, Crashed) and "specialized is Gluon" in outcome.message and "\n" not in outcome.message
+
+
+def test_verifying_a_package_that_has_it_takes_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says so."""
+    config = config_of()
+    built = TritonBackend().build(PROBLEM, config, TARGET, tmp_path / "candidates")
+    winner = Winner(
+        problem=PROBLEM, config=config, outcome=Timed(1.0, 1.0, 1.0, 9, 1e-3), backend="triton",
+        library=built.library, source=built.source, portable=None, cpu_flags=(), recommended=True,
+        verified={"error": 1e-3, "tolerance": 1e-2, "cases": [], "by": "run on h100-sxm"},
+        parts=tuple((name, built.library.parent / file) for name, file in built.parts),
+    )  # fmt: skip
+    package = emit_package(tmp_path / "package_with_specialised_warps", TARGET, [winner])
+    assert main(["verify", str(package)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mctune: error: forward_linear_grm_independent_")
+    assert "formulation=specialized is Gluon, which Triton's interpreter cannot run" in line
