@@ -113,7 +113,7 @@ def to_ttir(function: Any, signature: Any, constexprs: Any, options: Any, attrs:
     backend.add_stages(stages, options, source.language)
     # Of Gluon it is the TTGIR, where calls may still name the file of what they call.
     first: str = next(iter(stages.values()))(module, {}).str_nodebug()
-    return re.sub(r"@_mctune_kernels_\w+\.\w+\.", "@", first)
+    return re.sub(r"_mctune_kernels_\w+\.\w+\.", "", first)
 
 
 def unrendered(operation: str, given: Mapping[str, Any]) -> SimpleNamespace:
