@@ -97,6 +97,9 @@ class Backend(Protocol):
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take, without the segment length."""
 
+    def measuring(self) -> Backend:
+        """The same with spaces that also have what nothing but a run on the device verifies."""
+
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
         """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""
 

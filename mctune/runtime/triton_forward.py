@@ -14,6 +14,7 @@ from .segments import Segments
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
 from .tvm_forward import Forward
+from .tvm_loader import KernelError
 
 Decays = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 """cum, now, after, before: what ``decays`` makes of SWLA's gates; all None for linear."""
@@ -46,7 +47,10 @@ class TritonForward:
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.pair_order = parts["pair_order"].pair_order if "pair_order" in parts else None
         self.grouped_read = parts["grouped_read"].grouped_read if "grouped_read" in parts else None
-        self.read_forward = parts["read_forward"].read_forward
+        self.read_specialized = parts["read_specialized"].read_specialized if "read_specialized" in parts else None
+        if self.read_specialized is not None:
+            refuse_specialized()
+        self.read_forward: Any = parts["read_forward"].read_forward if "read_forward" in parts else None
 
     def __call__(
         self,
@@ -87,12 +91,17 @@ class TritonForward:
                     q=q, states=operand, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
                     N=segments.count,
                 )  # fmt: skip
-        y = self.read_forward(
-            q=q, k=k, v=v, u=u, states=operand, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
-            picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, **pieces, **spans,
-            entering=tables.entering, seg_last=seg_last, tiles=tables.tiles(self.config["read_BT"]),
-            scale=float(scale), top_k=top_k,
-        )  # fmt: skip
+        read = {
+            "q": q, "k": k, "v": v, "states": operand, "logits": logits, "lse": lse, **pieces, "seg_last": seg_last,
+            "entering": tables.entering, "tiles": tables.tiles(self.config["read_BT"]), "scale": float(scale),
+        }  # fmt: skip
+        if self.read_specialized is not None:
+            y = self.read_specialized(**read, seg_first=tables.seg_first)
+        else:
+            y = self.read_forward(
+                **read, **spans, u=u, past=past, means=means, sums=sums, own=own, picked=picked, partial=partial,
+                cum=cum, now=now, after=after, before=before, top_k=top_k,
+            )  # fmt: skip
         made = {
             "states": ends, "operand": operand, "past": past, "means": means, "logits": logits, "lse": lse, "own": own,
             "chosen": chosen, "picked": picked, "order": order, "starts": starts,
@@ -106,6 +115,24 @@ def _of_segments(name: str, x: torch.Tensor | None, tables: Tables) -> torch.Ten
     if name in ("states", "operand") and not tables.whole:
         x = x.index_select(1, tables.seg_last)
     return x.flatten(0, 1) if name in OF_SEGMENTS else x
+
+
+def refuse_specialized() -> None:
+    """Refuse kernels of specialised warps where nothing runs them.
+
+    Raises:
+        KernelError: in Triton's interpreter, and on a GPU other than those of sm_90.
+    """
+    if DEVICE == "cpu":
+        raise KernelError(
+            "formulation=specialized is Gluon, which Triton's interpreter cannot run: verify it on a GPU of sm_90, or "
+            "tune another formulation (a search without --measure has no other)"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        raise KernelError(
+            f"formulation=specialized is for GPUs of sm_90, and {torch.cuda.get_device_name()} is none; tune kernels "
+            "for it with `mctune search`"
+        )
 
 
 def decays(

@@ -21,7 +21,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.search.calibrated import calibration
 from mctune.search.parameters import Parameters
-from mctune.search.predict import Demand, demands, estimate
+from mctune.search.predict import Demand, Uncounted, demands, estimate
 from mctune.search.study import load_study
 
 LEAST = 8
@@ -106,7 +106,12 @@ def compiled(
         if not isinstance(launches, tuple):
             note(f"left out: {row.problem} [{row.config}]: {launches.message}")
             continue
-        samples.append(Sample(row, demands(launches, row.problem, row.config, target, Parameters())))
+        try:
+            asked = demands(launches, row.problem, row.config, target, Parameters())
+        except Uncounted as error:
+            note(f"left out: {row.problem} [{row.config}]: {error}")
+            continue
+        samples.append(Sample(row, asked))
     _enough(len(samples), target, "measured rows that compile")
     return tuple(samples)
 

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, replace
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
+from mctune.core.errors import MctuneError
 from mctune.core.outcome import Predicted
 from mctune.core.problem import Problem
 from mctune.core.target import Target
@@ -22,7 +23,11 @@ from mctune.search.footprint import footprint
 from mctune.search.mix import Loop, loops_of, sum_of
 from mctune.search.opcodes import Mix
 from mctune.search.parameters import Parameters
-from mctune.search.trips import Source, source_of
+from mctune.search.trips import UNCOUNTED, Source, source_of
+
+
+class Uncounted(MctuneError):
+    """The cost model does not count a kernel."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,16 @@ class Part:
 
 
 def predict(launches: Sequence[Launch], problem: Problem, config: Config, target: Target) -> Predicted:
-    """The time of one call, and in words what it is made of; with the target's calibration, if there is one."""
+    """The time of one call, and in words what it is made of; with the target's calibration, if there is one.
+
+    Infinite, and why, for launches that the model does not count: only measured searches have them.
+    """
     parameters, calibrated = calibration(target)
-    parts = estimate(demands(launches, problem, config, target, parameters), target, parameters)
+    try:
+        asked = demands(launches, problem, config, target, parameters)
+    except Uncounted as error:
+        return Predicted(math.inf, str(error))
+    parts = estimate(asked, target, parameters)
     notes = dict.fromkeys(f"{launch.name}: {note}" for launch in launches for note in launch.notes)
     return Predicted(sum(part.us for part in parts) / 1e3, _in_words(parts, calibrated), notes=tuple(notes))
 
@@ -74,7 +86,14 @@ def predict(launches: Sequence[Launch], problem: Problem, config: Config, target
 def demands(
     launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
 ) -> tuple[Demand, ...]:
-    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here."""
+    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here.
+
+    Raises:
+        Uncounted: for a kernel whose warps do different work.
+    """
+    for launch in launches:
+        if launch.name in UNCOUNTED:
+            raise Uncounted(f"{launch.name} is not predicted: the cost model takes all warps of a block to do the same")
     return tuple(_demand(launch, problem, config, target, parameters) for launch in launches)
 
 

@@ -371,6 +371,9 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
 }
 """The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""
 
+UNCOUNTED = ("read_specialized_kernel",)
+"""Kernels whose warps do different work: the model counts an instruction for all warps of a block."""
+
 
 def source_of(launch: Launch, problem: Problem, config: Config, heaviest: bool = False) -> Source | None:
     """The loops of a launch's kernel, ``None`` where nothing is known of it."""

@@ -14,7 +14,7 @@ from mctune.backends.triton.device import VirtualDevice
 from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.package import load_package
+from mctune.search.package import launcher_of, load_package
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
         DoesNotFit: if a kernel takes more than a block of the target has.
         UsageError: if the package has no Triton kernels.
     """
-    dispatch = load_package(path).runtime.dispatch
-    entries = [entry for entry in dispatch.TABLE.entries if entry.backend == "triton"]
+    module = load_package(path)
+    entries = [entry for entry in module.runtime.dispatch.TABLE.entries if entry.backend == "triton"]
     if not entries:
         raise UsageError(f"{path} has no Triton kernels: there is nothing to compile before a first call")
     for entry in entries:
         problem = Problem.from_dict(dict(entry.problem))
         started = time.monotonic()
-        launcher = dispatch.launcher(entry)
+        launcher = launcher_of(module, entry)
         with VirtualDevice(target) as device:
             for variant, even, state_dtype in variants(problem):
                 for alone in (True, False) if problem.pass_ != "decode" else (None,):
