@@ -184,7 +184,7 @@ class TritonBackward:
             "logits": logits, "gammas": logits, "lse": lse, "own": own, "chosen": chosen, "picked": picked,
         }  # fmt: skip
         if self.pair_order is not None:
-            made["order"], made["starts"] = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0])
+            made["order"], made["starts"], _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
         return made
 
 

@@ -12,7 +12,7 @@ from .arguments import ROUTED
 from .kept import OF_SEGMENTS, given
 from .segments import Segments
 from .triton_loader import load_parts
-from .triton_tables import DEVICE, Tables, make_tables
+from .triton_tables import DEVICE, Shares, Tables, make_tables, share_out
 from .tvm_forward import Forward
 from .tvm_loader import KernelError
 
@@ -79,29 +79,40 @@ class TritonForward:
         seg_last = None if tables.whole else tables.seg_last
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        logits = lse = own = chosen = picked = order = starts = partial = None
+        logits = lse = own = chosen = picked = order = starts = runs = None
+        heads, T = q.shape[0] * q.shape[2], q.shape[1]
+        shares = Shares(heads, heads, T, 1)
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
             logits, lse, own, chosen, picked = self.gates(
                 u=u, k=k, means=means, sums=sums, **pieces, **spans, tiles=tiles, top_k=top_k
             )
-            if self.pair_order is not None and self.grouped_read is not None:
-                order, starts = self.pair_order(chosen=chosen, N=segments.count)
-                partial = self.grouped_read(
-                    q=q, states=operand, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
-                    N=segments.count,
-                )  # fmt: skip
+        if self.pair_order is not None:
+            part = top_k * v.shape[-1] * v.element_size()
+            shares = share_out(heads, T, part, self.config["group_MIB"] << 20, tables)
+            order, starts, of_blocks = self.pair_order(chosen=chosen, N=segments.count, blocks=shares.blocks)
+            of_pairs, runs = (starts, None) if of_blocks is None else of_blocks
         read = {
             "q": q, "k": k, "v": v, "states": operand, "logits": logits, "lse": lse, **pieces, "seg_last": seg_last,
-            "entering": tables.entering, "tiles": tables.tiles(self.config["read_BT"]), "scale": float(scale),
+            "entering": tables.entering, "scale": float(scale),
         }  # fmt: skip
         if self.read_specialized is not None:
-            y = self.read_specialized(**read, seg_first=tables.seg_first)
+            y = self.read_specialized(**read, tiles=tables.tiles(self.config["read_BT"]), seg_first=tables.seg_first)
         else:
-            y = self.read_forward(
-                **read, **spans, u=u, past=past, means=means, sums=sums, own=own, picked=picked, partial=partial,
-                cum=cum, now=now, after=after, before=before, top_k=top_k,
-            )  # fmt: skip
+            y, partial = torch.empty_like(v), None
+            for first_head, count, block, (begin, end) in shares:
+                if self.grouped_read is not None:
+                    partial = self.grouped_read(
+                        q=q, states=operand, order=order, starts=of_pairs, runs=runs, picked=picked, lse=lse,
+                        seg_last=seg_last, N=segments.count, first_head=first_head, heads=count, block=block,
+                        blocks=shares.blocks,
+                    )  # fmt: skip
+                self.read_forward(
+                    **read, **spans, u=u, past=past, means=means, sums=sums, own=own, picked=picked, partial=partial,
+                    cum=cum, now=now, after=after, before=before, y=y, first_head=first_head, heads=count,
+                    tiles=tables.tiles(self.config["read_BT"], (begin, end) if shares.blocks > 1 else None),
+                    first_token=begin, span=end - begin, top_k=top_k,
+                )  # fmt: skip
         made = {
             "states": ends, "operand": operand, "past": past, "means": means, "logits": logits, "lse": lse, "own": own,
             "chosen": chosen, "picked": picked, "order": order, "starts": starts,

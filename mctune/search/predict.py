@@ -118,7 +118,8 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
     told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
-    touched = footprint(launch, problem, config)
+    # Half of the cache: other arrays go through it too.
+    touched = footprint(launch, problem, config, (target.cache_mb or 1.0) * 2**19)
     if launch.name in _STREAMING:
         share = min(1.0, touched / max(launch.blocks * (mean.loaded + mean.stored), 1.0))
         mean, heaviest = (

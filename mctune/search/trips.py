@@ -183,7 +183,7 @@ def _read(w: Walk) -> Source:
 def _grouped(w: Walk) -> Source:
     """Its grid has a program more for every segment than the pairs may fill."""
     BT, rounds, BV, (PK, _) = w["BT"], w["ROUNDS"], w["BV"], w.padded
-    pairs = w.problem.T * min(w.problem.top_k or 1, w.segments)
+    pairs = w.problem.T // max(int(w.values.get("blocks", 1)), 1) * min(w.problem.top_k or 1, w.segments)
     grid = math.ceil(pairs / (BT * rounds)) + w.segments + 1
     tiles = rounds if w.heaviest else (pairs / BT + w.segments / 2) / grid
     return Source(1, 0, (Source(math.log2(w.segments + 1)), Source(tiles, 2 * BT * PK * BV)))

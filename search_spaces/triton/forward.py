@@ -58,12 +58,13 @@ _WIDE = Config.of(
         "group_BT": 64,
         "group_BV": 128,
         "group_ROUNDS": 8,
+        "group_MIB": 0,
         "group_num_warps": 4,
         "group_num_stages": 3,
     }
 )
 _GATES = ("BT", "BN", "num_warps", "num_stages")
-_GROUP = ("BT", "BV", "ROUNDS", "num_warps", "num_stages")
+_GROUP = ("BT", "BV", "ROUNDS", "MIB", "num_warps", "num_stages")
 
 
 def _shorter(piece: int, formulation: str) -> Config:
@@ -149,6 +150,7 @@ SPACE = SearchSpace(
         Pow2("group_BT", 16, 128, "pairs of a tile of the grouped read"),
         Pow2("group_BV", 16, 128, "value columns of a tile of the grouped read"),
         Pow2("group_ROUNDS", 1, 16, "tiles of a segment's pairs that a program reads its state for"),
+        Int("group_MIB", (0, 16, 32, 64), "of the reads of pairs that are written and added up together; 0: all"),
         Pow2("group_num_warps", 2, 8),
         Int("group_num_stages", (1, 2, 3, 4)),
     ),

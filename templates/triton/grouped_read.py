@@ -34,16 +34,20 @@ def _find_pairs(starts, tile, N, ROWS: tl.constexpr):
     return low, begin, tl.maximum(begin, tl.minimum(begin + ROWS, tl.load(starts + low + 1)))
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["first_head", "block", "blocks", "top_k", "T", "H", "N", "P"])
 def grouped_read_kernel(
     q,
     states,
     order,
     starts,
+    runs,
     picked,
     lse,
     seg_last,
     partial,
+    first_head,
+    block,
+    blocks,
     top_k,
     T,
     H,
@@ -59,16 +63,21 @@ def grouped_read_kernel(
     BV: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One program: at most ROUNDS times BT pairs of one segment, BV value columns, one head."""
+    """One program: at most ROUNDS times BT pairs of one segment of a block of tokens, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
-    bh = tl.program_id(1).to(tl.int64)
-    i, first, stop = _find_pairs(starts + bh * (N + 2), tile, N, ROWS=BT * ROUNDS)
+    bh = tl.program_id(1).to(tl.int64) + first_head
+    starts += (bh * blocks + block) * (N + 2)
+    i, first, stop = _find_pairs(starts, tile, N, ROWS=BT * ROUNDS)
     if (i < N) & (first < stop):
         order += bh * (T * top_k)
+        if runs is not None:
+            order += tl.load(runs + (bh * blocks + block) * (N + 1) + i) - tl.load(starts + i)
         picked += bh * (T * top_k)
-        partial += bh * (T * top_k) * DV
+        # Of the heads and the tokens of this launch.
+        span = T // blocks
+        partial += ((bh - first_head) * span - block * span) * top_k * DV
         keys = tl.arange(0, PK)
         cols = column + tl.arange(0, BV)
         last = i
@@ -94,10 +103,15 @@ def grouped_read(
     states: torch.Tensor,
     order: torch.Tensor,
     starts: torch.Tensor,
+    runs: torch.Tensor | None,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
     N: int,
+    first_head: int,
+    heads: int,
+    block: int,
+    blocks: int,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -111,23 +125,27 @@ def grouped_read(
     num_warps: int,
     num_stages: int,
 ) -> torch.Tensor:
-    """partial ``[B*H, T, top_k, DV]``, of q's dtype: gates times reads, without ``scale``; where there is a segment.
+    """partial ``[heads, T / blocks, top_k, DV]``, of q's dtype: gates times reads, without ``scale``, of pairs with a
+    segment.
 
     Args:
         q [B, T, H, DK], states [B*H, P, SK, SV]: of one dtype.
-        order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
+        order, starts, runs: of :mod:`pair_order`, the last two of blocks, if there are several; else runs is None.
+        picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
+        first_head, heads, block, blocks: which heads, and which of so many blocks of tokens.
     """
-    B, T, H, _ = q.shape
+    _, T, H, _ = q.shape
     top_k = picked.shape[-1]
-    pairs = T * top_k
-    partial = q.new_empty((B * H, T, top_k, DV))
+    pairs = T // blocks * top_k
+    partial = q.new_empty((heads, T // blocks, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
     tiles = triton.cdiv(pairs, BT * ROUNDS) + N + 1
-    grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
-        q=q, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
-        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT,
-        BV=bv, ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
+    grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, heads)](
+        q=q, states=states, order=order, starts=starts, runs=runs, picked=picked, lse=lse, seg_last=seg_last,
+        partial=partial, first_head=first_head, block=block, blocks=blocks, top_k=top_k, T=T, H=H, N=N,
+        P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv, ROUNDS=ROUNDS,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial

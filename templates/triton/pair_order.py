@@ -55,20 +55,27 @@ def place_kernel(chosen, offsets, order, starts, rounds, pairs, N):
         tl.store(order + place, pair, mask=inside)
 
 
-def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """order ``[B*H, T * top_k]`` and starts ``[B*H, N + 2]``, int32.
+def pair_order(
+    chosen: torch.Tensor, N: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """order ``[B*H, T * top_k]`` and starts ``[B*H, N + 2]``, int32; for several blocks of tokens theirs.
 
     Args:
         chosen [B*H, T, top_k]: int32, of :mod:`gates`; N for no segment.
+        blocks: into which T is divided, a power of two; each has a multiple of 1024 tokens, if there are several.
 
     Returns:
         A head's pairs, those of one segment in a row; which of them is a segment's first, segment N having the pairs
-        without one, and N + 1 none.
+        without one, and N + 1 none. Of each block ``[B*H * blocks, N + 2]``: starts among its own pairs, and ``runs``,
+        where a segment's begin in the head's order.
     """
     heads, T, top_k = chosen.shape
     pairs = T * top_k
     # At least 128 pairs a part, and so many that there are no more than two counts for a pair.
     rounds = triton.cdiv(max(N + 1, 256), 128)
+    if blocks > 1:
+        # Blocks are whole parts.
+        rounds = min(triton.next_power_of_2(rounds), 16)
     parts = triton.cdiv(pairs, rounds * 64)
     counts = chosen.new_zeros(heads * (N + 1) * parts)
     count_kernel[(triton.cdiv(pairs, 256), heads)](
@@ -80,4 +87,10 @@ def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor
     place_kernel[(parts, heads)](
         chosen=chosen, offsets=offsets, order=order, starts=starts, rounds=rounds, pairs=pairs, N=N, num_warps=1
     )
-    return order, starts
+    if blocks == 1:
+        return order, starts, None
+    bounds = offsets.as_strided((heads, N + 1, blocks + 1), ((N + 1) * parts, parts, parts // blocks))
+    runs = (bounds[..., :-1] - bounds[:, :1, :1]).mT.to(torch.int32).reshape(heads * blocks, N + 1)
+    own = chosen.new_zeros((heads * blocks, N + 2))
+    torch.cumsum(bounds.diff(dim=-1).mT.reshape(heads * blocks, N + 1), 1, out=own[:, 1:])
+    return order, starts, (own, runs)
