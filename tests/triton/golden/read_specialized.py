@@ -91,35 +91,12 @@ def _write(q, k, v, acc, t, j0, layout: gl.constexpr):
 
 
 @gluon.jit
-def _level(logits, sums, t, stop):
-    """g of tokens ``t`` for the segment whose ``logits`` these are."""
-    g = gl.load(logits + t, mask=t < stop, other=0.0) - sums
-    return gl.maximum(g, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-
-
-@gluon.jit
-def _store(y, acc, t, stop, stride, layout: gl.constexpr):
-    columns = gl.arange(0, SIDE, gl.SliceLayout(0, layout))
-    out = y + t.to(gl.int64)[:, None] * stride + columns[None, :]
-    gl.store(out, acc.to(y.dtype.element_ty), mask=(t < stop)[:, None])
-
-
-@gluon.jit
-def _read(logits, lse, y, queries, ring, span, scale, T, H, N, STAGES: gl.constexpr, GROUP: gl.constexpr):
-    """What a group of four warps does: 128 tokens, in two halves, since an instruction takes 64 rows."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
-    t0, start, stop, enters, first, s = span
-    q_tile, q_full = queries
+def _online(q_a, q_b, t_a, t_b, ring, span, layout: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
+    """The read of the online memory: what the piece has written up to t, and the state that entered it."""
+    t0, start, stop, enters, _, _ = span
     tiles, full, empty = ring
-    t_a = t0 + GROUP * SIDE + gl.arange(0, SIDE // 2, gl.SliceLayout(1, layout))
-    t_b = t_a + SIDE // 2
-    q_a = q_tile.index(2 * GROUP)
-    q_b = q_tile.index(2 * GROUP + 1)
     acc_a = gl.zeros([SIDE // 2, SIDE], gl.float32, layout)
     acc_b = gl.zeros([SIDE // 2, SIDE], gl.float32, layout)
-    mbarrier.wait(q_full, 0)
-
-    # The online memory: what the piece has written up to t, and the state that entered it.
     stage = 0
     phase = 0
     for j in range(start, stop, SIDE):
@@ -139,6 +116,36 @@ def _read(logits, lse, y, queries, ring, span, scale, T, H, N, STAGES: gl.conste
         acc_b = warpgroup_mma(q_b, tiles.index(stage), acc_b)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _advance(stage, phase, STAGES)
+    return acc_a, acc_b, stage, phase
+
+
+@gluon.jit
+def _level(logits, sums, t, stop):
+    """g of tokens ``t`` for the segment whose ``logits`` these are."""
+    g = gl.load(logits + t, mask=t < stop, other=0.0) - sums
+    return gl.maximum(g, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def _store(y, acc, t, stop, stride, layout: gl.constexpr):
+    columns = gl.arange(0, SIDE, gl.SliceLayout(0, layout))
+    out = y + t.to(gl.int64)[:, None] * stride + columns[None, :]
+    gl.store(out, acc.to(y.dtype.element_ty), mask=(t < stop)[:, None])
+
+
+@gluon.jit
+def _read(logits, lse, y, queries, ring, span, scale, T, H, N, STAGES: gl.constexpr, GROUP: gl.constexpr):
+    """What a group of four warps does: 128 tokens, in two halves, since an instruction takes 64 rows."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    t0, _, stop, _, first, s = span
+    q_tile, q_full = queries
+    tiles, full, empty = ring
+    t_a = t0 + GROUP * SIDE + gl.arange(0, SIDE // 2, gl.SliceLayout(1, layout))
+    t_b = t_a + SIDE // 2
+    q_a = q_tile.index(2 * GROUP)
+    q_b = q_tile.index(2 * GROUP + 1)
+    mbarrier.wait(q_full, 0)
+    acc_a, acc_b, stage, phase = _online(q_a, q_b, t_a, t_b, ring, span, layout, STAGES, GROUP)
 
     # The cached ones. Where the tile ends before its last token, rows hold what is not stored.
     bh = gl.program_id(1).to(gl.int64)
