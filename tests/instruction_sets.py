@@ -10,7 +10,7 @@ from mctune.core.target import Target, resolve
 
 
 def cpus() -> tuple[Target, ...]:
-    """This CPU, and those with AVX-512 or AVX2 that it can be besides; or the one that ``MCTUNE_CPU_ARCH`` names."""
+    """This CPU, and those with AVX-512 or AVX2 that it can be too; where ``MCTUNE_CPU_ARCH`` names one, that one."""
     here, _ = resolve("cpu")
     others = [] if os.environ.get(CPU_ARCH) else [one for one in archs() if one[0] in ("x86-64-v4", "x86-64-v3")]
     lesser = (replace(here, arch=arch, vector_floats=lanes) for arch, lanes in others if arch != here.arch)

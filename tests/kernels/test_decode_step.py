@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, product
@@ -16,7 +17,7 @@ from drawn import RECURRENCES, Drawn, cpu_of, host
 
 from mctune.backends.spaces import load_space
 from mctune.backends.tvm import TvmBackend
-from mctune.core.config import Config
+from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
@@ -28,7 +29,7 @@ from mctune.search.passes import PASSES, memory_of
 from mctune.search.verify import decided_inputs, judge_all, poisoned_memory, tolerance, verify
 
 SPACE = load_space("tvm", "decode")
-WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (7, 192), (1, 1), (33, 256))
+WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (1, 1), (7, 192), (33, 256))
 SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
 """Valid for every problem and CPU."""
 
@@ -45,21 +46,26 @@ def settings() -> Iterator[tuple[str, str, str]]:
 
 
 def draw() -> list[Drawn]:
-    """The same kernels every time on a machine: of the valid configurations, shuffled, the one with most news."""
+    """The same kernels every time on a machine: of the valid configurations, shuffled, the one with most news.
+
+    A value that few of the problems allow is the greater news.
+    """
     rng = random.Random(0)
-    shapes = cycle(WIDTHS)
     points = list(SPACE.points())
-    drawn: list[Drawn] = []
-    seen: set[object] = set()
-    for aggregation, recurrence, state_init in settings():
-        Dk, Dv = next(shapes)
+    wanted: list[tuple[Problem, Target, list[Config]]] = []
+    for (aggregation, recurrence, state_init), (Dk, Dv) in zip(settings(), cycle(WIDTHS), strict=False):
         problem = Problem(
             pass_="decode", recurrence=recurrence, aggregation=aggregation, state_init=state_init, T=64, H=1, Dk=Dk,
             Dv=Dv, segment_length=16,
         )  # fmt: skip
-        target = cpu_of(len(drawn))
-        valid = [c for c in points if SPACE.valid(c, problem, target)]
-        config = max(rng.sample(valid, len(valid)), key=lambda c: len(set(c.items) - seen))
+        target = cpu_of(len(wanted))
+        wanted.append((problem, target, [c for c in points if SPACE.valid(c, problem, target)]))
+    allowing = Counter(item for _, _, valid in wanted for item in {item for c in valid for item in c.items})
+    drawn: list[Drawn] = []
+    seen: set[tuple[str, Scalar]] = set()
+    for problem, target, valid in wanted:
+        shuffled = rng.sample(valid, len(valid))
+        config = max(shuffled, key=lambda c: sum(1 / allowing[item] for item in set(c.items) - seen))
         seen |= set(config.items)
         drawn.append(Drawn(problem, config, target))
     return drawn
