@@ -59,6 +59,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "GATES": "precomputed",
         "FORMULATION": "per_segment",
         "PRECISION": "ieee",
+        "OPERAND": "registers",
     }
     for letter, width in (("K", problem.Dk), ("V", problem.Dv)):
         found[f"D{letter}"] = width
