@@ -1,7 +1,7 @@
 """A configuration in a form that avoids a known hazard of Triton's (:data:`mctune.backends.triton.versions.HAZARDS`).
 
-    safe(config, space, problem, target, ("warps", "stages"))                 # all of its kernels
-    safe(config, space, problem, target, ("operand",), ("dstates",))          # those whose parameters begin with dstates_
+    safe(config, space, problem, target, ("warps", "stages"))            # all of its kernels
+    safe(config, space, problem, target, ("operand",), ("dstates",))     # those whose parameters begin with dstates_
 
 The forms "mma" and "ptxas" change no configuration: they are environment variables, read when a kernel is compiled.
 """

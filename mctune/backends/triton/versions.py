@@ -1,4 +1,4 @@
-"""The Triton that the templates are written for, checked before it is imported, and what is known to go wrong with it."""
+"""The Triton that the templates are written for, checked before it is imported, and what may go wrong with it."""
 
 from __future__ import annotations
 
