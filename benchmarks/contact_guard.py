@@ -83,9 +83,9 @@ class Background:
     def poll(self) -> bool:
         """Whether it has ended."""
         if not self.outcome:
-            done, status = os.waitpid(self._pid, os.WNOHANG)
+            done, status, used = os.wait4(self._pid, os.WNOHANG)
             if done:
-                self._end(_how(status))
+                self._end(_how(status), round(used.ru_utime + used.ru_stime, 1))
         return bool(self.outcome)
 
     def stop(self, why: str) -> None:
@@ -101,11 +101,11 @@ class Background:
             time.sleep(_POLL_S)
         self._end(why)
 
-    def _end(self, how: str) -> None:
+    def _end(self, how: str, cpu_s: float | None = None) -> None:
         self._kill_group()
         self.outcome = how
         seconds = round(time.monotonic() - self._since, 1)
-        self._guard.facts.add(self.step, "step", outcome=how, seconds=seconds)
+        self._guard.facts.add(self.step, "step", outcome=how, seconds=seconds, cpu_s=cpu_s)
         if not self._quiet or how != "ok":
             self._guard.say(f"{time.monotonic() - self._guard.facts.began:6.1f} s  {self.step}: {how}, {seconds} s")
 
