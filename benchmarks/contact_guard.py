@@ -172,6 +172,8 @@ class Guard:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(log, stream)
+            # A line at a time: a process that is killed leaves what it has said.
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8", errors="replace")
             function()
             status = 0
         except BaseException as error:

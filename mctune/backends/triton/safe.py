@@ -29,8 +29,6 @@ FORMS = {
     "ptxas": "TRITON_PTXAS_PATH: the newest other ptxas of the machine",
 }
 ENVIRONMENT = {"mma": "DISABLE_MMA_V3", "ptxas": "TRITON_PTXAS_PATH"}
-_OPERANDS = {"dstates": "SEGMENTS", "dgroup": "BK"}
-"""Prefixes of the operations that have a choice of operand, and a parameter that tells a configuration has them."""
 _TILES = re.compile(r"_(B[A-Z]|SEGMENTS)$")
 
 
@@ -51,17 +49,28 @@ def safe(
 
     A configuration that is in these forms already comes back as it is.
     """
-    chosen = prefixes(config) if only is None else only
+    chosen = []
+    for prefix in prefixes(config) if only is None else only:
+        changed = config.replace(**_changes(config, problem, prefix, forms))
+        # The parameters of a kernel that a configuration does without must stay as they are.
+        if f"{prefix}_*" not in {constraint.name for constraint in space.broken(changed, problem, target)}:
+            config = changed
+            chosen.append(prefix)
+    return _cut_down(config, space, problem, target, tuple(chosen))
+
+
+def _changes(config: Config, problem: Problem, prefix: str, forms: Sequence[str]) -> dict[str, Scalar]:
     changes: dict[str, Scalar] = {}
-    for prefix in chosen:
-        warps, stages = f"{prefix}_num_warps", f"{prefix}_num_stages"
-        if "warps" in forms and config.integer(warps) > WARPS:
-            changes[warps] = WARPS
-        if "stages" in forms and stages in config:
-            changes[stages] = 1
-        if "operand" in forms and f"{prefix}_{_OPERANDS.get(prefix)}" in config:
-            changes[f"{prefix}_OPERAND"] = "shared"
-    return _cut_down(config.replace(**changes), space, problem, target, tuple(chosen))
+    # Of gated rows of a state's gradient; with equal gates none are.
+    grouped = "formulation" in config and config["formulation"] == "grouped"
+    warps, stages = f"{prefix}_num_warps", f"{prefix}_num_stages"
+    if "warps" in forms and config.integer(warps) > WARPS:
+        changes[warps] = WARPS
+    if "stages" in forms and stages in config:
+        changes[stages] = 1
+    if "operand" in forms and problem.routed and prefix == ("dgroup" if grouped else "dstates"):
+        changes[f"{prefix}_OPERAND"] = "shared"
+    return changes
 
 
 def _cut_down(
