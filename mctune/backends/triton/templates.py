@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from mctune.backends.triton.render import render
 from mctune.core.config import Config, Scalar
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
@@ -61,6 +60,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "GATES": "precomputed",
         "FORMULATION": "per_segment",
         "PRECISION": "ieee",
+        "OPERAND": "registers",
     }
     for letter, width in (("K", problem.Dk), ("V", problem.Dv)):
         found[f"D{letter}"] = width
@@ -97,6 +97,9 @@ def _rendered(operation: str, values: tuple[tuple[str, Scalar], ...]) -> str:
 
 def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
     """The template of an operation, rendered with ``values``."""
+    # LibCST may be missing where templates run as they are (benchmarks/contact.py).
+    from mctune.backends.triton.render import render
+
     return render(_source(operation), values)
 
 

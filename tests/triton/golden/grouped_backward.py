@@ -116,6 +116,7 @@ def grouped_backward(
         q [B, T, H, DK], dy [B, T, H, DV], states [B*H, P, SK, SV]: of one dtype.
         order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
+        OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
         Of every pair, its part of dq without ``scale``, and the gradient of its gate, where it has a segment; the
