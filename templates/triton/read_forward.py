@@ -266,8 +266,8 @@ def read_forward(
     BN: int,
     num_warps: int,
     num_stages: int,
-) -> None:
-    """Write y ``[B, T, H, DV]``, of q's dtype.
+) -> torch.Tensor:
+    """y ``[B, T, H, DV]``, of q's dtype, with what this launch is about written.
 
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
@@ -289,3 +289,4 @@ def read_forward(
         FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ,
         BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
+    return y

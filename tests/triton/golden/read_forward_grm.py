@@ -144,8 +144,8 @@ def read_forward(
     first_token: int,
     span: int,
     top_k: int,
-) -> None:
-    """Write y ``[B, T, H, DV]``, of q's dtype.
+) -> torch.Tensor:
+    """y ``[B, T, H, DV]``, of q's dtype, with what this launch is about written.
 
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
@@ -164,3 +164,4 @@ def read_forward(
         P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
+    return y
