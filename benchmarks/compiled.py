@@ -1,8 +1,8 @@
 """What the compiler made of the Triton kernels for a GPU that need not be here, and what bounds them by arithmetic.
 
 Nothing here is measured. Of every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
-its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, the bytes that it moves, and
-the time that the cost model predicts.
+its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas says of it, writes
+to shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mctune.backends import backend_for
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
 from mctune.cli._cases import parse_problem
 from mctune.cli._output import text_table
@@ -44,6 +45,8 @@ CLASSES = {
     "stack": ("LDL", "STL"),
 }
 """Opcodes of NVIDIA's assembly by what they occupy; all others are "other"."""
+SHARED_BYTES = 128
+"""A cycle and multiprocessor."""
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"\(?`?\(?(\.L_x_\d+)\)?")
@@ -51,10 +54,12 @@ _TARGET = re.compile(r"\(?`?\(?(\.L_x_\d+)\)?")
 
 @dataclass(frozen=True)
 class Inner:
-    """An innermost loop: instructions of one warp in a pass, by class, and operations of products of a warp."""
+    """An innermost loop: instructions of one warp in a pass, by class; of a warp's products the operations, and the
+    bytes that they read from shared memory themselves."""
 
     mix: Counter[str]
     operations: float
+    operands: float = 0.0
 
     @property
     def issued(self) -> int:
@@ -84,18 +89,22 @@ def inner_loops(binary: bytes) -> list[Inner]:
 
 def _loop(lines: Sequence[tuple[str, str]]) -> Inner:
     mix: Counter[str] = Counter()
-    operations = 0.0
-    for opcode, _ in lines:
+    operations = operands = 0.0
+    for opcode, given in lines:
         base, _, rest = opcode.partition(".")
         mix[next((name for name, opcodes in CLASSES.items() if base in opcodes), "other")] += 1
         shape = re.match(r"(\d+)x(\d+)x(\d+)", rest)
         if base == "HGMMA" and shape:
-            operations += 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) / 4 * (2 if "TF32" in rest else 1)
+            rows, columns, depth = (int(part) for part in shape.groups())
+            operations += 2.0 * rows * columns * depth / 4 * (2 if "TF32" in rest else 1)
+            # Rows of 32 bytes; those of the left factor are in registers, or stand in a descriptor as well.
+            left = rows if given.partition(",")[2].lstrip().startswith("gdesc") else 0
+            operands += 32.0 * (left + columns) / 4
         elif base == "HMMA":
             operations += {"16816": 4096.0, "1688": 2048.0, "1684": 1024.0}[rest.split(".")[0]] * (
                 2 if "TF32" in rest else 1
             )
-    return Inner(mix, operations)
+    return Inner(mix, operations, operands)
 
 
 def disassembled(binary: bytes) -> str:
@@ -156,6 +165,7 @@ def row(launch: Launch, demand: Demand, part: Part, source: Source | None, targe
         lanes = warps * launch.warp_size
         cycles = {
             "products": warps * loop.operations / clock,
+            "operands": warps * loop.operands / SHARED_BYTES,
             "issue": warps * loop.issued / core.parts,
             "special": lanes * loop.mix["special"] / core.special_lanes,
         }
@@ -163,11 +173,29 @@ def row(launch: Launch, demand: Demand, part: Part, source: Source | None, targe
         cells += [
             f"{told[place]:.0f}" if place in told else "",
             *(str(loop.mix[name]) for name in (*CLASSES, "other")),
-            f"{cycles['products']:.0f}", f"{cycles['issue']:.0f}", most,
+            f"{cycles['products']:.0f}", f"{cycles['operands']:.0f}", f"{cycles['issue']:.0f}", most,
         ]  # fmt: skip
     else:
-        cells += [""] * (len(CLASSES) + 5)
+        cells += [""] * (len(CLASSES) + 6)
+    cells += [", ".join(note.partition(" ")[0] for note in launch.notes), races(launch)]
     return (*cells, f"{traffic:.0f}", f"{demand.footprint / 2**20:.0f}", f"{part.us:.0f}", part.bound)
+
+
+def races(launch: Launch) -> str:
+    """How many writes to shared memory may meet a product that still reads there, "" for none."""
+    try:
+        found = hazards(launch.asm, launch.num_warps, launch.serialized)
+    except ValueError:
+        return "?"
+    return str(len({hazard.line for hazard in found}) or "")
+
+
+def remarks(launches: Sequence[Launch]) -> Iterator[str]:
+    """What the columns ``ptxas`` and ``races`` stand for, once a kernel."""
+    for launch in {launch.name: launch for launch in launches}.values():
+        yield from (f"{launch.name}: {note}" for note in launch.notes)
+        if races(launch) not in ("", "?"):
+            yield f"{launch.name}: {hazards(launch.asm, launch.num_warps, launch.serialized)[0]}"
 
 
 def table(problem: Problem, config: Config, target: Target) -> str:
@@ -186,8 +214,8 @@ def table(problem: Problem, config: Config, target: Target) -> str:
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
     header = (
-        "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc issue",
-        "loop bound", "MiB L2", "MiB DRAM", "us", "bound",
+        "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA",
+        "cyc opnd", "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound",
     )  # fmt: skip
     rows = [
         row(launch, demand, part, source_of(launch, problem, config), target)
@@ -195,7 +223,9 @@ def table(problem: Problem, config: Config, target: Target) -> str:
     ]
     beside = ", ".join(f"{name} x{count}" for name, count in aside.counted.items()) or "none"
     total = sum(part.us for part in parts)
-    return f"{problem}\n{text_table(header, rows)}\npredicted {total:.0f} us; launches of torch beside them: {beside}"
+    said = "".join(f"\n{remark}" for remark in remarks(launches))
+    last = f"predicted {total:.0f} us; launches of torch beside them: {beside}"
+    return f"{problem}\n{text_table(header, rows)}{said}\n{last}"
 
 
 def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:

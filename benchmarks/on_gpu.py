@@ -10,7 +10,8 @@
 Each stage goes on where an earlier run was ended, by the time or by Ctrl-C. It runs with the python and the torch that
 the machine has, and needs no network: what they lack is unpacked from build/wheelhouse (`make wheelhouse`, on a machine
 that has one, for this machine's python). Everything is left in build/gpu, and what must be brought back in one archive
-there, from the first stage on.
+there, from the first stage on. Where only one folder outlasts the run, ``--copy-to`` (by default ``$OUT``, if that is
+set) has copies there that are at most ``COPY_S`` seconds old.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -52,6 +55,10 @@ ASKED, ASKED_S = 3, 12.0
 """How often a stage is asked to end, and the seconds that it then has, before it is killed."""
 ARCHIVE = "brought-back.tar.gz"
 KEPT = ("*.txt", "*.json", "*.jsonl", "study.db*", "results", "mctune_*")
+COPY_S = 20.0
+COPIED = ("log.txt", "held.jsonl", "benchmark.jsonl", "benchmark.json", "faults.json", ARCHIVE)
+"""Besides the database of the searches: seven files in all."""
+DATABASE = "study.db"
 
 
 def unpack_missing(wheels: Path, site: Path) -> None:
@@ -87,9 +94,10 @@ def _runs_here(wheel: Path) -> bool:
 class Run:
     """The stages of one run, its deadline and its log."""
 
-    def __init__(self, out: Path, minutes: float, chosen: Sequence[str] = STAGES) -> None:
+    def __init__(self, out: Path, minutes: float, chosen: Sequence[str] = STAGES, copy_to: Path | None = None) -> None:
         self.out, self.deadline = out, time.monotonic() + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
+        self.copies = Copies(out, copy_to) if copy_to is not None else None
         self.log = (out / "log.txt").open("a", encoding="utf-8")
         paths = [str(ROOT), *(path for path in sys.path if path)]
         self.env = {
@@ -160,6 +168,49 @@ class Run:
             self.say(f"{ARCHIVE} is not up to date: {error}")
         else:
             scratch.replace(self.out / ARCHIVE)
+        if self.copies is not None:
+            self.copies.copy()
+
+
+class Copies:
+    """What there is of the results, in another folder: all of it now and every ``COPY_S`` seconds."""
+
+    def __init__(self, out: Path, to: Path) -> None:
+        self.out, self.to = out, to
+        self._taken = threading.Lock()
+        self._seen: dict[str, tuple[int, int]] = {}
+        threading.Thread(target=self._go_on, daemon=True).start()
+
+    def _go_on(self) -> None:
+        while True:
+            self.copy()
+            time.sleep(COPY_S)
+
+    def copy(self) -> None:
+        """Those that have changed, each whole or as it was; what cannot be copied now can the next time."""
+        with self._taken:
+            for name in (*COPIED, DATABASE):
+                with contextlib.suppress(OSError, sqlite3.Error):
+                    self._copy(name)
+
+    def _copy(self, name: str) -> None:
+        source, scratch = self.out / name, self.to / f"{name}.new"
+        state = source.stat()
+        if self._seen.get(name) == (state.st_mtime_ns, state.st_size):
+            return
+        self.to.mkdir(parents=True, exist_ok=True)
+        try:
+            if name == DATABASE:
+                # Somebody may be writing to it.
+                with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=2.0)) as one:
+                    with contextlib.closing(sqlite3.connect(scratch)) as other:
+                        one.backup(other)
+            else:
+                shutil.copyfile(source, scratch)
+            scratch.replace(self.to / name)
+        finally:
+            scratch.unlink(missing_ok=True)
+        self._seen[name] = (state.st_mtime_ns, state.st_size)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -195,7 +246,7 @@ class Stages:
         self.run, self.rehearse, self.target = run, rehearse, target.name
         self.package = run.out / f"mctune_{target.name.replace('-', '_')}"
         self.paper_package = run.out / f"{self.package.name}_paper"
-        self.storage = run.out.resolve() / "study.db"
+        self.storage = run.out.resolve() / DATABASE
         self.identity = json.dumps(get_backend("triton").identity())
 
     def faults(self) -> None:
@@ -261,6 +312,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="default build/gpu")
     parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "wheelhouse", metavar="DIR",
                         help="default build/wheelhouse")  # fmt: skip
+    parser.add_argument("--copy-to", type=Path, default=os.environ.get("OUT") or None, metavar="DIR",
+                        help="keep copies of the results here (default $OUT, where that is set)")  # fmt: skip
     rehearse = "no GPU: Triton's interpreter, tiny sizes, a predicted search; no time means anything"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     options = parser.parse_args()
@@ -271,7 +324,7 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     unpack_missing(options.wheels, options.out / "site")
     sys.path.insert(0, str(ROOT))
-    run = Run(options.out, options.minutes, options.stages)
+    run = Run(options.out, options.minutes, options.stages, options.copy_to)
     try:
         stages = Stages(run, options.rehearse)
         while run.to_come:

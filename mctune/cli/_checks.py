@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mctune.backends.triton.versions import HOPPER, hazards
 from mctune.core.environment import TVM_PAIR, version
 from mctune.core.errors import MctuneError
 from mctune.core.paths import search_spaces_dir, templates_dir
@@ -29,6 +30,8 @@ OPTIONAL = {"triton": "kernels for recent GPUs", "libcst": "renders Triton templ
 
 TVM, FFI = TVM_PAIR
 TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
+HOPPER_GPUS = ("H100", "H200", "H800", "H20", "GH200")
+"""What the names of GPUs of :data:`HOPPER` contain."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TVM_NUM_THREADS")
 
 
@@ -53,6 +56,7 @@ def all_checks(cpu: Target) -> list[Check]:
         *check_compilers(os.environ),
         check_cpu(cpu),
         *check_gpus(),
+        *check_hazards(installed.get("triton"), nvidia_gpus()),
         *check_threads(os.environ, cpu.cores),
     ]
 
@@ -145,6 +149,18 @@ def nvidia_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def check_hazards(triton: str | None, gpus: Sequence[str]) -> Iterator[Check]:
+    """What is known to go wrong with the installed Triton on GPUs of one architecture."""
+    here = any(name in gpu for gpu in gpus for name in HOPPER_GPUS)
+    for hazard in hazards(triton, HOPPER[0]) if triton else ():
+        fixed = f"mended in {'.'.join(map(str, hazard.mended))}" if hazard.mended else "in every supported version"
+        yield Check(
+            f"triton: {hazard.name}", WARN if here else OK, f"{triton}, on {HOPPER[0]} only; {fixed}",
+            f"{hazard.what} ({hazard.reports}); benchmarks/contact.py says whether it happens here, docs/gpu.md what "
+            "avoids it" if here else "",
+        )  # fmt: skip
 
 
 def check_threads(environ: Mapping[str, str], cores: int) -> Iterator[Check]:

@@ -186,6 +186,7 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
             "without --measure its kernels are compiled and their times predicted"
         )
     backend: Backend = get_backend(backend_for(request.target))
+    backend = backend.measuring() if request.measure else backend
     for case in request.cases:
         backend.check(case.problem)
     backend.ready()

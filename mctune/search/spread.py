@@ -9,6 +9,7 @@ from itertools import cycle, product
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
+from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
@@ -45,6 +46,31 @@ class Drawn:
         return f"{p.recurrence}-{p.aggregation}-{p.state_init}{how}-{p.Dk}x{p.Dv}-{p.dtype}"
 
 
+def draw_defaults(pass_: str, target: Target) -> list[Drawn]:
+    """The configurations that calls of the widest use start from: heads of 128, segments of 256, in bfloat16."""
+    drawn = []
+    for recurrence, aggregation in product(RECURRENCES, ("grm", "ssc", "residual")):
+        problem = Problem(
+            recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=16384 + (pass_ == "decode"), H=16, Dk=128,
+            Dv=128, segment_length=256, dtype="bfloat16", top_k=4 if aggregation == "ssc" else None,
+        )  # fmt: skip
+        drawn.append(Drawn(problem, default(problem, target)))
+    return drawn
+
+
+def default(problem: Problem, target: Target) -> Config:
+    """The default of the problem's space.
+
+    Raises:
+        UsageError: if none of the space is valid on the target.
+    """
+    space: SearchSpace = get_backend("triton").space(problem)
+    config = space.first_valid(lambda candidate: space.valid(candidate, problem, target))
+    if config is None:
+        raise UsageError(f"{problem} has no valid default on {target.name}")
+    return config
+
+
 def draw(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
     """One candidate for each recurrence, aggregation and state init; ``dtypes`` take turns."""
     rng = random.Random(1)
@@ -72,6 +98,20 @@ def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list
             top_k=3 if aggregation == "ssc" else None,
         )  # fmt: skip
         drawn.append(Drawn(problem, walk(random.Random(2), problem, target, **fixed)))
+    return drawn
+
+
+def draw_specialized(target: Target) -> list[Drawn]:
+    """The read by specialised warps, which only the device itself can verify; none where it has no such warps."""
+    drawn = []
+    for dtype, state_init in (("bfloat16", "independent"), ("float16", "checkpoint")):
+        problem = Problem(
+            aggregation="grm", state_init=state_init, T=900, H=1, Dk=128, Dv=128, segment_length=256, dtype=dtype
+        )
+        space = get_backend("triton").measuring().space(problem)
+        configs = (config.replace(formulation="specialized") for config in (space.default, *space.fallbacks))
+        found = next((config for config in configs if space.valid(config, problem, target)), None)
+        drawn += [Drawn(problem, found)] if found is not None else []
     return drawn
 
 

@@ -17,13 +17,13 @@ import triton.language as tl
 from .common import load_state
 
 
-@triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P", "parts"])
+@triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P"])
 def chosen_kernel(
     q,
     dy,
     states,
     order,
-    offsets,
+    starts,
     picked,
     lse,
     seg_last,
@@ -37,7 +37,7 @@ def chosen_kernel(
     H,
     N,
     P,
-    parts,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -54,10 +54,9 @@ def chosen_kernel(
     block = tl.program_id(0) // heads % KEYS
     i = tl.program_id(0) // heads // KEYS
     key = block * BK
-    offsets += bh * (N + 1) * parts
-    base = tl.load(offsets)
-    first = (tl.load(offsets + i * parts) - base).to(tl.int32)
-    stop = (tl.load(offsets + (i + 1) * parts) - base).to(tl.int32)
+    starts += bh * (N + 2) + i
+    first = tl.load(starts)
+    stop = tl.load(starts + 1)
     order += bh * (T * top_k)
     picked += bh * (T * top_k)
     dgamma += (block * heads + bh) * (T * top_k)
@@ -68,7 +67,7 @@ def chosen_kernel(
     if seg_last is not None:
         last = tl.load(seg_last + i)
     state = load_state(states + (bh * P + last) * (SK * SV), key, 0, SK, SV, BK, PV)
-    grad = tl.zeros([BK, PV], tl.float32)
+    grad = tl.zeros([PV, BK] if OPERAND == "shared" else [BK, PV], tl.float32)
     for p0 in range(first, stop, BT):
         pair = p0 + tl.arange(0, BT)
         valid = pair < stop
@@ -85,7 +84,12 @@ def chosen_kernel(
         out = partial + place.to(tl.int64)[:, None] * DK + keys[None, :]
         tl.store(out, (read * gamma[:, None]).to(partial.dtype.element_ty), mask=inside)
         weighted = (q_t.to(tl.float32) * gamma[:, None]).to(dy_t.dtype)
-        grad = tl.dot(tl.trans(weighted), dy_t, grad, input_precision=PRECISION)
+        if OPERAND == "shared":
+            grad = tl.dot(tl.trans(dy_t), weighted, grad, input_precision=PRECISION)
+        else:
+            grad = tl.dot(tl.trans(weighted), dy_t, grad, input_precision=PRECISION)
+    if OPERAND == "shared":
+        grad = tl.trans(grad)
     out = dends + (bh * P + last) * (SK * SV) + keys[:, None] * SV + values[None, :]
     tl.store(out, grad * scale, mask=(keys < SK)[:, None] & (values < SV)[None, :])
 
@@ -95,12 +99,13 @@ def grouped_backward(
     dy: torch.Tensor,
     states: torch.Tensor,
     order: torch.Tensor,
-    offsets: torch.Tensor,
+    starts: torch.Tensor,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
     N: int,
     scale: float,
+    OPERAND: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -117,8 +122,9 @@ def grouped_backward(
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV], states [B*H, P, SK, SV]: of one dtype.
-        order, offsets: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
+        order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
+        OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
         Of every pair, its part of dq without ``scale``, and the gradient of its gate, where it has a segment; the
@@ -132,9 +138,9 @@ def grouped_backward(
     dgamma = q.new_empty((blocks, *picked.shape), dtype=torch.float32)
     dends = q.new_empty(states.shape, dtype=torch.float32)
     chosen_kernel[(blocks * N * B * H,)](
-        q=q, dy=dy, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last,
+        q=q, dy=dy, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
         partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H, top_k=top_k, T=T, H=H, N=N,
-        P=states.shape[1], parts=offsets.shape[0] // (B * H * (N + 1)), PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK,
-        SV=SV, BT=BT, BK=bk, num_warps=num_warps, num_stages=num_stages,
+        P=states.shape[1], OPERAND=OPERAND, PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK, SV=SV, BT=BT, BK=bk,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial, dgamma[0] if blocks == 1 else dgamma.sum(0), dends

@@ -31,6 +31,7 @@ def cached_kernel(
     H,
     N,
     P,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -57,7 +58,7 @@ def cached_kernel(
     head = bh // H * T * H + bh % H
     q += head * DK
     dy += head * DV
-    grad = tl.zeros([SEGMENTS * BK, BV], tl.float32)
+    grad = tl.zeros([BV, SEGMENTS * BK] if OPERAND == "shared" else [SEGMENTS * BK, BV], tl.float32)
     high = tl.max(right, 0)
     for t0 in range(tl.load(seg_end + i0), high, BT):
         t = t0 + tl.arange(0, BT)
@@ -67,7 +68,12 @@ def cached_kernel(
         dy_t = load_rows(dy, t0, high, H * DV, value, DV, BT, BV)
         weighted = gamma[:, None, :] * tl.trans(q_t)[None, :, :].to(tl.float32)
         weighted = tl.reshape(weighted.to(q_t.dtype), [SEGMENTS * BK, BT])
-        grad = tl.dot(weighted, dy_t, grad, input_precision=PRECISION)
+        if OPERAND == "shared":
+            grad = tl.dot(tl.trans(dy_t), tl.trans(weighted), grad, input_precision=PRECISION)
+        else:
+            grad = tl.dot(weighted, dy_t, grad, input_precision=PRECISION)
+    if OPERAND == "shared":
+        grad = tl.trans(grad)
     place = tl.arange(0, SEGMENTS * BK)
     which = i0 + place // BK
     rows = key + place % BK
@@ -183,11 +189,12 @@ def carry_kernel(
         tl.store(dends + matrix, grad, mask=inside)
         entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
         if SWLA:
-            decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
-            state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
-            blocks = tl.num_programs(0)
-            tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
-            grad *= decay
+            if crossing is not None:
+                decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
+                state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
+                blocks = tl.num_programs(0)
+                tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
+                grad *= decay
         carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
@@ -285,7 +292,7 @@ def state_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     dy: torch.Tensor,
-    ends: torch.Tensor,
+    ends: torch.Tensor | None,
     gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
@@ -306,6 +313,7 @@ def state_backward(
     SWLA: bool,
     AGGREGATION: str,
     FORMULATION: str,
+    OPERAND: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -324,12 +332,13 @@ def state_backward(
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
-        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
+        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
+        OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
         Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
@@ -337,8 +346,7 @@ def state_backward(
     """
     B, T, H, _ = q.shape
     N, P = seg_first.shape[0], begin.shape[0]
-    # No wider than the state.
-    bk, bv = min(BK, PK), min(BV, PV)
+    bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
     dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
     products = dentered = crossing = None
@@ -347,7 +355,7 @@ def state_backward(
         cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
             q=q, dy=dy, gammas=gammas, seg_end=seg_end, seg_past_end=seg_past_end,
             seg_last=None if P == N else seg_last, dends=dends, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
-            PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
+            OPERAND=OPERAND, PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if AGGREGATION == "residual" or AGGREGATION == "mean":
@@ -372,7 +380,8 @@ def state_backward(
         block, Q = 1024, seq_begin.shape[0]
         grid = (triton.cdiv(SK * SV, block), Q, B * H)
         if SWLA:
-            crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
+            if crosses:
+                crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
         carry_kernel[grid](
             ends=ends, cum=cum, end=end, segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin,
             seq_end=seq_end, dentered=dentered, products=products, dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA,

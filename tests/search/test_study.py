@@ -42,7 +42,7 @@ EVERY_KIND: tuple[Outcome, ...] = (
     TimedOut(5.0, "build"),
     Wrong(0.5, 2e-5, "T=1"),
     Timed(2.0, 1.9, 2.1, 20, 1e-7),
-    Predicted(3.0, "roofline"),
+    Predicted(3.0, "roofline", notes=("cached_kernel: C7515 serialized",)),
     Wrong(float("inf"), 2e-5, "T=7"),
 )
 

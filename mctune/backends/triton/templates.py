@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from mctune.backends.triton.render import render
 from mctune.core.config import Config, Scalar
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
@@ -19,6 +18,7 @@ PREFIXES = {
     "pair_order": "pairs",
     "grouped_read": "group",
     "read_forward": "read",
+    "read_specialized": "read",
     "gates_backward": "dgates",
     "read_backward": "dq",
     "state_backward": "dstates",
@@ -39,7 +39,8 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
         case "forward":
             gates = ("gates",) if problem.routed and config["gates"] == "precomputed" else ()
             grouped = ("pair_order", "grouped_read") if config["formulation"] == "grouped" else ()
-            return ("segment_states", *gates, *grouped, "read_forward")
+            read = "read_specialized" if config["formulation"] == "specialized" else "read_forward"
+            return ("segment_states", *gates, *grouped, read)
         case "backward":
             gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
             grouped = ("pair_order", "grouped_backward") if config["formulation"] == "grouped" else ()
@@ -59,6 +60,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "GATES": "precomputed",
         "FORMULATION": "per_segment",
         "PRECISION": "ieee",
+        "OPERAND": "registers",
     }
     for letter, width in (("K", problem.Dk), ("V", problem.Dv)):
         found[f"D{letter}"] = width
@@ -95,6 +97,9 @@ def _rendered(operation: str, values: tuple[tuple[str, Scalar], ...]) -> str:
 
 def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
     """The template of an operation, rendered with ``values``."""
+    # LibCST may be missing where templates run as they are (benchmarks/contact.py).
+    from mctune.backends.triton.render import render
+
     return render(_source(operation), values)
 
 

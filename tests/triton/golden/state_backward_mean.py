@@ -126,7 +126,7 @@ def state_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     dy: torch.Tensor,
-    ends: torch.Tensor,
+    ends: torch.Tensor | None,
     gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
@@ -149,12 +149,13 @@ def state_backward(
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
-        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
+        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
         cum, before: None for linear.
         crosses: whether any piece is entered.
+        OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
         Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
@@ -162,8 +163,7 @@ def state_backward(
     """
     B, T, H, _ = q.shape
     N, P = seg_first.shape[0], begin.shape[0]
-    # No wider than the state.
-    bk, bv = min(BK, PK), min(BV, PV)
+    bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
     dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
     products = dentered = crossing = None
