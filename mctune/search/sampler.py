@@ -114,7 +114,7 @@ class Proposer:
         return [((self._balance, value), tried[value]) for value in sorted(range(len(tried)), key=tried.__getitem__)]
 
     def _own_defaults(self) -> Iterator[Point]:
-        """The first default that is valid with each value of the balanced parameter, that of its own first."""
+        """The first default that is valid with each value of the balanced parameter, the default's own value first."""
         strata = [stratum for stratum, _ in self._strata(())]
         configs = [config for config in (self._space.default, *self._space.fallbacks) if config in self._space]
         if self._balance is not None and configs:
