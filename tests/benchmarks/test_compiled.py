@@ -57,25 +57,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_rows_of_the_page(compiled: ModuleType) -> None:
-    cells = (
-        "k",
-        "10",
-        "8",
-        "126",
-        "0",
-        "84",
-        "2",
-        "4",
-        *"123456",
-        "7",
-        "512",
-        "384",
-        "538",
-        "issue",
-        "C7515",
-        "",
-        "20",
-    )
+    cells = (*"kbwrs", "84", "2", "4", *"1234567", "512", "384", "538", "issue", "C7515", "", "20")
     bare = ("c", "1", "4", "32", "0", "0", "8", *[""] * 11, "", "", "", "3")
     rows = [(*cells, "10", "96", "matrix units"), (*bare, "2", "4", "DRAM")]
     assert compiled.markdown(rows, "forward").splitlines() == [
