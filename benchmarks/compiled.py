@@ -198,7 +198,30 @@ def remarks(launches: Sequence[Launch]) -> Iterator[str]:
             yield f"{launch.name}: {hazards(launch.asm, launch.num_warps, launch.serialized)[0]}"
 
 
-def table(problem: Problem, config: Config, target: Target) -> str:
+HEADER = (
+    "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc opnd",
+    "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound",
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Sequence[str]], pass_: str) -> str:
+    """The table of docs/performance.md, with a line of sums."""
+    lines = []
+    for cells in rows:
+        of = dict(zip(HEADER[:8], cells[:8], strict=True)) | dict(zip(HEADER[15:], cells[15:], strict=True))
+        mix = dict(zip((*CLASSES, "rest"), cells[8:15], strict=True))
+        other = sum(int(mix[name] or 0) for name in ("global", "stack", "rest"))
+        counts = ", ".join((*(mix[name] or "0" for name in ("product", "float", "special", "shared")), str(other)))
+        cycles = ", ".join(of[name] or "0" for name in ("cyc MMA", "cyc opnd", "cyc issue"))
+        bound = "products" if of["bound"] == "matrix units" else of["bound"]
+        taken = (of[name] for name in ("kernel", "blocks", "warps", "regs", "stack", "KiB", "res"))
+        lines.append([*taken, counts, cycles, of["ptxas"], of["MiB L2"], of["MiB DRAM"], f"{of['us']} ({bound})"])
+    sums = [sum(int(line[place].split()[0]) for line in lines) for place in (10, 11, 12)]
+    lines.append([f"**{pass_}**", *[""] * 9, f"{sums[0]}", f"{sums[1]}", f"**{sums[2]}**"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  ", "| ")
+
+
+def table(problem: Problem, config: Config, target: Target, as_markdown: bool = False) -> str:
     """Every launch of a pass, and the sums.
 
     Raises:
@@ -213,19 +236,17 @@ def table(problem: Problem, config: Config, target: Target) -> str:
     parameters, _ = calibration(target)
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
-    header = (
-        "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA",
-        "cyc opnd", "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound",
-    )  # fmt: skip
     rows = [
         row(launch, demand, part, source_of(launch, problem, config), target)
         for launch, demand, part in zip(launches, asked, parts, strict=True)
     ]
+    if as_markdown:
+        return markdown(rows, problem.pass_)
     beside = ", ".join(f"{name} x{count}" for name, count in aside.counted.items()) or "none"
     total = sum(part.us for part in parts)
     said = "".join(f"\n{remark}" for remark in remarks(launches))
     last = f"predicted {total:.0f} us; launches of torch beside them: {beside}"
-    return f"{problem}\n{text_table(header, rows)}{said}\n{last}"
+    return f"{problem}\n{text_table(HEADER, rows)}{said}\n{last}"
 
 
 def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
@@ -246,6 +267,7 @@ def main() -> None:
         help="as `mctune search` takes it",
     )
     parser.add_argument("--set", default="", metavar="NAME=VALUE,..", help="parameters other than the default's")
+    parser.add_argument("--markdown", action="store_true", help="the rows of docs/performance.md instead")
     options = parser.parse_args()
     try:
         target, problem = resolve(options.gpu)[0], Problem.from_dict(parse_problem(options.problem))
@@ -256,7 +278,7 @@ def main() -> None:
         config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
         if config is None:
             raise MctuneError("no default of the space is valid with these parameters")
-        print(table(problem, config.replace(**typed), target))
+        print(table(problem, config.replace(**typed), target, options.markdown))
     except MctuneError as error:
         raise SystemExit(f"compiled.py: error: {error}") from error
 

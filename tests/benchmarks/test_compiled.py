@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,12 +46,28 @@ def test_what_ptxas_says_and_what_products_read_are_told() -> None:
     assert cycles == [8 * 32, 8 * 2048 // 128]
 
 
-def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("compiled", SCRIPT)
     assert spec is not None and spec.loader is not None
-    compiled = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compiled", compiled)
-    spec.loader.exec_module(compiled)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compiled", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_the_page(compiled: ModuleType) -> None:
+    cells = (*"kbwrs", "84", "2", "4", *"1234567", "512", "384", "538", "issue", "C7515", "", "20")
+    bare = ("c", "1", "4", "32", "0", "0", "8", *[""] * 11, "", "", "", "3")
+    rows = [(*cells, "10", "96", "matrix units"), (*bare, "2", "4", "DRAM")]
+    assert compiled.markdown(rows, "forward").splitlines() == [
+        "| k | b | w | r | s | 84 | 2 | 1, 2, 3, 4, 18 | 512, 384, 538 | C7515 | 20 | 10 | 96 (products) |",
+        "| c | 1 | 4 | 32 | 0 | 0 | 8 | 0, 0, 0, 0, 0 | 0, 0, 0 | | 3 | 2 | 4 (DRAM) |",
+        "| **forward** | | | | | | | | | | 23 | 12 | **100** |",
+    ]
+
+
+def test_writes_that_come_too_early_are_counted(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch("k", (1, 1, 1), 8, 2, 32, 0, 64, 0, "", b"", (), (), ("C7507 'setmaxnreg' ignored",))
     assert compiled.races(launch) == "" and list(compiled.remarks([launch])) == ["k: C7507 'setmaxnreg' ignored"]
     found = [Hazard("cp.async", line, (0, 64), (32, 96), True) for line in (7, 7, 9)]
