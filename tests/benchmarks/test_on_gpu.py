@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import sys
 import tarfile
 import zipfile
@@ -150,3 +152,26 @@ def test_what_must_be_brought_back_is_in_one_archive_after_every_stage(on_gpu: M
             assert rows is not None and rows.read() == b"12"[:number]
         assert names == {"log.txt", "held.jsonl", "benchmark.jsonl", "study.db", "mctune_h200/tuned.json",
                          "results/h200/rows.csv"}  # fmt: skip
+
+
+def test_results_are_copied_while_a_stage_runs(
+    on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_gpu, "COPY_S", 0.05)
+    out, to = tmp_path / "gpu", tmp_path / "OUT"
+    run = on_gpu.Run(out, minutes=1.0, copy_to=to)
+    with contextlib.closing(sqlite3.connect(out / "study.db")) as database:
+        database.execute("create table trials (value)")
+        database.execute("insert into trials values (1)")
+        database.commit()
+        # Somebody is in the middle of writing.
+        database.execute("insert into trials values (2)")
+        (out / "held.jsonl").write_text("{}")
+        (out / "site").mkdir()
+        wait = f"import os, time\nwhile not os.path.exists({str(to / 'study.db')!r}): time.sleep(0.05)"
+        assert run.stage("search", "-c", wait, limit_s=60.0) == 0
+    with contextlib.closing(sqlite3.connect(to / "study.db")) as database:
+        assert database.execute("select value from trials").fetchall() == [(1,)]
+    assert {path.name for path in to.iterdir()} >= {"study.db", "held.jsonl", "log.txt", on_gpu.ARCHIVE}
+    assert len({*on_gpu.COPIED, on_gpu.DATABASE}) <= 8
+    assert "search: exit 0" in (to / "log.txt").read_text()

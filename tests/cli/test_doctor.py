@@ -81,6 +81,16 @@ def test_gpus_are_what_the_driver_lists(tmp_path: Path, monkeypatch: pytest.Monk
     assert _checks.nvidia_gpus() == []
 
 
+def test_hazards_of_triton_matter_where_there_is_a_gpu_that_has_them() -> None:
+    for gpus, status in ((["NVIDIA H200"], WARN), (["NVIDIA L4"], OK), ([], OK)):
+        found = {check.name: check for check in _checks.check_hazards("3.6.0", gpus)}
+        assert {check.status for check in found.values()} == {status} and len(found) >= 5
+        wait = found["triton: wgmma wait"]
+        assert "mended in 3.9" in wait.found and ("triton #11047" in wait.remedy) == (status == WARN)
+    assert "triton: wgmma wait" not in {check.name for check in _checks.check_hazards("3.9.0", ["NVIDIA H100 PCIe"])}
+    assert not list(_checks.check_hazards(None, ["NVIDIA H200"]))
+
+
 def test_threads() -> None:
     found = {
         check.name: check

@@ -12,6 +12,17 @@ from mctune.core.config import Config, Scalar
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
 
+try:
+    from mctune.backends.triton.render import render
+except ModuleNotFoundError as missing:
+    if missing.name != "libcst":
+        raise
+
+    def render(source: str, values: Mapping[str, Scalar]) -> str:
+        """Without LibCST there is all but this: templates may run as they are."""
+        raise ModuleNotFoundError("libcst is not installed; pip install 'libcst>=1.5'", name="libcst")
+
+
 PREFIXES = {
     "segment_states": "states",
     "gates": "gates",
@@ -97,9 +108,6 @@ def _rendered(operation: str, values: tuple[tuple[str, Scalar], ...]) -> str:
 
 def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
     """The template of an operation, rendered with ``values``."""
-    # LibCST may be missing where templates run as they are (benchmarks/contact.py).
-    from mctune.backends.triton.render import render
-
     return render(_source(operation), values)
 
 
