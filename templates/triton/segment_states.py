@@ -102,8 +102,8 @@ def local_kernel(
     if SWLA:
         cum_end = tl.load(cum + bh * T + stop - 1)
     if HALF:
-        # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691): all of theirs are
-        # products. Rows of ones, so many that the same instructions do it.
+        # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
+        # product too, with as many rows of ones as its instructions take.
         totals = tl.zeros([64, BK], tl.float32)
     else:
         total = tl.zeros([BK], tl.float32)
