@@ -6,6 +6,8 @@ READY := $(VENV)/ready
 TUNED := build/mctune_cpu
 
 TRITONS := 3.6.0 3.9.0
+# What compiles for the CPU that it runs on.
+COMPILED := tests/kernels tests/emit tests/search/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
 
 # Of the machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
 # minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).
@@ -28,10 +30,12 @@ test: $(READY)
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted
 
-# And what takes long, and the oldest and the newest Triton that are supported. The interpreter of 3.6 takes the ends of
+# And what takes long; all that is compiled for a CPU, on one with AVX-512 as if it had none (above, kernels are compiled
+# for either by turns); and the oldest and the newest Triton that are supported. The interpreter of 3.6 takes the ends of
 # a range from arrays in a way that numpy 2.4 refuses.
 test-all: test
 	$(BIN)/pytest -m slow
+	! $(BIN)/mctune targets cpu | grep -q x86-64-v4 || MCTUNE_CPU_ARCH=x86-64-v3 $(BIN)/pytest $(COMPILED)
 	for version in $(TRITONS); do \
 		$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version \
 			$$(test $$version != 3.6.0 || echo 'numpy<2.4') && \

@@ -1,8 +1,8 @@
 """What the compiler made of the Triton kernels for a GPU that need not be here, and what bounds them by arithmetic.
 
 Nothing here is measured. Of every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
-its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, the bytes that it moves, and
-the time that the cost model predicts.
+its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas says of it, writes
+to shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mctune.backends import backend_for
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
 from mctune.cli._cases import parse_problem
 from mctune.cli._output import text_table
@@ -44,6 +45,8 @@ CLASSES = {
     "stack": ("LDL", "STL"),
 }
 """Opcodes of NVIDIA's assembly by what they occupy; all others are "other"."""
+SHARED_BYTES = 128
+"""A cycle and multiprocessor."""
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"\(?`?\(?(\.L_x_\d+)\)?")
@@ -51,10 +54,12 @@ _TARGET = re.compile(r"\(?`?\(?(\.L_x_\d+)\)?")
 
 @dataclass(frozen=True)
 class Inner:
-    """An innermost loop: instructions of one warp in a pass, by class, and operations of products of a warp."""
+    """An innermost loop: instructions of one warp in a pass, by class; of a warp's products the operations, and the
+    bytes that they read from shared memory themselves."""
 
     mix: Counter[str]
     operations: float
+    operands: float = 0.0
 
     @property
     def issued(self) -> int:
@@ -84,18 +89,22 @@ def inner_loops(binary: bytes) -> list[Inner]:
 
 def _loop(lines: Sequence[tuple[str, str]]) -> Inner:
     mix: Counter[str] = Counter()
-    operations = 0.0
-    for opcode, _ in lines:
+    operations = operands = 0.0
+    for opcode, given in lines:
         base, _, rest = opcode.partition(".")
         mix[next((name for name, opcodes in CLASSES.items() if base in opcodes), "other")] += 1
         shape = re.match(r"(\d+)x(\d+)x(\d+)", rest)
         if base == "HGMMA" and shape:
-            operations += 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) / 4 * (2 if "TF32" in rest else 1)
+            rows, columns, depth = (int(part) for part in shape.groups())
+            operations += 2.0 * rows * columns * depth / 4 * (2 if "TF32" in rest else 1)
+            # Rows of 32 bytes; those of the left factor are in registers, or stand in a descriptor as well.
+            left = rows if given.partition(",")[2].lstrip().startswith("gdesc") else 0
+            operands += 32.0 * (left + columns) / 4
         elif base == "HMMA":
             operations += {"16816": 4096.0, "1688": 2048.0, "1684": 1024.0}[rest.split(".")[0]] * (
                 2 if "TF32" in rest else 1
             )
-    return Inner(mix, operations)
+    return Inner(mix, operations, operands)
 
 
 def disassembled(binary: bytes) -> str:
@@ -156,6 +165,7 @@ def row(launch: Launch, demand: Demand, part: Part, source: Source | None, targe
         lanes = warps * launch.warp_size
         cycles = {
             "products": warps * loop.operations / clock,
+            "operands": warps * loop.operands / SHARED_BYTES,
             "issue": warps * loop.issued / core.parts,
             "special": lanes * loop.mix["special"] / core.special_lanes,
         }
@@ -163,14 +173,55 @@ def row(launch: Launch, demand: Demand, part: Part, source: Source | None, targe
         cells += [
             f"{told[place]:.0f}" if place in told else "",
             *(str(loop.mix[name]) for name in (*CLASSES, "other")),
-            f"{cycles['products']:.0f}", f"{cycles['issue']:.0f}", most,
+            f"{cycles['products']:.0f}", f"{cycles['operands']:.0f}", f"{cycles['issue']:.0f}", most,
         ]  # fmt: skip
     else:
-        cells += [""] * (len(CLASSES) + 5)
+        cells += [""] * (len(CLASSES) + 6)
+    cells += [", ".join(note.partition(" ")[0] for note in launch.notes), races(launch)]
     return (*cells, f"{traffic:.0f}", f"{demand.footprint / 2**20:.0f}", f"{part.us:.0f}", part.bound)
 
 
-def table(problem: Problem, config: Config, target: Target) -> str:
+def races(launch: Launch) -> str:
+    """How many writes to shared memory may meet a product that still reads there, "" for none."""
+    try:
+        found = hazards(launch.asm, launch.num_warps, launch.serialized)
+    except ValueError:
+        return "?"
+    return str(len({hazard.line for hazard in found}) or "")
+
+
+def remarks(launches: Sequence[Launch]) -> Iterator[str]:
+    """What the columns ``ptxas`` and ``races`` stand for, once a kernel."""
+    for launch in {launch.name: launch for launch in launches}.values():
+        yield from (f"{launch.name}: {note}" for note in launch.notes)
+        if races(launch) not in ("", "?"):
+            yield f"{launch.name}: {hazards(launch.asm, launch.num_warps, launch.serialized)[0]}"
+
+
+HEADER = (
+    "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc opnd",
+    "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound",
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Sequence[str]], pass_: str) -> str:
+    """The table of docs/performance.md, with a line of sums."""
+    lines = []
+    for cells in rows:
+        of = dict(zip(HEADER[:8], cells[:8], strict=True)) | dict(zip(HEADER[15:], cells[15:], strict=True))
+        mix = dict(zip((*CLASSES, "rest"), cells[8:15], strict=True))
+        other = sum(int(mix[name] or 0) for name in ("global", "stack", "rest"))
+        counts = ", ".join((*(mix[name] or "0" for name in ("product", "float", "special", "shared")), str(other)))
+        cycles = ", ".join(of[name] or "0" for name in ("cyc MMA", "cyc opnd", "cyc issue"))
+        bound = "products" if of["bound"] == "matrix units" else of["bound"]
+        taken = (of[name] for name in ("kernel", "blocks", "warps", "regs", "stack", "KiB", "res"))
+        lines.append([*taken, counts, cycles, of["ptxas"], of["MiB L2"], of["MiB DRAM"], f"{of['us']} ({bound})"])
+    sums = [sum(int(line[place].split()[0]) for line in lines) for place in (10, 11, 12)]
+    lines.append([f"**{pass_}**", *[""] * 9, f"{sums[0]}", f"{sums[1]}", f"**{sums[2]}**"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  ", "| ")
+
+
+def table(problem: Problem, config: Config, target: Target, as_markdown: bool = False) -> str:
     """Every launch of a pass, and the sums.
 
     Raises:
@@ -185,17 +236,17 @@ def table(problem: Problem, config: Config, target: Target) -> str:
     parameters, _ = calibration(target)
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
-    header = (
-        "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc issue",
-        "loop bound", "MiB L2", "MiB DRAM", "us", "bound",
-    )  # fmt: skip
     rows = [
         row(launch, demand, part, source_of(launch, problem, config), target)
         for launch, demand, part in zip(launches, asked, parts, strict=True)
     ]
+    if as_markdown:
+        return markdown(rows, problem.pass_)
     beside = ", ".join(f"{name} x{count}" for name, count in aside.counted.items()) or "none"
     total = sum(part.us for part in parts)
-    return f"{problem}\n{text_table(header, rows)}\npredicted {total:.0f} us; launches of torch beside them: {beside}"
+    said = "".join(f"\n{remark}" for remark in remarks(launches))
+    last = f"predicted {total:.0f} us; launches of torch beside them: {beside}"
+    return f"{problem}\n{text_table(HEADER, rows)}{said}\n{last}"
 
 
 def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
@@ -216,6 +267,7 @@ def main() -> None:
         help="as `mctune search` takes it",
     )
     parser.add_argument("--set", default="", metavar="NAME=VALUE,..", help="parameters other than the default's")
+    parser.add_argument("--markdown", action="store_true", help="the rows of docs/performance.md instead")
     options = parser.parse_args()
     try:
         target, problem = resolve(options.gpu)[0], Problem.from_dict(parse_problem(options.problem))
@@ -226,7 +278,7 @@ def main() -> None:
         config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
         if config is None:
             raise MctuneError("no default of the space is valid with these parameters")
-        print(table(problem, config.replace(**typed), target))
+        print(table(problem, config.replace(**typed), target, options.markdown))
     except MctuneError as error:
         raise SystemExit(f"compiled.py: error: {error}") from error
 

@@ -1,9 +1,9 @@
 """Memory Caching (arXiv:2602.24281) on a GPU beside what people use today: attention, linear attention, torch.compile.
 
 GRM (Eq. 8-10), SSC (Eq. 16-17) and the recurrence alone by mctune's Triton kernels, against torch's causal attention,
-flash-linear-attention's chunked kernels (fla-core), log-linear attention as it ships it, and torch.compile of mctune's
-PyTorch path; in bfloat16, 16 heads, 16K and 64K tokens in sequences of 2K to 64K, widths 64 and 128, segments of 64 to
-512: forward, forward and backward, and one decoded token.
+FlashAttention 3 where the machine has it, flash-linear-attention's chunked kernels (fla-core), log-linear attention as
+it ships it, and torch.compile of mctune's PyTorch path; in bfloat16, 16 heads, 16K and 64K tokens in sequences of 2K to
+64K, widths 64 and 128, segments of 64 to 512: forward, forward and backward, and one decoded token.
 
 One process, the same tensors for all, rotated order, a cold L2, clocks brought up first; medians of device time. What
 mctune computes, and what is the same recurrence, is held to mctune's PyTorch path in float32 beforehand. The decisive
@@ -24,16 +24,17 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import KINDS, Contender, Shape, contenders
+from gpu_contenders import Contender, contenders
 from gpu_measure import Lost, lost, measured, rates, told
 from gpu_record import ALL, Record, Trying, identity, this_target
-from gpu_report import HEADS, Rates, goals, rows, table
+from gpu_report import HEADS, Rates, goals, rows, surroundings, table
+from gpu_shapes import KINDS, Shape
 from gpu_supervise import AGAIN, supervise
+from gpu_tuners import time_briefly
 from gpu_warm import run_one, warm
 
 from mctune.cli._output import say
 from mctune.cli.bench import write
-from mctune.core.environment import environment
 from mctune.core.errors import MctuneError
 from mctune.core.host import usable_cores
 from mctune.core.target import Target
@@ -182,9 +183,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.one:
-            shape, name = json.loads(options.one)
-            run_one(Shape(**shape), name, options.package)
+            shape, name, part, parts = json.loads(options.one)
+            run_one(Shape(**shape), name, part, parts, options.package)
         elif options.inside:
+            time_briefly()
             raise SystemExit(run(options))
         else:
             made_by = identity(options.package)
@@ -232,15 +234,15 @@ def conclude(
         print(f"left out: {'everything' if name == ALL else name} at {shape}: {why}")
     judged = goals(found, reached)
     for goal in judged:
-        print(f"{'met   ' if goal['met'] else 'MISSED'} {goal['figure']:.2f} {goal['name']}, {goal['wanted']:g} wanted")
+        print(goal)
     made = [row.to_dict() for shape in wanted for row in rows(shape, found.get(shape, []), target, reached)]
     clocks = read_clocks() if DEVICE == "cuda" else None
-    about: dict[str, Any] = {**environment(target), "gpu": record.made_by["gpu"]}
+    about: dict[str, Any] = {**surroundings(target), "gpu": record.made_by["gpu"]}
     about["clocks"] = asdict(clocks) if clocks else None
     if options.small:
         about["rehearsal"] = "times of an interpreter: they say nothing of the GPU"
     data = {
-        "rows": made, "goals": judged, "environment": about,
+        "rows": made, "goals": [goal.to_dict() for goal in judged], "environment": about,
         "rates": [{"matrix_gflops": reached.matrix / 1e9, "copy_gbs": reached.copy / 1e9}],
     }  # fmt: skip
     write(options.out, data)

@@ -1,20 +1,20 @@
-"""What `benchmarks/gpu.py` compares: mctune's Triton kernels, torch's attention, flash-linear-attention, torch.compile.
+"""What `benchmarks/gpu.py` compares at a shape, mctune's Triton kernels first.
 
 A contender takes the tensors of a shape and returns the call that is timed. One that cannot run here raises.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gpu_others as other
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpu_shapes import Call, Data, Results, Shape, through_autograd, through_options
+from torch.nn.attention import SDPBackend
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
@@ -27,67 +27,9 @@ from mctune.runtime.segments import make_segments
 from mctune.runtime.triton_tables import DEVICE
 from mctune.search.package import load_package
 
-Tensor = torch.Tensor
-Results = Mapping[str, Tensor]
-Call = Callable[[], Results]
 NARROW = "16-bit states"
-KINDS = ("forward", "training", "decode")
-"""y; y and the gradients of all inputs; one token after T of context."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is computed: ``kind`` is one of :data:`KINDS`, ``C`` the segment length, q, k, v are [B, T, H, D]."""
-
-    kind: str
-    B: int
-    T: int
-    H: int
-    D: int
-    C: int
-    dtype: str = "bfloat16"
-
-    def __str__(self) -> str:
-        return f"{self.kind} B{self.B} T{self.T} H{self.H} D{self.D} C{self.C} {self.dtype}"
-
-    def problem(self, aggregation: str) -> Problem:
-        """What mctune computes at this shape: ``base`` is the recurrence alone, one segment without a cache."""
-        pass_ = "backward" if self.kind == "training" else self.kind
-        ssc = {"top_k": 8 if self.kind == "decode" else 4} if aggregation == "ssc" else {}
-        cached = {"aggregation": aggregation, "segment_length": self.C, **ssc}
-        chosen = {"aggregation": "residual", "segment_length": self.T} if aggregation == "base" else cached
-        sizes = {"B": self.B, "T": self.T, "H": self.H, "Dk": self.D, "Dv": self.D, "dtype": self.dtype}
-        return Problem(pass_=pass_, **sizes, **chosen)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Random tensors of a shape: q, k, v, u, dy [B, T, H, D] (one token of q and u for decode), g [B, T, H] float32."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    u: Tensor
-    dy: Tensor
-    g: Tensor
-
-    @classmethod
-    def of(cls, shape: Shape, seed: int = 0) -> Data:
-        """Fresh ones, on the device that kernels run on."""
-        generator = torch.Generator(DEVICE).manual_seed(seed)
-        dtype: torch.dtype = getattr(torch, shape.dtype)
-
-        def normal(size: float = 1.0) -> Tensor:
-            sizes = (shape.B, shape.T, shape.H, shape.D)
-            return (torch.randn(*sizes, generator=generator, device=DEVICE) * size).to(dtype)
-
-        g = -0.1 * torch.rand(shape.B, shape.T, shape.H, generator=generator, device=DEVICE)
-        # Logits of about unit size: gates that neither choose one segment nor are all the same.
-        return cls(normal(), normal(), normal(), normal(math.sqrt(shape.C / shape.D)), normal(), g)
-
-    def prefix(self, tokens: int) -> Data:
-        """The first tokens of the first sequence."""
-        return Data(*(x[:1, :tokens].contiguous() for x in (self.q, self.k, self.v, self.u, self.dy, self.g)))
+TORCH_ATTENTION = ("sdpa", "products")
+"""How the names of torch's own forms of attention begin."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +44,7 @@ class Contender:
         exact: whether it compiles for the very shape, not for its widths and segments.
         built: whether there is nothing to compile.
         late: whether it takes so long to compile that it is compared when everything else has been.
+        tunes: whether its kernels choose among many configurations when they first run.
     """
 
     name: str
@@ -111,6 +54,7 @@ class Contender:
     built: bool = False
     exact: bool = False
     late: bool = False
+    tunes: bool = False
 
 
 def contenders(shape: Shape, target: Target, package: Path | None, folder: Path) -> list[Contender]:
@@ -125,23 +69,35 @@ def contenders(shape: Shape, target: Target, package: Path | None, folder: Path)
         if shape.kind == "decode":
             narrow = Kernels(aggregation, target, package, folder, narrow=True)
             ours.append(Contender(f"mctune {aggregation}, {NARROW}", aggregation, narrow.make, narrow.config))
-    others = [
-        Contender("sdpa, flash", "", _attention(SDPBackend.FLASH_ATTENTION), built=True),
-        Contender("sdpa, cudnn", "", _attention(SDPBackend.CUDNN_ATTENTION), built=True),
+    return [*ours, *_attention(shape), *(_recurrences(shape) if shape.kind != "decode" else [])]
+
+
+def _attention(shape: Shape) -> list[Contender]:
+    """A decoded token's has more forms: which one is the fastest depends on the context and the release."""
+    found = [
+        Contender("sdpa, flash", "", other.attention(SDPBackend.FLASH_ATTENTION), built=True),
+        Contender("sdpa, cudnn", "", other.attention(SDPBackend.CUDNN_ATTENTION), built=True),
     ]
-    if shape.kind != "decode":
-        others.append(Contender("fla chunk_linear_attn", "base", _fla_linear))
-        others.append(Contender("fla chunk_simple_gla", "", _fla_gla))
+    if shape.kind == "decode":
+        found.append(Contender("sdpa, efficient", "", other.attention(SDPBackend.EFFICIENT_ATTENTION), built=True))
+        found.append(Contender("products and softmax", "", other.products, built=True))
+    if other.fa3_module() is not None:
+        found.append(Contender("flash attention 3", "", other.fa3, built=True))
+    return found
+
+
+def _recurrences(shape: Shape) -> list[Contender]:
+    found = [
+        Contender("fla chunk_linear_attn", "base", other.fla_linear, tunes=True),
+        Contender("fla chunk_simple_gla", "", other.fla_gla, tunes=True),
         # Its kernels know how many levels there are.
-        others.append(Contender("fla chunk_log_linear_attn", "", _fla_log_linear, exact=True))
-        # A compiled graph is for one shape, minutes each: at the shape that the comparison is about, no longer rows.
-        if shape.T <= 16384 and shape.C == 256 and shape.B == 1:
-            name = "torch.compile of mctune's eager grm"
-            others.append(Contender(name, "grm", _compiled("grm"), exact=True, late=True))
-    return [*ours, *others]
-
-
-# --- mctune
+        Contender("fla chunk_log_linear_attn", "", other.fla_log_linear, exact=True),
+    ]
+    # A compiled graph is for one shape, minutes each: at the shape that the comparison is about, no longer rows.
+    if shape.T <= 16384 and shape.C == 256 and shape.B == 1:
+        name = "torch.compile of mctune's eager grm"
+        found.append(Contender(name, "grm", other.compiled("grm"), exact=True, late=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,11 +128,12 @@ class Kernels:
         if shape.kind == "forward":
             return lambda: {"y": forward(data.q, data.k, data.v, data.u, **options).y}
         backward, _ = self._launcher(problem)
+        # As a model's autograd does.
+        keep = [name for group in backward.wants if forward.gives.issuperset(group) for name in group]
 
         def step() -> Results:
-            found = forward(data.q, data.k, data.v, data.u, **options)
-            saved = {"states": found.states, "means": found.means} if backward.saves else {}
-            grads = backward(data.dy, data.q, data.k, data.v, data.u, **options, **saved)
+            found = forward(data.q, data.k, data.v, data.u, **options, keep=keep)
+            grads = backward(data.dy, data.q, data.k, data.v, data.u, **options, kept=found.kept)
             du = {"du": grads.u} if problem.routed else {}
             return {"y": found.y, "dq": grads.q, "dk": grads.k, "dv": grads.v, **du}
 
@@ -240,112 +197,8 @@ def _tuned(package: Path, problem: Problem) -> tuple[Any, Config] | None:
     return runtime.dispatch.launcher(entry), Config.of(entry.record["config"])
 
 
-# --- others
-
-
 def eager(shape: Shape, data: Data, aggregation: str) -> Call:
     """mctune's PyTorch path in float32: what results are held to."""
-    problem = shape.problem(aggregation)
+    problem = shape.meaning(aggregation)
     wide = Data(*(x.float() for x in (data.q, data.k, data.v, data.u, data.dy, data.g)))
-    return _through_autograd(shape, wide, _path(memory_caching, problem), problem.routed)
-
-
-def _compiled(aggregation: str) -> Callable[[Shape, Data], Call]:
-    def make(shape: Shape, data: Data) -> Call:
-        problem = shape.problem(aggregation)
-        # Left to itself it takes the second length that it sees for one of any, and compiles more slowly.
-        compiled = torch.compile(memory_caching, dynamic=False)
-        return _through_autograd(shape, data, _path(compiled, problem), problem.routed)
-
-    return make
-
-
-def _path(function: Callable[..., Tensor], problem: Problem) -> Callable[..., Tensor]:
-    ssc = {"top_k": problem.top_k} if problem.top_k else {}
-
-    def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        return function(
-            q, k, v, u, aggregation=problem.aggregation, segment_length=problem.segment_length, backend="eager", **ssc
-        )
-
-    return run
-
-
-def _through_autograd(
-    shape: Shape, data: Data, function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], routed: bool
-) -> Call:
-    """y, and for a training step what autograd has of q, k, v and, where u takes part, u."""
-    if shape.kind == "forward":
-
-        def forward() -> Results:
-            with torch.no_grad():
-                return {"y": function(data.q, data.k, data.v, data.u)}
-
-        return forward
-    names = ("q", "k", "v", "u") if routed else ("q", "k", "v")
-    inputs = {name: getattr(data, name).detach().requires_grad_(name in names) for name in ("q", "k", "v", "u")}
-
-    def step() -> Results:
-        y = function(**inputs)
-        grads = torch.autograd.grad(y, [inputs[name] for name in names], data.dy)
-        return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}
-
-    return step
-
-
-def _attention(backend: SDPBackend) -> Callable[[Shape, Data], Call]:
-    """Causal attention; a decoded token attends to the whole context."""
-
-    def make(shape: Shape, data: Data) -> Call:
-        if shape.kind == "decode":
-            q = data.q[:, -1:].transpose(1, 2).contiguous()
-            k, v = (x.transpose(1, 2).contiguous() for x in (data.k, data.v))
-
-            def step() -> Results:
-                with torch.no_grad(), sdpa_kernel(backend):
-                    return {"y": F.scaled_dot_product_attention(q, k, v)}
-
-            return step
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                heads = (x.transpose(1, 2) for x in (q, k, v))
-                return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-
-        return _through_autograd(shape, data, attend, routed=False)
-
-    return make
-
-
-def _fla_linear(shape: Shape, data: Data) -> Call:
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        y: Tensor = chunk_linear_attn(q, k, v, normalize=False)[0]
-        return y
-
-    return _through_autograd(shape, data, run, routed=False)
-
-
-def _fla_gla(shape: Shape, data: Data) -> Call:
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        y: Tensor = chunk_simple_gla(q, k, v, data.g)[0]
-        return y
-
-    return _through_autograd(shape, data, run, routed=False)
-
-
-def _fla_log_linear(shape: Shape, data: Data) -> Call:
-    """Every level of the hierarchy with a weight of its own, in the dtype of q: its kernels multiply the two."""
-    from fla.ops.log_linear_attn import chunk_log_linear_attn
-
-    levels = math.ceil(math.log2(shape.T)) + 1
-    scales = torch.rand(*data.g.shape, levels, device=data.g.device).to(data.q.dtype)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
-        y: Tensor = chunk_log_linear_attn(q, k, v, data.g, scales, scale=None)[0]
-        return y
-
-    return _through_autograd(shape, data, run, routed=False)
+    return through_autograd(shape, wide, through_options(memory_caching, problem), problem.routed)

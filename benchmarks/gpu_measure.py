@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
-from gpu_contenders import Call, Contender, Data, Results, Shape, eager
+from gpu_contenders import Contender, eager
 from gpu_record import ALL, Trying
 from gpu_report import Rates, Timing
+from gpu_shapes import Call, Data, Results, Shape
 
 from mctune.cli._output import say
 from mctune.core.errors import MctuneError
@@ -39,12 +42,15 @@ def measured(shape: Shape, chosen: Sequence[Contender], rounds: int, trying: Try
     Raises:
         Lost: by a fault after which another process must go on.
     """
-    data, calls, errors = Data.of(shape), dict[Contender, Call](), dict[str, float]()
+    data, calls, about = Data.of(shape), dict[Contender, Call](), dict[Contender, tuple[float, dict[str, Any]]]()
+    # Several contenders are held to the same.
+    wanted = cache(lambda aggregation: reference(shape, data, aggregation))
     for contender in chosen:
         trying.begin(shape, contender.name)
         try:
             call = contender.make(shape, data)
-            errors[contender.name] = checked(contender, shape, data, call())
+            off = checked(contender, shape, data, call(), wanted)
+            about[contender] = off, contender.config(shape).to_dict() if contender.config else {}
         except Exception as error:
             _left_out(contender, error)
             continue
@@ -54,8 +60,8 @@ def measured(shape: Shape, chosen: Sequence[Contender], rounds: int, trying: Try
     state = clock_and_heat(DEVICE)
     found = []
     for contender, samples in times.items():
-        timed = Timed(*summary(samples), len(samples), errors[contender.name], *state)
-        config = contender.config(shape).to_dict() if contender.config else {}
+        off, config = about[contender]
+        timed = Timed(*summary(samples), len(samples), off, *state)
         found.append(Timing(contender.name, contender.computes, timed, host_ms(calls[contender]), config))
     trying.end()
     return found
@@ -113,7 +119,22 @@ def lost(error: Exception) -> bool:
     return False
 
 
-def checked(contender: Contender, shape: Shape, data: Data, results: Results) -> float:
+def reference(shape: Shape, data: Data, aggregation: str) -> Results:
+    """What the results of the first sequence must be: of the last token for decode, else of the first tokens."""
+    if shape.kind == "decode":
+        whole = replace(shape, kind="forward", B=1)
+        return {"y": eager(whole, data.prefix(shape.T), aggregation)()["y"][:, -1:]}
+    prefix = _prefix(shape)
+    return eager(replace(shape, B=1, T=prefix), data.prefix(prefix), aggregation)()
+
+
+def _prefix(shape: Shape) -> int:
+    return min(shape.T, max(CHECKED, 4 * shape.C))
+
+
+def checked(
+    contender: Contender, shape: Shape, data: Data, results: Results, reference: Callable[[str], Results]
+) -> float:
     """The error of a contender; 0 of one that has nothing to be held to.
 
     Raises:
@@ -123,22 +144,16 @@ def checked(contender: Contender, shape: Shape, data: Data, results: Results) ->
         raise MctuneError("the result is not finite")
     if not contender.computes:
         return 0.0
-    # The gradients of a token depend on later ones, y does not: the first are held to the path over them alone.
-    prefix = min(shape.T, max(CHECKED, 4 * shape.C))
+    prefix, wanted = _prefix(shape), reference(contender.computes)
     if shape.kind == "decode":
-        whole = replace(shape, kind="forward", B=1)
-        y = eager(whole, data.prefix(shape.T), contender.computes)()["y"][:, -1:]
-        found, wanted = {"y": results["y"][:1]}, {"y": y}
+        found: Results = {"y": results["y"][:1]}
     elif shape.kind == "forward":
-        wanted = eager(replace(shape, B=1, T=prefix), data.prefix(prefix), contender.computes)()
         found = {"y": results["y"][:1, :prefix]}
+    elif contender.late:  # the first tokens alone would take as long to compile
+        found, wanted = {"y": results["y"][:1, :prefix]}, {"y": wanted["y"]}
     else:
-        short = replace(shape, B=1, T=prefix)
-        wanted = eager(short, data.prefix(prefix), contender.computes)()
-        if contender.late:  # that shape would take as long to compile
-            found, wanted = {"y": results["y"][:1, :prefix]}, {"y": wanted["y"]}
-        else:
-            found = dict(contender.make(short, data.prefix(prefix))())
+        # The gradients of a token depend on later ones, y does not: the first are held to the path over them alone.
+        found = contender.make(replace(shape, B=1, T=prefix), data.prefix(prefix))()
     if set(found) != set(wanted):
         raise MctuneError(f"it has {', '.join(found)}, wanted are {', '.join(wanted)}")
     error = max(error_ratio(*_decided(found[name], wanted[name], contender.computes)) for name in wanted)

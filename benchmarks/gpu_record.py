@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import Shape
+from gpu_others import DISTRIBUTIONS
 from gpu_report import Timing
+from gpu_shapes import KINDS, Shape
 
 from mctune.backends import get_backend
 from mctune.core.environment import version
@@ -41,10 +42,12 @@ def this_target() -> Target:
 def identity(package: Path | None) -> Identity:
     """What rows depend on besides their shape: of another identity they are measured again."""
     gpu = seen()
+    some = [Shape(kind, 1, 16384, 16, 128, 256) for kind in KINDS]
     return {
         "gpu": gpu.name if gpu else "none: Triton's interpreter, a rehearsal",
         "backend": get_backend("triton").identity(),
-        "versions": {name: version(name) for name in ("torch", "fla-core")},
+        "computes": {name: [str(shape.problem(name)) for shape in some] for name in ("grm", "ssc", "base")},
+        "versions": {name: version(name) for name in DISTRIBUTIONS},
         "package": json.loads((package / "manifest.json").read_text())["files"]["tuned.json"] if package else None,
     }
 

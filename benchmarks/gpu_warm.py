@@ -13,39 +13,52 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gpu_contenders import Contender, Data, Shape, contenders
+from gpu_contenders import Contender, contenders
 from gpu_record import this_target
+from gpu_shapes import Data, Shape
+from gpu_tuners import compile_part
 
 from mctune.cli._output import say
 from mctune.core.host import usable_cores
 
 _MAIN = Path(__file__).with_name("gpu.py")
 _CHECKED, _REHEARSED_S = 2048, 20.0
+_PARTS = 8
+"""Most processes among which the configurations of one contender's kernels are divided."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A contender and a shape whose kernels it compiles; they serve all of ``shapes``."""
+    """A contender and a shape whose kernels it compiles, or a part of their configurations; they serve all of
+    ``shapes``."""
 
     name: str
     shape: Shape
     shapes: tuple[Shape, ...]
+    part: int = 0
+    parts: int = 1
 
 
 def jobs(chosen: Sequence[tuple[Shape, Contender]]) -> Iterator[Job]:
-    """What to run so that every chosen contender finds its kernels: once at every width and segment length."""
+    """What to run so that every chosen contender finds its kernels: once at every width and segment length.
+
+    A training step has the kernels of a forward too.
+    """
     grouped: dict[tuple[object, ...], list[tuple[Shape, Contender]]] = {}
     for shape, contender in chosen:
         if contender.built:
             continue
         own = shape if contender.exact else None
         segment = shape.C if contender.name.startswith("mctune") else 0
-        grouped.setdefault((contender.name, shape.kind, shape.D, segment, own), []).append((shape, contender))
+        key = (contender.name, shape.kind == "decode", shape.D, segment, own)
+        grouped.setdefault(key, []).append((shape, contender))
     for group in grouped.values():
-        shape, contender = group[0]
+        shape, contender = next((one for one in group if one[0].kind == "training"), group[0])
         if not contender.exact and shape.kind != "decode":
             shape = replace(shape, B=1, T=min(shape.T, max(4 * shape.C, _CHECKED)))
-        yield Job(contender.name, shape, tuple(shape for shape, _ in group))
+        parts = min(_PARTS, max(usable_cores() // 2, 1)) if contender.tunes else 1
+        for part in range(parts):
+            yield Job(contender.name, shape, tuple(shape for shape, _ in group), part, parts)
 
 
 def warm(
@@ -61,7 +74,7 @@ def warm(
     env = {**os.environ, "FLA_CACHE_RESULTS": "0"}
 
     def run(job: Job) -> dict[tuple[Shape, str], str]:
-        arguments = ["--one", json.dumps([asdict(job.shape), job.name])]
+        arguments = ["--one", json.dumps([asdict(job.shape), job.name, job.part, job.parts])]
         arguments += ["--package", str(package)] if package else []
         arguments += ["--small"] if small else []
         left = deadline - time.monotonic()
@@ -88,8 +101,9 @@ def warm(
         pool.shutdown(cancel_futures=True)
 
 
-def run_one(shape: Shape, name: str, package: Path | None) -> None:
+def run_one(shape: Shape, name: str, part: int, parts: int, package: Path | None) -> None:
     """What a process of :func:`warm` does."""
+    compile_part(part, parts)
     with tempfile.TemporaryDirectory() as folder:
         contender = next(c for c in contenders(shape, this_target(), package, Path(folder)) if c.name == name)
         contender.make(shape, Data.of(shape))()

@@ -106,7 +106,7 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
     started = time.perf_counter()
     result = run_study(
         measured.space,
-        measured.outcomes.__contains__,
+        [measured.outcomes.__contains__],
         measured.outcomes.__getitem__,
         trials=trials,
         sampler=sampler,

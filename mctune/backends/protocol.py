@@ -39,6 +39,8 @@ class Launch:
         binary: the cubin, or the hsaco.
         arguments: (parameter, type) as Triton spells it: ``*bf16``, ``i32``, ``constexpr``.
         values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
+        notes: what the assembler says of its performance: a number and a text, for example ``C7515 wgmma.mma_async
+            instructions are serialized due to ..``.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Launch:
     binary: bytes
     arguments: tuple[tuple[str, str], ...]
     values: tuple[tuple[str, int | float | bool | str], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def serialized(self) -> bool:
+        """Whether each of its warpgroups' products waits for the one before."""
+        return any("serialized" in note for note in self.notes)
 
     @property
     def threads(self) -> int:
@@ -88,6 +96,9 @@ class Backend(Protocol):
 
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take, without the segment length."""
+
+    def measuring(self) -> Backend:
+        """The same with spaces that also have what nothing but a run on the device verifies."""
 
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
         """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""

@@ -114,7 +114,9 @@ def _study_text(study: StudyReport) -> str:
         return f"{study.case}\nno valid configuration"
     how = "predicted ms" if isinstance(study.frontier[0].outcome, Predicted) else "ms"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
-    return f"{study.case}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties
+    notes = study.recommended.outcome.notes if study.recommended else ()
+    said = "".join(f"\nthe compiler on the recommended one: {note}" for note in notes)
+    return f"{study.case}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
 
 
 def _nothing_valid(report: SearchReport) -> str:

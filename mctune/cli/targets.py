@@ -79,5 +79,5 @@ def _figures(target: Target) -> list[list[str]]:
         remark = " (unsure)" if field in target.unsure else ""
         lines.append([unit, number(getattr(target, field)), source + remark])
     if target.on_cpu:
-        lines.append(["float32 lanes", str(target.vector_floats), "the widest registers that the CPU's flags allow"])
+        lines.append(["float32 lanes", str(target.vector_floats), f"the widest registers of {target.arch}"])
     return lines

@@ -7,6 +7,11 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from mctune.core.errors import UsageError
+
+CPU_ARCH = "MCTUNE_CPU_ARCH"
+"""The environment variable that names a lesser level than the CPU's own, to tune for."""
+
 # The levels of the x86-64 psABI, as the flags of /proc/cpuinfo, widest first. LLVM knows each by this name. The host's
 # own name is no guide: a hypervisor may mask AVX-512 on a CPU whose LLVM name implies it (illegal instruction).
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
@@ -17,8 +22,9 @@ _LEVELS = (("x86-64-v4", _V4, 16), ("x86-64-v3", _V3, 8), ("x86-64-v2", _V2, 4))
 
 @dataclass(frozen=True)
 class Host:
-    """``arch`` is an LLVM ``mcpu``; ``vector_floats`` the float32 lanes of its widest registers; ``clock_ghz`` and
-    ``cache_mb`` (the last-level cache) are ``None`` where the system does not say."""
+    """``arch`` is an LLVM ``mcpu``, the widest that the CPU can be or the one that ``MCTUNE_CPU_ARCH`` asks for;
+    ``vector_floats`` the float32 lanes of its widest registers; ``clock_ghz`` and ``cache_mb`` (the last-level cache)
+    are ``None`` where the system does not say."""
 
     model: str
     arch: str
@@ -28,10 +34,17 @@ class Host:
     cache_mb: float | None
 
 
-def read_host(cpuinfo: Path = Path("/proc/cpuinfo"), caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> Host:
-    """Read the host; every file may be absent (macOS), which leaves the baseline architecture and ``None``."""
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def read_host(cpuinfo: Path = _CPUINFO, caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> Host:
+    """Read the host; every file may be absent (macOS), which leaves the baseline architecture and ``None``.
+
+    Raises:
+        UsageError: if ``MCTUNE_CPU_ARCH`` names what this CPU cannot be.
+    """
     fields = _cpuinfo(cpuinfo)
-    arch, vector_floats = llvm_arch(platform.machine(), frozenset(fields.get("flags", "").split()))
+    arch, vector_floats = _chosen(archs(cpuinfo))
     mhz = fields.get("cpu MHz")
     return Host(
         model=fields.get("model name") or platform.processor() or platform.machine() or "unknown",
@@ -43,14 +56,25 @@ def read_host(cpuinfo: Path = Path("/proc/cpuinfo"), caches: Path = Path("/sys/d
     )
 
 
-def llvm_arch(machine: str, flags: frozenset[str]) -> tuple[str, int]:
-    """The widest LLVM ``mcpu`` all of whose features are in ``flags``, and its float32 lanes."""
+def archs(cpuinfo: Path = _CPUINFO) -> tuple[tuple[str, int], ...]:
+    """What this CPU can be, the widest first: LLVM ``mcpu`` and float32 lanes."""
+    return llvm_archs(platform.machine(), frozenset(_cpuinfo(cpuinfo).get("flags", "").split()))
+
+
+def llvm_archs(machine: str, flags: frozenset[str]) -> tuple[tuple[str, int], ...]:
+    """Every LLVM ``mcpu`` all of whose features are in ``flags``, with its float32 lanes, the widest first."""
     if machine.lower() not in ("x86_64", "amd64"):
-        return "generic", 4
-    for name, needed, lanes in _LEVELS:
-        if needed <= flags:
-            return name, lanes
-    return "x86-64", 4
+        return (("generic", 4),)
+    return (*((name, lanes) for name, needed, lanes in _LEVELS if needed <= flags), ("x86-64", 4))
+
+
+def _chosen(possible: tuple[tuple[str, int], ...]) -> tuple[str, int]:
+    """The one that the environment asks for, else the widest."""
+    wanted = os.environ.get(CPU_ARCH)
+    for arch, lanes in possible:
+        if not wanted or arch == wanted:
+            return arch, lanes
+    raise UsageError(f"{CPU_ARCH}={wanted}: this CPU can be {', '.join(arch for arch, _ in possible)}")
 
 
 def needed_flags(arch: str) -> tuple[str, ...]:

@@ -55,7 +55,8 @@ class Wrong:
 class Timed:
     """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle.
 
-    ``sm_mhz`` and ``celsius`` are a GPU's clock and temperature right after, where its driver tells.
+    ``sm_mhz`` and ``celsius`` are a GPU's clock and temperature right after, where its driver tells; ``notes`` what the
+    compiler says of its kernels.
     """
 
     ms: float
@@ -65,15 +66,20 @@ class Timed:
     error: float
     sm_mhz: float | None = None
     celsius: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Not measured: what a cost model says, in milliseconds; ``error`` against the oracle, if it was verified."""
+    """Not measured: what a cost model says, in milliseconds; ``error`` against the oracle, if it was verified.
+
+    ``notes``: what the compiler says of its kernels, for example that a kernel's matrix products are serialized.
+    """
 
     ms: float
     model: str
     error: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 Outcome = FailedBuild | TooLarge | Crashed | TimedOut | Wrong | Timed | Predicted
@@ -110,7 +116,9 @@ def from_dict(values: Mapping[str, Any]) -> Outcome:
     name = values.get("kind")
     if name not in _KINDS:
         raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
-    outcome: Outcome = _KINDS[name](**{field: value for field, value in values.items() if field != "kind"})
+    fields = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    del fields["kind"]
+    outcome: Outcome = _KINDS[name](**fields)
     return outcome
 
 
@@ -136,7 +144,7 @@ def describe(outcome: Outcome) -> str:
             return f"timed out: {stage} took longer than {seconds:g} s"
         case Wrong(error, tolerance, where):
             return f"wrong: error {error:.2e} over {tolerance:.0e} on {where}"
-        case Timed(ms, low, high):
-            return f"measured {ms:.3f} ms ({low:.3f} to {high:.3f})"
-        case Predicted(ms, model):
-            return f"predicted {ms:.3f} ms ({model})"
+        case Timed(ms, low, high, notes=notes):
+            return "; ".join((f"measured {ms:.3f} ms ({low:.3f} to {high:.3f})", *notes))
+        case Predicted(ms, model, notes=notes):
+            return "; ".join((f"predicted {ms:.3f} ms ({model})", *notes))

@@ -94,7 +94,17 @@ class SearchSpace:
 
     def indices(self, config: Config) -> tuple[int, ...]:
         """The inverse of :meth:`at`."""
-        return tuple(param.values.index(config[param.name]) for param in self.params)
+        values = config.to_dict()
+        return tuple(param.values.index(values[param.name]) for param in self.params)
+
+    def __contains__(self, config: object) -> bool:
+        """Whether a configuration is a point of the space, valid or not."""
+        if not isinstance(config, Config):
+            return False
+        values = config.to_dict()
+        return len(values) == len(self.params) and all(
+            param.name in values and values[param.name] in param.values for param in self.params
+        )
 
     def with_param(self, param: Param, default: Scalar) -> SearchSpace:
         """A larger space, with one more parameter and its default."""

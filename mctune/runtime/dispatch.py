@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -13,7 +14,8 @@ import torch
 
 from .arguments import DEEP, Call
 from .errors import BackendError
-from .table import DEVICES, Entry, Request, find, load_table
+from .kept import OF_SEGMENTS, Names, given, kept, segments_at_most, wanted
+from .table import DEVICES, Entry, Request, find, load_table, serving
 from .tvm_loader import KernelError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +36,11 @@ class Route:
     Attributes:
         backend: ``tvm`` or ``triton`` (the nearest tuned kernels), ``auto`` (the same, and eager where one cannot be
             run) or ``eager``.
-        saves: whether the forward keeps the segments' states for the backward.
+        keeps: names of the arrays that the forward keeps for the backward (:mod:`kept`).
     """
 
     backend: str
-    saves: bool = False
+    keeps: Names = ()
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,16 @@ def route(call: Call, backend: str) -> Route | None:
         Dk, Dv = f"{call.q.shape[3]}", f"{call.v.shape[3]}"
         device, dtype, grad = call.q.device.type, str(call.q.dtype), call.requires_grad
         names = (call.recurrence, call.aggregation, call.segmentation, call.state_init)
-        chosen, saves, reason = _choose_for_a_graph(backend, names, Dk, Dv, dtype, device, grad)
+        chosen, keeps, reason = _choose_for_a_graph(backend, names, Dk, Dv, dtype, device, grad)
         if chosen is None:
             raise _unserved(backend, reason)
-        return Route(chosen, saves)
+        return Route(chosen, tuple(keeps.split()))
     transformed = torch._C._are_functorch_transforms_active()
     # What a transform of torch.func wraps does not tell whether a gradient is wanted.
     grad = call.requires_grad or (transformed and torch.is_grad_enabled())
     chosen = _choose(make_request(call, "forward"), backend, grad)
     if isinstance(chosen, Route):
-        return replace(chosen, saves=False) if transformed else chosen
+        return replace(chosen, keeps=()) if transformed else chosen
     if backend != "auto":
         raise _unserved(backend, chosen.reason)
     if chosen.kind is not None:
@@ -96,8 +98,11 @@ def route(call: Call, backend: str) -> Route | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_for_a_graph(
     backend: str, names: tuple[str, str, str, str], Dk: str, Dv: str, dtype: str, device: str, grad: bool
-) -> tuple[str | None, bool, str]:
-    """The fields of the route, the backend ``None`` where the one asked for cannot serve, and why not."""
+) -> tuple[str | None, str, str]:
+    """The fields of the route, the backend ``None`` where the one asked for cannot serve, and why not.
+
+    Which of the tuned kernels run depends on sizes that a graph leaves open: what all of them agree on is kept.
+    """
     recurrence, aggregation, segmentation, state_init = names
     request = Request(
         pass_="forward",
@@ -114,10 +119,12 @@ def _choose_for_a_graph(
     )
     chosen = _choose(request, backend, grad)
     if isinstance(chosen, Route):
-        return chosen.backend, chosen.saves, ""
+        backwards = serving(TABLE, replace(request, pass_="backward"), _named_backend(backend)) if grad else ()
+        keeps = _keeps(request, serving(TABLE, request, _named_backend(backend)), backwards, None)
+        return chosen.backend, " ".join(keeps), ""
     if backend == "auto" and chosen.kind is not None:
         warn_once(chosen.kind, chosen.reason)
-    return ("eager" if backend == "auto" else None), False, chosen.reason
+    return ("eager" if backend == "auto" else None), "", chosen.reason
 
 
 def _choose(request: Request, backend: str, grad: bool) -> Route | _Refusal:
@@ -127,17 +134,33 @@ def _choose(request: Request, backend: str, grad: bool) -> Route | _Refusal:
         return _Refusal(reason)
     if not TABLE.entries:
         return _no_kernels(request.device)
-    saves = False
-    for wanted in (request, replace(request, pass_="backward")) if grad else (request,):
-        entry = entry_for(wanted, wanted.pass_, backend)
+    entries = []
+    for one in (request, replace(request, pass_="backward")) if grad else (request,):
+        entry = entry_for(one, one.pass_, backend)
         if entry is None:
-            return _Refusal(_misfit(wanted), (wanted.pass_, wanted.recurrence, wanted.aggregation, wanted.state_init))
+            return _Refusal(_misfit(one), (one.pass_, one.recurrence, one.aggregation, one.state_init))
         try:
             launcher(entry)
         except KernelError as error:
             return _Refusal(str(error), ("unusable", str(entry.kernel)))
-        saves = entry.record.get("config", {}).get("saved") == "states" and request.segmentation != "logarithmic"
-    return Route(backend, grad and saves)
+        entries.append(entry)
+    N = segments_at_most(request.T, request.segmentation, request.segment_length or 1, None)
+    return Route(backend, _keeps(request, entries[:1], entries[1:], N))
+
+
+def _keeps(request: Request, forwards: Sequence[Entry], backwards: Sequence[Entry], N: int | None) -> Names:
+    """What a forward of N segments, ``None`` where a graph is traced, keeps for its backward."""
+    if request.segmentation == "logarithmic":
+        return ()  # how many segments there are is no matter of lengths alone
+    gives = [given(*_tuned(entry)) for entry in forwards]
+    if request.segmentation == "packed" and N is None:
+        gives.append(frozenset(OF_SEGMENTS))
+    wants = [wanted(*_tuned(entry)) for entry in backwards]
+    return kept(gives, wants, N, request.Dk, request.Dv, request.dtype)
+
+
+def _tuned(entry: Entry) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
+    return entry.backend, entry.problem, entry.record.get("config", {})
 
 
 def _misfit(request: Request) -> str:
@@ -165,7 +188,11 @@ def entry_for(call: Call | Request, pass_: str, backend: str = "auto") -> Entry 
         request = make_request(call, pass_)
     else:
         request = call if call.pass_ == pass_ else replace(call, pass_=pass_)
-    return find(TABLE, request, None if backend == "auto" else backend)
+    return find(TABLE, request, _named_backend(backend))
+
+
+def _named_backend(backend: str) -> str | None:
+    return None if backend == "auto" else backend
 
 
 def make_request(call: Call, pass_: str) -> Request:

@@ -10,8 +10,8 @@ from .arguments import Call, check_call
 from .dispatch import BACKENDS, route
 from .eager import lay_out, run_eager
 from .errors import ArgumentError
+from .kept import segments_at_most
 from .ops import forward
-from .ops_run import saved_rows
 
 Tensor = torch.Tensor
 
@@ -121,8 +121,12 @@ def forward_with_states(call: Call, backend: str = "auto") -> tuple[Tensor, Tens
         unsized = segmentation == "packed" and torch.compiler.is_compiling()
         if chosen.backend == "eager" or segmentation == "logarithmic" or unsized:
             return forward(call, chosen)[0], None, None
-        y, states, means = forward(call, replace(chosen, saves=True))
+        y, (states, means) = forward(call, replace(chosen, keeps=("states", "means")))
     (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
-    N = call.segments.count if segmentation == "packed" else saved_rows(T, segmentation, call.segment_length, None)
+    N = (
+        call.segments.count
+        if segmentation == "packed"
+        else segments_at_most(T, segmentation, call.segment_length, None)
+    )
     states, means = (x[: B * H * N].view(B, H, N, *x.shape[1:]) for x in (states, means))
     return y, states[..., :Dk, :Dv], means[..., :Dk]

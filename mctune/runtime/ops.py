@@ -15,9 +15,9 @@ from torch.library import custom_op
 from .arguments import Call
 from .dispatch import NAMESPACE, Route
 from .errors import BackendError
-from .ops_run import TENSORS, run_backward, run_forward, saved_rows
+from .kept import Sizes, shape
+from .ops_run import TENSORS, run_backward, run_forward
 from .ops_vmap import batch_backward, batch_forward
-from .tvm_forward import padded
 
 Tensor = torch.Tensor
 OPTIONS = (
@@ -32,18 +32,17 @@ _OPTIONS = (
 )
 
 
-def forward(call: Call, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, T, H, Dv] and, if the route saves them, the segments' states and mean keys (:func:`run_forward`)."""
+def forward(call: Call, route: Route) -> tuple[Tensor, list[Tensor]]:
+    """y [B, T, H, Dv], and what the route keeps for a backward (:func:`run_forward`)."""
     arguments = (*flatten(call), route.backend)
     if torch._C._are_functorch_transforms_active():
-        y = _transformed(*arguments)
-        return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
-    done: tuple[Tensor, Tensor, Tensor] = forward_op(*arguments, route.saves)
+        return _transformed(*arguments), []
+    done: tuple[Tensor, list[Tensor]] = forward_op(*arguments, " ".join(route.keeps))
     return done
 
 
 def flatten(call: Call) -> tuple[Any, ...]:
-    """The arguments of the forward operator, but for the last two, backend and saves."""
+    """The arguments of the forward operator, but for the last two, backend and keeps."""
     return tuple([getattr(call, name) for name in (*_INPUTS, *OPTIONS)])
 
 
@@ -54,37 +53,33 @@ def _call(*arguments: Any) -> Call:
 @custom_op(
     f"{NAMESPACE}::memory_caching_forward",
     mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONS}, bool saves) -> (Tensor y, Tensor states, Tensor means)",
+    schema=f"({_TENSORS}, {_OPTIONS}, str keeps) -> (Tensor y, Tensor[] kept)",
 )
-def forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, backend, saves = arguments
-    return run_forward(_call(*inputs), backend, saves)
+def forward_op(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    *inputs, backend, keeps = arguments
+    return run_forward(_call(*inputs), backend, tuple(keeps.split()))
 
 
 @custom_op(
     f"{NAMESPACE}::memory_caching_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_TENSORS}, Tensor states, Tensor means, {_OPTIONS}) -> ("
+    schema=f"(Tensor dy, {_TENSORS}, Tensor[] kept, {_OPTIONS}, str keeps) -> ("
     + ", ".join(f"Tensor d{name}" for name in TENSORS)
     + ")",
 )
 def backward_op(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     n = len(_INPUTS)
-    states, means, *options, backend = arguments[n:]
-    return run_backward(dy, _call(*arguments[:n], *options), states, means, backend)
+    kept, *options, backend, keeps = arguments[n:]
+    named = dict(zip(keeps.split(), kept, strict=True))
+    return run_backward(dy, _call(*arguments[:n], *options), named, backend)
 
 
 @forward_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, _, saves = arguments
+def _(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    *inputs, _, keeps = arguments
     call = _call(*inputs)
-    y = call.q.new_empty(call.v.shape)
-    if not saves:
-        return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
-    (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
-    rows = B * H * saved_rows(T, call.segmentation, call.segment_length, call.cu_seqlens)
-    states = y.new_empty((rows, padded(Dk), padded(Dv)), dtype=torch.float32)
-    return y, states, y.new_empty((rows, padded(Dk)), dtype=torch.float32)
+    shapes = [shape(name, Sizes.of(call)) for name in keeps.split()]
+    return call.q.new_empty(call.v.shape), [call.q.new_empty(size, dtype=dtype) for size, dtype in shapes]
 
 
 @backward_op.register_fake
@@ -92,18 +87,19 @@ def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[: len(TENSORS)])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    n = len(_INPUTS)
-    ctx.mark_non_differentiable(*output[1:])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    n, kept = len(_INPUTS), output[1]
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:n], *output[1:])
-    ctx.options = inputs[n:-1]
+    ctx.save_for_backward(*inputs[:n], *kept)
+    ctx.options = inputs[n:]
 
 
-def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
-    return _wanted(ctx, backward_op(dy, *ctx.saved_tensors, *ctx.options))
+    saved, n = ctx.saved_tensors, len(_INPUTS)
+    return _wanted(ctx, backward_op(dy, *saved[:n], list(saved[n:]), *ctx.options))
 
 
 def _wanted(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -130,7 +126,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        y: Tensor = forward_op(*arguments, False)[0]
+        y: Tensor = forward_op(*arguments, "")[0]
         return y
 
     @staticmethod
@@ -141,8 +137,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        unsaved = dy.new_empty(0, dtype=torch.float32)
-        arguments = (dy, *ctx.saved_tensors, unsaved, unsaved, *ctx.options)
+        arguments = (dy, *ctx.saved_tensors, [], *ctx.options, "")
         return _wanted(ctx, _TransformedBackward.apply(*arguments))  # type: ignore[no-untyped-call]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,37 +16,37 @@ _ROWS = 9
 
 
 def batch_forward(op: Callable[..., Any], info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    """The rule of the forward ``op``: y, states and means with the mapped axis in front."""
+    """The rule of the forward ``op``: y and what is kept, with the mapped axis in front."""
     _check(in_dims, arguments)
     size: int = info.batch_size
     rows = [_fold(x, dim, size) for x, dim in zip(arguments[:_ROWS], in_dims[:_ROWS], strict=True)]
-    y, states, means = op(*rows, *arguments[_ROWS:])
-    if states.numel() == 0:
-        return (y.unflatten(0, (size, -1)), states, means), (0, None, None)
-    return tuple(x.unflatten(0, (size, -1)) for x in (y, states, means)), (0, 0, 0)
+    y, kept = op(*rows, *arguments[_ROWS:])
+    return (y.unflatten(0, (size, -1)), [x.unflatten(0, (size, -1)) for x in kept]), (0, [0] * len(kept))
 
 
 def batch_backward(op: Callable[..., Any], info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
     """The rule of the backward ``op``: the gradients with the mapped axis in front."""
     _check(in_dims[1:], arguments[1:])
     size: int = info.batch_size
-    tensors, options = arguments[: _ROWS + 6], arguments[_ROWS + 6 :]
+    tensors, kept, options = arguments[: _ROWS + 4], arguments[_ROWS + 4], arguments[_ROWS + 5 :]
     dims = in_dims[: len(tensors)]
+    kept_dims: Any = in_dims[len(tensors)] or [None] * len(kept)
     if tensors[_ROWS + 1] is not None:  # the gradients of W_up and W_down are summed over B, not over the mapped axis
-        runs = [
-            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)), *options)
-            for i in range(size)
-        ]
+        runs = [op(*_one(tensors, dims, i), _one(kept, kept_dims, i), *options) for i in range(size)]
         return tuple(torch.stack(gradients) for gradients in zip(*runs, strict=True)), (0,) * len(runs[0])
     at = _ROWS + 1
     rows = [_fold(x, dim, size) for x, dim in zip(tensors[:at], dims[:at], strict=True)]
-    saved = [x if x.numel() == 0 else _fold(x, dim, size) for x, dim in zip(tensors[-2:], dims[-2:], strict=True)]
-    gradients = op(*rows, *tensors[at:-2], *saved, *options)
+    kept = [_fold(x, dim, size) for x, dim in zip(kept, kept_dims, strict=True)]
+    gradients = op(*rows, *tensors[at:], kept, *options)
     present = [x is not None for x in tensors[1 : len(gradients) + 1]]
     return (
         tuple(dx.unflatten(0, (size, -1)) if x else dx for dx, x in zip(gradients, present, strict=True)),
         tuple(0 if x else None for x in present),
     )
+
+
+def _one(tensors: Sequence[Tensor], dims: Sequence[int | None], i: int) -> list[Tensor]:
+    return [x if dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)]
 
 
 def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -126,8 +126,12 @@ class Table:
 @lru_cache(maxsize=1024)
 def find(table: Table, request: Request, backend: str | None = None) -> Entry | None:
     """The serving entry nearest to the request (the first of equals), of one backend if it is named; or ``None``."""
-    serving = [entry for entry in table.entries if backend in (None, entry.backend) and entry.serves(request)]
-    return min(serving, key=lambda entry: entry.distance(request), default=None)
+    return min(serving(table, request, backend), key=lambda entry: entry.distance(request), default=None)
+
+
+def serving(table: Table, request: Request, backend: str | None = None) -> tuple[Entry, ...]:
+    """The entries that serve the request, of one backend if it is named."""
+    return tuple(entry for entry in table.entries if backend in (None, entry.backend) and entry.serves(request))
 
 
 def load_table(root: Path) -> Table:

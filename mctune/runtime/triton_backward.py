@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from .kept import CHOICE, LOGITS, wanted
 from .segments import Segments
-from .triton_forward import decays, states_of
+from .triton_forward import States, decays, states_of
 from .triton_loader import load_parts
-from .triton_tables import DEVICE, make_tables
+from .triton_tables import DEVICE, Tables, make_tables
 from .tvm_backward import Gradients
 
 
@@ -25,7 +26,7 @@ class TritonBackward:
         parts: the modules by operation, instead of those that ``record`` names.
 
     Attributes:
-        saves: whether the configuration was tuned for states that the forward has kept.
+        wants: names of what the forward should keep (:func:`kept.wanted`).
     """
 
     device, dtype = DEVICE, None
@@ -34,7 +35,7 @@ class TritonBackward:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
-        self.saves = self.config["saved"] == "states"
+        self.wants = wanted("triton", problem, self.config)
         self.gated = problem["recurrence"] == "swla"
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.states = parts["segment_states"]
@@ -60,15 +61,15 @@ class TritonBackward:
         scale: float,
         top_k: int,
         segments: Segments,
-        states: torch.Tensor | None = None,
-        means: torch.Tensor | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> Gradients:
         """Gradients from dy, v ``[B, T, H, Dv]``, q, k, u ``[B, T, H, Dk]`` and gates ``[B, T, H]``.
 
-        Those of q, k, v, u are in their dtype, the gates' float32. ``states`` and ``means`` are what the forward of the
-        same arguments left (:class:`Forward`). They are computed again without them, and where pieces are shorter than
-        segments: the forward keeps no states of pieces.
+        Those of q, k, v, u are in their dtype, the gates' float32. ``kept``: what the forward of the same arguments has
+        kept (:mod:`kept`), which is only read. What it has not is computed again, and states where pieces are shorter
+        than segments: the forward keeps none of pieces.
         """
+        kept = kept or {}
         dy, q, k, v, u = (x.contiguous() for x in (dy, q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
         pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
@@ -80,67 +81,111 @@ class TritonBackward:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
             cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
         decayed = {"cum": cum, "now": now, "after": after, "before": before}
-        past = sums = None
-        if states is not None and means is not None and tables.whole:
-            heads = q.shape[0] * q.shape[2]
-            ends = states.view(heads, segments.count, *states.shape[1:])
-            means = means.view(heads, segments.count, -1)
-            if self.gates is None:
-                past = self.states.past_states(
-                    ends=ends, like=q, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
-                    seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
-                )  # fmt: skip
-            # States that only their sums are read of are no operands.
-            read = self.gates is not None or tables.crosses
-            operand = ends.to(q.dtype) if read else torch.empty_like(ends, dtype=q.dtype)
-        else:
-            ends, operand, past, means, sums = states_of(self.states, tables, k, v, (cum, now, after, before))
-
-        logits = lse = gate = dmeans = pull = pulls = own_logit = order = offsets = partial = dpicked = chosen = None
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        picks: dict[str, torch.Tensor | None] = {"chosen": None, "picked": None}
-        if self.gates is not None:
-            tiles = tables.tiles(self.config["gates_BT"])
-            logits, lse, own_logit, picks["chosen"], picks["picked"] = self.gates(
-                u=u, k=k, means=means, sums=sums, **pieces, seg_begin=tables.seg_begin, seg_first=tables.seg_first,
-                seg_piece=tables.seg_piece, tiles=tiles, top_k=top_k,
-            )  # fmt: skip
-        if self.pair_order is not None and self.grouped is not None:
-            order, offsets = self.pair_order(chosen=picks["chosen"], N=segments.count)
-            partial, dpicked, chosen = self.grouped(
-                q=q, dy=dy, states=operand, order=order, offsets=offsets, picked=picks["picked"], lse=lse,
-                seg_last=seg_last, N=segments.count, scale=scale,
+        ends, operand, past, means, sums = self._states(tables, k, v, cum, now, after, before, kept)
+        gates = self._gates(tables, k, u, means, sums, top_k, kept)
+        gammas = gates["gammas"]
+        partial = dpicked = chosen_ends = None
+        if self.grouped is not None:
+            partial, dpicked, chosen_ends = self.grouped(
+                q=q, dy=dy, states=operand, order=gates["order"], starts=gates["starts"], picked=gates["picked"],
+                lse=gates["lse"], seg_last=seg_last, N=segments.count, scale=scale,
             )  # fmt: skip
         dq, dgamma, own, delta = self.read_backward(
-            q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=logits, lse=lse, own_logit=own_logit,
-            picked=picks["picked"], partial=partial, **decayed, **reads, seg_last=seg_last,
+            q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=gates["logits"], lse=gates["lse"],
+            own_logit=gates["own"], picked=gates["picked"], partial=partial, **decayed, **reads, seg_last=seg_last,
             tiles=tables.tiles(self.config["dq_BT"]), scale=scale, top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
-        du = None
+        du = dmeans = gate = pull = pulls = None
         if self.gates_backward is not None:
             du, dmeans, gate, pull, pulls = self.gates_backward(
-                k=k, u=u, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, **picks,
-                order=order, offsets=offsets, dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta,
-                **pieces, seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
+                k=k, u=u, means=means, sums=sums, logits=gates["logits"], gammas=gammas, lse=gates["lse"],
+                own_logit=gates["own"], chosen=gates["chosen"], picked=gates["picked"], order=gates["order"],
+                starts=gates["starts"], dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta, **pieces,
+                seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
                 seg_past_end=tables.seg_past_end, seg_piece=tables.seg_piece,
                 tiles=tables.tiles(self.config["dgates_BT"]),
             )  # fmt: skip
-            # The logits are gates now.
-            del dgamma, dpicked, lse
+        del dgamma, dpicked, gates
         dends, crossing, dk_lead, dv_lead, dbefore = self.state_backward(
-            q=q, k=k, v=v, dy=dy, ends=ends, gammas=logits, gate=gate, chosen=chosen, cum=cum, before=before,
+            q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=gate, chosen=chosen_ends, cum=cum, before=before,
             **reads, seg_end=tables.seg_end, seg_past_end=tables.seg_past_end, seg_last=tables.seg_last,
             seq_begin=tables.seq_begin, seq_end=tables.seq_end, scale=scale, crosses=tables.crosses,
         )  # fmt: skip
-        del ends, logits
+        del ends, gammas
         dk, dv, dg, dbeta, dlam = self.write_backward(
             q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed, dends=dends, crossing=crossing,
             dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore, dmeans=dmeans, pull=pull, pulls=pulls, **reads,
             seg_last=tables.seg_last, tiles=tables.tiles(self.config["dkv_BJ"]), scale=scale,
         )  # fmt: skip
         return Gradients(dq, dk, dv, du, dg, dbeta, dlam)
+
+    def _states(
+        self,
+        tables: Tables,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cum: torch.Tensor | None,
+        now: torch.Tensor | None,
+        after: torch.Tensor | None,
+        before: torch.Tensor | None,
+        kept: Mapping[str, torch.Tensor],
+    ) -> States:
+        """What the forward has kept of its states, and the rest."""
+        if not tables.whole or kept.keys().isdisjoint(("states", "operand", "past")):
+            exact = self.gated and tables.crosses
+            return states_of(self.states, tables, k, v, (cum, now, after, before), exact=exact)
+        heads = k.shape[0] * k.shape[2]
+        ends, operand, past, means = (
+            None if (x := kept.get(name)) is None else x.view(heads, -1, *x.shape[1:])
+            for name in ("states", "operand", "past", "means")
+        )
+        if self.gates is None and past is None:
+            past = self.states.past_states(
+                ends=ends, like=k, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
+                seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
+            )  # fmt: skip
+        if operand is None:
+            # Where only sums are read, some array stands for what is not.
+            read = self.gates is not None or tables.crosses
+            operand = ends.to(k.dtype) if read and ends is not None else past
+        assert operand is not None
+        return ends, operand, past, means, None
+
+    def _gates(
+        self,
+        tables: Tables,
+        k: torch.Tensor,
+        u: torch.Tensor,
+        means: torch.Tensor | None,
+        sums: torch.Tensor | None,
+        top_k: int,
+        kept: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor | None]:
+        """Logits and their sums, or choice and order of ssc: as the forward has kept them, or again.
+
+        And where the gates go: to the logits' place, but for logits that another backward may read.
+        """
+        absent: dict[str, torch.Tensor | None] = dict.fromkeys((*LOGITS, *CHOICE, "gammas"))
+        if self.gates is None:
+            return absent
+        names = LOGITS if self.pair_order is None else CHOICE
+        if kept.keys() >= set(names):
+            gammas = torch.empty_like(kept["logits"]) if "logits" in names else None
+            return absent | {name: kept[name] for name in names} | {"gammas": gammas}
+        logits, lse, own, chosen, picked = self.gates(
+            u=u, k=k, means=means, sums=sums, begin=tables.begin, end=tables.end, segment=tables.segment,
+            seg_begin=tables.seg_begin, seg_first=tables.seg_first, seg_piece=tables.seg_piece,
+            tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k,
+        )  # fmt: skip
+        made = absent | {
+            "logits": logits, "gammas": logits, "lse": lse, "own": own, "chosen": chosen, "picked": picked,
+        }  # fmt: skip
+        if self.pair_order is not None:
+            made["order"], made["starts"], _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
+        return made
 
 
 def _gate(gate: torch.Tensor | None, absent: float, like: torch.Tensor) -> torch.Tensor:

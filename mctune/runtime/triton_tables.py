@@ -6,6 +6,7 @@ A piece is what a program holds whole; the product inside it is quadratic in its
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,9 +58,45 @@ class Tables:
         """Whether every segment is one piece."""
         return len(self.pieces) == self.seg_begin.shape[0]
 
-    def tiles(self, rows: int) -> torch.Tensor:
-        """int32 [tiles, 2]: (piece, first token) of every tile of at most ``rows`` tokens, the longest work first."""
-        return _tiles(self.pieces, rows, self.begin.device)
+    def tiles(self, rows: int, share: tuple[int, int] | None = None) -> torch.Tensor:
+        """int32 [tiles, 2]: (piece, first token) of every tile of at most ``rows`` tokens, the longest work first.
+
+        ``share``: of the pieces between two tokens, where pieces begin or end.
+        """
+        return _tiles(self.pieces, rows, share, self.begin.device)
+
+
+_BLOCK = 1024
+"""Tokens that blocks are multiples of."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Heads and tokens that are dealt with one after another: ``at_once`` of ``heads``, T over ``blocks`` tokens."""
+
+    heads: int
+    at_once: int
+    T: int
+    blocks: int
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+        """First head, heads, block, and its first token and one past its last."""
+        span = self.T // self.blocks
+        for first in range(0, self.heads, self.at_once):
+            for block in range(self.blocks):
+                yield first, min(self.at_once, self.heads - first), block, (block * span, (block + 1) * span)
+
+
+def share_out(heads: int, T: int, row_bytes: int, limit: int, tables: Tables) -> Shares:
+    """Shares of at most ``limit`` bytes, ``row_bytes`` a token and head, as far as pieces allow; 0 for no limit."""
+    blocks, begins = 1, {begin for begin, _, _ in tables.pieces}
+    while limit and T // blocks * row_bytes > limit:
+        span, rest = divmod(T, 2 * blocks)
+        if rest or span % _BLOCK or not begins.issuperset(range(0, T, span)):
+            break
+        blocks *= 2
+    at_once = max(1, limit // (T // blocks * row_bytes)) if limit else heads
+    return Shares(heads, min(at_once, heads), T, blocks)
 
 
 def make_tables(segments: Segments, piece: int, checkpoint: bool, device: torch.device) -> Tables:
@@ -107,9 +144,11 @@ def _make(spans: tuple[Span, ...], length: int, checkpoint: bool, device: torch.
 
 
 @lru_cache(maxsize=256)
-def _tiles(pieces: tuple[Span, ...], rows: int, device: torch.device) -> torch.Tensor:
+def _tiles(pieces: tuple[Span, ...], rows: int, share: tuple[int, int] | None, device: torch.device) -> torch.Tensor:
     work = []
     for number, (begin, end, cached) in enumerate(pieces):
+        if share is not None and not share[0] <= begin < share[1]:
+            continue
         for start in range(begin, end, rows):
             work.append((cached, start - begin, number, start))
     work.sort(key=lambda tile: tile[:2], reverse=True)

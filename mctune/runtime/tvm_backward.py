@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import ROUTED
+from .kept import wanted
 from .segments import Segments
 from .tvm_forward import flat_gates, flat_rows, padded
 from .tvm_loader import KernelError, load_library, runnable
@@ -42,7 +43,7 @@ class TvmBackward:
             CPU.
 
     Attributes:
-        saves: whether the configuration was tuned for states that the forward has kept.
+        wants: names of what the forward should keep (:func:`kept.wanted`).
 
     Raises:
         KernelError: if the library cannot be run on this machine.
@@ -58,7 +59,7 @@ class TvmBackward:
         self.state_backward = module["state_backward"]
         self.write_backward = module["write_backward"]
         problem = record["problem"]
-        self.saves = record["config"]["saved"] == "states"
+        self.wants = wanted("tvm", problem, record["config"])
         self.gated = problem["recurrence"] == "swla"
         self.routed = problem["aggregation"] in ROUTED
         self.chunk = record["config"]["chunk"]
@@ -79,13 +80,12 @@ class TvmBackward:
         scale: float,
         top_k: int,
         segments: Segments,
-        states: torch.Tensor | None = None,
-        means: torch.Tensor | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> Gradients:
         """Gradients from float32 dy, v ``[B, T, H, Dv]``, q, k, u ``[B, T, H, Dk]`` and gates ``[B, T, H]``.
 
-        ``states`` and ``means`` are what the forward of the same arguments left (:class:`Forward`); without them they
-        are computed again.
+        ``kept``: ``states`` and ``means`` of the forward of the same arguments (:mod:`kept`); without them they are
+        computed again.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -110,7 +110,9 @@ class TvmBackward:
         # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
         top_k = min(max(top_k, 1), N)
         scale = float(scale)
-        if states is None or means is None:
+        if kept:
+            states, means = kept["states"], kept["means"]
+        else:
             states, means = q.new_empty(count * self.Dk, self.Dv), q.new_empty(count, self.Dk)
             self.segment_states(k, v, *gates, *spans, *sizes, states, means)
         states = states.view(count * self.Dk, self.Dv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,10 @@ def padded(width: int) -> int:
 
 
 class Forward(NamedTuple):
-    """What a forward leaves, float32: y ``[B, T, H, Dv]``; for a backward or a cache the end state of every segment,
-    ``[B * H * N, Dk, Dv]``, and its mean key, ``[B * H * N, Dk]``, with widths padded to :data:`LANES`."""
+    """y ``[B, T, H, Dv]``; and for a backward or a cache the arrays that were to be kept (:mod:`kept`)."""
 
     y: torch.Tensor
-    states: torch.Tensor
-    means: torch.Tensor
+    kept: Mapping[str, torch.Tensor]
 
 
 class TvmForward:
@@ -39,12 +37,16 @@ class TvmForward:
         record: its entry in the tuned table; ``record["problem"]`` names the recurrence and the widths,
             ``cpu_flags`` what the library needs of the CPU.
 
+    Attributes:
+        gives: names of what it can keep for a backward.
+
     Raises:
         KernelError: if the library cannot be run on this machine.
     """
 
     device, dtype = "cpu", torch.float32
     """Of the tensors that it reads."""
+    gives = frozenset(("states", "means"))
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))
@@ -69,8 +71,10 @@ class TvmForward:
         scale: float,
         top_k: int,
         segments: Segments,
+        keep: Sequence[str] = (),
     ) -> Forward:
-        """y and the segments' states from float32 q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``.
+        """y from float32 q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``, and of ``states`` and ``means`` those
+        that are to be kept.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -95,7 +99,8 @@ class TvmForward:
             self.segment_states(k, v, *gates, *spans, T, H, states, means)
         self.read_forward(q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, top_k, float(scale), y)
         y = y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
-        return Forward(y, states.view(B * H * N, self.Dk, self.Dv), means)
+        made = {"states": states.view(B * H * N, self.Dk, self.Dv), "means": means}
+        return Forward(y, {name: made[name] for name in keep})
 
 
 def flat_gates(

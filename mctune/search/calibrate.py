@@ -21,12 +21,15 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.search.calibrated import calibration
 from mctune.search.parameters import Parameters
-from mctune.search.predict import Demand, demands, estimate
+from mctune.search.predict import Demand, Uncounted, demands, estimate
 from mctune.search.study import load_study
 
 LEAST = 8
 """Fewer measured candidates say too little about as many parameters."""
-FITTED = ("matrix", "issue", "shared", "port", "dram", "cache", "memory_us", "dependent_cycles", "launch_us")
+FITTED = (
+    "matrix", "issue", "shared", "port", "dram", "cache", "memory_us", "dependent_cycles", "serialized_cycles",
+    "launch_us",
+)  # fmt: skip
 _PRIOR = 0.04
 """A parameter twice or half its default is as unlikely as a time that is off by 14 %: (0.1 / 0.5)^2 of the logs."""
 _WIDEST = math.log(8.0)
@@ -103,7 +106,12 @@ def compiled(
         if not isinstance(launches, tuple):
             note(f"left out: {row.problem} [{row.config}]: {launches.message}")
             continue
-        samples.append(Sample(row, demands(launches, row.problem, row.config, target, Parameters())))
+        try:
+            asked = demands(launches, row.problem, row.config, target, Parameters())
+        except Uncounted as error:
+            note(f"left out: {row.problem} [{row.config}]: {error}")
+            continue
+        samples.append(Sample(row, asked))
     _enough(len(samples), target, "measured rows that compile")
     return tuple(samples)
 

@@ -80,6 +80,7 @@ class FrontierPoint:
             "states": self.states,
             "bytes": self.bytes,
             "ms": self.outcome.ms,
+            "notes": list(self.outcome.notes),
             "config": self.config.to_dict(),
             "problem": self.problem.to_dict(),
         }

@@ -14,7 +14,7 @@ _PIECE_STATES = ("ends", "carried", "operand", "dends", "enters", "dpieces")
 _SEGMENT_STATES = ("past", "dpast", "dstates", "states")
 _SEGMENT_KEYS = ("means", "dmeans", "descriptors")
 _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
-_GATE_ROWS = ("logits", "dgamma", "dr")
+_GATE_ROWS = ("logits", "gammas", "dgamma", "dr")
 _TOKENS = (
     "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
     "ending", "own_logit",
@@ -24,20 +24,32 @@ _IN_PLACE = {("_read_kernel", "online"), ("connector_kernel", "dgamma")}
 """(kernel, parameter) of arrays that are read and written."""
 
 
-def footprint(launch: Launch, problem: Problem, config: Config) -> float:
-    """Bytes of the arrays that ``launch`` reads or writes, each once; arrays of unknown names count nothing."""
+def footprint(launch: Launch, problem: Problem, config: Config, cache: float = 0.0) -> float:
+    """Bytes of the arrays that ``launch`` reads or writes, each once; arrays of unknown names count nothing.
+
+    A launch that is one of several for shares of the heads and tokens has its share. What such launches leave for one
+    another in at most ``cache`` bytes, counts nothing either.
+    """
     walk = Walk(problem, config, dict(launch.values))
+    heads, tokens = problem.B * problem.H, 1 if problem.pass_ == "decode" else problem.T
+    if "first_head" in walk.values:
+        whole = heads * tokens
+        heads = launch.grid[1]
+        tokens = walk["span"] if "span" in walk.values else tokens // walk["blocks"]
+        cache = cache if heads * tokens < whole else 0.0
+    else:
+        cache = 0.0
     total = 0.0
     for name, kind in launch.arguments:
         if kind.startswith("*"):
             times = 2 if (launch.name, name) in _IN_PLACE else 1
-            total += times * _elements(name, walk) * _ITEM.get(kind.lstrip("*k"), 4)
+            size = times * _elements(name, walk, heads, tokens) * _ITEM.get(kind.lstrip("*k"), 4)
+            total += 0.0 if name == "partial" and size <= cache else size
     return total
 
 
-def _elements(name: str, walk: Walk) -> float:
+def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
     p = walk.problem
-    heads, tokens = p.B * p.H, 1 if p.pass_ == "decode" else p.T
     Dk, Dv = (-(-width // 16) * 16 for width in (p.Dk, p.Dv))
     top_k = min(p.top_k or 1, walk.segments)
     if name in _KEYS:
@@ -58,7 +70,8 @@ def _elements(name: str, walk: Walk) -> float:
         return heads * tokens * top_k
     if name in _GATE_ROWS:
         # A token's row ends with its own segment.
-        return heads * sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
+        rows = sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
+        return heads * rows * tokens / p.T
     if name in _TOKENS:
         return heads * tokens
     if name in _CHOICES:

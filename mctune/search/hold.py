@@ -23,7 +23,15 @@ from mctune.core.target import Target, resolve
 from mctune.search.evaluate import candidate, first_line
 from mctune.search.inputs import judged
 from mctune.search.presence import present
-from mctune.search.spread import FORMULATED, Drawn, draw, draw_defaults, draw_formulations, odd_cases
+from mctune.search.spread import (
+    FORMULATED,
+    Drawn,
+    draw,
+    draw_defaults,
+    draw_formulations,
+    draw_specialized,
+    odd_cases,
+)
 from mctune.search.verify import judge, run_kernel, tolerance, verify
 from mctune.search.worker import Handler, Stage, Worker, WorkerDied
 
@@ -63,12 +71,14 @@ class Held:
 
 def candidates(target: Target) -> list[Drawn]:
     """What stands for the templates: the widest defaults and every combination in bfloat16 first, then each in one of
-    the other dtypes."""
+    the other dtypes. On the device itself last what nothing else can verify.
+    """
     drawn = [one for pass_ in _PASSES for one in draw_defaults(pass_, target)]
     drawn += [one for pass_ in _PASSES for one in draw(pass_, target, ("bfloat16",))]
     drawn += [one for pass_ in FORMULATED for one in draw_formulations(pass_, target, ("bfloat16",))]
     drawn += [one for pass_ in _PASSES for one in draw(pass_, target, ("float32", "float16"))]
-    return drawn + [one for pass_ in FORMULATED for one in draw_formulations(pass_, target, ("float16", "float32"))]
+    drawn += [one for pass_ in FORMULATED for one in draw_formulations(pass_, target, ("float16", "float32"))]
+    return drawn + (draw_specialized(target) if present(target) else [])
 
 
 def hold(

@@ -10,11 +10,8 @@ import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from mctune.backends.triton.blocks import blocks_of, successors_of
 from mctune.search.opcodes import Mix, amd_mix, ptx_mix
-
-_LABEL = re.compile(r"^([$.\w]+):")
-_BRANCH = re.compile(r"^(@!?%?\w+\s+)?(bra(?:\.uni)?|s_branch|s_cbranch_\w+)\s+([$.\w]+)")
-_STOP = re.compile(r"^(@!?%?\w+\s+)?(ret|exit|trap|s_endpgm|s_setpc_b64)\b")
 
 
 @dataclass(frozen=True)
@@ -30,19 +27,10 @@ class Loop:
         return self.mix.matrix > 0 or any(loop.matrix for loop in self.inner)
 
 
-@dataclass(frozen=True)
-class _Block:
-    first: int
-    labels: tuple[str, ...]
-    lines: tuple[str, ...]
-    targets: tuple[str, ...]
-    falls: bool
-
-
 @lru_cache(maxsize=256)
 def loops_of(asm: str, warps: int, warp_size: int) -> Loop:
     """The instructions of a block of ``warps`` warps, from PTX or the assembly of an AMD GPU."""
-    blocks = _blocks(asm)
+    blocks = blocks_of(asm)
     if not blocks:
         return Loop(Mix())
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", asm))
@@ -55,7 +43,7 @@ def loops_of(asm: str, warps: int, warp_size: int) -> Loop:
         )
         for block in blocks
     ]
-    bodies = _natural_loops(_successors(blocks))
+    bodies = _natural_loops(successors_of(blocks))
     return _nest(frozenset(range(len(blocks))), dict(sorted(bodies.items())), mixes)
 
 
@@ -66,62 +54,6 @@ def sum_of(mixes: object) -> Mix:
         for i, field in enumerate(fields(Mix)):
             totals[i] += getattr(mix, field.name)
     return Mix(*totals)
-
-
-def _blocks(asm: str) -> list[_Block]:
-    """Basic blocks in the order of the text, of the first function with a body."""
-    blocks: list[_Block] = []
-    labels: list[str] = []
-    lines: list[str] = []
-    targets: list[str] = []
-    depth, started = 0, False
-
-    def close(falls: bool) -> None:
-        if lines or labels:
-            blocks.append(_Block(len(blocks), tuple(labels), tuple(lines), tuple(targets), falls))
-        for part in (labels, lines, targets):
-            part.clear()
-
-    for raw in asm.splitlines():
-        line = raw.strip()
-        if line in ("{", "}"):
-            depth += 1 if line == "{" else -1
-            continue
-        if line.startswith(".section") and started and any(block.lines for block in blocks):
-            break  # what follows is data and line tables
-        if not line or (line.startswith((";", "//", ".")) and not _LABEL.match(line)):
-            continue
-        # Inside braces of inline assembly: labels are its own, and its loops wait for a copy or a product.
-        inline = depth > 1
-        label = _LABEL.match(line)
-        if label:
-            if not inline:
-                if lines:
-                    close(True)
-                labels.append(label[1])
-                started = True
-            continue
-        lines.append(line)
-        branch = None if inline else _BRANCH.match(line)
-        if branch:
-            targets.append(branch[3])
-            always = branch[1] is None and branch[2] in ("bra", "bra.uni", "s_branch")
-            close(not always)
-        elif _STOP.match(line) and not inline:
-            close(line.startswith("@"))
-    close(False)
-    return blocks
-
-
-def _successors(blocks: list[_Block]) -> list[set[int]]:
-    place = {label: block.first for block in blocks for label in block.labels}
-    found = []
-    for block in blocks:
-        after = {place[target] for target in block.targets if target in place}
-        if block.falls and block.first + 1 < len(blocks):
-            after.add(block.first + 1)
-        found.append(after)
-    return found
 
 
 def _natural_loops(successors: list[set[int]]) -> dict[int, frozenset[int]]:

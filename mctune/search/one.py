@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from mctune.backends.protocol import Backend
@@ -15,11 +16,13 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, describe, from_json, kind
 from mctune.core.problem import Problem
-from mctune.core.space import Int, SearchSpace
+from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
 from mctune.search.events import FrontierPoint, Listener, SearchRequest, StudyReport
+from mctune.search.feasible import Feasible
 from mctune.search.finalists import decide, shortlist
 from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
+from mctune.search.rules import Rule
 from mctune.search.sampler import START
 from mctune.search.study import Trial, load_study, run_study
 from mctune.search.timing import summary
@@ -55,7 +58,7 @@ class OneStudy:
 
         Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
         """
-        space, total = self.space(), self.request.trials
+        space, lengths, total = self.space(), self.case.segment_lengths, self.request.trials
         until = None if timeout_s is None else time.monotonic() + timeout_s
         best: list[float] = []
 
@@ -65,9 +68,13 @@ class OneStudy:
             listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
 
         listener.study_started(self.case, total, len(self.so_far()))
+        points = Feasible(space, self.rules())
+        for position, length in enumerate(lengths):
+            if next(points.ordered((len(space.params) - 1, position)), None) is None:
+                listener.note(f"no configuration is valid with segments of {length} tokens")
         result = run_study(
             space,
-            self.valid,
+            self.rules(),
             lambda config: self._evaluate(workers, config, until),
             trials=total,
             timeout=timeout_s,
@@ -77,7 +84,7 @@ class OneStudy:
             study_name=self.name,
             attrs=self._about(),
             on_trial=on_trial,
-            balance=SEGMENT_LENGTH if self.case.segment_lengths else None,
+            balance=SEGMENT_LENGTH if lengths else None,
             start=min(START, max(_LEAST_START, total // 5)),
             at_once=workers.count,
         )
@@ -109,24 +116,28 @@ class OneStudy:
             return ()
 
     def space(self) -> SearchSpace:
-        """The templates' parameters and the segment length, the default made valid for the problem."""
+        """The templates' parameters and the segment length."""
         space = self.backend.space(self.case.problem)
         lengths = self.case.segment_lengths
-        if lengths:
-            space = space.with_param(Int(SEGMENT_LENGTH, lengths, "C: tokens of a segment"), lengths[len(lengths) // 2])
-        default = space.first_valid(self.valid)
-        return replace(space, default=default) if default is not None else space
+        if not lengths:
+            return space
+        return space.with_param(Int(SEGMENT_LENGTH, lengths, "C: tokens of a segment"), lengths[len(lengths) // 2])
 
-    def valid(self, config: Config) -> bool:
-        """Whether the space's constraints hold for the problem at the configuration's segment length."""
-        space = self.backend.space(self.case.problem)
-        return space.valid(config, self.problem(config), self.request.target)
+    def rules(self) -> tuple[Rule, ...]:
+        """The space's constraints, each for the problem at the configuration's segment length."""
+        problem, target = cache(self._at_length), self.request.target
+
+        def rule(constraint: Constraint) -> Rule:
+            return lambda config: constraint.holds(config, problem(_length(config)), target)
+
+        return tuple(rule(constraint) for constraint in self.backend.space(self.case.problem).constraints)
 
     def problem(self, config: Config) -> Problem:
         """The problem at the configuration's segment length."""
-        if SEGMENT_LENGTH not in config:
-            return self.case.problem
-        return self.case.problem.replace(segment_length=config.integer(SEGMENT_LENGTH))
+        return self._at_length(_length(config))
+
+    def _at_length(self, length: int | None) -> Problem:
+        return self.case.problem if length is None else self.case.problem.replace(segment_length=length)
 
     @property
     def name(self) -> str:
@@ -226,6 +237,10 @@ class OneStudy:
             left = [trial for group in groups.values() for trial in group if trial.config not in taken]
             found += frontier(left, self.case.problem)
         return tuple(found)
+
+
+def _length(config: Config) -> int | None:
+    return config.integer(SEGMENT_LENGTH) if SEGMENT_LENGTH in config else None
 
 
 def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:

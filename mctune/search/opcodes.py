@@ -13,10 +13,12 @@ class Mix:
 
     Attributes:
         matrix: operations of matrix products (a multiply-add counts 2), as many of 16-bit inputs as take that long.
+        groups: matrix products that a warpgroup asks for (``wgmma``), one after the other.
+        operands: bytes of shared memory that matrix units read themselves (``wgmma``, ``tcgen05.mma``).
         issue: instructions, over all warps; matrix products and moves of registers are not counted.
         fp32: float32 operations, over all threads (a multiply-add counts 1).
         special: exponentials, logarithms, reciprocals and roots, over all threads.
-        shared: bytes to and from shared memory.
+        shared: bytes to and from shared memory, without ``operands``.
         loaded, stored: bytes of global memory; ahead: those of ``loaded`` that a pipelined loop asks for passes ahead.
         loads: instructions of a warp that wait for global memory, copies into shared memory included.
         barriers: synchronisations of the block.
@@ -32,6 +34,8 @@ class Mix:
     loads: float = 0.0
     barriers: float = 0.0
     ahead: float = 0.0
+    groups: float = 0.0
+    operands: float = 0.0
 
 
 _PREDICATE = re.compile(r"^@!?%?\w+\s+")
@@ -57,7 +61,7 @@ def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str])
     operands = operands.strip()
     threads = warps * warp_size
     if opcode.startswith(("mma.sync", "wgmma.mma_async", "tcgen05.mma")):
-        return Mix(matrix=_ptx_product(opcode, operands, warps, constants), issue=0.0)
+        return _ptx_product(opcode, operands, warps, constants)
     if opcode.startswith(("ld.global", "st.global", "ld.shared", "st.shared", "ld.local", "st.local")):
         moved = _bytes(opcode) * threads
         if "shared" in opcode:
@@ -91,26 +95,35 @@ def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str])
     return Mix(issue=warps, fp32=fp32)
 
 
-def _ptx_product(opcode: str, operands: str, warps: int, constants: Mapping[str, str]) -> float:
-    """Operations of one instruction, over all warps of the block that take part in it."""
+_K_BYTES = 32
+"""Of a row of an operand that one instruction takes, whatever its type: 16 numbers of 16 bits, 8 of TF32."""
+
+
+def _ptx_product(opcode: str, operands: str, warps: int, constants: Mapping[str, str]) -> Mix:
+    """One instruction, for all warps of the block that take part in it."""
     if opcode.startswith("tcgen05"):
         # One thread asks for the whole block; M and N stand in the instruction descriptor, K is 32 bytes.
         parts = [part.strip() for part in operands.split(",")]
         code = int(constants.get(parts[3], "0")) if len(parts) > 3 else 0
-        rows, columns = (code >> 24 & 31) << 4, (code >> 17 & 63) << 3
+        rows, columns = (code >> 24 & 31) << 4 or 128, (code >> 17 & 63) << 3 or 64
         wide = 8 if "tf32" in opcode else 32 if "f8" in opcode else 16
         cost = _COST["tf32"] if "tf32" in opcode else 0.5 if "f8" in opcode else 1.0
-        return 2.0 * (rows or 128) * (columns or 64) * wide * cost
+        # The left factor is in tensor memory where it is an address, not a descriptor.
+        read = columns + (0 if len(parts) > 1 and parts[1].startswith("[") else rows)
+        return Mix(matrix=2.0 * rows * columns * wide * cost, operands=float(_K_BYTES * read))
     shape = _SHAPE.search(opcode)
     if shape is None:
-        return 0.0
+        return Mix()
     m, n, k = (int(part) for part in shape.groups())
     # After the shape, layouts and types: D, A, B and so on.
     types = [part for part in opcode[shape.end() :].split(".") if part not in ("", "row", "col")]
     cost = _COST.get(types[1], 1.0) if len(types) > 1 else 1.0
     if opcode.startswith("wgmma"):
-        return 2.0 * m * n * k * cost * warps / 4
-    return 2.0 * m * n * k * cost * warps * (_OLD if constants.get("arch") in _NEWER else 1.0)
+        # Each warpgroup reads its own 64 rows of A, unless they are in registers, and all of B.
+        groups = warps / 4
+        read = n + (0 if operands.partition("}")[2].lstrip(", ").startswith("{") else m)
+        return Mix(matrix=2.0 * m * n * k * cost * groups, operands=_K_BYTES * read * groups, groups=1.0)
+    return Mix(matrix=2.0 * m * n * k * cost * warps * (_OLD if constants.get("arch") in _NEWER else 1.0))
 
 
 def _bytes(opcode: str) -> float:

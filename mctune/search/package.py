@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime import functional
 from mctune.search.inputs import judged, odd_problems
@@ -82,6 +82,18 @@ def load_package(path: Path) -> ModuleType:
     return module
 
 
+def launcher_of(module: ModuleType, entry: Any) -> Any:
+    """What launches the kernel of an entry of a loaded package.
+
+    Raises:
+        MctuneError: if it cannot be run here, with what to do.
+    """
+    try:
+        return module.runtime.dispatch.launcher(entry)
+    except module.runtime.tvm_loader.KernelError as error:
+        raise MctuneError(f"{entry.kernel.name}: {error}") from error
+
+
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """The entries of a package's tuned table."""
     entries: list[dict[str, Any]] = json.loads((path / "tuned.json").read_text(encoding="utf-8"))["entries"]
@@ -103,7 +115,7 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
     problems = [judged(Problem.from_dict(dict(entry.problem))) for entry in entries]
     forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
     for entry, problem in zip(entries, problems, strict=True):
-        launch = partial(PASSES[problem.pass_].run, module.runtime.dispatch.launcher(entry))
+        launch = partial(PASSES[problem.pass_].run, launcher_of(module, entry))
         lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
         for number, case in enumerate(odd_problems(problem)):
             yield _check(launch, case.replace(**lengths), entry.backend, seed + number)

@@ -25,6 +25,8 @@ class Parameters:
         exposed: share of the lesser of traffic and arithmetic that does not overlap with the greater.
         reread: share of repeated reads that miss a last-level cache far smaller than the arrays.
         launch_us: what a launch costs beside its kernel, in microseconds.
+        serialized_cycles: of a product that is waited for before its warpgroup asks for the next: from its end to the
+            next one's begin.
         unknown_trips: passes of a loop of which nothing is known.
         spill_passes: share of a loop's passes that load and store what registers did not hold.
         spill_cycles: what a warp waits for each of these.
@@ -44,6 +46,7 @@ class Parameters:
     dependent_cycles: float = 2.0
     barrier_cycles: float = 30.0
     half_warps: float = 4.0
+    serialized_cycles: float = 60.0
     exposed: float = 0.1
     reread: float = 0.2
     launch_us: float = 3.0

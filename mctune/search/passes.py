@@ -14,11 +14,12 @@ import torch
 
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
-from mctune.reference import memory_caching, segment_states
+from mctune.reference import memory_caching
+from mctune.runtime.kept import Names
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.segments import Segments, make_segments
-from mctune.runtime.tvm_forward import padded
+from mctune.search import kept
 from mctune.search.inputs import Inputs
+from mctune.search.kept import oracle_states, segments_of
 
 Tensor = torch.Tensor
 Results = Mapping[str, Tensor]
@@ -41,11 +42,6 @@ class Pass:
     call: Callable[[Kernel, Problem, Inputs], Callable[[], object]]
 
 
-def segments_of(problem: Problem, inputs: Inputs) -> Segments:
-    """Where the row of a problem is cut."""
-    return make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
-
-
 def _options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
     """Keyword arguments that the launchers of every pass share."""
     gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
@@ -61,16 +57,17 @@ def _options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> d
 
 def _forward_expected(problem: Problem, inputs: Inputs) -> Results:
     with torch.no_grad():
-        return {"y": memory_caching(**inputs.arguments(problem))}
+        return {"y": memory_caching(**inputs.arguments(problem)), **kept.expected(problem, inputs)}
 
 
 def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
-    return {"y": _forward_call(kernel, problem, inputs)().y}
+    found = _forward_call(kernel, problem, inputs, kept.checked_names(kernel, problem))()
+    return {"y": found.y, **kept.comparable(problem, inputs, found.kept)}
 
 
-def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs, keep: Names = ()) -> Callable[[], Any]:
     inputs = inputs.to(kernel.device)
-    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs)}
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "keep": keep}
     return lambda: kernel(inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
 
@@ -92,48 +89,29 @@ def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
 
 
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
-    states, means = _saved(problem, inputs) if kernel.saves else (None, None)
-    found = _backward(kernel, problem, inputs, states, means)()
+    found = _backward(kernel, problem, inputs, kept.kept_by(problem, inputs, wants(kernel, problem)))()
     made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
     # Where gates are not learned, u's is zero, and a kernel need not say so.
     return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
 
 
 def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
-    if not kernel.saves:
-        return _backward(kernel, problem, inputs, None, None)
-    heads = problem.B * problem.H * segments_of(problem, inputs).count
-    Dk, Dv = padded(problem.Dk), padded(problem.Dv)
-    states, means = (torch.randn(*shape, device=kernel.device) for shape in ((heads, Dk, Dv), (heads, Dk)))
-    return _backward(kernel, problem, inputs, states, means)
+    names = wants(kernel, problem)
+    return _backward(kernel, problem, inputs, kept.likely(problem, segments_of(problem, inputs), names, kernel.device))
 
 
-def _backward(
-    kernel: Kernel, problem: Problem, inputs: Inputs, states: Tensor | None, means: Tensor | None
-) -> Callable[[], Any]:
+def _backward(kernel: Kernel, problem: Problem, inputs: Inputs, given: Mapping[str, Tensor]) -> Callable[[], Any]:
     inputs = inputs.to(kernel.device)
-    states, means = (None if x is None else x.to(kernel.device) for x in (states, means))
-    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "states": states, "means": means}
+    given = {name: x.to(kernel.device) for name, x in given.items()}
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "kept": given}
     return lambda: kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
 
-def _saved(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The segments' states and mean keys, exact, in the layout in which a forward kernel leaves them."""
-    (states,), means = oracle_states(problem, inputs, problem.T)
-    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
-    states = torch.nn.functional.pad(states.transpose(1, 2).flatten(0, 2).float(), (0, columns, 0, rows))
-    return states.contiguous(), torch.nn.functional.pad(means.transpose(1, 2).flatten(0, 2).float(), (0, rows))
-
-
-def oracle_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The oracle's end state and mean key of every segment of the first ``tokens`` tokens: [B, N, H, ...]."""
-    arguments = inputs.arguments(problem)
-    options = {name: value for name, value in arguments.items() if name not in ("q", "u", "aggregation", "top_k")}
-    for name in ("k", "v", *inputs.gates):
-        options[name] = options[name][:, :tokens]
-    with torch.no_grad():
-        cache = segment_states(**options)
-    return cache.states, cache.descriptors
+def wants(kernel: Kernel, problem: Problem) -> Names:
+    """What a backward candidate is given of its forward: all that it was tuned for, where any is kept."""
+    if problem.segmentation == "logarithmic":
+        return ()
+    return tuple(name for group in kernel.wants for name in group)
 
 
 # --- decode: the last tokens of a row, after a memory of those before them
@@ -141,7 +119,8 @@ def oracle_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[
 
 def _decode_expected(problem: Problem, inputs: Inputs) -> Results:
     left = memory_of(problem, inputs, problem.T, torch.float64)
-    y = _forward_expected(problem, inputs)["y"]
+    with torch.no_grad():
+        y = memory_caching(**inputs.arguments(problem))
     return {"y": y[:, problem.T - min(problem.T, BLOCK) :], **_left(left)}
 
 

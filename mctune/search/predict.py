@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, replace
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
+from mctune.core.errors import MctuneError
 from mctune.core.outcome import Predicted
 from mctune.core.problem import Problem
 from mctune.core.target import Target
@@ -22,7 +23,11 @@ from mctune.search.footprint import footprint
 from mctune.search.mix import Loop, loops_of, sum_of
 from mctune.search.opcodes import Mix
 from mctune.search.parameters import Parameters
-from mctune.search.trips import Source, source_of
+from mctune.search.trips import UNCOUNTED, Source, source_of
+
+
+class Uncounted(MctuneError):
+    """The cost model does not count a kernel."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Demand:
         resident: blocks that a multiprocessor holds at once; warps: of one block.
         footprint: bytes of global arrays, each touched once.
         extra: launches of other libraries that come with this one.
+        serialized: whether a warpgroup waits for each of its products before it asks for the next.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Demand:
     warps: int
     footprint: float
     extra: int = 0
+    serialized: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,31 @@ class Part:
 
 
 def predict(launches: Sequence[Launch], problem: Problem, config: Config, target: Target) -> Predicted:
-    """The time of one call, and in words what it is made of; with the target's calibration, if there is one."""
+    """The time of one call, and in words what it is made of; with the target's calibration, if there is one.
+
+    Infinite, and why, for launches that the model does not count: only measured searches have them.
+    """
     parameters, calibrated = calibration(target)
-    parts = estimate(demands(launches, problem, config, target, parameters), target, parameters)
-    return Predicted(sum(part.us for part in parts) / 1e3, _in_words(parts, calibrated))
+    try:
+        asked = demands(launches, problem, config, target, parameters)
+    except Uncounted as error:
+        return Predicted(math.inf, str(error))
+    parts = estimate(asked, target, parameters)
+    notes = dict.fromkeys(f"{launch.name}: {note}" for launch in launches for note in launch.notes)
+    return Predicted(sum(part.us for part in parts) / 1e3, _in_words(parts, calibrated), notes=tuple(notes))
 
 
 def demands(
     launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
 ) -> tuple[Demand, ...]:
-    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here."""
+    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here.
+
+    Raises:
+        Uncounted: for a kernel whose warps do different work.
+    """
+    for launch in launches:
+        if launch.name in UNCOUNTED:
+            raise Uncounted(f"{launch.name} is not predicted: the cost model takes all warps of a block to do the same")
     return tuple(_demand(launch, problem, config, target, parameters) for launch in launches)
 
 
@@ -96,7 +118,8 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
     told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
-    touched = footprint(launch, problem, config)
+    # Half of the cache: other arrays go through it too.
+    touched = footprint(launch, problem, config, (target.cache_mb or 1.0) * 2**19)
     if launch.name in _STREAMING:
         share = min(1.0, touched / max(launch.blocks * (mean.loaded + mean.stored), 1.0))
         mean, heaviest = (
@@ -116,6 +139,7 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
         warps=launch.num_warps,
         footprint=touched,
         extra=_EXTRA.get(launch.name, 0),
+        serialized=launch.serialized and any(loop.matrix for loop in compiled.inner),
     )
 
 
@@ -173,7 +197,7 @@ def _walk(
     outside = 0.0
     if source is not None:
         outside = loop.mix.matrix - (source.matrix + source.conditional) * cost
-        total = replace(total, matrix=max(total.matrix - passes * source.conditional * cost, 0.0))
+        total = _fewer(total, passes * source.conditional * cost)
     matched = _matched(loop.inner, source)
     peeled = _peeled([inner.mix.matrix if told else 0.0 for inner, told in matched], outside, stages)
     chain = (total.issue / launch.num_warps, total.barriers, waits)
@@ -206,6 +230,12 @@ def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Lo
     with_matrix = iter([loop for loop in told if loop.total > 0])
     without = iter([loop for loop in told if not loop.total > 0])
     return [(loop, next(with_matrix if loop.matrix else without, None)) for loop in compiled]
+
+
+def _fewer(mix: Mix, operations: float) -> Mix:
+    """``mix`` without so many operations of its products, and what belongs to these."""
+    share = max(1 - operations / mix.matrix, 0.0) if mix.matrix else 1.0
+    return replace(mix, matrix=mix.matrix * share, groups=mix.groups * share, operands=mix.operands * share)
 
 
 def _scaled(mix: Mix, factor: float) -> Mix:
@@ -279,16 +309,25 @@ def _together(
     issued = core.parts if nvidia else 1.0  # an instruction of 64 lanes takes a part of CDNA 4 cycles
     rate = (target.matrix_tflops or 1.0) * 1e6 / target.cores  # operations a microsecond
     issue = max(mix.issue / (issued * p.issue), mix.fp32 / (core.fp32_lanes * p.fp32)) / clock
+    # A product is as fast as its operands come out of shared memory. It reads them without conflicts.
+    operands = blocks * mix.operands / p.shared_bytes / clock
     times = {
-        "matrix units": blocks * mix.matrix / (rate * p.matrix),
+        "matrix units": max(blocks * mix.matrix / rate, operands) / p.matrix,
         "instruction issue": blocks * issue,
         "special functions": blocks * mix.special / (core.special_lanes * p.special) / clock,
         "shared memory": blocks * mix.shared / (p.shared_bytes * p.shared) / clock,
         "L2 port": blocks * (mix.loaded + mix.stored) / (p.port_bytes * p.port) / clock,
     }
+    total = sum(times.values())  # operands are read while their product runs, and are in its time
+    times["shared memory"] += operands
     bound = max(times, key=lambda name: times[name])
+    warps = blocks * demand.warps
     # Few warps leave a unit idle while another works: its time shows in part.
-    shown = p.half_warps / (p.half_warps + blocks * demand.warps)
-    busy = times[bound] + shown * (sum(times.values()) - times[bound])
+    shown = p.half_warps / (p.half_warps + warps)
     alone = (chain[0] * p.dependent_cycles + chain[1] * p.barrier_cycles) / clock + chain[2] * p.memory_us
+    if demand.serialized:
+        # A warpgroup does nothing else while its product runs: only others do.
+        shown = max(shown, min(4 / warps, 1.0))
+        alone += 4 / demand.warps * mix.matrix / (rate * p.matrix) + mix.groups * p.serialized_cycles / clock
+    busy = times[bound] + shown * max(total - times[bound], 0.0)
     return (busy, bound) if busy >= alone else (alone, "latency")

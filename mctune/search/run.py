@@ -84,7 +84,7 @@ def stored(request: SearchRequest) -> SearchReport:
 
 
 def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], None]) -> list[Winner]:
-    """Every point of every frontier, built and verified once more; for a CPU also for any x86-64-v3.
+    """Every point of every frontier, built and verified once more; on a CPU that can be x86-64-v3 also for all of them.
 
     What is not right gives way to the next best at its segment length, or is left out, and ``note`` is told. The
     recommended points come first: Ctrl-C leaves out those that are not verified by then.
@@ -93,7 +93,8 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
         MctuneError: if there are points, and none of them can ship.
     """
     points = [(study, point) for study in report.studies for point in study.frontier]
-    portable_arch = PORTABLE_ARCH if request.target.on_cpu else None
+    runs_here = set(needed_flags(PORTABLE_ARCH)) <= set(needed_flags(request.target.arch))
+    portable_arch = PORTABLE_ARCH if runs_here else None
     shipped: dict[int, _Shipped] = {}
     failures: list[str] = []
     with Workers(request) as workers:
@@ -185,6 +186,7 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
             "without --measure its kernels are compiled and their times predicted"
         )
     backend: Backend = get_backend(backend_for(request.target))
+    backend = backend.measuring() if request.measure else backend
     for case in request.cases:
         backend.check(case.problem)
     backend.ready()

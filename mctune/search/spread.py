@@ -101,6 +101,20 @@ def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list
     return drawn
 
 
+def draw_specialized(target: Target) -> list[Drawn]:
+    """The read by specialised warps, which only the device itself can verify; none where it has no such warps."""
+    drawn = []
+    for dtype, state_init in (("bfloat16", "independent"), ("float16", "checkpoint")):
+        problem = Problem(
+            aggregation="grm", state_init=state_init, T=900, H=1, Dk=128, Dv=128, segment_length=256, dtype=dtype
+        )
+        space = get_backend("triton").measuring().space(problem)
+        configs = (config.replace(formulation="specialized") for config in (space.default, *space.fallbacks))
+        found = next((config for config in configs if space.valid(config, problem, target)), None)
+        drawn += [Drawn(problem, found)] if found is not None else []
+    return drawn
+
+
 def walk(rng: random.Random, problem: Problem, target: Target, **fixed: str) -> Config:
     """A valid configuration, far along a random walk that changes one parameter at a time; ``fixed`` ones stay."""
     space: SearchSpace = get_backend("triton").space(problem)

@@ -27,7 +27,9 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Outcome
 from mctune.core.space import SearchSpace
-from mctune.search.sampler import START, Point, Proposer, Tried
+from mctune.search.feasible import Point
+from mctune.search.rules import Rule
+from mctune.search.sampler import START, Proposer, Tried
 
 _ATTRS = "mctune"
 
@@ -77,7 +79,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
 def run_study(
     space: SearchSpace,
-    valid: Callable[[Config], bool],
+    rules: Sequence[Rule],
     evaluate: Callable[[Config], Outcome | None],
     *,
     trials: int,
@@ -100,7 +102,7 @@ def run_study(
 
     Args:
         space: the parameters. Their names and values are part of what a study is about.
-        valid: whether a configuration meets the constraints.
+        rules: the constraints, each a function of a configuration; what meets all of them may be tried.
         evaluate: builds, verifies and times a configuration; failures are returned, not raised. ``None`` says that the
             time was over before it was done: the candidate counts as cut off, and the run ends.
         trials: evaluated candidates in all, those of earlier runs included.
@@ -119,7 +121,7 @@ def run_study(
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
     started = time.monotonic()
-    proposer = Proposer(space, valid, sampler, seed, balance, start)
+    proposer = Proposer(space, rules, sampler, seed, balance, start)
     adapter = _Given()
     study = _open(storage, study_name, adapter, _about(space, attrs or {}))
     ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in space.params}

@@ -183,7 +183,7 @@ def _read(w: Walk) -> Source:
 def _grouped(w: Walk) -> Source:
     """Its grid has a program more for every segment than the pairs may fill."""
     BT, rounds, BV, (PK, _) = w["BT"], w["ROUNDS"], w["BV"], w.padded
-    pairs = w.problem.T * min(w.problem.top_k or 1, w.segments)
+    pairs = w.problem.T // max(int(w.values.get("blocks", 1)), 1) * min(w.problem.top_k or 1, w.segments)
     grid = math.ceil(pairs / (BT * rounds)) + w.segments + 1
     tiles = rounds if w.heaviest else (pairs / BT + w.segments / 2) / grid
     return Source(1, 0, (Source(math.log2(w.segments + 1)), Source(tiles, 2 * BT * PK * BV)))
@@ -208,8 +208,11 @@ def _chosen_descriptors(w: Walk) -> Source:
 
 
 def _place(w: Walk) -> Source:
+    """The first part of a head also writes where its segments begin."""
     rounds = w["rounds"]
-    return Source(1, 0, (Source(rounds, 0, (Source((rounds - 1) / 2),)),))
+    parts = 1 if w.heaviest else math.ceil(w["pairs"] / (64 * rounds))
+    starts = Source(math.ceil((w.segments + 2) / 64) / parts)
+    return Source(1, 0, (starts, Source(rounds, 0, (Source((rounds - 1) / 2),))))
 
 
 def _read_backward(w: Walk) -> Source:
@@ -367,6 +370,9 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "combine_kernel": _decode_combine,
 }
 """The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""
+
+UNCOUNTED = ("read_specialized_kernel",)
+"""Kernels whose warps do different work: the model counts an instruction for all warps of a block."""
 
 
 def source_of(launch: Launch, problem: Problem, config: Config, heaviest: bool = False) -> Source | None:

@@ -13,7 +13,8 @@ from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
 from mctune.reference import error_ratio
 from mctune.search.inputs import Inputs, make_inputs, odd_problems
-from mctune.search.passes import PASSES, Results, oracle_states, segments_of
+from mctune.search.kept import OPTIONAL, oracle_states, segments_of
+from mctune.search.passes import PASSES, Results
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """Largest RMS(difference) / RMS(reference) of a right forward or decode result, by dtype of the problem."""
@@ -111,12 +112,13 @@ def error_of(results: Results, wanted: Results) -> float:
     """The largest RMS(difference) / RMS(reference) of any result, inf for NaN, a wrong shape or a missing one.
 
     A gradient may vanish (that of g at a sequence's first token does): below a thousandth of the largest RMS of all
-    results it is held to that thousandth.
+    results it is held to that thousandth. What a forward may keep for a backward is held to where it is there.
     """
+    wanted = {name: x for name, x in wanted.items() if name in results or not name.startswith(OPTIONAL)}
     if set(results) != set(wanted):
         return float("inf")
     sizes = {name: float(x.double().square().mean().sqrt()) if x.numel() else 0.0 for name, x in wanted.items()}
-    floor = _VANISHING * max(sizes.values())
+    floor = _VANISHING * max(size for name, size in sizes.items() if not name.startswith(OPTIONAL))
     worst = 0.0
     for name, reference in wanted.items():
         if reference.numel() == 0 and results[name].shape == reference.shape:

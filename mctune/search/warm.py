@@ -14,7 +14,7 @@ from mctune.backends.triton.device import VirtualDevice
 from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
-from mctune.search.package import load_package
+from mctune.search.package import launcher_of, load_package
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ def warm_package(path: Path, target: Target) -> Iterator[Warmed]:
         DoesNotFit: if a kernel takes more than a block of the target has.
         UsageError: if the package has no Triton kernels.
     """
-    dispatch = load_package(path).runtime.dispatch
-    entries = [entry for entry in dispatch.TABLE.entries if entry.backend == "triton"]
+    module = load_package(path)
+    entries = [entry for entry in module.runtime.dispatch.TABLE.entries if entry.backend == "triton"]
     if not entries:
         raise UsageError(f"{path} has no Triton kernels: there is nothing to compile before a first call")
     for entry in entries:
         problem = Problem.from_dict(dict(entry.problem))
         started = time.monotonic()
-        launcher = dispatch.launcher(entry)
+        launcher = launcher_of(module, entry)
         with VirtualDevice(target) as device:
             for variant, even, state_dtype in variants(problem):
-                call_on_meta(variant, launcher, even, state_dtype)
+                for alone in (True, False) if problem.pass_ != "decode" else (None,):
+                    call_on_meta(variant, launcher, even, state_dtype, alone)
         launched = tuple(dict.fromkeys(launch.name for launch in device.launches))
         yield Warmed(problem, launched, tuple(device.compiled), time.monotonic() - started)
 
@@ -74,8 +75,9 @@ def variants(problem: Problem) -> Iterator[tuple[Problem, bool, str]]:
     """Calls that together launch every variant of a problem's kernels: what :func:`call_on_meta` is given of them.
 
     Sizes are arguments of the kernels. What they decide at compile time: whether any segment is cut up, or continues
-    another; of a decode step whether all sequences are at the same place; and under ssc, by powers of two, for how many
-    cached states there is room. A decode step is also compiled for each dtype that states can be cached in.
+    another, and whether a pass keeps something or is given it; of a decode step whether all sequences are at the same
+    place; and under ssc, by powers of two, for how many cached states there is room. A decode step is also compiled for
+    each dtype that states can be cached in.
     """
     if problem.pass_ != "decode":
         for T in dict.fromkeys((problem.T, max(problem.T - 1, 1), 1)):

@@ -9,11 +9,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from mctune.backends import backend_for
 from mctune.core.host import usable_cores
-from mctune.core.outcome import describe, from_json
+from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
 from mctune.search.events import SearchRequest
 from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
 
@@ -86,7 +87,7 @@ class Workers:
                 return reply
             with self._timing:
                 payload = {"evaluate": candidate, "prepared": file.name, "built": reply["built"]}
-                return _within(self._device, payload, limit_s, until)
+                return _noted(_within(self._device, payload, limit_s, until), reply["outcome"])
 
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
         """``{"samples"}``: milliseconds of each finalist in each round."""
@@ -136,3 +137,13 @@ def _within(worker: Worker, payload: dict[str, Any], limit_s: float, until: floa
         return None
     reply = worker.call(payload, min(limit_s, left + _GRACE_S))
     return None if isinstance(reply, WorkerTimedOut) and reply.seconds < limit_s else reply
+
+
+def _noted(reply: Reply | None, compiled: str) -> Reply | None:
+    """A measured candidate's reply, with what the compiler said of it in the process that compiled it."""
+    if not isinstance(reply, dict):
+        return reply
+    outcome, other = from_json(reply["outcome"]), from_json(compiled)
+    if not isinstance(outcome, Timed) or not isinstance(other, Predicted) or not other.notes:
+        return reply
+    return reply | {"outcome": to_json(replace(outcome, notes=other.notes))}

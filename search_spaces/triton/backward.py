@@ -48,6 +48,13 @@ def _dense(config: Config, problem: Problem) -> bool:
     return problem.routed and config["formulation"] != "grouped"
 
 
+def _keeps_gates(config: Config, problem: Problem, target: Target) -> bool:
+    """A logit a token and segment is kept where all of them take no more memory than q, k, v and u."""
+    inputs = (3 * problem.Dk + problem.Dv) * (4 if problem.dtype == "float32" else 2)
+    few = not _dense(config, problem) or 4 * len(problem.spans()) <= inputs
+    return config["saved"] != "gates" or (problem.routed and problem.segmentation != "logarithmic" and few)
+
+
 def _rows(config: Config) -> int:
     """Of a gates' gradient's tile."""
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
@@ -79,7 +86,7 @@ _WIDE = Config.of(
     {
         "piece": 256,
         "precision": "tf32x3",
-        "saved": "states",
+        "saved": "gates",
         "formulation": "per_segment",
         "states_BT": 64,
         "states_BK": 128,
@@ -202,7 +209,12 @@ SPACE = SearchSpace(
         Choice(
             "precision", ("ieee", "tf32x3"), "of float32 products: with 16-bit inputs, those of the gates' gradients"
         ),
-        Choice("saved", ("states", "nothing"), "what the forward keeps; with nothing the states are computed again"),
+        Choice(
+            "saved",
+            ("gates", "states", "nothing"),
+            "what the forward keeps: states and logits (of ssc the choice and its order), states; the rest is computed "
+            "again",
+        ),
         Choice(
             "formulation",
             ("per_segment", "grouped"),
@@ -256,6 +268,11 @@ SPACE = SearchSpace(
             "saved",
             lambda c, p, t: c["saved"] == "nothing" or c.integer("piece") == _longest(p),
             "the forward keeps the end states of segments, not those of shorter pieces",
+        ),
+        Constraint(
+            "saved gates",
+            _keeps_gates,
+            "there are no gates to keep, or so many logits that they take more memory than q, k, v and u",
         ),
         Constraint(
             "formulation",
@@ -332,7 +349,7 @@ SPACE = SearchSpace(
     # Where pieces are shorter than segments, the same with nothing saved.
     fallbacks=tuple(
         config.replace(saved=saved, **small)
-        for saved in ("states", "nothing")
+        for saved in ("gates", "states", "nothing")
         for small in ({}, {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BN": 64})
         for config in _DEFAULTS
     ),

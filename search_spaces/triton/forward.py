@@ -58,12 +58,13 @@ _WIDE = Config.of(
         "group_BT": 64,
         "group_BV": 128,
         "group_ROUNDS": 8,
+        "group_MIB": 0,
         "group_num_warps": 4,
         "group_num_stages": 3,
     }
 )
 _GATES = ("BT", "BN", "num_warps", "num_stages")
-_GROUP = ("BT", "BV", "ROUNDS", "num_warps", "num_stages")
+_GROUP = ("BT", "BV", "ROUNDS", "MIB", "num_warps", "num_stages")
 
 
 def _shorter(piece: int, formulation: str) -> Config:
@@ -105,6 +106,8 @@ def _lists(config: Config, problem: Problem, target: Target) -> bool:
 
 _MANY = "only the products of sm_90 spread over so many warps"
 
+# Rows share a state's way from the L2: twice as many, half the columns.
+_TALL = _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16)
 _DEFAULTS = (
     # Lists of a greater top_k take more warps.
     *(
@@ -112,8 +115,7 @@ _DEFAULTS = (
         for warps in (4, 8)
         for piece in (256, 128, 64, 32, 16)
     ),
-    # Rows share a state's way from the L2: twice as many, half the columns.
-    _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
+    _TALL,
     *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
     *(
         config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
@@ -148,6 +150,7 @@ SPACE = SearchSpace(
         Pow2("group_BT", 16, 128, "pairs of a tile of the grouped read"),
         Pow2("group_BV", 16, 128, "value columns of a tile of the grouped read"),
         Pow2("group_ROUNDS", 1, 16, "tiles of a segment's pairs that a program reads its state for"),
+        Int("group_MIB", (0, 16, 32, 64), "of the reads of pairs that are written and added up together; 0: all"),
         Pow2("group_num_warps", 2, 8),
         Int("group_num_stages", (1, 2, 3, 4)),
     ),
@@ -231,3 +234,47 @@ SPACE = SearchSpace(
     default=_DEFAULTS[0],
     fallbacks=(*_DEFAULTS[1:], *(config.replace(read_num_stages=1) for config in _DEFAULTS)),
 )
+
+
+def _specialized(config: Config, problem: Problem, target: Target) -> bool:
+    fits = problem.Dk == problem.Dv == 128 and problem.dtype != "float32" and target.arch == "sm_90"
+    gated = problem.aggregation in ("grm", "soup") and config["gates"] == "precomputed"
+    return config["formulation"] != "specialized" or (fits and gated and problem.recurrence == "linear")
+
+
+def _ring(config: Config, problem: Problem, target: Target) -> bool:
+    return config["formulation"] != "specialized" or config.integer("read_num_stages") >= 2
+
+
+def _fixed(config: Config, problem: Problem, target: Target) -> bool:
+    names = ("read_BT", "read_BJ", "read_BV", "read_BN", "read_num_warps")
+    return config["formulation"] != "specialized" or all(config[name] == _TALL[name] for name in names)
+
+
+def _or_specialized(constraint: Constraint) -> Constraint:
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return config["formulation"] == "specialized" or constraint.holds(config, problem, target)
+
+    return Constraint(constraint.name, holds, constraint.reason)
+
+
+MEASURED = SearchSpace(
+    params=tuple(
+        Choice(p.name, (*map(str, p.values), "specialized"), p.help) if p.name == "formulation" else p
+        for p in SPACE.params
+    ),
+    constraints=(
+        *(_or_specialized(c) if c.name == "formulation" else c for c in SPACE.constraints),
+        Constraint(
+            "formulation",
+            _specialized,
+            "warps are specialised on sm_90, for linear grm and soup, 128 x 128 of 16 bits, and precomputed gates",
+        ),
+        Constraint("read_num_stages", _ring, "keys and values of specialised warps are in the ring together"),
+        Constraint("read_*", _fixed, "specialised warps read tiles of one size"),
+    ),
+    default=SPACE.default,
+    fallbacks=SPACE.fallbacks,
+)
+"""The space where candidates are measured. What only a device verifies, since Triton's interpreter has no Gluon, is a
+point of it and never a default: no prediction, and no package that a GPU has not verified, has it."""

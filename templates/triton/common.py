@@ -52,26 +52,3 @@ def load_row(x, width, D: tl.constexpr):
     """A row of ``width`` numbers as float32 [D], the rest 0."""
     d = tl.arange(0, D)
     return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def find_pairs(offsets, bh, tile, N, parts, ROWS: tl.constexpr):
-    """Segment, first pair and one past the last of a head's tile of at most ROWS pairs of one segment.
-
-    ``offsets``: of :mod:`pair_order`. Segment N has the pairs without one. A tile may have none: then both ends meet.
-    """
-    offsets += bh * (N + 1) * parts
-    base = tl.load(offsets)
-    low = 0
-    high = N + 1
-    # Tiles of the segments before i: its first pair over ROWS, rounded down, plus i. The last i not beyond the tile.
-    while low < high - 1:
-        middle = (low + high) // 2
-        if (tl.load(offsets + middle * parts) - base) // ROWS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    first = tl.load(offsets + low * parts) - base
-    begin = first + (tile - (first // ROWS + low)) * ROWS
-    end = tl.load(offsets + (low + 1) * parts) - base
-    return low, begin.to(tl.int32), tl.maximum(begin, tl.minimum(begin + ROWS, end)).to(tl.int32)

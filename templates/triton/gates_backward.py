@@ -24,6 +24,7 @@ def connector_kernel(
     means,
     sums,
     logits,
+    gammas,
     lse,
     own_logit,
     chosen,
@@ -58,7 +59,7 @@ def connector_kernel(
 ):
     """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``.
 
-    Logits of cached segments become their gates.
+    The gates of cached segments go to ``gammas``, which may be where their logits are.
     """
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
@@ -114,7 +115,7 @@ def connector_kernel(
                 dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
             dr *= gamma
             tl.store(dgamma + place, dr, mask=here)
-            tl.store(logits + place, gamma, mask=here)
+            tl.store(gammas + place, gamma, mask=here)
             mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
             grad = tl.dot(tl.trans(dr), mean, grad, input_precision=PRECISION)
 
@@ -183,12 +184,12 @@ def descriptor_kernel(
     tl.store(out, grad, mask=there[:, None] & (cols < SK)[None, :])
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "parts"])
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N"])
 def chosen_descriptor_kernel(
     u,
     chosen_dr,
     order,
-    offsets,
+    starts,
     seg_begin,
     seg_end,
     dmeans,
@@ -196,7 +197,6 @@ def chosen_descriptor_kernel(
     T,
     H,
     N,
-    parts,
     DK: tl.constexpr,
     PK: tl.constexpr,
     SK: tl.constexpr,
@@ -205,10 +205,9 @@ def chosen_descriptor_kernel(
     """One program: a segment of a head, and the pairs that chose it."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    offsets += bh * (N + 1) * parts
-    base = tl.load(offsets)
-    first = (tl.load(offsets + i * parts) - base).to(tl.int32)
-    stop = (tl.load(offsets + (i + 1) * parts) - base).to(tl.int32)
+    starts += bh * (N + 2) + i
+    first = tl.load(starts)
+    stop = tl.load(starts + 1)
     order += bh * (T * top_k)
     chosen_dr += bh * (T * top_k)
     cols = tl.arange(0, PK)
@@ -259,12 +258,13 @@ def gates_backward(
     means: torch.Tensor,
     sums: torch.Tensor | None,
     logits: torch.Tensor | None,
+    gammas: torch.Tensor | None,
     lse: torch.Tensor,
     own_logit: torch.Tensor | None,
     chosen: torch.Tensor | None,
     picked: torch.Tensor | None,
     order: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    starts: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
     delta: torch.Tensor | None,
@@ -293,10 +293,11 @@ def gates_backward(
     Args:
         k, u [B, T, H, DK]: of one dtype.
         means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
-        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten, and
-        logits of cached segments with their gates, as :mod:`state_backward` takes them.
-        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits and delta are None,
-        and there are order and offsets, of :mod:`pair_order`.
+        gammas: where the gates of cached segments go, as :mod:`state_backward` takes them; like logits, or logits
+            itself.
+        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits, gammas and delta
+        are None, and there are order and starts, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -314,18 +315,17 @@ def gates_backward(
         top_k = dgamma.shape[-1]
         chosen_dr = torch.empty_like(dgamma)
     connector_kernel[(tiles.shape[0], B * H)](
-        k=k, means=means, sums=sums, logits=logits, lse=lse, own_logit=own_logit, chosen=chosen, picked=picked,
-        dgamma=dgamma, chosen_dr=chosen_dr, own=own, deltas=delta, begin=begin, end=end, segment=segment,
-        seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate, pull=pull,
-        top_k=top_k, T=T, H=H, N=N, P=P, PARTS=own.shape[0], FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, PK=PK,
-        SK=SK, BT=BT, BI=BI, num_warps=num_warps, num_stages=num_stages,
+        k=k, means=means, sums=sums, logits=logits, gammas=gammas, lse=lse, own_logit=own_logit, chosen=chosen,
+        picked=picked, dgamma=dgamma, chosen_dr=chosen_dr, own=own, deltas=delta, begin=begin, end=end,
+        segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate,
+        pull=pull, top_k=top_k, T=T, H=H, N=N, P=P, PARTS=own.shape[0], FORMULATION=FORMULATION, PRECISION=PRECISION,
+        DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if FORMULATION == "grouped":
         dmeans = torch.empty_like(means)
         chosen_descriptor_kernel[(N, B * H)](
-            u=u, chosen_dr=chosen_dr, order=order, offsets=offsets, seg_begin=seg_begin, seg_end=seg_end, dmeans=dmeans,
-            top_k=top_k, T=T, H=H, N=N, parts=offsets.shape[0] // (B * H * (N + 1)), DK=DK, PK=PK, SK=SK, BT=BT,
-            num_warps=num_warps, num_stages=num_stages,
+            u=u, chosen_dr=chosen_dr, order=order, starts=starts, seg_begin=seg_begin, seg_end=seg_end, dmeans=dmeans,
+            top_k=top_k, T=T, H=H, N=N, DK=DK, PK=PK, SK=SK, BT=BT, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     else:
         parts = means.new_empty((SPLITS, B * H, N, SK))

@@ -17,13 +17,13 @@ import triton.language as tl
 from .common import load_state
 
 
-@triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P", "parts"])
+@triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P"])
 def chosen_kernel(
     q,
     dy,
     states,
     order,
-    offsets,
+    starts,
     picked,
     lse,
     seg_last,
@@ -37,7 +37,6 @@ def chosen_kernel(
     H,
     N,
     P,
-    parts,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
@@ -55,10 +54,9 @@ def chosen_kernel(
     block = tl.program_id(0) // heads % KEYS
     i = tl.program_id(0) // heads // KEYS
     key = block * BK
-    offsets += bh * (N + 1) * parts
-    base = tl.load(offsets)
-    first = (tl.load(offsets + i * parts) - base).to(tl.int32)
-    stop = (tl.load(offsets + (i + 1) * parts) - base).to(tl.int32)
+    starts += bh * (N + 2) + i
+    first = tl.load(starts)
+    stop = tl.load(starts + 1)
     order += bh * (T * top_k)
     picked += bh * (T * top_k)
     dgamma += (block * heads + bh) * (T * top_k)
@@ -101,7 +99,7 @@ def grouped_backward(
     dy: torch.Tensor,
     states: torch.Tensor,
     order: torch.Tensor,
-    offsets: torch.Tensor,
+    starts: torch.Tensor,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
@@ -124,7 +122,7 @@ def grouped_backward(
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV], states [B*H, P, SK, SV]: of one dtype.
-        order, offsets: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
+        order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
@@ -140,9 +138,9 @@ def grouped_backward(
     dgamma = q.new_empty((blocks, *picked.shape), dtype=torch.float32)
     dends = q.new_empty(states.shape, dtype=torch.float32)
     chosen_kernel[(blocks * N * B * H,)](
-        q=q, dy=dy, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last,
+        q=q, dy=dy, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
         partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H, top_k=top_k, T=T, H=H, N=N,
-        P=states.shape[1], parts=offsets.shape[0] // (B * H * (N + 1)), OPERAND=OPERAND, PRECISION=PRECISION, DK=DK,
-        DV=DV, PV=PV, SK=SK, SV=SV, BT=BT, BK=bk, num_warps=num_warps, num_stages=num_stages,
+        P=states.shape[1], OPERAND=OPERAND, PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK, SV=SV, BT=BT, BK=bk,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial, dgamma[0] if blocks == 1 else dgamma.sum(0), dends

@@ -10,25 +10,49 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import find_pairs, load_state
+from .common import load_state
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P", "parts"])
+@triton.jit
+def _find_pairs(starts, tile, N, ROWS: tl.constexpr):
+    """Segment, first pair and one past the last of a head's tile of at most ROWS pairs of one segment.
+
+    ``starts``: the head's, of :mod:`pair_order`. Segment N has the pairs without one. A tile may have none: then both
+    ends meet.
+    """
+    low = 0
+    high = N + 1
+    # Tiles of the segments before i: its first pair over ROWS, rounded down, plus i. The last i not beyond the tile.
+    while low < high - 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    first = tl.load(starts + low)
+    begin = first + (tile - (first // ROWS + low)) * ROWS
+    return low, begin, tl.maximum(begin, tl.minimum(begin + ROWS, tl.load(starts + low + 1)))
+
+
+@triton.jit(do_not_specialize=["first_head", "block", "blocks", "top_k", "T", "H", "N", "P"])
 def grouped_read_kernel(
     q,
     states,
     order,
-    offsets,
+    starts,
+    runs,
     picked,
     lse,
     seg_last,
     partial,
+    first_head,
+    block,
+    blocks,
     top_k,
     T,
     H,
     N,
     P,
-    parts,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -39,16 +63,21 @@ def grouped_read_kernel(
     BV: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """One program: at most ROUNDS times BT pairs of one segment, BV value columns, one head."""
+    """One program: at most ROUNDS times BT pairs of one segment of a block of tokens, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
-    bh = tl.program_id(1).to(tl.int64)
-    i, first, stop = find_pairs(offsets, bh, tile, N, parts, ROWS=BT * ROUNDS)
+    bh = tl.program_id(1).to(tl.int64) + first_head
+    starts += (bh * blocks + block) * (N + 2)
+    i, first, stop = _find_pairs(starts, tile, N, ROWS=BT * ROUNDS)
     if (i < N) & (first < stop):
         order += bh * (T * top_k)
+        if runs is not None:
+            order += tl.load(runs + (bh * blocks + block) * (N + 1) + i) - tl.load(starts + i)
         picked += bh * (T * top_k)
-        partial += bh * (T * top_k) * DV
+        # Of the heads and the tokens of this launch.
+        span = T // blocks
+        partial += ((bh - first_head) * span - block * span) * top_k * DV
         keys = tl.arange(0, PK)
         cols = column + tl.arange(0, BV)
         last = i
@@ -73,11 +102,16 @@ def grouped_read(
     q: torch.Tensor,
     states: torch.Tensor,
     order: torch.Tensor,
-    offsets: torch.Tensor,
+    starts: torch.Tensor,
+    runs: torch.Tensor | None,
     picked: torch.Tensor,
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
     N: int,
+    first_head: int,
+    heads: int,
+    block: int,
+    blocks: int,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -91,24 +125,27 @@ def grouped_read(
     num_warps: int,
     num_stages: int,
 ) -> torch.Tensor:
-    """partial ``[B*H, T, top_k, DV]``, of q's dtype: gates times reads, without ``scale``; where there is a segment.
+    """partial ``[heads, T / blocks, top_k, DV]``, of q's dtype: gates times reads, without ``scale``, of pairs with a
+    segment.
 
     Args:
         q [B, T, H, DK], states [B*H, P, SK, SV]: of one dtype.
-        order, offsets: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
+        order, starts, runs: of :mod:`pair_order`, the last two of blocks, if there are several; else runs is None.
+        picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
+        first_head, heads, block, blocks: which heads, and which of so many blocks of tokens.
     """
-    B, T, H, _ = q.shape
+    _, T, H, _ = q.shape
     top_k = picked.shape[-1]
-    pairs = T * top_k
-    parts = offsets.shape[0] // (B * H * (N + 1))
-    partial = q.new_empty((B * H, T, top_k, DV))
+    pairs = T // blocks * top_k
+    partial = q.new_empty((heads, T // blocks, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
     tiles = triton.cdiv(pairs, BT * ROUNDS) + N + 1
-    grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, B * H)](
-        q=q, states=states, order=order, offsets=offsets, picked=picked, lse=lse, seg_last=seg_last, partial=partial,
-        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], parts=parts, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK,
-        SV=SV, BT=BT, BV=bv, ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
+    grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, heads)](
+        q=q, states=states, order=order, starts=starts, runs=runs, picked=picked, lse=lse, seg_last=seg_last,
+        partial=partial, first_head=first_head, block=block, blocks=blocks, top_k=top_k, T=T, H=H, N=N,
+        P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv, ROUNDS=ROUNDS,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial

@@ -25,13 +25,21 @@ def count_kernel(chosen, counts, pairs_a_part, pairs, parts, N, ROWS: tl.constex
 
 
 @triton.jit(do_not_specialize=["rounds", "pairs", "N"])
-def place_kernel(chosen, offsets, order, rounds, pairs, N):
-    """One program: the pairs of a part, rounds times ROWS, each to its place."""
+def place_kernel(chosen, offsets, order, starts, rounds, pairs, N):
+    """One program: the pairs of a part, rounds times ROWS, each to its place; the first part's starts too."""
     part = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(0)
     chosen += bh * pairs
-    offsets += bh * (N + 1) * parts + part
+    order += bh * pairs
+    offsets += bh * (N + 1) * parts
+    base = tl.load(offsets)
+    if part == 0:
+        for i0 in range(0, N + 2, ROWS):
+            i = i0 + tl.arange(0, ROWS)
+            start = tl.load(offsets + i.to(tl.int64) * parts, mask=i < N + 2, other=0) - base
+            tl.store(starts + bh * (N + 2) + i, start.to(tl.int32), mask=i < N + 2)
+    offsets += part
     first = part * rounds * ROWS
     for r in range(0, tl.minimum(rounds, tl.cdiv(pairs - first, ROWS))):
         line = first + r * ROWS
@@ -43,24 +51,31 @@ def place_kernel(chosen, offsets, order, rounds, pairs, N):
             other = tl.load(chosen + e0 + tl.arange(0, ROWS))
             before += tl.sum((other[:, None] == which[None, :]).to(tl.int32), 0)
         inside = pair < pairs
-        place = tl.load(offsets + which.to(tl.int64) * parts, mask=inside, other=0) + before
+        place = tl.load(offsets + which.to(tl.int64) * parts, mask=inside, other=0) - base + before
         tl.store(order + place, pair, mask=inside)
 
 
-def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """order ``[B*H, T * top_k]`` and offsets ``[B*H * (N + 1) * parts + 1]``.
+def pair_order(
+    chosen: torch.Tensor, N: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """order ``[B*H, T * top_k]`` and starts ``[B*H, N + 2]``, int32; for several blocks of tokens theirs.
 
     Args:
         chosen [B*H, T, top_k]: int32, of :mod:`gates`; N for no segment.
+        blocks: into which T is divided, a power of two; each has a multiple of 1024 tokens, if there are several.
 
     Returns:
-        order: int32, a head's pairs, those of one segment in a row. offsets: int64, how many pairs are before a
-        head's, a segment's and a part's of it; every ``parts``-th is where a segment begins.
+        A head's pairs, those of one segment in a row; which of them is a segment's first, segment N having the pairs
+        without one, and N + 1 none. Of each block ``[B*H * blocks, N + 2]``: starts among its own pairs, and ``runs``,
+        where a segment's begin in the head's order.
     """
     heads, T, top_k = chosen.shape
     pairs = T * top_k
     # At least 128 pairs a part, and so many that there are no more than two counts for a pair.
     rounds = triton.cdiv(max(N + 1, 256), 128)
+    if blocks > 1:
+        # Blocks are whole parts.
+        rounds = min(triton.next_power_of_2(rounds), 16)
     parts = triton.cdiv(pairs, rounds * 64)
     counts = chosen.new_zeros(heads * (N + 1) * parts)
     count_kernel[(triton.cdiv(pairs, 256), heads)](
@@ -68,8 +83,14 @@ def pair_order(chosen: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor
     )
     offsets = chosen.new_zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=offsets[1:])
-    order = torch.empty_like(chosen).view(heads, pairs)
+    order, starts = torch.empty_like(chosen).view(heads, pairs), chosen.new_empty((heads, N + 2))
     place_kernel[(parts, heads)](
-        chosen=chosen, offsets=offsets, order=order, rounds=rounds, pairs=pairs, N=N, num_warps=1
+        chosen=chosen, offsets=offsets, order=order, starts=starts, rounds=rounds, pairs=pairs, N=N, num_warps=1
     )
-    return order, offsets
+    if blocks == 1:
+        return order, starts, None
+    bounds = offsets.as_strided((heads, N + 1, blocks + 1), ((N + 1) * parts, parts, parts // blocks))
+    runs = (bounds[..., :-1] - bounds[:, :1, :1]).mT.to(torch.int32).reshape(heads * blocks, N + 1)
+    own = chosen.new_zeros((heads * blocks, N + 2))
+    torch.cumsum(bounds.diff(dim=-1).mT.reshape(heads * blocks, N + 1), 1, out=own[:, 1:])
+    return order, starts, (own, runs)

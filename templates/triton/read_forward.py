@@ -19,7 +19,7 @@ import triton.language as tl
 from .common import load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["first_head", "first_token", "span", "top_k", "T", "H", "N", "P"])
 def read_forward_kernel(
     q,
     k,
@@ -49,6 +49,9 @@ def read_forward_kernel(
     tiles,
     y,
     scale,
+    first_head,
+    first_token,
+    span,
     top_k,
     T,
     H,
@@ -75,6 +78,10 @@ def read_forward_kernel(
     column = tl.program_id(0) % BLOCKS * BV
     tile = tiles + tl.program_id(0) // BLOCKS * 2
     bh = tl.program_id(1).to(tl.int64)
+    if FORMULATION == "grouped":
+        # ``partial`` has the heads and the tokens of this launch.
+        partial += (bh * span - first_token) * top_k * DV
+        bh += first_head
     piece = tl.load(tile)
     t0 = tl.load(tile + 1)
     start = tl.load(begin + piece)
@@ -150,10 +157,10 @@ def read_forward_kernel(
             acc *= tl.exp(tl.load(own + bh * T + t, mask=valid, other=0.0) - logsum)[:, None]
             cols = column + tl.arange(0, BV)
             for r in range(0, top_k):
-                row = (bh * T + t) * top_k + r
+                row = t.to(tl.int64) * top_k + r
                 # Without a segment a logit is -inf, and nothing was written.
-                chosen = tl.load(picked + row, mask=valid, other=float("-inf")) > float("-inf")
-                inside = chosen[:, None] & (cols < DV)[None, :]
+                logit = tl.load(picked + bh * T * top_k + row, mask=valid, other=float("-inf"))
+                inside = (logit > float("-inf"))[:, None] & (cols < DV)[None, :]
                 acc += tl.load(partial + row[:, None] * DV + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         elif GATES == "precomputed":
             # Under ssc a logit may be -inf; it is no number where nothing was written.
@@ -234,7 +241,12 @@ def read_forward(
     seg_piece: torch.Tensor,
     seg_last: torch.Tensor | None,
     tiles: torch.Tensor,
+    y: torch.Tensor,
     scale: float,
+    first_head: int,
+    heads: int,
+    first_token: int,
+    span: int,
     top_k: int,
     SWLA: bool,
     AGGREGATION: str,
@@ -255,25 +267,26 @@ def read_forward(
     num_warps: int,
     num_stages: int,
 ) -> torch.Tensor:
-    """y ``[B, T, H, DV]``, of q's dtype.
+    """y ``[B, T, H, DV]``, of q's dtype, with what this launch is about written.
 
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
         past, means, sums: of :mod:`segment_states`; logits, lse, own, picked: of :mod:`gates`.
-        partial [B*H, T, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
+        partial [heads, span, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
         seg_last: None where every segment is one piece.
-        tiles: of BT tokens.
+        tiles: of BT tokens, of those that this launch is about.
+        first_head, heads, first_token, span: which those are.
     """
-    B, T, H, _ = q.shape
+    _, T, H, _ = q.shape
     bv = min(BV, PV)
-    y = torch.empty_like(v)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], B * H)](
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], heads)](
         q=q, k=k, v=v, u=u, states=states, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
         picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
         segment=segment, entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece,
-        seg_last=seg_last, tiles=tiles, y=y, scale=scale, top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0],
-        SWLA=SWLA, AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION,
-        DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        seg_last=seg_last, tiles=tiles, y=y, scale=scale, first_head=first_head, first_token=first_token, span=span,
+        top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], SWLA=SWLA, AGGREGATION=AGGREGATION, GATES=GATES,
+        FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ,
+        BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -189,11 +189,12 @@ def carry_kernel(
         tl.store(dends + matrix, grad, mask=inside)
         entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
         if SWLA:
-            decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
-            state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
-            blocks = tl.num_programs(0)
-            tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
-            grad *= decay
+            if crossing is not None:
+                decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
+                state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
+                blocks = tl.num_programs(0)
+                tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
+                grad *= decay
         carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
@@ -291,7 +292,7 @@ def state_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     dy: torch.Tensor,
-    ends: torch.Tensor,
+    ends: torch.Tensor | None,
     gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
@@ -331,7 +332,7 @@ def state_backward(
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
-        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
+        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
@@ -379,7 +380,8 @@ def state_backward(
         block, Q = 1024, seq_begin.shape[0]
         grid = (triton.cdiv(SK * SV, block), Q, B * H)
         if SWLA:
-            crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
+            if crosses:
+                crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
         carry_kernel[grid](
             ends=ends, cum=cum, end=end, segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin,
             seq_end=seq_end, dentered=dentered, products=products, dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA,

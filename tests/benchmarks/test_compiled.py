@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from mctune.backends.protocol import Launch
+from mctune.backends.triton.hazards import Hazard
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "compiled.py"
 SMALL = "T=512,H=2,Dk=32,Dv=32,segment_length=64,aggregation=mean,dtype=bfloat16"
@@ -25,6 +30,55 @@ def test_every_launch_has_a_line() -> None:
     assert list(kernels) == ["local", "carry", "read_forward"] and kernels["local"][2] == "4"
     # Pieces of 64 tokens, two heads; products on Hopper's matrix units.
     assert kernels["read_forward"][1] == "16" and int(kernels["read_forward"][header.split().index("product")]) > 0
+
+
+def test_what_ptxas_says_and_what_products_read_are_told() -> None:
+    problem = SMALL.replace("mean", "grm").replace("=32", "=64") + ",pass=backward"
+    done = run("--gpu", "h100", "--problem", problem, "--set", "dstates_BT=64,dstates_num_stages=2")
+    assert done.returncode == 0, done.stderr
+    _, header, *lines, _ = done.stdout.splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert "C7515" in rows["cached"] and not any("C75" in rows[name] for name in ("gates", "key", "value"))
+    assert any(line.startswith("cached_kernel: C7515 wgmma.mma_async instructions are serialized") for line in lines)
+    # 4 of 64 x 64 x 16 by each of two warpgroups, the left factor in registers: 2 KB in the 32 cycles of one.
+    begins = [header.index(name) for name in ("cyc MMA", "cyc opnd", "cyc issue")]
+    cycles = [int(rows["cached"][begin:].split()[0]) for begin in begins[:2]]
+    assert cycles == [8 * 32, 8 * 2048 // 128]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compiled", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compiled", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_the_page(compiled: ModuleType) -> None:
+    cells = (*"kbwrs", "84", "2", "4", *"1234567", "512", "384", "538", "issue", "C7515", "", "20")
+    bare = ("c", "1", "4", "32", "0", "0", "8", *[""] * 11, "", "", "", "3")
+    rows = [(*cells, "10", "96", "matrix units"), (*bare, "2", "4", "DRAM")]
+    assert compiled.markdown(rows, "forward").splitlines() == [
+        "| k | b | w | r | s | 84 | 2 | 1, 2, 3, 4, 18 | 512, 384, 538 | C7515 | 20 | 10 | 96 (products) |",
+        "| c | 1 | 4 | 32 | 0 | 0 | 8 | 0, 0, 0, 0, 0 | 0, 0, 0 | | 3 | 2 | 4 (DRAM) |",
+        "| **forward** | | | | | | | | | | 23 | 12 | **100** |",
+    ]
+
+
+def test_writes_that_come_too_early_are_counted(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Launch("k", (1, 1, 1), 8, 2, 32, 0, 64, 0, "", b"", (), (), ("C7507 'setmaxnreg' ignored",))
+    assert compiled.races(launch) == "" and list(compiled.remarks([launch])) == ["k: C7507 'setmaxnreg' ignored"]
+    found = [Hazard("cp.async", line, (0, 64), (32, 96), True) for line in (7, 7, 9)]
+    monkeypatch.setattr(compiled, "hazards", lambda asm, warps, serialized: tuple(found))
+    assert compiled.races(launch) == "2" and list(compiled.remarks([launch, launch]))[1:] == [f"k: {found[0]}"]
+
+    def maze(*given: object) -> None:
+        raise ValueError("more than 20000 ways through the kernel")
+
+    monkeypatch.setattr(compiled, "hazards", maze)
+    assert compiled.races(launch) == "?" and len(list(compiled.remarks([launch]))) == 1
 
 
 @pytest.mark.parametrize(

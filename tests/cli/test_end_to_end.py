@@ -9,11 +9,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mctune.core.host import CPU_ARCH
+from tests.instruction_sets import cpus
+
+CPUS = [one.arch for one in cpus()]
 PROBLEM = ("--problem", "T=256,H=2,Dk=16,Dv=16", "--segment-lengths", "32,64")
 
 
@@ -58,10 +63,17 @@ def wait_for_trials(process: subprocess.Popen[str], folder: Path, count: int) ->
     raise AssertionError("no trial finished")
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A search that was killed once, interrupted once, and finished."""
-    folder = tmp_path_factory.mktemp("searched")
+@pytest.fixture(scope="module", params=CPUS)
+def searched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A search that was killed once, interrupted once, and finished, for each CPU that this one can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CPU_ARCH, request.param)
+        yield _searched(tmp_path_factory.mktemp("searched"))
+
+
+def _searched(folder: Path) -> tuple[Path, dict[str, Any]]:
     killed = start(folder, "search", *PROBLEM, "--trials", "200")
     wait_for_trials(killed, folder, 2)
     killed.send_signal(signal.SIGKILL)
@@ -98,6 +110,7 @@ def test_the_package_carries_every_length_and_verifies(searched: tuple[Path, dic
     folder = searched[0]
     table = json.loads((folder / "build" / "mctune_cpu" / "tuned.json").read_text())
     assert [entry["problem"]["segment_length"] for entry in table["entries"]] == [32, 64]
+    assert table["target"]["arch"] == os.environ[CPU_ARCH]
     assert all(entry["outcome"]["kind"] == "timed" and entry["verified"]["error"] < 2e-5 for entry in table["entries"])
     out, _err = run(folder, "verify", "build/mctune_cpu", "--json")
     checks = json.loads(out)
@@ -125,7 +138,9 @@ def test_report_publishes_the_package(searched: tuple[Path, dict[str, Any]]) -> 
     assert len((folder / "results" / "cpu" / "rows.csv").read_text().splitlines()) == 3
 
 
-def test_what_cannot_be_searched_is_said_before_anything_is_built(tmp_path: Path) -> None:
+def test_what_cannot_be_searched_is_said_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, err = run(tmp_path, "search", "--gpu", "a100", "--measure", *PROBLEM, code=3)
     assert "a100-80g (NVIDIA A100 80 GB) is not on this machine" in err and "a100 means a100-80g" in err
     _, err = run(tmp_path, "search", "--gpu", "v100", *PROBLEM, code=2)
@@ -134,3 +149,6 @@ def test_what_cannot_be_searched_is_said_before_anything_is_built(tmp_path: Path
     assert "titans" in err and "linear, swla" in err
     _, err = run(tmp_path, "search", *PROBLEM, "--storage", "nosuch://x", code=2)
     assert "nosuch://x" in err
+    monkeypatch.setenv(CPU_ARCH, "x86-64-v9")
+    _, err = run(tmp_path, "search", *PROBLEM, code=2)
+    assert "MCTUNE_CPU_ARCH=x86-64-v9: this CPU can be x86-64" in err and len(err.splitlines()) == 1

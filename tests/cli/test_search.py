@@ -17,7 +17,7 @@ from mctune.cli._cases import parse_problem
 from mctune.cli._progress import SearchProgress
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Timed, TimedOut, Wrong
+from mctune.core.outcome import Predicted, Timed, TimedOut, Wrong
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.work import cached_state_bytes, cached_states
@@ -115,6 +115,18 @@ def test_data_on_stdout_and_progress_on_stderr(run: Callable[..., Any], planted:
     data = json.loads(run("search", "--problem", FIELDS, "--json").out)
     assert data["studies"][0]["recommended"]["ms"] == 1.25 and data["interrupted"] is False
     assert data["studies"][0]["outcomes"] == {"timed": 4, "wrong": 2}
+
+
+def test_what_the_compiler_says_of_the_recommended_one_is_told(
+    run: Callable[..., Any], planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = Predicted(1.25, "cost model", notes=("cached_kernel: C7515 serialized",))
+    monkeypatch.setattr(sys.modules[__name__], "GOOD", noted)
+    ran = run("search", "--problem", FIELDS, "--segment-lengths", "32,64")
+    assert "predicted ms" in ran.out
+    assert ran.out.count("the compiler on the recommended one: cached_kernel: C7515 serialized") == 1
+    (told,) = json.loads(run("search", "--problem", FIELDS, "--segment-lengths", "32", "--json").out)["studies"]
+    assert told["recommended"]["notes"] == list(noted.notes)
 
 
 def test_nothing_valid_is_exit_4(run: Callable[..., Any], planted: Planted) -> None:

@@ -87,20 +87,41 @@ V4 = V3 + " avx512f avx512bw avx512cd avx512dq avx512vl"
 @pytest.mark.parametrize(
     ("machine", "flags", "expected"),
     [
-        ("x86_64", V4, ("x86-64-v4", 16)),
-        ("x86_64", V4.replace("avx512dq", ""), ("x86-64-v3", 8)),
-        ("AMD64", V3, ("x86-64-v3", 8)),
-        ("x86_64", V3.replace("fma", ""), ("x86-64-v2", 4)),
-        ("x86_64", "", ("x86-64", 4)),
-        ("aarch64", "asimd", ("generic", 4)),
+        ("x86_64", V4, (("x86-64-v4", 16), ("x86-64-v3", 8), ("x86-64-v2", 4), ("x86-64", 4))),
+        ("x86_64", V4.replace("avx512dq", ""), (("x86-64-v3", 8), ("x86-64-v2", 4), ("x86-64", 4))),
+        ("AMD64", V3, (("x86-64-v3", 8), ("x86-64-v2", 4), ("x86-64", 4))),
+        ("x86_64", V3.replace("fma", ""), (("x86-64-v2", 4), ("x86-64", 4))),
+        ("x86_64", "", (("x86-64", 4),)),
+        ("aarch64", "asimd", (("generic", 4),)),
     ],
 )
-def test_the_llvm_name_implies_no_flag_that_is_missing(machine: str, flags: str, expected: tuple[str, int]) -> None:
-    assert host.llvm_arch(machine, frozenset(flags.split())) == expected
+def test_an_llvm_name_implies_no_flag_that_is_missing(
+    machine: str, flags: str, expected: tuple[tuple[str, int], ...]
+) -> None:
+    assert host.llvm_archs(machine, frozenset(flags.split())) == expected
+
+
+def test_a_cpu_pretends_to_be_a_lesser_one_but_not_a_greater_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t\t: {V3}\n")
+    for wanted, expected in (("x86-64-v2", ("x86-64-v2", 4)), ("", ("x86-64-v3", 8)), ("x86-64-v3", ("x86-64-v3", 8))):
+        monkeypatch.setenv(host.CPU_ARCH, wanted)
+        read = host.read_host(cpuinfo)
+        assert (read.arch, read.vector_floats) == expected
+    for wanted in ("x86-64-v4", "znver4"):
+        monkeypatch.setenv(host.CPU_ARCH, wanted)
+        with pytest.raises(
+            UsageError, match=f"MCTUNE_CPU_ARCH={wanted}: this CPU can be x86-64-v3, x86-64-v2, x86-64$"
+        ):
+            host.read_host(cpuinfo)
 
 
 def test_the_host_is_read_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.delenv(host.CPU_ARCH, raising=False)
     cpuinfo = tmp_path / "cpuinfo"
     first = f"model name\t: Test CPU\ncpu MHz\t\t: 2596.142\nflags\t\t: {V3}\n"
     cpuinfo.write_text(first + "\n" + first.replace("Test", "Second"))

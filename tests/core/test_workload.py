@@ -34,6 +34,8 @@ def test_the_shipped_workloads() -> None:
     decisive = load_workload("decisive", gpu=True).cases
     assert {c.problem.pass_ for c in decisive} == set(PASSES) and len(decisive) == 8
     assert all(c.problem.Dk == 128 and c.problem.dtype == "bfloat16" for c in decisive)
+    # The recurrence alone is residual, not one long segment.
+    assert all(c.segment_lengths == (256,) for c in decisive)
     assert all(c.problem.pass_ == "decode" and cached_states(c.problem) == 64 for c in load_workload("decode").cases)
 
 

@@ -14,6 +14,7 @@ from drawn import Drawn, host, plain
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import Problem
+from mctune.core.target import Target
 from mctune.runtime import tvm_loader
 from mctune.runtime.tvm_forward import TvmForward
 
@@ -75,10 +76,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
 def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward]:
     """The launcher of a kernel, compiled once, with both of its functions fenced in."""
 
-    def build(problem: Problem, config: Config | None = None, *, fenced: bool = True) -> TvmForward:
+    def build(
+        problem: Problem, config: Config | None = None, target: Target | None = None, *, fenced: bool = True
+    ) -> TvmForward:
         backend = TvmBackend()
         config = config or plain(problem)
-        kernel = backend.load(problem, config, backend.build(problem, config, host(), kernel_folder))
+        kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
         assert isinstance(kernel, TvmForward)
         if fenced:
             kernel.segment_states = kernel.segment_states and fence(kernel.segment_states)

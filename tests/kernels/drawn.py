@@ -16,10 +16,12 @@ from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target, resolve
 from mctune.search.inputs import Inputs
 from mctune.search.verify import judge, run_kernel
+from tests.instruction_sets import cpus
 
 RECURRENCES = ("linear", "swla")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (32, 64), (48, 32), (7, 20), (64, 96))
 SEGMENT_LENGTHS = (64, 100, 24, 256)
+CPUS = cpus()
 EXTRA = 3
 """Kernels beyond one for each (recurrence, aggregation, state init) and each (recurrence, formulation) of ssc."""
 _POOL, _STRIDE = 20, 40
@@ -32,19 +34,25 @@ SAFE: dict[str, Scalar] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """One kernel: the problem that it is built for, and its configuration."""
+    """One kernel: the problem that it is built for, its configuration, and the CPU that it is compiled for."""
 
     problem: Problem
     config: Config
+    target: Target
 
     def __str__(self) -> str:
-        p = self.problem
-        return f"{p.recurrence}-{p.aggregation}-{p.state_init}-{self.config['formulation']}-{p.Dk}x{p.Dv}"
+        p, formulation = self.problem, f"-{self.config['formulation']}" if "formulation" in self.config else ""
+        return f"{p.recurrence}-{p.aggregation}-{p.state_init}{formulation}-{p.Dk}x{p.Dv}-{self.target.arch}"
 
 
 def host() -> Target:
     """The CPU that this runs on."""
     return resolve("cpu")[0]
+
+
+def cpu_of(number: int) -> Target:
+    """The CPUs that this one can be take turns; shifted in every fourth kernel, as the other choices take turns too."""
+    return CPUS[(number + number // 4) % len(CPUS)]
 
 
 def y_of(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor:
@@ -93,10 +101,11 @@ def draw() -> list[Drawn]:
         wanted.append((problem, rng.choice(formulations(problem))))
     drawn: list[Drawn] = []
     seen: set[tuple[str, Scalar]] = set()
-    for problem, formulation in wanted:
-        config = max(_walk(rng, problem, formulation), key=lambda c: len(set(c.items) - seen))
+    for number, (problem, formulation) in enumerate(wanted):
+        target = cpu_of(number)
+        config = max(_walk(rng, problem, formulation, target), key=lambda c: len(set(c.items) - seen))
         seen |= set(config.items)
-        drawn.append(Drawn(problem, config))
+        drawn.append(Drawn(problem, config, target))
     return drawn
 
 
@@ -110,9 +119,9 @@ def _problem(
     )  # fmt: skip
 
 
-def _walk(rng: random.Random, problem: Problem, formulation: Scalar) -> Iterator[Config]:
+def _walk(rng: random.Random, problem: Problem, formulation: Scalar, target: Target) -> Iterator[Config]:
     """Valid configurations, far apart on a random walk that changes one parameter at a time."""
-    space, target = load_space("tvm", "forward"), host()
+    space = load_space("tvm", "forward")
     config = Config.of({**SAFE, "formulation": formulation})
     assert space.valid(config, problem, target)
     for step in range(1, _POOL * _STRIDE + 1):

@@ -6,11 +6,12 @@ import random
 from collections.abc import Iterator
 from itertools import cycle, product
 
-from drawn import RECURRENCES, WIDTHS, Drawn, host
+from drawn import RECURRENCES, WIDTHS, Drawn, cpu_of, host
 
 from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.target import Target
 
 SEGMENT_LENGTHS = (40, 130, 24)
 SPACE = load_space("tvm", "backward")
@@ -49,20 +50,21 @@ def draw() -> list[Drawn]:
                 pass_="backward", recurrence=recurrence, aggregation=aggregation, state_init=state_init,
                 T=segment_length, H=1, Dk=Dk, Dv=Dv, segment_length=segment_length,
             )  # fmt: skip
-            config = max(_walk(rng, problem, formulation), key=lambda c: len(set(c.items) - seen))
+            target = cpu_of(len(drawn))
+            config = max(_walk(rng, problem, formulation, target), key=lambda c: len(set(c.items) - seen))
             seen |= set(config.items)
-            drawn.append(Drawn(problem, config))
+            drawn.append(Drawn(problem, config, target))
     return drawn
 
 
-def _walk(rng: random.Random, problem: Problem, formulation: Scalar) -> Iterator[Config]:
+def _walk(rng: random.Random, problem: Problem, formulation: Scalar, target: Target) -> Iterator[Config]:
     """Valid configurations, far apart on a random walk that changes one parameter at a time."""
     config = Config.of({**SAFE, "formulation": formulation})
-    assert SPACE.valid(config, problem, host())
+    assert SPACE.valid(config, problem, target)
     for step in range(1, _POOL * _STRIDE + 1):
         param = rng.choice(SPACE.params)
         other = config.replace(**{param.name: rng.choice(param.values)})
-        if other["formulation"] == formulation and SPACE.valid(other, problem, host()):
+        if other["formulation"] == formulation and SPACE.valid(other, problem, target):
             config = other
         if step % _STRIDE == 0:
             yield config

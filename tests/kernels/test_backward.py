@@ -17,6 +17,7 @@ from drawn_backward import SPACE, draw, formulations
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.target import Target
 from mctune.reference import error_ratio
 from mctune.runtime.tvm_backward import TvmBackward
 from mctune.search import verify
@@ -29,16 +30,16 @@ TOLERANCE = 5e-5
 VANISHED = 1e-9
 """Gradients whose exact values are this small are zero: u's of one segment, the first token's beta and g."""
 
-Build = Callable[[Problem, Config], TvmBackward]
+Build = Callable[..., TvmBackward]
 
 
 @pytest.fixture(scope="module")
 def build_backward(kernel_folder: Path, scratch: ctypes.CDLL) -> Build:
     """The launcher of a kernel, with all of its functions fenced in."""
 
-    def build(problem: Problem, config: Config) -> TvmBackward:
+    def build(problem: Problem, config: Config, target: Target | None = None) -> TvmBackward:
         backend = TvmBackend()
-        kernel = backend.load(problem, config, backend.build(problem, config, host(), kernel_folder))
+        kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
         assert isinstance(kernel, TvmBackward)
         for name in ("segment_states", "read_backward", "state_backward", "write_backward"):
             setattr(kernel, name, fence(getattr(kernel, name)))
@@ -102,7 +103,7 @@ def drawn_for(recurrence: str, aggregation: str, state_init: str) -> Drawn:
 
 @pytest.mark.parametrize("one", DRAWN)
 def test_kernels_agree_with_the_oracle(one: Drawn, build_backward: Build, scratch: ctypes.CDLL) -> None:
-    kernel = build_backward(one.problem, one.config)
+    kernel = build_backward(one.problem, one.config, one.target)
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, wanted = judged(problem, bounds, seed)
         with poisoned_memory():
@@ -118,7 +119,7 @@ def test_strong_decays(state_init: str, strength: float, build_backward: Build) 
     """Memories that forget nearly all at every token, or all of it at some."""
     one = drawn_for("swla", "grm", state_init)
     problem = one.problem.replace(T=75, H=2, segment_length=30)
-    kernel = build_backward(one.problem, one.config)
+    kernel = build_backward(one.problem, one.config, one.target)
     inputs = make_inputs(problem, 0)
     g = inputs.gates["g"]
     if strength == float("inf"):
@@ -131,10 +132,10 @@ def test_strong_decays(state_init: str, strength: float, build_backward: Build) 
 def test_states_may_be_kept_or_computed_again(build_backward: Build) -> None:
     one = drawn_for("linear", "grm", "checkpoint")
     problem = one.problem.replace(T=100, H=2, segment_length=32)
-    kernel = build_backward(one.problem, one.config)
+    kernel = build_backward(one.problem, one.config, one.target)
     case = judge(problem, 0)
-    for kernel.saves in (True, False):
-        hold(run_kernel(kernel, problem, case.inputs), case.wanted, kernel.saves)
+    for kernel.wants in ((("states", "means"),), ()):
+        hold(run_kernel(kernel, problem, case.inputs), case.wanted, kernel.wants)
 
 
 def test_every_combination_and_formulation_is_compiled() -> None:
@@ -152,9 +153,9 @@ def test_configurations_are_spread_over_the_space() -> None:
         used = {d.config[param.name] for d in DRAWN}
         for value in set(param.values) - used:
             # Only what no drawn problem allows is missing.
-            changed = [(d.problem, d.config.replace(**{param.name: value})) for d in DRAWN]
-            assert not any(SPACE.valid(config, problem, host()) for problem, config in changed), (param.name, value)
-    assert all(SPACE.valid(d.config, d.problem, host()) for d in DRAWN)
+            changed = [(d, d.config.replace(**{param.name: value})) for d in DRAWN]
+            assert not any(SPACE.valid(config, d.problem, d.target) for d, config in changed), (param.name, value)
+    assert all(SPACE.valid(d.config, d.problem, d.target) for d in DRAWN)
 
 
 def test_some_default_is_valid_everywhere() -> None:

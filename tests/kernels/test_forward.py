@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from drawn import RECURRENCES, Drawn, draw, formulations, host, y_of
+from drawn import RECURRENCES, Drawn, draw, formulations, y_of
 from drawn import judged as judged_whole
 
 from mctune.backends.spaces import load_space
@@ -63,7 +63,7 @@ def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Input
 
 @pytest.mark.parametrize("one", DRAWN)
 def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForward], scratch: ctypes.CDLL) -> None:
-    kernel = build(one.problem, one.config)
+    kernel = build(one.problem, one.config, one.target)
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, reference = judged(problem, bounds, seed)
         with poisoned_memory():
@@ -85,12 +85,12 @@ def test_every_combination_and_formulation_is_compiled() -> None:
 
 
 def test_configurations_are_spread_over_the_space() -> None:
-    space, target = load_space("tvm", "forward"), host()
+    space = load_space("tvm", "forward")
     for param in space.params:
         used = {d.config[param.name] for d in DRAWN}
         for value in set(param.values) - used:
             # Only what no drawn problem allows is missing (64 columns, where registers are short).
-            changed = [(d.problem, d.config.replace(**{param.name: value})) for d in DRAWN]
-            assert not any(space.valid(config, problem, target) for problem, config in changed), (param.name, value)
-    assert all(space.valid(d.config, d.problem, target) for d in DRAWN)
+            changed = [(d, d.config.replace(**{param.name: value})) for d in DRAWN]
+            assert not any(space.valid(config, d.problem, d.target) for d, config in changed), (param.name, value)
+    assert all(space.valid(d.config, d.problem, d.target) for d in DRAWN)
     assert any(d.config["formulation"] == "gated" and d.config.integer("panel") > 1 for d in DRAWN)

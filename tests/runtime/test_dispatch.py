@@ -48,7 +48,8 @@ class Kernels:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, **rest: Any) -> Forward:
         self.calls.append({"pass": "forward", "q": q, "k": k, "v": v, "u": u, **rest})
         rows = q.shape[0] * q.shape[2] * rest["segments"].count
-        return Forward(torch.ones_like(v), torch.full((rows, 16, 16), 2.0), torch.full((rows, 16), 3.0))
+        kept = {"states": torch.full((rows, 16, 16), 2.0), "means": torch.full((rows, 16), 3.0)}
+        return Forward(torch.ones_like(v), {name: kept[name] for name in rest["keep"]})
 
     def backward(self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, u: Tensor, **rest: Any) -> Any:
         self.calls.append({"pass": "backward", "dy": dy, "q": q, "k": k, "v": v, "u": u, **rest})
@@ -135,8 +136,9 @@ def test_training_runs_both_kernels(trained: Kernels, connector: bool) -> None:
     assert trained.passes == ["forward", "backward"]
     call = trained.calls[1]
     assert call["dy"].dtype == torch.float32 and call["dy"].is_contiguous() and bool((call["dy"] == 1).all())
-    assert call["states"].shape == (12, 16, 16) and bool((call["states"] == 2).all())
-    assert call["means"].shape == (12, 16) and bool((call["means"] == 3).all())
+    states, means = call["kept"]["states"], call["kept"]["means"]
+    assert states.shape == (12, 16, 16) and bool((states == 2).all())
+    assert means.shape == (12, 16) and bool((means == 3).all())
     expected = {"q": 1, "k": 2, "v": 3, "u": 4} if connector else {"q": 5, "k": 2, "v": 3}
     for name, x in leaves.items():
         assert x.grad is not None and x.grad.dtype == torch.bfloat16 and bool((x.grad == expected[name]).all()), name
@@ -154,7 +156,8 @@ def test_states_of_a_packed_row_are_saved_and_trimmed(trained: Kernels) -> None:
     assert [list(x.shape) for x in saved] == [[10, 16, 16], [10, 16]]
     assert all(bool((x[6:] == 0).all()) and bool((x[:6] > 0).all()) for x in saved)
     y.sum().backward()
-    assert trained.calls[1]["states"].shape == (6, 16, 16) and trained.calls[1]["means"].shape == (6, 16)
+    kept = trained.calls[1]["kept"]
+    assert kept["states"].shape == (6, 16, 16) and kept["means"].shape == (6, 16)
 
 
 @pytest.mark.parametrize("saved", ("states", "nothing"))
@@ -169,7 +172,8 @@ def test_states_are_saved_where_the_backward_wants_them(
     tensors["k"].requires_grad_()
     y = memory_caching(**tensors, segmentation=segmentation, segment_length=4)
     y.sum().backward()
-    assert ("states" in trained.calls[1]) == (saved == "states" and segmentation == "constant")
+    kept = ["states", "means"] if saved == "states" and segmentation == "constant" else []
+    assert list(trained.calls[1]["kept"]) == kept
 
 
 def test_no_gradient_needs_no_backward_kernel(tuned: Kernels) -> None:
@@ -287,8 +291,8 @@ def test_kernel_that_cannot_take_the_call(trained: Kernels, failing: str, monkey
     if failing == "forward":
         torch.testing.assert_close(y, expected)
         real = reference_states(tensors)
-        torch.testing.assert_close(trained.calls[0]["states"].view_as(real[0]), real[0])
-        torch.testing.assert_close(trained.calls[0]["means"].view_as(real[1]), real[1])
+        torch.testing.assert_close(trained.calls[0]["kept"]["states"].view_as(real[0]), real[0])
+        torch.testing.assert_close(trained.calls[0]["kept"]["means"].view_as(real[1]), real[1])
     else:
         copies = {name: x.clone().requires_grad_() for name, x in tensors.items()}
         for _ in range(2):

@@ -74,8 +74,8 @@ def test_registrations_of_the_forward(problem: Problem, backend: str, tuned_tabl
         if not connector:
             del tensors["u"]
         inputs = ops.flatten(checked(leaves_of(tensors), options))
-        for saves in (False, True) if problem in SAVED else (False,):
-            torch.library.opcheck(ops.forward_op, (*inputs, backend, saves), atol=1e-4, rtol=1e-4)
+        for keeps in ("", "states means") if problem in SAVED else ("",):
+            torch.library.opcheck(ops.forward_op, (*inputs, backend, keeps), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("problem", "backend"), cases())
@@ -85,8 +85,9 @@ def test_registrations_of_the_backward(problem: Problem, backend: str, connector
     if not connector:
         del tensors["u"]
     inputs = ops.flatten(checked(tensors, options))
-    y, states, means = ops.forward_op(*inputs, backend, problem in SAVED)
-    arguments = (torch.randn(y.shape), *inputs[:12], states, means, *inputs[12:], backend)
+    keeps = "states means" if problem in SAVED else ""
+    y, kept = ops.forward_op(*inputs, backend, keeps)
+    arguments = (torch.randn(y.shape), *inputs[:12], kept, *inputs[12:], backend, keeps)
     torch.library.opcheck(
         ops.backward_op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
@@ -135,7 +136,7 @@ def test_saved_states_are_those_of_the_oracle(problem: Problem, tuned_table: Tab
     )
     (expected,), means = cache.states, cache.descriptors
     for backend in ("tvm", "eager"):
-        _, states, found_means = ops.forward_op(*inputs, backend, True)
+        _, (states, found_means) = ops.forward_op(*inputs, backend, "states means")
         count = expected.shape[1]
         used = problem.B * problem.H * count
         found = states[:used].view(problem.B, problem.H, count, *states.shape[1:]).transpose(1, 2)
@@ -277,7 +278,7 @@ def test_repeated_calls_leave_nothing_behind(backend: str, tuned_table: Table) -
     leaves = leaves_of(tensors)
 
     def step() -> None:
-        ops.forward(checked(leaves, options), Route(backend, True))[0].sum().backward()
+        ops.forward(checked(leaves, options), Route(backend, ("states", "means")))[0].sum().backward()
         for x in leaves.values():
             x.grad = None
 

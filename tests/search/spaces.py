@@ -48,7 +48,7 @@ def _logged_run(url: str, log: Path, deaths: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return evaluate(config)
 
-    result = run_study(SPACE, valid, dying, trials=40, seed=3, storage=url)
+    result = run_study(SPACE, [valid], dying, trials=40, seed=3, storage=url)
     print(len(result.trials))
 
 

@@ -182,7 +182,7 @@ def test_a_storage_of_searches_that_measured(tmp_path) -> None:
     for name, how, target in (("a", "measured", "h100-sxm"), ("b", "predicted", "h100-sxm"), ("c", "measured", "l4")):
         attrs = {"how": how, "target": [target, "t", "sm", 1], "backend": {"name": "triton"}, "problem": fields}
         told = outcome if how == "measured" else lambda config: Predicted(1.0, "m")
-        run_study(space, lambda config: True, told, trials=6, storage=url, study_name=name, attrs=attrs)
+        run_study(space, [lambda config: True], told, trials=6, storage=url, study_name=name, attrs=attrs)
     found = list(measured_in_storage(url, H100))
     assert len(found) == 4
     for backend, problem, config, timed in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 
 from mctune.backends.protocol import Launch
 from mctune.core.config import Config
-from mctune.core.outcome import Predicted
+from mctune.core.outcome import Predicted, describe, from_json, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.search import calibrated
@@ -37,9 +38,14 @@ def ptx(line: str, warps: int = 4, **constants: str) -> Mix:
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r4};", {"matrix": 4 * 4096.0}),
         # Half the rate.
         ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4};", {"matrix": 4 * 4096.0}),
-        # Four warps together do 64 x 128 x 16.
+        # Four warps together do 64 x 128 x 16, and read rows of 32 B: 64 of the left factor, 128 of the right one.
         ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;",
-         {"matrix": 2.0 * 64 * 128 * 16}),
+         {"matrix": 2.0 * 64 * 128 * 16, "operands": 32.0 * (64 + 128), "groups": 1}),
+        # The left factor is in registers.
+        ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1,%r2}, {%r3,%r4,%r5,%r6}, %rd2, %p1, 1, 1, 1;",
+         {"matrix": 2.0 * 64 * 128 * 16, "operands": 32.0 * 128, "groups": 1}),
+        ("wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {%r1}, %rd1, %rd2, %p1, 1, 1;",
+         {"matrix": 2.0 * 2 * 64 * 64 * 8, "operands": 32.0 * 128, "groups": 1}),
         ("@%p3 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd5 + 0 ];",
          {"issue": 4, "loaded": 16.0 * 128, "loads": 1}),
         ("ld.global.b16 %rs1, [%rd1];", {"issue": 4, "loaded": 2.0 * 128, "loads": 1}),
@@ -62,11 +68,23 @@ def test_ptx(line: str, expected: dict[str, float]) -> None:
     assert ptx(line) == Mix(**expected)
 
 
+def test_every_warpgroup_reads_its_operands_anew() -> None:
+    """64 x 64 x 16 with both in shared memory: 4 KB in the product's 32 cycles, all of the 128 B a cycle."""
+    line = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;"
+    one, four = ptx(line), ptx(line, warps=16)
+    assert four == Mix(matrix=4 * one.matrix, operands=4 * one.operands, groups=1)
+    cycles = one.matrix / 4096
+    assert (cycles, one.operands, one.operands / cycles) == (32, 4096, Parameters().shared_bytes)
+
+
 def test_tcgen05_says_its_shape_in_a_descriptor() -> None:
     code = (128 >> 4) << 24 | (64 >> 3) << 17 | 0x490
     line = "@%p27 tcgen05.mma.cta_group::1.kind::f16 [ %r327 + 0 ], %rd112, %rd113, %r147, %p26;"
-    assert ptx(line, r147=str(code)).matrix == 2.0 * 128 * 64 * 16
-    assert ptx(line, warps=8, r147=str(code)).matrix == 2.0 * 128 * 64 * 16
+    expected = Mix(matrix=2.0 * 128 * 64 * 16, operands=32.0 * (128 + 64))
+    assert ptx(line, r147=str(code)) == ptx(line, warps=8, r147=str(code)) == expected
+    # An address of tensor memory in the place of the first descriptor.
+    tensor = line.replace("%rd112", "[ %r328 + 0 ]")
+    assert ptx(tensor, r147=str(code)) == Mix(matrix=2.0 * 128 * 64 * 16, operands=32.0 * 64)
 
 
 def test_what_came_before_wgmma_is_slower_there() -> None:
@@ -109,6 +127,7 @@ BODY = """
 	@%p1 bra 	$L__BB0_6;
 $L__BB0_2:
 	ex2.approx.f32 	%r2, %r3;
+	ld.shared::cta.b32 	%r8, [%r6];
 {
 	.reg .pred complete;
 	waitLoop:
@@ -142,6 +161,8 @@ def test_loops_are_found_and_nested() -> None:
     assert (found.mix.loaded, found.mix.stored, found.mix.special, found.mix.fp32) == (128, 128, 0, 0)
     first, second = found.inner
     assert first.mix.special == 32 and first.mix.fp32 == 0 and not first.matrix
+    # An instruction with colons is no label.
+    assert first.mix.shared == 128
     (inner,) = first.inner
     assert inner.mix.fp32 == 64 and not inner.inner
     assert second.matrix and second.mix.matrix == 4096 and not second.inner
@@ -302,6 +323,56 @@ def test_peak_matrix_rate_is_what_the_target_says() -> None:
     assert us(asked, matrix=1.0) == pytest.approx(132e9 / 989e6, rel=1e-3)
 
 
+def products(count: float, n: int, shared_left: bool = True, warps: int = 8) -> Mix:
+    """So many products of 64 x n x 16 by each warpgroup."""
+    left = "%rd1" if shared_left else "{%r5,%r6,%r7,%r8}"
+    one = ptx(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{%r1}}, {left}, %rd2, %p1, 1, 1, 0;", warps)
+    return Mix(**{name: count * value for name, value in vars(one).items()})
+
+
+def plain(mix: Mix, **changes: object) -> Demand:
+    """Nothing but ``mix``, in whole waves."""
+    return asking(mean=mix, heaviest=mix, chain=(0.0, 0.0, 0.0), longest=(0.0, 0.0, 0.0), footprint=0.0, **changes)
+
+
+def test_a_product_waits_for_its_operands() -> None:
+    """64 x 32 x 16 takes 16 cycles, and with both operands in shared memory 3 KB, which are 24 cycles."""
+    bare = replace(products(1e5, 32), operands=0.0)
+    assert us(plain(products(1e5, 32))) == pytest.approx(1.5 * us(plain(bare)), rel=0.01)
+    for n, shared_left in ((64, True), (128, True), (256, True), (32, False), (128, False)):
+        mix = products(1e5, n, shared_left)
+        assert us(plain(mix)) == pytest.approx(us(plain(replace(mix, operands=0.0))), rel=0.01)
+
+
+def test_other_traffic_of_shared_memory_comes_on_top_of_operands() -> None:
+    mix = products(1e5, 64)
+    few, many = (replace(mix, shared=share * mix.operands) for share in (0.2, 1.0))
+    assert bound(plain(mix)) == bound(plain(few)) == "matrix units" and bound(plain(many)) == "shared memory"
+    # 128 B a cycle for operands, and as many bytes again at the efficiency of other accesses.
+    cycles = (mix.operands + many.shared / Parameters().shared) / 128
+    assert us(plain(many), exposed=0.0, half_warps=1e-9) == pytest.approx(cycles / H100.clock_ghz / 1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("warps", "factor"), [(4, 1 + 60 / (64 / 0.75)), (8, 1.0), (16, 1.0)])
+def test_a_serialized_product_is_hidden_by_other_warpgroups_alone(warps: int, factor: float) -> None:
+    """64 cycles at 75 %, then 60 in which the matrix units have only what other warpgroups give them."""
+    mix = products(1e4, 128, warps=warps)
+    asked = plain(mix, warps=warps)
+    slow = replace(asked, serialized=True)
+    fast = replace(H100, matrix_tflops=H100.cores * H100.clock_ghz * 4.096)  # 4096 operations a cycle
+    assert us(slow, fast) == pytest.approx(factor * us(asked, fast), rel=0.01)
+    assert us(slow, fast, serialized_cycles=600.0) > 1.2 * us(slow, fast)
+
+
+def test_nothing_overlaps_with_the_serialized_products_of_one_warpgroup() -> None:
+    mix = replace(products(1e4, 256, warps=4), special=3e7)
+    one = plain(mix, warps=4)
+    alone = [us(plain(part, warps=4)) for part in (replace(mix, special=0.0), Mix(special=mix.special))]
+    assert us(replace(one, serialized=True), serialized_cycles=1e-9) == pytest.approx(sum(alone), rel=0.01)
+    shares = [us(replace(one, warps=warps, serialized=True)) / us(replace(one, warps=warps)) for warps in (4, 8, 16)]
+    assert shares[0] > shares[1] > shares[2] > 1
+
+
 def test_a_block_over_a_wave_costs_a_wave() -> None:
     one, over, two = (us(asking(blocks=blocks)) for blocks in (132, 133, 264))
     assert over == pytest.approx(two) and over == pytest.approx(2 * one, rel=0.01)
@@ -340,6 +411,47 @@ def test_few_warps_hide_less() -> None:
     # Two blocks at once hide each other's waits.
     waits = asking(mean=Mix(issue=10), heaviest=Mix(issue=10), chain=(10.0, 0.0, 50.0), blocks=264)
     assert us(replace(waits, resident=2)) == pytest.approx(us(waits) / 2, rel=0.05)
+
+
+SERIALIZED = "C7515 wgmma.mma_async instructions are serialized due to something"
+WGMMA = LOOP.replace(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r4};",
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 0;",
+)
+
+
+def test_serialized_products_are_priced_in_loops_alone() -> None:
+    values = (("BT", 16), ("BK", 64), ("BV", 64))
+    outside = WGMMA.replace("$L__BB0_1:\n", "").replace("\t@%p5 bra \t$L__BB0_1;\n", "")
+    for asm, notes, expected in (
+        (WGMMA, (SERIALIZED,), True),
+        (WGMMA, ("C7507 'setmaxnreg' ignored to maintain minimum register requirements.",), False),
+        (outside, (SERIALIZED,), False),
+    ):
+        launch = launched("local_kernel", asm, values=values, notes=notes)
+        (asked,) = demands((launch,), FORWARD, CONFIG, H100, Parameters())
+        assert asked.serialized == expected and asked.mean.groups == (8 if asm == WGMMA else 1)
+
+
+def test_operands_of_products_that_are_not_done_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = 2.0 * 64 * 64 * 16
+    launch = launched("local_kernel", WGMMA.replace("st.global", "ld.global"))
+    for conditional, left in ((0.0, 1.0), (work / 4, 0.75)):
+        loop = Source(1, work - conditional, conditional=conditional)
+        monkeypatch.setitem(TRIPS, "local_kernel", lambda walk, loop=loop: Source(1, 0, (loop,)))
+        (asked,) = demands((launch,), FORWARD, CONFIG, H100, Parameters())
+        assert (asked.mean.matrix, asked.mean.operands, asked.mean.groups) == (left * work, left * 4096, left)
+
+
+def test_what_the_compiler_says_is_in_the_outcome() -> None:
+    launch = launched("local_kernel", WGMMA, notes=(SERIALIZED,), values=(("BT", 16), ("BK", 64), ("BV", 64)))
+    made = predict((launch, launch, launched()), FORWARD, CONFIG, H100)
+    assert made.notes == (f"local_kernel: {SERIALIZED}",)
+    assert describe(made).endswith(f"); local_kernel: {SERIALIZED}")
+    assert from_json(to_json(made)) == made
+    # Records of before there were notes.
+    old = {name: value for name, value in json.loads(to_json(made)).items() if name != "notes"}
+    assert from_json(json.dumps(old)) == replace(made, notes=())
 
 
 def test_spills_cost() -> None:

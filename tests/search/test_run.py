@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -35,6 +35,7 @@ class Workers:
     count, least_s = 2, 3.0
     wrong: tuple[int, ...] = ()
     interrupt = -1
+    portable_archs: ClassVar[set[str | None]] = set()
 
     def __init__(self, request: SearchRequest) -> None:
         self.asked: list[int] = []
@@ -47,6 +48,7 @@ class Workers:
 
     def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Any:
         number = candidate["config"]["n"]
+        self.portable_archs.add(portable_arch)
         if number == self.interrupt:
             time.sleep(0.3)
             raise KeyboardInterrupt
@@ -187,6 +189,18 @@ def test_what_is_not_right_gives_way_to_the_next_best(
     assert shipped(request_, notes.append) == wanted
     assert len(notes) == 2 * len(wrong)
     assert all(f"{number} is wrong" in " ".join(notes) for number in wrong)
+
+
+@pytest.mark.parametrize(
+    ("arch", "portable"), [("x86-64-v4", "x86-64-v3"), ("x86-64-v3", "x86-64-v3"), ("x86-64-v2", None), ("sm_90", None)]
+)
+def test_what_serves_other_cpus_ships_where_it_can_be_verified(
+    request_: SearchRequest, arch: str, portable: str | None
+) -> None:
+    target = resolve("h100" if arch == "sm_90" else "cpu")[0]
+    Workers.portable_archs.clear()
+    shipped(replace(request_, target=replace(target, arch=arch)))
+    assert Workers.portable_archs == {portable}
 
 
 def test_where_nothing_is_right_nothing_ships(request_: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ EVERY_KIND: tuple[Outcome, ...] = (
     TimedOut(5.0, "build"),
     Wrong(0.5, 2e-5, "T=1"),
     Timed(2.0, 1.9, 2.1, 20, 1e-7),
-    Predicted(3.0, "roofline"),
+    Predicted(3.0, "roofline", notes=("cached_kernel: C7515 serialized",)),
     Wrong(float("inf"), 2e-5, "T=7"),
 )
 
@@ -63,7 +63,7 @@ def url(tmp_path: Path) -> str:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_equal_seeds_give_equal_searches_without_duplicates_or_invalid_points(sampler: str) -> None:
     def searched(seed: int) -> list[tuple[Config, Outcome]]:
-        return plain(run_study(SPACE, valid, evaluate, trials=60, sampler=sampler, seed=seed).trials)
+        return plain(run_study(SPACE, [valid], evaluate, trials=60, sampler=sampler, seed=seed).trials)
 
     first = searched(5)
     assert first == searched(5)
@@ -79,25 +79,25 @@ def test_a_small_space_is_exhausted_and_the_search_ends(sampler: str) -> None:
     def odd(config: Config) -> bool:
         return config.integer("x") % 2 == 1 or config["y"] == "a"
 
-    result = run_study(space, odd, lambda config: timed(1.0 + config.integer("x")), trials=500, sampler=sampler)
+    result = run_study(space, [odd], lambda config: timed(1.0 + config.integer("x")), trials=500, sampler=sampler)
     assert result.stopped == "exhausted"
     assert {trial.config for trial in result.trials} == {config for config in space.points() if odd(config)}
 
 
 def test_a_space_without_a_valid_point_ends_at_once() -> None:
-    result = run_study(LINE, lambda config: False, evaluate, trials=5)
+    result = run_study(LINE, [lambda config: False], evaluate, trials=5)
     assert (result.trials, result.stopped, result.best) == ((), "exhausted", None)
 
 
 def test_every_candidate_may_fail() -> None:
-    result = run_study(SPACE, valid, lambda config: Crashed("boom"), trials=50)
+    result = run_study(SPACE, [valid], lambda config: Crashed("boom"), trials=50)
     assert len(result.trials) == 50 and result.best is None
 
 
 def test_every_kind_of_outcome_is_recorded_as_a_complete_trial(url: str) -> None:
     shown: list[Trial] = []
     result = run_study(
-        LINE, always, lambda config: EVERY_KIND[config.integer("x")], trials=8, storage=url, on_trial=shown.append
+        LINE, [always], lambda config: EVERY_KIND[config.integer("x")], trials=8, storage=url, on_trial=shown.append
     )
     assert {trial.config.integer("x"): trial.outcome for trial in result.trials} == dict(enumerate(EVERY_KIND))
     assert tuple(shown) == result.trials
@@ -115,9 +115,9 @@ def test_every_kind_of_outcome_is_recorded_as_a_complete_trial(url: str) -> None
 
 
 def test_going_on_is_the_same_as_never_having_stopped(url: str) -> None:
-    whole = run_study(SPACE, valid, evaluate, trials=45, seed=2)
+    whole = run_study(SPACE, [valid], evaluate, trials=45, seed=2)
     for total in (1, 10, 30, 45, 45):
-        result = run_study(SPACE, valid, evaluate, trials=total, seed=2, storage=url)
+        result = run_study(SPACE, [valid], evaluate, trials=total, seed=2, storage=url)
         assert len(result.trials) == total and result.stopped == "trials"
     assert plain(result.trials) == plain(whole.trials)
 
@@ -142,7 +142,7 @@ def test_kill_9_loses_no_finished_trial_and_repeats_none(url: str, tmp_path: Pat
     assert len(evaluations) == 42
     cut_off = Counter(evaluations[6:7] + evaluations[29:30])
     assert Counter(evaluations) - cut_off == Counter(trial.config.to_json() for trial in trials)
-    assert plain(trials) == plain(run_study(SPACE, valid, evaluate, trials=40, seed=3).trials)
+    assert plain(trials) == plain(run_study(SPACE, [valid], evaluate, trials=40, seed=3).trials)
 
 
 def test_a_trial_cut_off_between_its_outcome_and_the_end_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +155,14 @@ def test_a_trial_cut_off_between_its_outcome_and_the_end_is_kept(url: str, monke
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(optuna.Study, "tell", cut_off)
-        run_study(SPACE, valid, evaluate, trials=10, storage=url)
+        run_study(SPACE, [valid], evaluate, trials=10, storage=url)
     evaluated: list[Config] = []
 
     def watched(config: Config) -> Outcome:
         evaluated.append(config)
         return evaluate(config)
 
-    result = run_study(SPACE, valid, watched, trials=10, storage=url)
+    result = run_study(SPACE, [valid], watched, trials=10, storage=url)
     assert len(result.trials) == 10 and len(evaluated) == 6
     assert optuna.load_study(study_name="mctune", storage=url).trials[3].state == TrialState.COMPLETE
 
@@ -179,15 +179,15 @@ def test_ctrl_c_returns_what_is_there_and_the_study_goes_on(url: str, stored: bo
         return evaluate(config)
 
     storage = url if stored else None
-    result = run_study(SPACE, valid, interrupted, trials=20, seed=1, storage=storage)
+    result = run_study(SPACE, [valid], interrupted, trials=20, seed=1, storage=storage)
     assert result.interrupted and len(result.trials) == 5 and result.best is not None
     if stored:
-        again = run_study(SPACE, valid, evaluate, trials=20, seed=1, storage=storage)
-        assert plain(again.trials) == plain(run_study(SPACE, valid, evaluate, trials=20, seed=1).trials)
+        again = run_study(SPACE, [valid], evaluate, trials=20, seed=1, storage=storage)
+        assert plain(again.trials) == plain(run_study(SPACE, [valid], evaluate, trials=20, seed=1).trials)
 
 
 def test_the_timeout_ends_a_run() -> None:
-    result = run_study(SPACE, valid, evaluate, trials=20, timeout=0.0)
+    result = run_study(SPACE, [valid], evaluate, trials=20, timeout=0.0)
     assert result.stopped == "timeout" and result.trials == ()
 
 
@@ -200,11 +200,11 @@ def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_o
         left -= 1
         return evaluate(config) if left >= 0 else None
 
-    result = run_study(SPACE, valid, timely, trials=20, seed=1, storage=url, at_once=at_once)
+    result = run_study(SPACE, [valid], timely, trials=20, seed=1, storage=url, at_once=at_once)
     assert result.stopped == "timeout" and len(result.trials) == 5
     states = Counter(trial.state for trial in optuna.load_study(study_name="mctune", storage=url).trials)
     assert states == {TrialState.COMPLETE: 5, TrialState.FAIL: 1}
-    again = run_study(SPACE, valid, evaluate, trials=20, seed=1, storage=url, at_once=at_once)
+    again = run_study(SPACE, [valid], evaluate, trials=20, seed=1, storage=url, at_once=at_once)
     assert len({trial.config for trial in again.trials}) == 20
 
 
@@ -218,36 +218,38 @@ def test_ctrl_c_does_not_wait_for_the_candidates_beside() -> None:
         return timed(1.0)
 
     began = time.monotonic()
-    result = run_study(LINE, always, beside, trials=8, sampler="grid", at_once=8)
+    result = run_study(LINE, [always], beside, trials=8, sampler="grid", at_once=8)
     ended.set()
     assert result.interrupted and time.monotonic() - began < 10
 
 
 def test_a_study_of_something_else_is_refused(url: str, tmp_path: Path) -> None:
     about = {"problem": {"T": 4096}, "target": "cpu"}
-    run_study(LINE, always, lambda config: timed(1.0), trials=2, storage=url, attrs=about)
+    run_study(LINE, [always], lambda config: timed(1.0), trials=2, storage=url, attrs=about)
     assert load_study(url)[0] == about
     with pytest.raises(UsageError, match='target is "cpu" there and "a100-80g" here'):
-        run_study(LINE, always, evaluate, trials=3, storage=url, attrs={**about, "target": "a100-80g"})
+        run_study(LINE, [always], evaluate, trials=3, storage=url, attrs={**about, "target": "a100-80g"})
     with pytest.raises(UsageError, match=r"x is \[0, 1.*give another study name"):
-        run_study(LINE.fixed(x=(0, 1)), always, evaluate, trials=3, storage=url, attrs=about)
-    run_study(LINE, always, lambda config: timed(1.0), trials=2, storage=url, study_name="other", attrs={"target": "x"})
+        run_study(LINE.fixed(x=(0, 1)), [always], evaluate, trials=3, storage=url, attrs=about)
+    run_study(
+        LINE, [always], lambda config: timed(1.0), trials=2, storage=url, study_name="other", attrs={"target": "x"}
+    )
     optuna.create_study(storage=url, study_name="foreign").ask()
     with pytest.raises(UsageError, match="mctune did not make it"):
-        run_study(LINE, always, evaluate, trials=3, storage=url, study_name="foreign", attrs=about)
+        run_study(LINE, [always], evaluate, trials=3, storage=url, study_name="foreign", attrs=about)
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="trials=0"):
-        run_study(LINE, always, evaluate, trials=0)
+        run_study(LINE, [always], evaluate, trials=0)
     with pytest.raises(UsageError, match=r"annealing.*tpe, random, gp, grid"):
-        run_study(LINE, always, evaluate, trials=1, sampler="annealing")
+        run_study(LINE, [always], evaluate, trials=1, sampler="annealing")
     with pytest.raises(UsageError, match="no parameter 'segment_length'"):
-        run_study(LINE, always, evaluate, trials=1, balance="segment_length")
+        run_study(LINE, [always], evaluate, trials=1, balance="segment_length")
     with pytest.raises(UsageError, match=r"cannot open the storage sqlite:////nowhere/at/all\.db"):
-        run_study(LINE, always, evaluate, trials=1, storage="sqlite:////nowhere/at/all.db")
+        run_study(LINE, [always], evaluate, trials=1, storage="sqlite:////nowhere/at/all.db")
     with pytest.raises(UsageError, match="cannot open the storage nonsense"):
-        run_study(LINE, always, evaluate, trials=1, storage="nonsense")
+        run_study(LINE, [always], evaluate, trials=1, storage="nonsense")
     with pytest.raises(UsageError, match="holds no study 'mctune'"):
         load_study(f"sqlite:///{tmp_path / 'empty.db'}")
 
@@ -263,9 +265,9 @@ def test_candidates_side_by_side(trials: int, url: str) -> None:
     space = SearchSpace((Int("x", range(64)),))
     even = trials // 2 * 2
     attrs = {"about": "x"}
-    result = run_study(space, always, both, trials=even, storage=url, attrs=attrs, at_once=2)
+    result = run_study(space, [always], both, trials=even, storage=url, attrs=attrs, at_once=2)
     assert len({trial.config for trial in result.trials}) == even
     if trials > even:
-        result = run_study(space, always, lambda c: EVERY_KIND[5], trials=trials, storage=url, attrs=attrs, at_once=2)
+        result = run_study(space, [always], lambda c: EVERY_KIND[5], trials=trials, storage=url, attrs=attrs, at_once=2)
     assert len({trial.config for trial in result.trials}) == trials
     assert [trial.number for trial in result.trials] == list(range(trials))

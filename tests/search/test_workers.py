@@ -9,12 +9,13 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mctune.core.outcome import FailedBuild, Timed, TooLarge, from_json
+from mctune.core.outcome import FailedBuild, Predicted, Timed, TooLarge, Wrong, from_json, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
@@ -66,6 +67,22 @@ def test_what_compiles_is_timed_on_what_was_judged(workers: Workers, monkeypatch
         {"evaluate": {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, "prepared": "/nowhere.pt"}, LIMIT_S
     )
     assert isinstance(died, dict) and "No such file" in died["outcome"]
+
+
+def test_what_the_compiler_says_stays_with_a_measured_candidate(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Predicted(1.0, "m", notes=("cached_kernel: C7515 serialized",))
+    reply = {"outcome": to_json(said), "ready": True, "built": {}}
+    monkeypatch.setattr(workers, "_compile", lambda payload, limit_s, until: reply)
+    assert workers._device is not None
+    for outcome in (Timed(2.0, 1.9, 2.1, 20, 1e-7), Wrong(0.5, 2e-5, "T=1")):
+        answered = {"outcome": to_json(outcome)}
+        monkeypatch.setattr(workers._device, "call", lambda payload, limit_s, answered=answered: answered)
+        noted = workers.evaluate({"problem": {}, "config": {}}, LIMIT_S)
+        assert isinstance(noted, dict)
+        expected = replace(outcome, notes=said.notes) if isinstance(outcome, Timed) else outcome
+        assert from_json(noted["outcome"]) == expected
 
 
 def test_a_kernel_ships_after_it_was_judged_on_other_inputs(workers: Workers) -> None:

@@ -21,3 +21,24 @@ def gram(x: torch.Tensor, y: torch.Tensor, BT: int, num_warps: int, num_stages: 
     """y [T, BT] from x [T, D]; T a multiple of BT."""
     T, D = x.shape
     gram_kernel[(T // BT,)](x=x, y=y, T=T, D=D, BT=BT, num_warps=num_warps, num_stages=num_stages)
+
+
+@triton.jit
+def weighted_kernel(x, w, z, y, T, D: tl.constexpr, BT: tl.constexpr):
+    rows = tl.arange(0, D)
+    total = tl.zeros([D, D], tl.float32)
+    for begin in range(0, T, BT):
+        tokens = begin + tl.arange(0, BT)
+        left = tl.load(x + tokens[:, None] * D + rows[None, :])
+        right = tl.load(z + tokens[:, None] * D + rows[None, :])
+        factor = tl.trans(left).to(tl.float32) * tl.load(w + tokens)[None, :]
+        total = tl.dot(factor.to(left.dtype), right, total)
+    tl.store(y + rows[:, None] * D + rows[None, :], total)
+
+
+def weighted(
+    x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, y: torch.Tensor, BT: int, num_warps: int, num_stages: int
+) -> None:
+    """y [D, D], the sum of w_t x_t z_t^T over x, z [T, D]; T a multiple of BT. Its left factors are in registers."""
+    T, D = x.shape
+    weighted_kernel[(1,)](x=x, w=w, z=z, y=y, T=T, D=D, BT=BT, num_warps=num_warps, num_stages=num_stages)

@@ -27,6 +27,7 @@ CASES = {
     "gates_grouped": ("gates", _SSC, {"formulation": "grouped"}),
     "grouped_read": ("grouped_read", _SSC, {"formulation": "grouped"}),
     "read_forward_grm": ("read_forward", _GRM, {}),
+    "read_specialized": ("read_specialized", _GRM, {"formulation": "specialized"}),
     "read_forward_fused": ("read_forward", _GRM, {"gates": "fused", "formulation": "gated"}),
     "read_forward_mean": ("read_forward", _MEAN, {"formulation": "summed"}),
     "pair_order": ("pair_order", _SSC, {"formulation": "grouped"}),
@@ -45,7 +46,7 @@ CASES = {
 def rendered(name: str) -> str:
     operation, problem, changes = CASES[name]
     target, _ = resolve("h100-sxm")
-    space = TritonBackend().space(problem)
+    space = TritonBackend().measuring().space(problem)
     config = space.first_valid(lambda config: space.valid(config.replace(**changes), problem, target))
     assert config is not None
     config = config.replace(**changes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -26,6 +27,7 @@ from mctune.core.paths import templates_dir
 from mctune.core.problem import PASSES, STATE_INITS, Problem
 from mctune.core.target import resolve
 from mctune.runtime.triton_loader import load_parts
+from mctune.search.spread import draw_specialized
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
@@ -96,7 +98,7 @@ class Recorder:
 def to_ttir(function: Any, signature: Any, constexprs: Any, options: Any, attrs: Any) -> str:
     """As ``triton.compile`` begins."""
     from triton._C.libtriton import ir
-    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import make_backend
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
@@ -104,13 +106,14 @@ def to_ttir(function: Any, signature: Any, constexprs: Any, options: Any, attrs:
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    source = ASTSource(function, signature, constexprs, attrs)
+    source = function.ASTSource(function, signature, constexprs, attrs)
     codegen = backend.get_codegen_implementation(options)
     module = source.make_ir(target, options, codegen, backend.get_module_map(), context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)
-    ttir: str = stages["ttir"](module, {}).str_nodebug()
-    return ttir
+    # Of Gluon it is the TTGIR, where calls may still name the file of what they call.
+    first: str = next(iter(stages.values()))(module, {}).str_nodebug()
+    return re.sub(r"_mctune_kernels_\w+\.\w+\.", "", first)
 
 
 def unrendered(operation: str, given: Mapping[str, Any]) -> SimpleNamespace:
@@ -167,7 +170,10 @@ def corners(problem: Problem) -> Iterator[Config]:
                 yield config
 
 
-ALL = [Case(problem, config) for pass_ in PASSES for problem in problems(pass_) for config in configs(problem)]
+ALL = [
+    *(Case(problem, config) for pass_ in PASSES for problem in problems(pass_) for config in configs(problem)),
+    *(Case(one.problem, one.config) for one in draw_specialized(TARGET)),
+]
 
 
 def met(case: Case) -> frozenset[tuple[Any, ...]]:

@@ -32,11 +32,18 @@ class TritonBackend:
     """Templates of ``templates/triton`` for a GPU."""
 
     name = "triton"
+    measured = False
 
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
         self.check(problem)
-        return load_space("triton", problem.pass_)
+        return load_space("triton", problem.pass_, self.measured)
+
+    def measuring(self) -> TritonBackend:
+        """The same with spaces that also have what Triton's interpreter cannot verify."""
+        backend = type(self)()
+        backend.measured = True
+        return backend
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that no Triton template computes.
@@ -77,7 +84,7 @@ class TritonBackend:
         Raises:
             ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
         """
-        broken = self.space(problem).broken(config, problem, target)
+        broken = self.measuring().space(problem).broken(config, problem, target)
         if broken:
             raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
         parts = write_parts(problem, config, folder)

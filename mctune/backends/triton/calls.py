@@ -8,41 +8,48 @@ import torch
 
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
+from mctune.runtime.kept import Sizes, shape
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
+from mctune.runtime.tvm_forward import padded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LANES = 16
-"""States that a forward keeps for a backward have widths padded to this."""
 
 
-def call_on_meta(problem: Problem, kernel: Kernel, even: bool = True, state_dtype: str = "float32") -> None:
+def call_on_meta(
+    problem: Problem, kernel: Kernel, even: bool = True, state_dtype: str = "float32", alone: bool | None = None
+) -> None:
     """Call the launcher of the problem's pass once, as a search times it and as a model calls it.
 
     A decode step's sequences are all at the same place, or, where not ``even``, the first is one token behind; its
-    cached states are in ``state_dtype``.
+    cached states are in ``state_dtype``. A pass that is ``alone`` keeps nothing, or is given nothing: by default a
+    forward is, and a backward is not. A forward that is not keeps what a cache of states takes.
     """
     match problem.pass_:
         case "forward":
-            kernel(*_rows(problem, problem.T), segments=_segments(problem), **_options(problem, problem.T))
+            keep = ("states", "means") if alone is False else ()
+            rows = _rows(problem, problem.T)
+            kernel(*rows, segments=_segments(problem), keep=keep, **_options(problem, problem.T))
         case "backward":
-            _backward(problem, kernel)
+            _backward(problem, kernel, bool(alone))
         case "decode":
             _decode(problem, kernel, even, _DTYPES[state_dtype])
         case _:
             raise ValueError(f"no launcher is called for pass {problem.pass_!r}")
 
 
-def _backward(problem: Problem, kernel: Kernel) -> None:
+def _backward(problem: Problem, kernel: Kernel, alone: bool) -> None:
     segments = _segments(problem)
     q, k, v, u = _rows(problem, problem.T)
-    saved: dict[str, torch.Tensor | None] = {"states": None, "means": None}
-    # A forward saves nothing where a row's length decides about its segments.
-    if kernel.saves and problem.segmentation != "logarithmic":
-        count = problem.B * problem.H * segments.count
-        Dk, Dv = (-(-width // _LANES) * _LANES for width in (problem.Dk, problem.Dv))
-        saved = {"states": _empty(count, Dk, Dv), "means": _empty(count, Dk)}
-    kernel(torch.empty_like(v), q, k, v, u, segments=segments, **saved, **_options(problem, problem.T))
+    # A forward keeps nothing where a row's length decides about its segments.
+    nothing = alone or problem.segmentation == "logarithmic"
+    names = [] if nothing else [name for group in kernel.wants for name in group]
+    count = segments.count
+    sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
+                  min(problem.top_k or 1, count), q.dtype)  # fmt: skip
+    shapes = {name: shape(name, sizes) for name in names}
+    kept = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
+    kernel(torch.empty_like(v), q, k, v, u, segments=segments, kept=kept, **_options(problem, problem.T))
 
 
 def _decode(problem: Problem, kernel: Kernel, even: bool, state_dtype: torch.dtype) -> None:

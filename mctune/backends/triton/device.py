@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from mctune.backends.protocol import Launch as Launch
+from mctune.backends.triton.notes import notes_of, noting
 from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.target import Target
 
@@ -42,6 +44,7 @@ class _Loaded:
     spills: int
     asm: str
     binary: bytes
+    notes: tuple[str, ...]
 
 
 class VirtualDevice:
@@ -63,7 +66,9 @@ class VirtualDevice:
         self.utils = _Utils(self)
         self.metadata: Any = None
         self._group: Mapping[str, str] = {}
+        self._digest = ""
         self._before: tuple[Any, Any] = (None, None)
+        self._noting = ExitStack()
 
     def __enter__(self) -> VirtualDevice:
         from triton import knobs
@@ -76,6 +81,8 @@ class VirtualDevice:
         driver.set_active(self)
         knobs.compilation.listener = self._listen
         knobs.runtime.kernel_load_start_hook.add(self._about_to_load)
+        if self.target.kind == "cuda":
+            self._noting.enter_context(noting())
         return self
 
     def __exit__(
@@ -84,6 +91,7 @@ class VirtualDevice:
         from triton import knobs
         from triton.runtime import driver
 
+        self._noting.close()
         knobs.runtime.kernel_load_start_hook.remove(self._about_to_load)
         driver._active, knobs.compilation.listener = self._before
 
@@ -125,7 +133,7 @@ class VirtualDevice:
             self.compiled.append(src.name)
 
     def _about_to_load(self, module: Any, function: Any, name: str, group: Mapping[str, str], hash: str) -> None:
-        self._group = group
+        self._group, self._digest = group, hash
 
     def load(self, name: str, binary: bytes, shared: int) -> _Loaded:
         """Judge a kernel that was just compiled or found on disk."""
@@ -142,7 +150,8 @@ class VirtualDevice:
         registers, spills = _amd_usage(asm) if self.target.kind == "hip" else _cuda_usage(binary)
         if self.target.kind == "cuda" and registers * threads > REGISTERS_PER_BLOCK:
             raise DoesNotFit(name, warps, stages, registers * threads, REGISTERS_PER_BLOCK, "registers")
-        return _Loaded(registers, spills, asm, binary)
+        notes = notes_of(self._digest, asm, self.metadata) if self.target.kind == "cuda" else ()
+        return _Loaded(registers, spills, asm, binary, notes)
 
 
 _NUMBERS: dict[Target, int] = {}
@@ -198,6 +207,7 @@ class _Recorder:
                 binary=function.binary,
                 arguments=tuple((name, str(kind)) for name, kind in self.src.signature.items()),
                 values=tuple((name, value) for name, value in arguments if isinstance(value, (int, float, str))),
+                notes=function.notes,
             )
         )
 

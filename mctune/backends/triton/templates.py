@@ -29,6 +29,7 @@ PREFIXES = {
     "pair_order": "pairs",
     "grouped_read": "group",
     "read_forward": "read",
+    "read_specialized": "read",
     "gates_backward": "dgates",
     "read_backward": "dq",
     "state_backward": "dstates",
@@ -49,7 +50,8 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
         case "forward":
             gates = ("gates",) if problem.routed and config["gates"] == "precomputed" else ()
             grouped = ("pair_order", "grouped_read") if config["formulation"] == "grouped" else ()
-            return ("segment_states", *gates, *grouped, "read_forward")
+            read = "read_specialized" if config["formulation"] == "specialized" else "read_forward"
+            return ("segment_states", *gates, *grouped, read)
         case "backward":
             gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
             grouped = ("pair_order", "grouped_backward") if config["formulation"] == "grouped" else ()

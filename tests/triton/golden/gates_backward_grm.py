@@ -33,6 +33,7 @@ def connector_kernel(
     means,
     sums,
     logits,
+    gammas,
     lse,
     dgamma,
     own,
@@ -60,7 +61,7 @@ def connector_kernel(
 ):
     """One program: BT tokens of a head. The first part of ``dgamma`` becomes dr, or the pairs' go to ``chosen_dr``.
 
-    Logits of cached segments become their gates.
+    The gates of cached segments go to ``gammas``, which may be where their logits are.
     """
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
@@ -97,7 +98,7 @@ def connector_kernel(
             dr += tl.load(dgamma + p * part * N + place, mask=here, other=0.0)
         dr *= gamma
         tl.store(dgamma + place, dr, mask=here)
-        tl.store(logits + place, gamma, mask=here)
+        tl.store(gammas + place, gamma, mask=here)
         mean = load_rows(means + bh * N * SK, i0, s, SK, 0, SK, BI, PK)
         grad = tl.dot(tl.trans(dr), mean, grad, input_precision="tf32x3")
 
@@ -200,12 +201,13 @@ def gates_backward(
     means: torch.Tensor,
     sums: torch.Tensor | None,
     logits: torch.Tensor | None,
+    gammas: torch.Tensor | None,
     lse: torch.Tensor,
     own_logit: torch.Tensor | None,
     chosen: torch.Tensor | None,
     picked: torch.Tensor | None,
     order: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    starts: torch.Tensor | None,
     dgamma: torch.Tensor,
     own: torch.Tensor,
     delta: torch.Tensor | None,
@@ -224,10 +226,11 @@ def gates_backward(
     Args:
         k, u [B, T, H, DK]: of one dtype.
         means, sums: of :mod:`segment_states`; logits, lse, own_logit, chosen, picked: of :mod:`gates`.
-        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten, and
-        logits of cached segments with their gates, as :mod:`state_backward` takes them.
-        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits and delta are None,
-        and there are order and offsets, of :mod:`pair_order`.
+        gammas: where the gates of cached segments go, as :mod:`state_backward` takes them; like logits, or logits
+            itself.
+        dgamma [blocks, B*H, N, T], own, delta [blocks, B*H, T]: of :mod:`read_backward`. dgamma is overwritten.
+        With FORMULATION "grouped" dgamma is ``[B*H, T, top_k]``, of :mod:`grouped_backward`, logits, gammas and delta
+        are None, and there are order and starts, of :mod:`pair_order`.
         tiles: of BT tokens.
 
     Returns:
@@ -242,10 +245,10 @@ def gates_backward(
     top_k = 0
     chosen_dr = None
     connector_kernel[(tiles.shape[0], B * H)](
-        k=k, means=means, sums=sums, logits=logits, lse=lse, dgamma=dgamma, own=own, deltas=delta, begin=begin, end=end,
-        segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece, tiles=tiles, du=du, gate=gate,
-        pull=pull, T=T, H=H, N=N, P=P, PARTS=own.shape[0], DK=DK, PK=PK, SK=SK, BT=BT, BI=BI, num_warps=num_warps,
-        num_stages=num_stages,
+        k=k, means=means, sums=sums, logits=logits, gammas=gammas, lse=lse, dgamma=dgamma, own=own, deltas=delta,
+        begin=begin, end=end, segment=segment, seg_first=seg_first, seg_begin=seg_begin, seg_piece=seg_piece,
+        tiles=tiles, du=du, gate=gate, pull=pull, T=T, H=H, N=N, P=P, PARTS=own.shape[0], DK=DK, PK=PK, SK=SK, BT=BT,
+        BI=BI, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     parts = means.new_empty((SPLITS, B * H, N, SK))
     descriptor_kernel[(SPLITS * triton.cdiv(N, BI), B * H)](

@@ -137,23 +137,28 @@ def read_forward(
     seg_piece: torch.Tensor,
     seg_last: torch.Tensor | None,
     tiles: torch.Tensor,
+    y: torch.Tensor,
     scale: float,
+    first_head: int,
+    heads: int,
+    first_token: int,
+    span: int,
     top_k: int,
 ) -> torch.Tensor:
-    """y ``[B, T, H, DV]``, of q's dtype.
+    """y ``[B, T, H, DV]``, of q's dtype, with what this launch is about written.
 
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
         states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
         past, means, sums: of :mod:`segment_states`; logits, lse, own, picked: of :mod:`gates`.
-        partial [B*H, T, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
+        partial [heads, span, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
         seg_last: None where every segment is one piece.
-        tiles: of BT tokens.
+        tiles: of BT tokens, of those that this launch is about.
+        first_head, heads, first_token, span: which those are.
     """
-    B, T, H, _ = q.shape
+    _, T, H, _ = q.shape
     bv = min(BV, PV)
-    y = torch.empty_like(v)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], B * H)](
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], heads)](
         q=q, k=k, v=v, states=states, logits=logits, lse=lse, begin=begin, end=end, segment=segment, entering=entering,
         seg_first=seg_first, seg_last=seg_last, tiles=tiles, y=y, scale=scale, T=T, H=H, N=seg_first.shape[0],
         P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,

@@ -113,7 +113,8 @@ def local_kernel(
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision="ieee")
     inside = (rows < SK)[:, None] & (cols < SV)[None, :]
     place = (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
-    tl.store(ends + place, state, mask=inside)
+    if ends is not None:
+        tl.store(ends + place, state, mask=inside)
     if operand is not None:
         tl.store(operand + place, state.to(operand.dtype.element_ty), mask=inside)
     if column == 0:
@@ -224,29 +225,34 @@ def segment_states(
     seq_begin: torch.Tensor,
     seq_end: torch.Tensor,
     crosses: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    exact: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """ends and operand ``[B*H, P, SK, SV]``, past ``[B*H, N, SK, SV]``, means ``[B*H, N, SK]``, sums ``[B*H, P, SK]``.
 
     Args:
         k [B, T, H, DK], v [B, T, H, DV]: of one dtype.
         cum, now, after, before: of :func:`decays`; None for linear.
         crosses: whether any piece is entered.
+        exact: whether end states are wanted in float32 too.
 
     Returns:
-        End states, float32, in linear memories of 16 bits only those of the last pieces of segments; the states of all
-        pieces as operands of products, in k's dtype (``ends`` itself where that is float32, not written where sums of
-        states are read and nothing enters a piece); the sum of earlier segments' states in k's dtype, for residual and
-        mean, else None; mean keys, float32; the sums of pieces' keys, float32, None where every segment is one piece.
+        End states, float32, in linear memories of 16 bits only those of the last pieces of segments (unless ``exact``,
+        None or scratch); the states of all pieces as operands of products, in k's dtype (``ends`` itself where that is
+        float32, not written where sums of states are read and nothing enters a piece); the sum of earlier segments'
+        states in k's dtype, for residual and mean, else None; mean keys, float32; the sums of pieces' keys, float32,
+        None where every segment is one piece.
     """
     B, T, H, _ = k.shape
     P, N = begin.shape[0], seg_begin.shape[0]
-    ends = k.new_empty((B * H, P, SK, SV), dtype=torch.float32)
     means = k.new_empty((B * H, N, SK), dtype=torch.float32)
     operand = past = sums = None
     operand = k.new_empty((B * H, P, SK, SV))
     if P > N:
         sums = k.new_empty((B * H, P, SK), dtype=torch.float32)
     carries = crosses or past is not None
+    ends = None
+    if exact or carries or operand is None:
+        ends = k.new_empty((B * H, P, SK, SV), dtype=torch.float32)
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
@@ -262,9 +268,9 @@ def segment_states(
         )  # fmt: skip
     if carries:
         carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
-            ends=ends, carried=ends if crosses else None, operand=operand if crosses else None, past=past,
-            segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end, N=N, P=P,
-            SIZE=SK * SV, BLOCK=1024, num_warps=4,
+            ends=ends, carried=ends if crosses and (exact or operand is None) else None,
+            operand=operand if crosses else None, past=past, segment=segment, entering=entering, seg_last=seg_last,
+            seq_begin=seq_begin, seq_end=seq_end, N=N, P=P, SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return ends, ends if operand is None else operand, past, means, sums
 

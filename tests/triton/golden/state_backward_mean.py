@@ -126,7 +126,7 @@ def state_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     dy: torch.Tensor,
-    ends: torch.Tensor,
+    ends: torch.Tensor | None,
     gammas: torch.Tensor | None,
     gate: torch.Tensor | None,
     chosen: torch.Tensor | None,
@@ -149,7 +149,7 @@ def state_backward(
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
-        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
+        ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,24 +17,12 @@ from typing import Any
 
 import pytest
 
-from mctune.core.outcome import Timed
 from mctune.core.target import resolve
 from mctune.report.rows import read_csv
 from mctune.report.write import read_document, write_results
 
 BENCHMARKS = Path(__file__).parent.parent.parent.parent / "benchmarks"
 TARGET, _ = resolve("h200")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import gpu
-
-        yield gpu
-        for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu_")]:
-            del sys.modules[name]
 
 
 def tiny(gpu: ModuleType, kind: str) -> Any:
@@ -80,7 +67,7 @@ def test_what_is_right_is_timed_and_what_is_not_is_left_out(
 
 
 def test_what_the_contenders_are_given(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, shape = sys.modules["gpu_contenders"], tiny(gpu, "forward")
+    module, other, shape = sys.modules["gpu_contenders"], sys.modules["gpu_others"], tiny(gpu, "forward")
     data, given = module.Data.of(shape), dict[str, Any]()
 
     def log_linear(q: Any, k: Any, v: Any, g: Any, scales: Any, scale: None) -> Any:
@@ -90,11 +77,11 @@ def test_what_the_contenders_are_given(gpu: ModuleType, tmp_path: Path, monkeypa
     fla = ModuleType("fla.ops.log_linear_attn")
     fla.chunk_log_linear_attn = log_linear  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fla.ops.log_linear_attn", fla)
-    module._fla_log_linear(shape, data)()
+    other.fla_log_linear(shape, data)()
     # Its kernels multiply q by them; a sequence of 41 has 7 levels.
     assert given["scales"].dtype == data.q.dtype and given["scales"].shape == (1, 41, 1, 7)
-    monkeypatch.setattr(module.torch, "compile", lambda function, **options: given.update(options) or function)
-    module._compiled("grm")(shape, data)
+    monkeypatch.setattr(other.torch, "compile", lambda function, **options: given.update(options) or function)
+    other.compiled("grm")(shape, data)
     assert given["dynamic"] is False
     # A package that has no kernel for a step: the defaults show what states in 16 bits give.
     monkeypatch.setattr(module, "_tuned", lambda *_: None)
@@ -232,7 +219,7 @@ def test_what_ends_the_process_is_recorded_and_the_others_go_on(
     script, out = tmp_path / "script.py", tmp_path / "benchmark.json"
     script.write_text(
         f"import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from gpu_contenders import Shape; from gpu_record import Record, Trying\n"
+        "from gpu_shapes import Shape; from gpu_record import Record, Trying\n"
         f"out = Path({str(out)!r}); trying = Trying(out.with_suffix('.trying'))\n"
         "shape = Shape('forward', 1, 41, 1, 16, 16, 'float16')\n"
         "record = Record.read(out.with_suffix('.jsonl'), {'package': None}, [])\n"
@@ -281,8 +268,8 @@ def test_compiling_beforehand(
     module = sys.modules["gpu_warm"]
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, os, sys, time\nshape, name = json.loads(sys.argv[2])\n"
-        "assert os.environ['FLA_CACHE_RESULTS'] == '0'\n"
+        "import json, os, sys, time\nshape, name, part, parts = json.loads(sys.argv[2])\n"
+        "assert os.environ['FLA_CACHE_RESULTS'] == '0' and (part, parts) == (0, 1)\n"
         f"open({str(tmp_path)!r} + f'/{{name}} {{shape[\"T\"]}} {{shape[\"C\"]}}', 'w')\n"
         "if name == 'slow': time.sleep(60)\nif name == 'fla': raise SystemExit('planted: no such kernel')\n"
     )
@@ -331,29 +318,6 @@ def test_rows_are_kept_and_reported(gpu: ModuleType, tmp_path: Path, monkeypatch
     (folder,) = write_results([read_document(out)], tmp_path / "results")
     (read,) = read_csv(folder / "rows.csv")
     assert read.fraction_of_bound is not None and read.best_baseline is not None
-
-
-def test_goals_are_of_the_figures(gpu: ModuleType) -> None:
-    def timings(**ms: float) -> list[Any]:
-        return [
-            sys.modules["gpu_report"].Timing(name, computes, Timed(time, time, time, 9, 0.0), 0.1, {})
-            for (name, computes), time in zip(
-                [("mctune grm, defaults", "grm"), ("mctune ssc", "ssc"), ("mctune base", "base"), ("sdpa, flash", ""),
-                 ("fla chunk_simple_gla", "")], ms.values(), strict=True,
-            )
-        ]  # fmt: skip
-
-    def shape(kind: str, T: int) -> Any:
-        return gpu.Shape(kind, 1, T, 16, 128, 256)
-
-    found = {
-        shape("training", 16384): timings(grm=2.0, ssc=1.5, base=1.0, flash=5.2, fla=0.9),
-        shape("training", 65536): timings(grm=20.0, ssc=5.0, base=4.0, flash=90.0, fla=4.0),
-        shape("decode", 16385): timings(grm=0.02, ssc=0.01, base=9.0, flash=0.035, fla=9.0),
-    }
-    judged = {goal["name"].split(",")[0]: goal for goal in gpu.goals(found, gpu.Rates(8e14, 4e12))}
-    assert [goal["met"] for goal in judged.values()] == [True, False, True, False]
-    assert [round(goal["figure"], 3) for goal in judged.values()] == [2.6, 0.9, 1.2, 1.75]
 
 
 def test_the_decisive_shapes_come_first_and_none_twice(gpu: ModuleType) -> None:
