@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mctune.core.config import Config
 
 FORMS = ("warps", "stages", "operand", "mma", "ptxas")
-SUSPECTS = ("dstates", "states", "dgroup", "dkv", "dq")
+SUSPECTS = ("states", "dstates", "dgroup", "dkv", "dq")
 RUNS = 10
 OFF = 3e-2
 """RMS ratio beyond which two right results of an operation may not differ."""

@@ -283,8 +283,7 @@ def lead_kernel(
         tl.store(dk_lead + ((bh * P + piece) * 2 + 1) * SK + keys, strong * dk_row, mask=keys < SK)
         tl.store(dv_lead + (bh * P + piece) * SV + values, strong * dv_row, mask=values < SV)
         tl.store(dbefore + bh * P + piece, strength + ended)
-        whole = tl.load(crossing + bh * P + piece) + strong * ended
-        tl.store(crossing + bh * P + piece, whole)
+        tl.store(crossing + bh * P + piece, tl.load(crossing + bh * P + piece) + strong * ended)
 
 
 def state_backward(
@@ -367,8 +366,7 @@ def state_backward(
             SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         if not SWLA:
-            # The state that enters a piece is read as a cached one is.
-            enters = False
+            enters = False  # the state that enters a piece is read as a cached one is
     if enters:
         dentered = torch.empty_like(dends)
         piece_kernel[(blocks * P, B * H)](
