@@ -107,7 +107,7 @@ class TritonForward:
                         seg_last=seg_last, N=segments.count, first_head=first_head, heads=count, block=block,
                         blocks=shares.blocks,
                     )  # fmt: skip
-                self.read_forward(
+                y = self.read_forward(
                     **read, **spans, u=u, past=past, means=means, sums=sums, own=own, picked=picked, partial=partial,
                     cum=cum, now=now, after=after, before=before, y=y, first_head=first_head, heads=count,
                     tiles=tables.tiles(self.config["read_BT"], (begin, end) if shares.blocks > 1 else None),

@@ -34,7 +34,7 @@ def footprint(launch: Launch, problem: Problem, config: Config, cache: float = 0
     heads, tokens = problem.B * problem.H, 1 if problem.pass_ == "decode" else problem.T
     if "first_head" in walk.values:
         whole = heads * tokens
-        heads = launch.grid[1]
+        heads = launch.grid[1] * int(walk.values.get("together", 1))
         tokens = walk["span"] if "span" in walk.values else tokens // walk["blocks"]
         cache = cache if heads * tokens < whole else 0.0
     else:

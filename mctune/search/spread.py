@@ -24,7 +24,11 @@ _FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
             ("grm", {"formulation": one, "gates": gates})
             for one, gates in product(("per_segment", "gated"), ("precomputed", "fused"))
         ),
-        *(("ssc", {"formulation": one, "gates": "precomputed"}) for one in ("per_segment", "gated", "grouped")),
+        ("grm", {"formulation": "scaled", "gates": "precomputed"}),
+        *(
+            ("ssc", {"formulation": one, "gates": "precomputed"})
+            for one in ("per_segment", "gated", "scaled", "grouped")
+        ),
     ),
     "backward": tuple(("ssc", {"formulation": one}) for one in ("per_segment", "grouped")),
 }
@@ -141,7 +145,8 @@ def odd_cases(problem: Problem) -> Iterator[Problem]:
     match problem.pass_:
         case "forward":
             yield problem.replace(B=1, T=1, H=1)
-            yield problem.replace(B=2, T=C + C // 2 + 1, H=2)
+            # Heads that take turns, in several groups.
+            yield problem.replace(B=2, T=C + C // 2 + 1, H=3)
             # More and shorter segments than a tile of logits has, and than ssc reads.
             yield problem.replace(B=1, T=74, H=1, segment_length=4)
             yield problem.replace(B=1, T=45, H=1, segmentation="logarithmic", segment_length=None)

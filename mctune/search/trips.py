@@ -127,8 +127,10 @@ def _pieces(problem: Problem, piece: int) -> tuple[Piece, ...]:
 
 
 def _local(w: Walk) -> Source:
-    BT = w["BT"]
-    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / BT)), 2 * BT * w["BK"] * w["BV"]),))
+    """In 16 bits the sum of keys is a product too, of 64 rows."""
+    BT, sums = w["BT"], 0 if w.problem.dtype == "float32" else 64
+    steps = w.of_pieces(lambda p: math.ceil(p.length / BT))
+    return Source(1, 0, (Source(steps, 2 * BT * w["BK"] * (w["BV"] + sums)),))
 
 
 def _means(w: Walk) -> Source:

@@ -8,9 +8,9 @@ from mctune.core.target import Target
 FORMULATIONS = {
     "residual": ("summed",),
     "mean": ("summed",),
-    "grm": ("per_segment", "gated"),
-    "soup": ("per_segment", "gated"),
-    "ssc": ("per_segment", "gated", "grouped"),
+    "grm": ("per_segment", "gated", "scaled"),
+    "soup": ("per_segment", "gated", "scaled"),
+    "ssc": ("per_segment", "gated", "scaled", "grouped"),
 }
 """How each aggregation's cached read may be computed; the template says what each one is."""
 
@@ -104,10 +104,17 @@ def _lists(config: Config, problem: Problem, target: Target) -> bool:
     return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
+def _sums(config: Config, problem: Problem, target: Target) -> bool:
+    """The sum, and where gates times products are added to it, a product: in half of a thread's registers."""
+    warps = config.integer("read_num_warps")
+    tiles = 2 if config["formulation"] == "per_segment" else 1
+    columns = min(config.integer("read_BV"), _power(problem.Dv))
+    return tiles * config.integer("read_BT") * columns <= min(warps * 32 * 128, 65536 // 2)
+
+
 _MANY = "only the products of sm_90 spread over so many warps"
 
-# Rows share a state's way from the L2: twice as many, half the columns.
-_TALL = _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16)
+_TALL = _WIDE.replace(formulation="scaled", read_BT=256, read_BJ=32, read_num_warps=16, read_num_stages=2)
 _DEFAULTS = (
     # Lists of a greater top_k take more warps.
     *(
@@ -115,15 +122,18 @@ _DEFAULTS = (
         for warps in (4, 8)
         for piece in (256, 128, 64, 32, 16)
     ),
+    # Rows share a state's way from the L2, and q's do so with the columns of a sum that has the accumulator for itself.
+    _WIDE.replace(read_BT=256, read_num_warps=16),
     _TALL,
+    _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
     *(_shorter(piece, name) for name in ("per_segment", "summed") for piece in (256, 128, 64, 32, 16)),
-    *(
-        config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
-        for name, unused in (("per_segment", False), ("summed", True))
-        for piece in (64, 32, 16)
-        for precision in ("tf32x3", "ieee")
-        for config in (_float32(piece, name, precision),)
-    ),
+)
+_FLOAT32 = tuple(
+    config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
+    for name, unused in (("per_segment", False), ("summed", True))
+    for piece in (64, 32, 16)
+    for precision in ("tf32x3", "ieee")
+    for config in (_float32(piece, name, precision),)
 )
 
 SPACE = SearchSpace(
@@ -131,7 +141,7 @@ SPACE = SearchSpace(
         Pow2("piece", 16, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
         Choice("precision", ("ieee", "tf32x3"), "of float32 products"),
         Choice("gates", ("precomputed", "fused"), "by a kernel of their own, or as the read goes along"),
-        Choice("formulation", ("summed", "per_segment", "gated", "grouped"), "of the cached read"),
+        Choice("formulation", ("summed", "per_segment", "gated", "scaled", "grouped"), "of the cached read"),
         Pow2("states_BT", 16, 128, "tokens of a step of a state's sum"),
         Pow2("states_BK", 32, 128, "key columns of a state's tile"),
         Pow2("states_BV", 16, 128, "value columns of a state's tile"),
@@ -174,6 +184,11 @@ SPACE = SearchSpace(
             "the aggregation's gates cannot be fused",
         ),
         Constraint(
+            "gates",
+            lambda c, p, t: c["gates"] == "precomputed" or c["formulation"] != "scaled",
+            "the sum is kept in units of a gate, and a fused one is not known before the last state",
+        ),
+        Constraint(
             "read_BN",
             lambda c, p, t: c["gates"] == "fused" or c["read_BN"] == _WIDE["read_BN"],
             "only fused gates come in blocks",
@@ -207,11 +222,7 @@ SPACE = SearchSpace(
             lambda c, p, t: c.integer("states_BK") <= max(_power(p.Dk), 32) or c["states_BK"] == _WIDE["states_BK"],
             "a tile wider than the keys computes rows that do not exist",
         ),
-        Constraint(
-            "read registers",
-            lambda c, p, t: c.integer("read_BT") * c.integer("read_BV") <= 128 * c.integer("read_num_warps") * 32,
-            "the accumulator alone would spill",
-        ),
+        Constraint("read registers", _sums, "the accumulators alone would spill"),
         Constraint("read_num_warps", lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90", _MANY),
         Constraint(
             "read_num_stages",
@@ -232,7 +243,7 @@ SPACE = SearchSpace(
         ),
     ),
     default=_DEFAULTS[0],
-    fallbacks=(*_DEFAULTS[1:], *(config.replace(read_num_stages=1) for config in _DEFAULTS)),
+    fallbacks=(*_DEFAULTS[1:], *(config.replace(read_num_stages=1) for config in _DEFAULTS), *_FLOAT32),
 )
 
 

@@ -35,6 +35,15 @@ def load_state(x, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
 
 
 @triton.jit
+def block_and_head(together):
+    """Of a program, where blocks of a head are in order and ``together`` heads take turns.
+
+    The longest come first of all these heads, so that few programs are left for the end.
+    """
+    return tl.program_id(0) // together, (tl.program_id(1) * together + tl.program_id(0) % together).to(tl.int64)
+
+
+@triton.jit
 def load_place(cached, filled, cached_all, filled_all, b, first, length):
     """States cached and tokens of the segment under way, of sequence b before token ``first`` of the call."""
     if cached is not None:

@@ -13,14 +13,16 @@ P_t^(s) = sum_j w_tj <dy_t, v_j> k_j + e^{cum_t} dy_t A^T, and under SWLA the ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
+from .common import block_and_head, load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["top_k", "together", "T", "H", "N", "P"])
 def read_backward_kernel(
     q,
     k,
@@ -50,6 +52,7 @@ def read_backward_kernel(
     delta,
     scale,
     top_k,
+    together,
     T,
     H,
     N,
@@ -70,9 +73,9 @@ def read_backward_kernel(
 ):
     """One program: BT tokens, BK key columns, one head."""
     BLOCKS: tl.constexpr = (DK + BK - 1) // BK
-    column = tl.program_id(0) % BLOCKS * BK
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BK
+    tile = tiles + block // BLOCKS * 2
     piece = tl.load(tile)
     t0 = tl.load(tile + 1)
     start = tl.load(begin + piece)
@@ -126,7 +129,7 @@ def read_backward_kernel(
         online += entered
 
     keys = q_t.to(tl.float32)
-    part = (column // BK) * tl.num_programs(1) + bh
+    part = (column // BK) * (tl.num_programs(1) * together) + bh
     tl.store(own + part * T + t, tl.sum(keys * online, 1) * scale, mask=valid)
     if AGGREGATION == "residual" or AGGREGATION == "mean":
         if s > first:
@@ -226,12 +229,13 @@ def read_backward(
     dgamma = delta = None
     if FORMULATION != "grouped" and (AGGREGATION == "grm" or AGGREGATION == "ssc"):
         dgamma, delta = q.new_empty((blocks, B * H, N, T), dtype=torch.float32), torch.empty_like(own)
-    read_backward_kernel[(blocks * tiles.shape[0], B * H)](
+    together = math.gcd(B * H, 8)
+    read_backward_kernel[(blocks * tiles.shape[0] * together, B * H // together)](
         q=q, k=k, v=v, dy=dy, states=states, past=past, logits=logits, lse=lse, own_logit=own_logit,
         picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
         segment=segment, entering=entering, seg_first=seg_first, seg_last=seg_last, tiles=tiles, dq=dq, dgamma=dgamma,
-        own=own, delta=delta, scale=scale, top_k=top_k, T=T, H=H, N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION,
-        FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk,
-        num_warps=num_warps, num_stages=num_stages,
+        own=own, delta=delta, scale=scale, top_k=top_k, together=together, T=T, H=H, N=N, P=P, SWLA=SWLA,
+        AGGREGATION=AGGREGATION, FORMULATION=FORMULATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK, SV=SV,
+        BT=BT, BJ=BJ, BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dgamma, own, delta

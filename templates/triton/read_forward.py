@@ -4,22 +4,25 @@
 
 The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece. Cached ones
 are read by one product each, which a tile of tokens shares (FORMULATION "per_segment": gates times products;
-"gated": products of gates times q, so that the sum stays where products are added up); residual and mean, whose gates
-are equal, read the sum of the states instead; under ssc with "grouped" another kernel has read them.
+"gated": products of gates times q, so that the sum stays where products are added up; "scaled": the sum stays there
+too, in units of the latest gate, and the product is added to it as it is); residual and mean, whose gates are equal,
+read the sum of the states instead; under ssc with "grouped" another kernel has read them.
 
 GATES: "precomputed" by :mod:`gates`, or "fused": a softmax that goes along with the cached states, BN at a time.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
+from .common import block_and_head, load_rows, load_state
 
 
-@triton.jit(do_not_specialize=["first_head", "first_token", "span", "top_k", "T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["first_head", "first_token", "span", "top_k", "together", "T", "H", "N", "P"])
 def read_forward_kernel(
     q,
     k,
@@ -53,6 +56,7 @@ def read_forward_kernel(
     first_token,
     span,
     top_k,
+    together,
     T,
     H,
     N,
@@ -75,9 +79,9 @@ def read_forward_kernel(
 ):
     """One program: BT tokens, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BV
+    tile = tiles + block // BLOCKS * 2
     if FORMULATION == "grouped":
         # ``partial`` has the heads and the tokens of this launch.
         partial += (bh * span - first_token) * top_k * DV
@@ -166,18 +170,34 @@ def read_forward_kernel(
             # Under ssc a logit may be -inf; it is no number where nothing was written.
             logsum = tl.load(lse + bh * T + t, mask=valid, other=0.0)
             row = logits + bh * N * T + t
-            acc *= tl.exp(tl.load(row + s.to(tl.int64) * T, mask=valid, other=0.0) - logsum)[:, None]
+            log_gate = tl.load(row + s.to(tl.int64) * T, mask=valid, other=0.0) - logsum
+            if FORMULATION == "scaled":
+                # At most e^40 between two gates, whatever came in between: the sum in units of one stays finite where
+                # reads are below 1e21, and no gate is off by more than 4e-18. What is no number stays none.
+                FLOOR: tl.constexpr = -40.0
+                unit = tl.exp(tl.where(log_gate < FLOOR, FLOOR, log_gate))
+            else:
+                acc *= tl.exp(log_gate)[:, None]
             for i in range(first, s):
                 last = i
                 if seg_last is not None:
                     last = tl.load(seg_last + i)
                 state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
-                gamma = tl.exp(tl.load(row + tl.cast(i, tl.int64) * T, mask=valid, other=float("-inf")) - logsum)
-                if FORMULATION == "gated":
-                    gated = (q_t.to(tl.float32) * gamma[:, None]).to(q_t.dtype)
+                log_gate = tl.load(row + tl.cast(i, tl.int64) * T, mask=valid, other=float("-inf")) - logsum
+                if FORMULATION == "scaled":
+                    log_gate = tl.where(log_gate < FLOOR, FLOOR, log_gate)
+                    acc = tl.dot(q_t, state, acc * (unit * tl.exp(-log_gate))[:, None], input_precision=PRECISION)
+                    unit = tl.exp(log_gate)
+                elif FORMULATION == "gated":
+                    gated = (q_t.to(tl.float32) * tl.exp(log_gate)[:, None]).to(q_t.dtype)
                     acc = tl.dot(gated, state, acc, input_precision=PRECISION)
                 else:
-                    acc += gamma[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
+                    acc += tl.exp(log_gate)[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
+            if FORMULATION == "scaled":
+                # Loaded again: carried out of the loop, every unit would be computed in a second layout.
+                latest = tl.where(s > first, s - 1, s).to(tl.int64)
+                log_gate = tl.load(row + latest * T, mask=valid, other=0.0) - logsum
+                acc *= tl.exp(tl.where(log_gate < FLOOR, FLOOR, log_gate))[:, None]
         else:
             top = total / (t - tl.load(seg_begin + s) + 1).to(tl.float32)
             size = tl.full([BT], 1.0, tl.float32)
@@ -280,13 +300,14 @@ def read_forward(
     """
     _, T, H, _ = q.shape
     bv = min(BV, PV)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], heads)](
+    together = math.gcd(heads, 8)
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)](
         q=q, k=k, v=v, u=u, states=states, past=past, means=means, sums=sums, logits=logits, lse=lse, own=own,
         picked=picked, partial=partial, cum=cum, now=now, after=after, before=before, begin=begin, end=end,
         segment=segment, entering=entering, seg_begin=seg_begin, seg_first=seg_first, seg_piece=seg_piece,
         seg_last=seg_last, tiles=tiles, y=y, scale=scale, first_head=first_head, first_token=first_token, span=span,
-        top_k=top_k, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], SWLA=SWLA, AGGREGATION=AGGREGATION, GATES=GATES,
-        FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ,
-        BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
+        top_k=top_k, together=together, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], SWLA=SWLA,
+        AGGREGATION=AGGREGATION, GATES=GATES, FORMULATION=FORMULATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV,
+        PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

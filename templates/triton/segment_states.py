@@ -75,6 +75,7 @@ def local_kernel(
     H,
     P,
     SWLA: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -100,12 +101,20 @@ def local_kernel(
     cols = column + tl.arange(0, BV)
     if SWLA:
         cum_end = tl.load(cum + bh * T + stop - 1)
-    total = tl.zeros([BK], tl.float32)
+    if HALF:
+        # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691): all of theirs are
+        # products. Rows of ones, so many that the same instructions do it.
+        totals = tl.zeros([64, BK], tl.float32)
+    else:
+        total = tl.zeros([BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        total += tl.sum(k_t.to(tl.float32), 0)
+        if HALF:
+            totals = tl.dot(tl.full([64, BT], 1.0, k_t.dtype), k_t, totals)
+        else:
+            total += tl.sum(k_t, 0)
         if SWLA:
             t = t0 + tl.arange(0, BT)
             cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
@@ -113,6 +122,8 @@ def local_kernel(
             weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
             k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision=PRECISION)
+    if HALF:
+        total = tl.max(totals, 0)
     if SWLA:
         # The token before the piece, where it is one of the same memory.
         if tl.load(entering + piece) >= 0:
@@ -295,8 +306,8 @@ def segment_states(
     local_kernel[(blocks * P, B * H)](
         k=k, v=v, cum=cum, now=now, after=after, before=before, begin=begin, end=end, entering=entering, ends=ends,
         operand=None if carries else operand, sums=sums, means=means if sums is None else None, T=T, H=H, P=P,
-        SWLA=SWLA, PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
-        num_stages=num_stages,
+        SWLA=SWLA, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if sums is not None:
         means_kernel[(N, B * H)](

@@ -348,7 +348,7 @@ def state_backward(
     bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
     dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
-    products = dentered = crossing = None
+    products = dentered = crossing = dk_lead = dv_lead = dbefore = None
     carries, enters = crosses, crosses
     if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
         cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
@@ -385,7 +385,6 @@ def state_backward(
             seq_end=seq_end, dentered=dentered, products=products, dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA,
             AGGREGATION=AGGREGATION, SIZE=SK * SV, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    dk_lead = dv_lead = dbefore = None
     if SWLA:
         if crosses:
             crossing = crossing.sum(-1)

@@ -13,11 +13,13 @@ P_t^(s) = sum_j w_tj <dy_t, v_j> k_j + e^{cum_t} dy_t A^T, and under SWLA the ro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
+from .common import block_and_head, load_rows, load_state
 
 DK = 128
 PK = 128
@@ -32,7 +34,7 @@ num_stages = 2
 num_warps = 8
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "P"])
+@triton.jit(do_not_specialize=["top_k", "together", "T", "H", "P"])
 def read_backward_kernel(
     q,
     k,
@@ -57,6 +59,7 @@ def read_backward_kernel(
     own,
     scale,
     top_k,
+    together,
     T,
     H,
     P,
@@ -71,9 +74,9 @@ def read_backward_kernel(
 ):
     """One program: BT tokens, BK key columns, one head."""
     BLOCKS: tl.constexpr = (DK + BK - 1) // BK
-    column = tl.program_id(0) % BLOCKS * BK
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BK
+    tile = tiles + block // BLOCKS * 2
     piece = tl.load(tile)
     t0 = tl.load(tile + 1)
     start = tl.load(begin + piece)
@@ -122,7 +125,7 @@ def read_backward_kernel(
         online += entered
 
     keys = q_t.to(tl.float32)
-    part = (column // BK) * tl.num_programs(1) + bh
+    part = (column // BK) * (tl.num_programs(1) * together) + bh
     tl.store(own + part * T + t, tl.sum(keys * online, 1) * scale, mask=valid)
     total = tl.load(lse + lines, mask=valid, other=float("inf"))
     online *= tl.exp(tl.load(own_logit + lines, mask=valid, other=0.0) - total)[:, None]
@@ -185,10 +188,11 @@ def read_backward(
     dq = torch.empty_like(q)
     own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
     dgamma = delta = None
-    read_backward_kernel[(blocks * tiles.shape[0], B * H)](
+    together = math.gcd(B * H, 8)
+    read_backward_kernel[(blocks * tiles.shape[0] * together, B * H // together)](
         q=q, k=k, v=v, dy=dy, states=states, lse=lse, own_logit=own_logit, picked=picked, partial=partial, cum=cum,
         now=now, after=after, before=before, begin=begin, end=end, segment=segment, entering=entering,
-        seg_first=seg_first, tiles=tiles, dq=dq, own=own, scale=scale, top_k=top_k, T=T, H=H, P=P, DK=DK, DV=DV, PV=PV,
-        SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk, num_warps=num_warps, num_stages=num_stages,
+        seg_first=seg_first, tiles=tiles, dq=dq, own=own, scale=scale, top_k=top_k, together=together, T=T, H=H, P=P,
+        DK=DK, DV=DV, PV=PV, SK=SK, SV=SV, BT=BT, BJ=BJ, BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dgamma, own, delta

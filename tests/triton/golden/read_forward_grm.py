@@ -4,19 +4,22 @@
 
 The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece. Cached ones
 are read by one product each, which a tile of tokens shares (FORMULATION "per_segment": gates times products;
-"gated": products of gates times q, so that the sum stays where products are added up); residual and mean, whose gates
-are equal, read the sum of the states instead; under ssc with "grouped" another kernel has read them.
+"gated": products of gates times q, so that the sum stays where products are added up; "scaled": the sum stays there
+too, in units of the latest gate, and the product is added to it as it is); residual and mean, whose gates are equal,
+read the sum of the states instead; under ssc with "grouped" another kernel has read them.
 
 GATES: "precomputed" by :mod:`gates`, or "fused": a softmax that goes along with the cached states, BN at a time.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
+from .common import block_and_head, load_rows, load_state
 
 DK = 128
 PK = 128
@@ -24,14 +27,14 @@ SK = 128
 DV = 128
 PV = 128
 SV = 128
-BJ = 64
+BJ = 32
 BT = 256
-BV = 64
-num_stages = 3
+BV = 128
+num_stages = 2
 num_warps = 16
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_forward_kernel(
     q,
     k,
@@ -48,6 +51,7 @@ def read_forward_kernel(
     tiles,
     y,
     scale,
+    together,
     T,
     H,
     N,
@@ -63,9 +67,9 @@ def read_forward_kernel(
 ):
     """One program: BT tokens, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BV
+    tile = tiles + block // BLOCKS * 2
     piece = tl.load(tile)
     t0 = tl.load(tile + 1)
     start = tl.load(begin + piece)
@@ -97,14 +101,24 @@ def read_forward_kernel(
     # Under ssc a logit may be -inf; it is no number where nothing was written.
     logsum = tl.load(lse + bh * T + t, mask=valid, other=0.0)
     row = logits + bh * N * T + t
-    acc *= tl.exp(tl.load(row + s.to(tl.int64) * T, mask=valid, other=0.0) - logsum)[:, None]
+    log_gate = tl.load(row + s.to(tl.int64) * T, mask=valid, other=0.0) - logsum
+    # At most e^40 between two gates, whatever came in between: the sum in units of one stays finite where
+    # reads are below 1e21, and no gate is off by more than 4e-18. What is no number stays none.
+    FLOOR: tl.constexpr = -40.0
+    unit = tl.exp(tl.where(log_gate < FLOOR, FLOOR, log_gate))
     for i in range(first, s):
         last = i
         if seg_last is not None:
             last = tl.load(seg_last + i)
         state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
-        gamma = tl.exp(tl.load(row + tl.cast(i, tl.int64) * T, mask=valid, other=float("-inf")) - logsum)
-        acc += gamma[:, None] * tl.dot(q_t, state, input_precision="ieee")
+        log_gate = tl.load(row + tl.cast(i, tl.int64) * T, mask=valid, other=float("-inf")) - logsum
+        log_gate = tl.where(log_gate < FLOOR, FLOOR, log_gate)
+        acc = tl.dot(q_t, state, acc * (unit * tl.exp(-log_gate))[:, None], input_precision="ieee")
+        unit = tl.exp(log_gate)
+    # Loaded again: carried out of the loop, every unit would be computed in a second layout.
+    latest = tl.where(s > first, s - 1, s).to(tl.int64)
+    log_gate = tl.load(row + latest * T, mask=valid, other=0.0) - logsum
+    acc *= tl.exp(tl.where(log_gate < FLOOR, FLOOR, log_gate))[:, None]
     cols = column + tl.arange(0, BV)
     out = y + head * DV + t.to(tl.int64)[:, None] * (H * DV) + cols[None, :]
     tl.store(out, (acc * scale).to(y.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
@@ -158,10 +172,11 @@ def read_forward(
     """
     _, T, H, _ = q.shape
     bv = min(BV, PV)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], heads)](
+    together = math.gcd(heads, 8)
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)](
         q=q, k=k, v=v, states=states, logits=logits, lse=lse, begin=begin, end=end, segment=segment, entering=entering,
-        seg_first=seg_first, seg_last=seg_last, tiles=tiles, y=y, scale=scale, T=T, H=H, N=seg_first.shape[0],
-        P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
-        num_stages=num_stages,
+        seg_first=seg_first, seg_last=seg_last, tiles=tiles, y=y, scale=scale, together=together, T=T, H=H,
+        N=seg_first.shape[0], P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -4,19 +4,22 @@
 
 The online memory at t is what the tokens of t's piece up to t write, after the state that enters the piece. Cached ones
 are read by one product each, which a tile of tokens shares (FORMULATION "per_segment": gates times products;
-"gated": products of gates times q, so that the sum stays where products are added up); residual and mean, whose gates
-are equal, read the sum of the states instead; under ssc with "grouped" another kernel has read them.
+"gated": products of gates times q, so that the sum stays where products are added up; "scaled": the sum stays there
+too, in units of the latest gate, and the product is added to it as it is); residual and mean, whose gates are equal,
+read the sum of the states instead; under ssc with "grouped" another kernel has read them.
 
 GATES: "precomputed" by :mod:`gates`, or "fused": a softmax that goes along with the cached states, BN at a time.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
+from .common import block_and_head, load_rows, load_state
 
 DK = 48
 PK = 64
@@ -31,7 +34,7 @@ num_stages = 3
 num_warps = 8
 
 
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+@triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_forward_kernel(
     q,
     k,
@@ -46,6 +49,7 @@ def read_forward_kernel(
     tiles,
     y,
     scale,
+    together,
     T,
     H,
     N,
@@ -61,9 +65,9 @@ def read_forward_kernel(
 ):
     """One program: BT tokens, BV value columns, one head."""
     BLOCKS: tl.constexpr = (DV + BV - 1) // BV
-    column = tl.program_id(0) % BLOCKS * BV
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BV
+    tile = tiles + block // BLOCKS * 2
     piece = tl.load(tile)
     t0 = tl.load(tile + 1)
     start = tl.load(begin + piece)
@@ -150,9 +154,11 @@ def read_forward(
     """
     _, T, H, _ = q.shape
     bv = min(BV, PV)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], heads)](
+    together = math.gcd(heads, 8)
+    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)](
         q=q, k=k, v=v, states=states, past=past, begin=begin, end=end, segment=segment, entering=entering,
-        seg_first=seg_first, tiles=tiles, y=y, scale=scale, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], DK=DK,
-        DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps, num_stages=num_stages,
+        seg_first=seg_first, tiles=tiles, y=y, scale=scale, together=together, T=T, H=H, N=seg_first.shape[0],
+        P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return y

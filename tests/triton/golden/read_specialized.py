@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-num_stages = 3
+num_stages = 2
 
 # Triton 3.9 calls it async_load.
 copy_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -166,7 +166,7 @@ def state_backward(
     bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
     dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
-    products = dentered = crossing = None
+    products = dentered = crossing = dk_lead = dv_lead = dbefore = None
     carries, enters = crosses, crosses
     carries = True
     dentered = products = torch.empty_like(dends)
@@ -190,5 +190,4 @@ def state_backward(
             segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end,
             dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    dk_lead = dv_lead = dbefore = None
     return dends, crossing, dk_lead, dv_lead, dbefore
