@@ -20,7 +20,7 @@ WHEELS := click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalche
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
 	einops fla-core==0.6.0
 
-.PHONY: search test test-all bench gpu wheelhouse lint types wheel wheel-check clean setup
+.PHONY: search test test-all bench contact gpu wheelhouse lint types wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
@@ -51,6 +51,10 @@ bench: $(READY)
 # The same command goes on where it ended.
 gpu:
 	$(GPU_PYTHON) benchmarks/on_gpu.py --minutes $(MINUTES) $(if $(STAGES),--stages $(STAGES))
+
+# On the same machine, and before: in five minutes whether the kernels are right and how fast they are.
+contact:
+	$(GPU_PYTHON) benchmarks/contact.py
 
 # For a machine with a GPU and no network: copy the checkout with build/wheelhouse to it.
 wheelhouse: $(READY)

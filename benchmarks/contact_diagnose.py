@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mctune.core.config import Config
 
 FORMS = ("warps", "stages", "operand", "mma", "ptxas")
+SUSPECTS = ("states", "dstates", "dgroup", "dkv", "dq")
 RUNS = 10
 OFF = 3e-2
 """RMS ratio beyond which two right results of an operation may not differ."""
@@ -53,6 +54,11 @@ class Form:
                 for problem, config in pairs]  # fmt: skip
 
 
+def _suspected(prefix: str) -> tuple[int, str]:
+    """Those whose kernels show most of the known hazards first."""
+    return (SUSPECTS.index(prefix) if prefix in SUSPECTS else len(SUSPECTS), prefix)
+
+
 def trials(
     kernels: Kernels, aggregation: str, forms: Iterable[str], ptxas: str | None, each: bool = False
 ) -> list[Form]:
@@ -63,9 +69,9 @@ def trials(
     pairs = {problem.pass_: (problem, config) for problem, config in kernels.pairs(aggregation)}
     every: list[str | None] = [None]
     if each:
-        every = list(dict.fromkeys(prefix for _, config in pairs.values() for prefix in prefixes(config)))
+        every = sorted({prefix for _, config in pairs.values() for prefix in prefixes(config)}, key=_suspected)
     found = []
-    for form, only in product(forms, every):
+    for only, form in product(every, list(forms)):
         variables = environment(form, ptxas)
         if variables is None or (only and form in ENVIRONMENT):
             continue

@@ -60,6 +60,7 @@ def _right(facts: Facts) -> str:
         (f["aggregation"], f"{f['runs']} repeats at T {f['T']}", "", "",
          "bitwise equal" if f["equal"] else f"DIFFERENT {json.dumps(f['differing'])}")
         for f in facts.of("repeats")
+        if not f["step"].startswith("form ")
     ]  # fmt: skip
     return _lines(("aggregation", "result", "error", "limit", ""), rows)
 

@@ -366,8 +366,7 @@ def state_backward(
             SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         if not SWLA:
-            # The state that enters a piece is read as a cached one is.
-            enters = False
+            enters = False  # the state that enters a piece is read as a cached one is
     if enters:
         dentered = torch.empty_like(dends)
         piece_kernel[(blocks * P, B * H)](

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mctune.backends.protocol import Launch
+from mctune.backends.triton.hazards import Hazard, hazards
 
 _PRODUCT = re.compile(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{|%rd)")
-_BARRIER = re.compile(r"\b(?:bar|barrier\.cta|barrier)\.sync\b")
-_WRITE = re.compile(r"cp\.async\.c[ag]|\bst\.shared|\bstmatrix\b")
 _WAIT = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)")
 _TRANSPOSING = ("cached_kernel", "piece_kernel", "chosen_kernel")
 """Kernels whose gated rows are transposed in registers: their assembly does it in several ways."""
@@ -25,7 +24,6 @@ class Wgmma:
         in_flight: most that may be unfinished where the kernel goes on.
         fences: between what ordinary instructions wrote to shared memory and what products read there.
         copies: whether shared memory is filled by copies that go along.
-        open_waits: waits for products after which shared memory is written before all warps have met.
     """
 
     products: int
@@ -33,7 +31,6 @@ class Wgmma:
     in_flight: int
     fences: int
     copies: bool
-    open_waits: int
 
 
 def wgmma_of(ptx: str) -> Wgmma:
@@ -45,31 +42,27 @@ def wgmma_of(ptx: str) -> Wgmma:
         in_flight=max((int(count) for count in _WAIT.findall(ptx)), default=0),
         fences=len(re.findall(r"fence\.proxy\.async", ptx)),
         copies="cp.async.c" in ptx,
-        open_waits=_open_waits(ptx),
     )
-
-
-def _open_waits(ptx: str) -> int:
-    """In the order of the text, in which a loop's end and its beginning are apart."""
-    found, waited = 0, False
-    for line in ptx.splitlines():
-        if _WAIT.search(line):
-            waited = True
-        elif _BARRIER.search(line):
-            waited = False
-        elif waited and _WRITE.search(line):
-            found, waited = found + 1, False
-    return found
 
 
 def exposed(launch: Launch) -> tuple[str, ...]:
     """Names of the hazards whose pattern a kernel has, whatever Triton compiled it."""
     found = wgmma_of(launch.asm)
+    early = _early(launch)
     patterns: Mapping[str, bool] = {
-        "wgmma wait": found.open_waits > 0 and launch.num_warps > 4,
+        "wgmma wait": any(one.waited for one in early),
+        "wgmma buffers": any(not one.waited for one in early),
         "wgmma fence": found.products > 0 and found.copies and found.fences == 0,
-        "wgmma registers": found.registers > 0 and found.in_flight > 0,
+        "wgmma registers": found.registers > 0 and found.in_flight > 0 and not launch.serialized,
         "transposed registers": found.registers > 0 and launch.name in _TRANSPOSING,
         "ptxas": found.registers > 0,
     }
     return tuple(name for name, has in patterns.items() if has)
+
+
+def _early(launch: Launch) -> tuple[Hazard, ...]:
+    """Writes to what a product may still read; none of a kernel that is too tangled to tell."""
+    try:
+        return hazards(launch.asm, launch.num_warps, launch.serialized)
+    except ValueError:
+        return ()

@@ -43,6 +43,12 @@ HAZARDS = (
         ("warps", "mma"), "triton #11047, mended by #11056",
     ),
     Hazard(
+        "wgmma buffers", None, HOPPER,
+        "an operand that something else reads too has one buffer too few in a pipelined loop, and is overwritten while "
+        "a product reads it",
+        ("stages", "mma"), "triton #6691",
+    ),
+    Hazard(
         "wgmma fence", (3, 7, 1), HOPPER,
         "copies into shared memory and the products that read them are not ordered (no fence.proxy.async) where a loop "
         "is pipelined",

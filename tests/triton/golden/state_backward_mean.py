@@ -175,8 +175,7 @@ def state_backward(
         scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    # The state that enters a piece is read as a cached one is.
-    enters = False
+    enters = False  # the state that enters a piece is read as a cached one is
     if enters:
         dentered = torch.empty_like(dends)
         piece_kernel[(blocks * P, B * H)](
