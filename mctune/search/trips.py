@@ -127,8 +127,8 @@ def _pieces(problem: Problem, piece: int) -> tuple[Piece, ...]:
 
 
 def _local(w: Walk) -> Source:
-    """In 16 bits the sum of keys is a product too, of 64 rows."""
-    BT, sums = w["BT"], 0 if w.problem.dtype == "float32" else 64
+    """In linear memories of 16 bits the sum of keys is a product too, of 64 rows."""
+    BT, sums = w["BT"], 64 if w.problem.dtype != "float32" and w.problem.recurrence == "linear" else 0
     steps = w.of_pieces(lambda p: math.ceil(p.length / BT))
     return Source(1, 0, (Source(steps, 2 * BT * w["BK"] * (w["BV"] + sums)),))
 

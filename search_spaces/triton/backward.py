@@ -43,6 +43,11 @@ def _accumulator(prefix: str, elements) -> Constraint:
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
 
 
+def _ones(problem: Problem) -> int:
+    """Rows of ones whose products sum up keys, in linear memories of 16 bits."""
+    return 64 if problem.recurrence == "linear" and problem.dtype != "float32" else 0
+
+
 def _dense(config: Config, problem: Problem) -> bool:
     """Whether tokens read every cached state with a gate of its own."""
     return problem.routed and config["formulation"] != "grouped"
@@ -302,6 +307,7 @@ SPACE = SearchSpace(
         _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
         _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
         _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
+        _accumulator("states", lambda c, p: 0.8 * c.integer("states_BK") * (c.integer("states_BV") + _ones(p))),
         # dy and q stay, and where every state is read for itself, one read is added to that of the others.
         _accumulator(
             "dq",

@@ -112,6 +112,14 @@ def _sums(config: Config, problem: Problem, target: Target) -> bool:
     return tiles * config.integer("read_BT") * columns <= min(warps * 32 * 128, 65536 // 2)
 
 
+def _state_and_keys(config: Config, problem: Problem, target: Target) -> bool:
+    """Keys are summed up by products with 64 rows of ones, in linear memories of 16 bits."""
+    keys, values = config.integer("states_BK"), config.integer("states_BV")
+    ones = 64 if problem.recurrence == "linear" and problem.dtype != "float32" else 0
+    threads = 32 * config.integer("states_num_warps")
+    return keys * values <= 128 * threads and keys * (values + ones) <= 160 * threads
+
+
 _MANY = "only the products of sm_90 spread over so many warps"
 
 _TALL = _WIDE.replace(formulation="scaled", read_BT=256, read_BJ=32, read_num_warps=16, read_num_stages=2)
@@ -238,8 +246,8 @@ SPACE = SearchSpace(
         Constraint("gates registers", _lists, "the lists of the best logits would spill"),
         Constraint(
             "states registers",
-            lambda c, p, t: c.integer("states_BK") * c.integer("states_BV") <= 128 * c.integer("states_num_warps") * 32,
-            "the accumulator alone would spill",
+            _state_and_keys,
+            "the sums of products, of a state and of its keys, would spill",
         ),
     ),
     default=_DEFAULTS[0],

@@ -101,9 +101,9 @@ def local_kernel(
     cols = column + tl.arange(0, BV)
     if SWLA:
         cum_end = tl.load(cum + bh * T + stop - 1)
-    if HALF:
-        # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
-        # product too, with as many rows of ones as its instructions take.
+    # Keys that a product reads, and a sum too, get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
+    # product as well, with as many rows of ones as its instructions take.
+    if HALF and not SWLA:
         totals = tl.zeros([64, BK], tl.float32)
     else:
         total = tl.zeros([BK], tl.float32)
@@ -111,10 +111,10 @@ def local_kernel(
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        if HALF:
+        if HALF and not SWLA:
             totals = tl.dot(tl.full([64, BT], 1.0, k_t.dtype), k_t, totals)
         else:
-            total += tl.sum(k_t, 0)
+            total += tl.sum(k_t.to(tl.float32), 0)
         if SWLA:
             t = t0 + tl.arange(0, BT)
             cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
@@ -122,7 +122,7 @@ def local_kernel(
             weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
             k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision=PRECISION)
-    if HALF:
+    if HALF and not SWLA:
         total = tl.max(totals, 0)
     if SWLA:
         # The token before the piece, where it is one of the same memory.

@@ -110,21 +110,18 @@ def local_kernel(
     rows = row + tl.arange(0, BK)
     cols = column + tl.arange(0, BV)
     cum_end = tl.load(cum + bh * T + stop - 1)
-    # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
-    # product too, with as many rows of ones as its instructions take.
-    totals = tl.zeros([64, BK], tl.float32)
+    total = tl.zeros([BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        totals = tl.dot(tl.full([64, BT], 1.0, k_t.dtype), k_t, totals)
+        total += tl.sum(k_t.to(tl.float32), 0)
         t = t0 + tl.arange(0, BT)
         cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
         left = tl.load(after + bh * T + t, mask=t < stop, other=0.0) * tl.exp(cum_end - cum_next)
         weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
         k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision="ieee")
-    total = tl.max(totals, 0)
     # The token before the piece, where it is one of the same memory.
     if tl.load(entering + piece) >= 0:
         weight = tl.load(before + bh * P + piece) * tl.exp(cum_end - tl.load(cum + bh * T + start))
