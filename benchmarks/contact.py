@@ -132,7 +132,12 @@ class Contact:
         self.step("decode", lambda: self.steps.decode("decode"), 30)
         problem, configs = self.variants()
         self.prepare("variant", 25)
-        self.step("variants", lambda: self.steps.variants("variants", problem, configs), 40)
+        self.step("variant", lambda: self.steps.variants("variant", problem, configs), 40)
+        special = self.specialized(problem, configs[0])
+        if special:
+            # One that waits for itself would take the others along.
+            self.prepare("specialized", 20)
+            self.step("specialized", lambda: self.steps.variants("specialized", problem, [configs[0], *special]), 30)
 
     def rest(self) -> None:
         """What takes all the time that is left."""
@@ -222,6 +227,8 @@ class Contact:
                 jobs.append(Job(f"decode {aggregation} {dtype}", problem, self.kernels.config(problem), dtype))
         problem, configs = self.variants()
         jobs += [Job(f"variant {number}", problem, config) for number, config in enumerate(configs)]
+        special = self.specialized(problem, configs[0])
+        jobs += [Job(f"specialized {number}", problem, config) for number, config in enumerate(special)]
         # Those of a rehearsal are compiled for a GPU as well, but nobody waits for all of them.
         few = ("grm forward", "decode grm float32")
         return [job for job in jobs if job.name.startswith(few)] if self.rehearse else jobs
@@ -243,6 +250,18 @@ class Contact:
                 if space.valid(config, problem, self.target) and read_of(config) not in map(read_of, found):
                     found.append(config)
         return problem, found
+
+    def specialized(self, problem: Any, first: Any) -> list[Any]:
+        """Reads by specialised warps, which no interpreter runs: none has shipped before a GPU has verified it."""
+        from mctune.backends import get_backend
+
+        space = get_backend("triton").measuring().space(problem)
+        starts = [config.replace(formulation="specialized") for config in (space.default, *space.fallbacks)]
+        found = next((one for one in starts if space.valid(one, problem, self.target)), None)
+        if found is None or self.rehearse:
+            return []
+        stages = [found.replace(read_num_stages=count) for count in (2, 3, 4)]
+        return [config for config in stages if space.valid(config, problem, self.target)]
 
     def compile(self, jobs: Sequence[Job]) -> None:
         """On all cores but a few, each process what no other has begun."""

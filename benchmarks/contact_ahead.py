@@ -80,7 +80,7 @@ class Claims:
         place = self._place(what)
         while time.monotonic() < self.wait_until and not _finished(place).exists() and self._in_hand(place):
             time.sleep(_POLL_S)
-        return False
+        return _finished(place).exists()
 
     def done(self, *, key: str, fn: Any, **_: Any) -> None:
         """What Triton says when it has."""
@@ -136,17 +136,9 @@ def compile_all(jobs: Sequence[Job], kernels: Kernels, claims: Claims) -> None:
 
 
 def _compile(job: Job, kernels: Kernels, claims: Claims) -> None:
-    from mctune.backends.triton.exposure import exposed
-
     os.environ.update(job.variables)
     try:
-        for launch in launches(job, kernels, claims):
-            if claims.wait_until is not None:
-                claims.facts.add(
-                    claims.step, "kernel", job=job.name, kernel=launch.name, warps=launch.num_warps,
-                    stages=launch.num_stages, registers=launch.registers, stack=launch.spills,
-                    shared=launch.shared, hazards=list(exposed(launch)),
-                )  # fmt: skip
+        launches(job, kernels, claims)
     except Exception as error:
         claims.facts.add(claims.step, "not compiled", job=job.name, error=told(error))
     for name, _ in job.variables:
@@ -192,7 +184,8 @@ def prepared(jobs: Sequence[Job], kernels: Kernels, folder: Path, facts: Facts, 
 
 
 def predicted(jobs: Sequence[Job], kernels: Kernels, facts: Facts, step: str) -> None:
-    """What the cost model says of every launch: facts."""
+    """What every launch takes, which known hazards it may have, and what the cost model says of it: facts."""
+    from mctune.backends.triton.exposure import exposed
     from mctune.search.calibrated import calibration
     from mctune.search.predict import demands, estimate
 
@@ -200,6 +193,12 @@ def predicted(jobs: Sequence[Job], kernels: Kernels, facts: Facts, step: str) ->
     for job in jobs:
         try:
             made = tuple(launches(job, kernels, None))
+            for launch in made:
+                facts.add(
+                    step, "kernel", job=job.name, kernel=launch.name, warps=launch.num_warps, stages=launch.num_stages,
+                    registers=launch.registers, stack=launch.spills, shared=launch.shared, notes=launch.notes,
+                    hazards=exposed(launch),
+                )  # fmt: skip
             asked = demands(made, job.problem, job.config, kernels.target, parameters)
             parts = estimate(asked, kernels.target, parameters)
         except Exception as error:

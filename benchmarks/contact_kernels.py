@@ -101,7 +101,8 @@ class Kernels:
         from mctune.backends import get_backend
 
         try:
-            return get_backend("triton").build(problem, config, self.target, self.folder)
+            # Any of what a device may measure.
+            return get_backend("triton").measuring().build(problem, config, self.target, self.folder)
         except ModuleNotFoundError as error:
             if error.name != "libcst":
                 raise

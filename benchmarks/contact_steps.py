@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from contact_guard import Facts, told
-from contact_kernels import TOP_K, Kernels, Leaves, Results, Sizes, differing, error_of, step_of, through
+from contact_kernels import TOP_K, Kernels, Leaves, Sizes, differing, error_of, step_of, through
 
 if TYPE_CHECKING:
     from mctune.core.config import Config
@@ -209,26 +209,30 @@ class Steps:
             self.facts.add(step, "timed", name=name, part="decode", T=T, **timed, host_ms=host, **known)
 
     def variants(self, step: str, problem: Problem, configs: Sequence[Config]) -> None:
-        """Other configurations of the read: each held to the default, then timed beside it."""
+        """Other configurations of the read: each held to the default, repeated, and timed beside the others."""
         data, sizes = self.data(problem.T), self.sizes
         calls: dict[str, Callable[[], Any]] = {}
-        first: Results = {}
+        known: dict[str, Config] = {}
+        first: torch.Tensor | None = None
         for number, config in enumerate(configs):
+            name = f"{step} {number}"
             try:
-                launcher = self.kernels.load(problem, config)
-                call = read(launcher, data, sizes, problem)
+                call = read(self.kernels.load(problem, config), data, sizes, problem)
                 y = call()
-                first = first or {"y": y.clone()}
-                off = error_of(y, first["y"], problem.aggregation)
+                first = y.clone() if first is None else first
+                off = error_of(y, first, problem.aggregation)
+                differing = sum(not torch.equal(y, call()) for _ in range(sizes.repeats))
             except Exception as error:
-                self.facts.add(step, "left out", name=f"variant {number}", error=told(error), config=str(config))
+                self.facts.add(step, "left out", name=name, error=told(error), config=str(config))
                 continue
-            self.facts.add(step, "compared", aggregation=problem.aggregation, tensor=f"y of variant {number}",
-                           error=off, limit=1e-2, right=off <= 1e-2, T=problem.T)  # fmt: skip
-            calls[str(number)] = call
+            self.facts.add(step, "compared", aggregation=problem.aggregation, tensor=f"y of {name}", error=off,
+                           limit=1e-2, right=off <= 1e-2, T=problem.T)  # fmt: skip
+            self.facts.add(step, "repeats", aggregation=name, T=problem.T, runs=sizes.repeats, equal=not differing,
+                           differing={"y": differing} if differing else {}, shares={})  # fmt: skip
+            calls[name], known[name] = call, config
         for name, (timed, host) in self.timed(step, calls).items():
-            config = configs[int(name)]
-            self.facts.add(step, "timed", name=f"variant {name}", part="forward", T=problem.T, **timed, host_ms=host,
+            config = known[name]
+            self.facts.add(step, "timed", name=name, part="forward", T=problem.T, **timed, host_ms=host,
                            aggregation=problem.aggregation, problem=problem.to_dict(), config=config.to_dict(),
                            variant=read_of(config))  # fmt: skip
 

@@ -121,7 +121,7 @@ def test_a_kernel_is_compiled_once_whoever_dies(contact: ModuleType, tmp_path: P
     assert not first.skip(**kernel) and second.skip(**kernel)
     waiting = ahead.Claims(tmp_path / "claims", facts, "wait", time.monotonic() + 60)
     first.done(**kernel)
-    assert not waiting.skip(**kernel)
+    assert waiting.skip(**kernel)
     # Of a process that is gone.
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -183,7 +183,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     steps = {fact["step"]: fact["outcome"] for fact in facts if fact["fact"] == "step"}
     lost = {name: outcome for name, outcome in steps.items() if outcome != "ok"}
     assert done.returncode == 0 and not lost, done.stdout + (out / "log.txt").read_text()[-3000:]
-    compared = {"compare grm", "compare residual", "compare ssc", "decode", "variants"}
+    compared = {"compare grm", "compare residual", "compare ssc", "decode", "variant"}
     assert compared | {"machine", "device", "prepare grm", "prepare decode", "predict", "verify"} <= set(steps)
     assert {name for name in steps if name.startswith("time ")} == {
         "time grm 24", "time residual 24", "time ssc 40", "time residual 40"
@@ -194,7 +194,8 @@ def test_rehearsal(tmp_path: Path) -> None:
 
     assert {fact["step"] for fact in of("compared")} == compared and all(fact["right"] for fact in of("compared"))
     assert {f["tensor"] for f in of("compared") if f["step"] == "compare ssc"} == {"y", "dq", "dk", "dv", "du"}
-    assert len(of("repeats")) == 3 and all(fact["equal"] for fact in of("repeats"))
+    assert len([fact for fact in of("repeats") if fact["step"].startswith("compare")]) == 3
+    assert all(fact["equal"] for fact in of("repeats"))
     # Compiled for the GPU that is not here, while others interpreted.
     compiled = {fact["kernel"] for fact in of("compiled")}
     assert {"local_kernel", "gates_kernel", "read_forward_kernel", "_read_kernel"} <= compiled
