@@ -101,7 +101,7 @@ def local_kernel(
     cols = column + tl.arange(0, BV)
     if SWLA:
         cum_end = tl.load(cum + bh * T + stop - 1)
-    # Keys that a product reads, and a sum too, get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
+    # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
     # product as well, with as many rows of ones as its instructions take.
     if HALF and not SWLA:
         totals = tl.zeros([64, BK], tl.float32)

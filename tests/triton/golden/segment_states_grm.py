@@ -104,7 +104,7 @@ def local_kernel(
     v += head * DV
     rows = row + tl.arange(0, BK)
     cols = column + tl.arange(0, BV)
-    # Keys that a product reads, and a sum too, get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
+    # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
     # product as well, with as many rows of ones as its instructions take.
     totals = tl.zeros([64, BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
