@@ -116,6 +116,7 @@ _WIDE = Config.of(
         "dstates_BK": 64,
         "dstates_BV": 128,
         "dstates_SEGMENTS": 2,
+        "dstates_OPERAND": "registers",
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
         "dkv_BJ": 128,
@@ -125,6 +126,7 @@ _WIDE = Config.of(
         "dkv_num_stages": 2,
         "dgroup_BT": 64,
         "dgroup_BK": 128,
+        "dgroup_OPERAND": "registers",
         "dgroup_num_warps": 4,
         "dgroup_num_stages": 3,
     }
@@ -168,6 +170,11 @@ def _little_shared(config: Config, problem: Problem, target: Target) -> bool:
     """AMD's 64 KiB do not hold wide rows that are loaded ahead."""
     small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BN") <= 64
     return target.kind == "cuda" or small or _power(max(problem.Dk, problem.Dv)) < 128
+
+
+def _waiting(config: Config, where: str) -> Config:
+    """With gated rows that wait for their product there."""
+    return config.replace(**{f"{'dgroup' if config['formulation'] == 'grouped' else 'dstates'}_OPERAND": where})
 
 
 _MANY = "only the products of sm_90 spread over so many warps"
@@ -248,6 +255,7 @@ SPACE = SearchSpace(
         Pow2("dstates_BK", 16, 128, "key columns of a tile of a state's gradient"),
         Pow2("dstates_BV", 16, 256, "value columns of a tile of a state's gradient"),
         Pow2("dstates_SEGMENTS", 1, 4, "states whose gradients share the rows that they read"),
+        Choice("dstates_OPERAND", ("shared", "registers"), "where gated rows wait for their product"),
         Pow2("dstates_num_warps", 4, 16),
         Int("dstates_num_stages", (1, 2, 3, 4)),
         Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
@@ -257,6 +265,7 @@ SPACE = SearchSpace(
         Int("dkv_num_stages", (1, 2, 3, 4)),
         Pow2("dgroup_BT", 16, 128, "pairs of a step of the gradients of a state and of what read it"),
         Pow2("dgroup_BK", 16, 128, "key columns of a tile of the same"),
+        Choice("dgroup_OPERAND", ("shared", "registers"), "the same of pairs"),
         Pow2("dgroup_num_warps", 4, 16),
         Int("dgroup_num_stages", (1, 2, 3, 4)),
     ),
@@ -340,6 +349,17 @@ SPACE = SearchSpace(
             Constraint(name, lambda c, p, t, name=name, most=most: c.integer(name) <= most or t.arch == "sm_90", _MANY)
             for name, most in (("dq_num_warps", 8), ("dstates_num_warps", 8), ("dgroup_num_warps", 4))
         ),
+        *(
+            Constraint(
+                name,
+                lambda c, p, t, name=name, used=used: c[name] == "registers" or (used(c, p) and t.arch == "sm_90"),
+                "only the products of sm_90 take either operand from shared memory, and only gated rows wait",
+            )
+            for name, used in (
+                ("dstates_OPERAND", _dense),
+                ("dgroup_OPERAND", lambda c, p: c["formulation"] == "grouped"),
+            )
+        ),
         Constraint("shared memory", _little_shared, "wide rows that are loaded ahead exceed 64 KiB"),
         Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
@@ -351,10 +371,11 @@ SPACE = SearchSpace(
             "float32 rows of u would spill",
         ),
     ),
-    default=_DEFAULTS[0],
+    default=_waiting(_DEFAULTS[0], "shared"),
     # Where pieces are shorter than segments, the same with nothing saved.
     fallbacks=tuple(
-        config.replace(saved=saved, **small)
+        _waiting(config.replace(saved=saved, **small), operand)
+        for operand in ("shared", "registers")
         for saved in ("gates", "states", "nothing")
         for small in ({}, {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BN": 64})
         for config in _DEFAULTS

@@ -98,7 +98,7 @@ def test_what_is_read_off_the_assembly() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets Triton kernels")
 def test_the_form_with_operands_in_shared_memory_has_none_in_registers(tmp_path: Path) -> None:
     small = Problem(pass_="backward", T=1024, H=2, Dk=64, Dv=64, segment_length=128, dtype="bfloat16")
-    backend, config = TritonBackend(), default(small, TARGET)
+    backend, config = TritonBackend(), default(small, TARGET).replace(dstates_OPERAND="registers")
     shared = safe(config, backend.space(small), small, TARGET, ("operand",))
     assert shared is not None
     found = []

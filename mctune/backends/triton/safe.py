@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mctune.backends.triton.versions import numbers
+from mctune.backends.triton.versions import HOPPER, numbers
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
@@ -51,7 +51,7 @@ def safe(
     """
     chosen = []
     for prefix in prefixes(config) if only is None else only:
-        changed = config.replace(**_changes(config, problem, prefix, forms))
+        changed = config.replace(**_changes(config, problem, target, prefix, forms))
         # The parameters of a kernel that a configuration does without must stay as they are.
         if f"{prefix}_*" not in {constraint.name for constraint in space.broken(changed, problem, target)}:
             config = changed
@@ -59,7 +59,9 @@ def safe(
     return _cut_down(config, space, problem, target, tuple(chosen))
 
 
-def _changes(config: Config, problem: Problem, prefix: str, forms: Sequence[str]) -> dict[str, Scalar]:
+def _changes(
+    config: Config, problem: Problem, target: Target, prefix: str, forms: Sequence[str]
+) -> dict[str, Scalar]:
     changes: dict[str, Scalar] = {}
     # Of gated rows of a state's gradient; with equal gates none are.
     grouped = "formulation" in config and config["formulation"] == "grouped"
@@ -68,7 +70,8 @@ def _changes(config: Config, problem: Problem, prefix: str, forms: Sequence[str]
         changes[warps] = WARPS
     if "stages" in forms and stages in config:
         changes[stages] = 1
-    if "operand" in forms and problem.routed and prefix == ("dgroup" if grouped else "dstates"):
+    waiting = "dgroup" if grouped else "dstates"
+    if "operand" in forms and target.arch in HOPPER and problem.routed and prefix == waiting:
         changes[f"{prefix}_OPERAND"] = "shared"
     return changes
 

@@ -76,7 +76,7 @@ def chosen_kernel(
     if seg_last is not None:
         last = tl.load(seg_last + i)
     state = load_state(states + (bh * P + last) * (SK * SV), key, 0, SK, SV, BK, PV)
-    grad = tl.zeros([BK, PV], tl.float32)
+    grad = tl.zeros([PV, BK], tl.float32)
     for p0 in range(first, stop, BT):
         pair = p0 + tl.arange(0, BT)
         valid = pair < stop
@@ -93,7 +93,8 @@ def chosen_kernel(
         out = partial + place.to(tl.int64)[:, None] * DK + keys[None, :]
         tl.store(out, (read * gamma[:, None]).to(partial.dtype.element_ty), mask=inside)
         weighted = (q_t.to(tl.float32) * gamma[:, None]).to(dy_t.dtype)
-        grad = tl.dot(tl.trans(weighted), dy_t, grad, input_precision="tf32x3")
+        grad = tl.dot(tl.trans(dy_t), weighted, grad, input_precision="tf32x3")
+    grad = tl.trans(grad)
     out = dends + (bh * P + last) * (SK * SV) + keys[:, None] * SV + values[None, :]
     tl.store(out, grad * scale, mask=(keys < SK)[:, None] & (values < SV)[None, :])
 
