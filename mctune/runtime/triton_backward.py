@@ -110,7 +110,7 @@ class TritonBackward:
             order, offsets = self.pair_order(chosen=picks["chosen"], N=segments.count)
             partial, dpicked, chosen = self.grouped(
                 q=q, dy=dy, states=operand, order=order, offsets=offsets, picked=picks["picked"], lse=lse,
-                seg_last=seg_last, N=segments.count, scale=scale,
+                seg_last=seg_last, N=segments.count, crosses=tables.crosses, scale=scale,
             )  # fmt: skip
         dq, dgamma, own, delta = self.read_backward(
             q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=logits, lse=lse, own_logit=own_logit,

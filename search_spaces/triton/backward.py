@@ -53,6 +53,20 @@ def _rows(config: Config) -> int:
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
 
 
+def _both(config: Config, problem: Problem) -> int:
+    """Elements of a tile of dk and dv."""
+    return config.integer("dkv_BJ") * (_power(problem.Dk) + _power(problem.Dv))
+
+
+def _rows_in_registers(config: Config, problem: Problem, target: Target) -> bool:
+    """16-bit rows of k and v, beside dk, dv and two tiles of scores, and under SWLA of decays."""
+    if problem.dtype == "float32" or target.kind != "cuda" or target.arch in ("sm_90", "sm_100"):
+        return True
+    tile, step = _both(config, problem), config.integer("dkv_BJ") * config.integer("dkv_BT")
+    scores = (4 if problem.recurrence == "swla" else 2) * step
+    return tile <= 16384 and tile + scores <= 192 * 32 * config.integer("dkv_num_warps")
+
+
 def _lists(config: Config, problem: Problem, target: Target) -> bool:
     """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
     places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
@@ -107,8 +121,8 @@ _WIDE = Config.of(
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
         "dkv_BJ": 128,
-        "dkv_BT": 64,
-        "dkv_BN": 128,
+        "dkv_BT": 32,
+        "dkv_BS": 128,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
         "dgroup_BT": 64,
@@ -124,7 +138,9 @@ _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
-    config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
+    config = _WIDE.replace(
+        piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128), dkv_num_warps=8 if piece > 64 else 4
+    )
     return config if routed else config.replace(precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
 
 
@@ -138,7 +154,8 @@ def _float32(piece: int, routed: bool, precision: str) -> Config:
     """The default for float32."""
     tiles = {f"{name}_num_stages": 1 for name in ("states", "dq", "dstates", "dkv")}
     tiles |= {"states_BT": min(piece, 32), "states_BK": 64, "states_BV": 32}
-    tiles |= {"dq_BT": 16, "dq_BJ": 16, "dq_BK": 32, "dkv_BJ": 16, "dkv_BT": 16, "dkv_BN": 32}
+    tiles |= {"dq_BT": 16, "dq_BJ": 16, "dq_BK": 32}
+    tiles |= {"dkv_BJ": 16, "dkv_BT": 16, "dkv_BS": 32, "dkv_num_warps": 4}
     tiles |= {"dstates_BT": min(piece, 32), "dstates_BK": 64, "dstates_BV": 32, "dstates_SEGMENTS": 1}
     if routed:
         tiles |= {"gates_BT": 16, "gates_num_warps": 8, "gates_num_stages": 1}
@@ -154,7 +171,7 @@ def _chosen_float32(piece: int, precision: str) -> Config:
 
 def _little_shared(config: Config, problem: Problem, target: Target) -> bool:
     """AMD's 64 KiB do not hold wide rows that are loaded ahead."""
-    small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BN") <= 64
+    small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BS") <= 64
     return target.kind == "cuda" or small or _power(max(problem.Dk, problem.Dv)) < 128
 
 
@@ -187,6 +204,8 @@ _DEFAULTS = (
         for precision in _PRECISIONS
     ),
     *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
+)
+_FLOAT32 = (
     *(_chosen_float32(piece, precision) for piece in (64, 32, 16) for precision in _PRECISIONS),
     *(
         _float32(piece, routed, precision)
@@ -194,6 +213,15 @@ _DEFAULTS = (
         for piece in (64, 32, 16)
         for precision in _PRECISIONS
     ),
+)
+_LITTLE_SHARED = {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BS": 64}
+_FEWER_ROWS = (
+    # Where products take them from registers.
+    {"dkv_BJ": 64, "dkv_BT": 64, "dkv_num_warps": 4},
+    {"dkv_BJ": 64, "dkv_BT": 64, "dkv_num_warps": 8},
+    # Where they are wider.
+    {"dkv_BJ": 64, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 8},
+    {"dkv_BJ": 32, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 4},
 )
 
 SPACE = SearchSpace(
@@ -233,9 +261,9 @@ SPACE = SearchSpace(
         Pow2("dstates_SEGMENTS", 1, 4, "states whose gradients share the rows that they read"),
         Pow2("dstates_num_warps", 4, 16),
         Int("dstates_num_stages", (1, 2, 3, 4)),
-        Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
+        Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk and dv"),
         Pow2("dkv_BT", 16, 128, "tokens of a step inside the piece"),
-        Pow2("dkv_BN", 16, 256, "columns of a tile of dk or dv"),
+        Pow2("dkv_BS", 16, 256, "rows, and columns, of a state's gradient at a time"),
         Pow2("dkv_num_warps", 4, 8),
         Int("dkv_num_stages", (1, 2, 3, 4)),
         Pow2("dgroup_BT", 16, 128, "pairs of a step of the gradients of a state and of what read it"),
@@ -283,7 +311,7 @@ SPACE = SearchSpace(
         *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dv), 32), _BROAD) for name in ("states_BV", "dstates_BV")),
         *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dk), 64), _BROAD) for name in ("states_BK", "dstates_BK")),
         _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
-        _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
+        _at_most("dkv_BS", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
         _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
         # dy and q stay, and where every state is read for itself, one read is added to that of the others.
         _accumulator(
@@ -299,7 +327,17 @@ SPACE = SearchSpace(
             "dstates",
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
         ),
-        _accumulator("dkv", lambda c, p: c.integer("dkv_BJ") * c.integer("dkv_BN")),
+        _accumulator("dkv", lambda c, p: _both(c, p)),
+        Constraint(
+            "dkv_BS",
+            lambda c, p, t: c.integer("dkv_BS") * _power(max(p.Dk, p.Dv)) <= 16384,
+            "more of a wide state exceeds shared memory",
+        ),
+        Constraint(
+            "dkv rows",
+            _rows_in_registers,
+            "products take rows of k and v from registers, which would spill beside the accumulators",
+        ),
         # A state's gradient, and the read and its rows beside it.
         _accumulator(
             "dgroup",
@@ -331,9 +369,11 @@ SPACE = SearchSpace(
     default=_DEFAULTS[0],
     # Where pieces are shorter than segments, the same with nothing saved.
     fallbacks=tuple(
-        config.replace(saved=saved, **small)
+        config.replace(saved=saved, **{**shared, **rows})
         for saved in ("states", "nothing")
-        for small in ({}, {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BN": 64})
+        for shared in ({}, _LITTLE_SHARED)
+        for rows in ({}, *_FEWER_ROWS)
         for config in _DEFAULTS
-    ),
+    )
+    + tuple(config.replace(saved=saved) for saved in ("states", "nothing") for config in _FLOAT32),
 )

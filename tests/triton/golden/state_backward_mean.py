@@ -116,9 +116,10 @@ def carry_kernel(
         grad = carried
         grad += tl.where(last, later, 0.0)
         later += tl.load(products + matrix, mask=inside, other=0.0)
-        tl.store(dends + matrix, grad, mask=inside)
-        entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
-        carried = entered + tl.where(enters >= 0, grad, 0.0)
+        tl.store(dends + matrix, grad.to(dends.dtype.element_ty), mask=inside)
+        if dentered is not None:
+            entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
+            carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
 def state_backward(
@@ -145,14 +146,15 @@ def state_backward(
     scale: float,
     crosses: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dEnd ``[B*H, P, SK, SV]``; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``; float32.
+    """dEnd ``[B*H, P, SK, SV]``, of q's dtype; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``, float32.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
-        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on if any piece is
+            entered.
         cum, before: None for linear.
         crosses: whether any piece is entered.
 
@@ -165,20 +167,22 @@ def state_backward(
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
+    # What is carried on has float32; what is left is an operand of products.
+    dends = q.new_empty((B * H, P, SK, SV)) if chosen is None or crosses else chosen
+    dstates = chosen
     products = dentered = crossing = None
     carries, enters = crosses, crosses
     carries = True
-    dentered = products = torch.empty_like(dends)
+    products = torch.empty_like(dends, dtype=torch.float32)
     piece_kernel[(blocks * P, B * H)](
         q=q, dy=dy, gate=None, cum=None, begin=begin, end=end, segment=segment, seg_first=seg_first, products=products,
         scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
     # The state that enters a piece is read as a cached one is.
-    enters = False
+    dentered, enters = products if crosses else None, False
     if enters:
-        dentered = torch.empty_like(dends)
+        dentered = torch.empty_like(dends, dtype=torch.float32)
         piece_kernel[(blocks * P, B * H)](
             q=q, dy=dy, gate=gate, cum=cum, begin=begin, end=end, segment=segment, seg_first=seg_first,
             products=dentered, scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
