@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from functools import cache
+from types import ModuleType
 
 from mctune.core.paths import search_spaces_dir
 from mctune.core.space import SearchSpace
@@ -12,10 +14,11 @@ from mctune.core.space import SearchSpace
 @cache
 def load_space(backend: str, pass_: str, measured: bool = False) -> SearchSpace:
     """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; of measured candidates ``MEASURED``, where it has one."""
-    path = search_spaces_dir() / backend / f"{pass_}.py"
-    spec = importlib.util.spec_from_file_location(f"mctune_space_{backend}_{pass_}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    package = f"mctune_spaces_{backend}"
+    if package not in sys.modules:
+        # A package of its own, so that its files find each other.
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(search_spaces_dir() / backend)]
+    module = importlib.import_module(f"{package}.{pass_}")
     space: SearchSpace = getattr(module, "MEASURED", module.SPACE) if measured else module.SPACE
     return space

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mctune.backends.spaces import load_space
 from mctune.cli._output import json_option, print_json, text_table
 from mctune.core.errors import UsageError
 from mctune.core.paths import search_spaces_dir
@@ -56,14 +56,10 @@ def _spaces() -> dict[str, SearchSpace]:
 
 
 def _load(path: Path) -> SearchSpace:
-    spec = importlib.util.spec_from_file_location(f"mctune_space_{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    space = getattr(module, "SPACE", None)
-    if not isinstance(space, SearchSpace):
-        raise UsageError(f"{path.parent.name}/{path.name} defines no SPACE = SearchSpace(...)")
-    return space
+    try:
+        return load_space(path.parent.name, path.stem)
+    except AttributeError:
+        raise UsageError(f"{path.parent.name}/{path.name} defines no SPACE = SearchSpace(...)") from None
 
 
 def _space_json(name: str, space: SearchSpace) -> dict[str, Any]:

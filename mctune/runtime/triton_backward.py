@@ -90,7 +90,8 @@ class TritonBackward:
         if self.grouped is not None:
             partial, dpicked, chosen_ends = self.grouped(
                 q=q, dy=dy, states=operand, order=gates["order"], starts=gates["starts"], picked=gates["picked"],
-                lse=gates["lse"], seg_last=seg_last, N=segments.count, scale=scale,
+                lse=gates["lse"], seg_last=seg_last, N=segments.count, crosses=tables.crosses,
+                scale=scale,
             )  # fmt: skip
         dq, dgamma, own, delta = self.read_backward(
             q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=gates["logits"], lse=gates["lse"],

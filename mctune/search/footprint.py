@@ -10,7 +10,7 @@ from mctune.search.trips import Walk
 _ITEM = {"i1": 1, "i8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "i16": 2, "fp32": 4, "i32": 4, "fp64": 8, "i64": 8}
 _KEYS = ("q", "k", "u", "dq", "dk", "du")
 _VALUES = ("v", "y", "dy", "dv")
-_PIECE_STATES = ("ends", "carried", "operand", "dends", "enters", "dpieces")
+_PIECE_STATES = ("ends", "carried", "operand", "dends", "dentered", "products")
 _SEGMENT_STATES = ("past", "dpast", "dstates", "states")
 _SEGMENT_KEYS = ("means", "dmeans", "descriptors")
 _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")

@@ -273,26 +273,27 @@ def _lead(w: Walk) -> Source:
     return Source(1, 0, (tokens, Source(w.of_pieces(lambda p: rows if p.entered else 0))))
 
 
-def _value_writes(w: Walk) -> Source:
-    """From a block of tokens of a piece to its end."""
-    BJ, BT, BN, (PK, _) = w["BJ"], w["BT"], w["BN"], w.padded
-    loop = Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * BJ * BT * (PK + BN))
-    return Source(1, 2 * BJ * PK * BN, (loop,))
-
-
-def _key_writes(w: Walk) -> Source:
-    BJ, BT, BN, (PK, PV) = w["BJ"], w["BT"], w["BN"], w.padded
-    scores = PV + (PK if w.problem.recurrence == "swla" else 0)
-    loops = [Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * BJ * BT * (scores + BN))]
+def _writes(w: Walk) -> Source:
+    """From a block of tokens of a piece to its end; then, for the keys, what pulls at them."""
+    BJ, BT, BS, (PK, PV) = w["BJ"], w["BT"], w["BS"], w.padded
+    whole, loops = 0, list[Source]()
+    for width, padded, other in ((w.problem.Dk, PK, PV), (w.problem.Dv, PV, PK)):
+        parts, step = math.ceil(width / BS), 2 * BJ * min(BS, padded) * other
+        # A state that is read whole has no loop.
+        if parts > 1:
+            loops.append(Source(parts, step))
+        else:
+            whole += step
+    loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil((p.length - t) / BT)), 2 * 2 * BJ * BT * (PK + PV)))
     if w.problem.routed:
         if not w.whole:
             loops.append(Source(w.of_tiles(BJ, lambda p, t: p.later)))
         aside = -(-BJ // BT) * BT
         near = w.of_tiles(BJ, lambda p, t: math.ceil(min(aside, p.length - t) / BT))
         # In 16 bits one product of TF32, not three.
-        loops.append(Source(near, min(_wide(w), 2.0) * 2 * BJ * BT * BN))
+        loops.append(Source(near, min(_wide(w), 2.0) * 2 * BJ * BT * PK))
         loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(max(p.length - t - aside, 0) / BT))))
-    return Source(1, 2 * BJ * PV * BN, tuple(loops))
+    return Source(1, whole, tuple(loops))
 
 
 def _connectors(w: Walk) -> Source:
@@ -361,8 +362,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "read_backward_kernel": _read_backward,
     "cached_kernel": _cached,
     "piece_kernel": _piece_product,
-    "value_kernel": _value_writes,
-    "key_kernel": _key_writes,
+    "write_kernel": _writes,
     "lead_kernel": _lead,
     "pulls_kernel": _piece_tokens,
     "connector_kernel": _connectors,

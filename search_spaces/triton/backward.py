@@ -5,33 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-
-def _power(value: int) -> int:
-    """The next power of two that products take."""
-    return max(16, 1 << (value - 1).bit_length())
-
-
-def _longest(problem: Problem) -> int:
-    """Tokens of the longest segment, as a piece holds them."""
-    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
-
-
-def _unused(prefix: str, default: Config, names: tuple[str, ...], used=lambda c, p: p.routed) -> Constraint:
-    """Parameters of an operation that a configuration does without keep one value: equal gates do without some."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return used(config, problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
-
-    return Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune")
-
-
-def _at_most(name: str, default: Config, limit, reason: str) -> Constraint:
-    """One value of many that are cut down to the same, the default's, stays."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return config.integer(name) <= limit(config, problem) or config[name] == default[name]
-
-    return Constraint(name, holds, reason)
+from ._rules import MANY, at_most, lists, longest, operands, power, state_and_keys, unused
 
 
 def _accumulator(prefix: str, elements) -> Constraint:
@@ -41,11 +15,6 @@ def _accumulator(prefix: str, elements) -> Constraint:
         return elements(config, problem) <= 128 * 32 * config.integer(f"{prefix}_num_warps")
 
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
-
-
-def _ones(problem: Problem) -> int:
-    """Rows of ones whose products sum up keys, in linear memories of 16 bits."""
-    return 64 if problem.recurrence == "linear" and problem.dtype != "float32" else 0
 
 
 def _dense(config: Config, problem: Problem) -> bool:
@@ -65,26 +34,18 @@ def _rows(config: Config) -> int:
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
 
 
-def _lists(config: Config, problem: Problem, target: Target) -> bool:
-    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
-    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
-    segments = -(-problem.T // (problem.segment_length or problem.T))
-    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
-    return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
+def _both(config: Config, problem: Problem) -> int:
+    """Elements of a tile of dk and dv."""
+    return config.integer("dkv_BJ") * (power(problem.Dk) + power(problem.Dv))
 
 
-def _operands(prefix: str, rows: str, width):
-    """A program keeps its rows as operands of products: float32 takes most of the registers."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        size = config.integer(f"{prefix}_{rows}") * _power(width(problem))
-        return (
-            problem.dtype != "float32"
-            or config[f"{prefix}_{rows}"] == 16
-            or size <= 512 * config.integer(f"{prefix}_num_warps")
-        )
-
-    return holds
+def _rows_in_registers(config: Config, problem: Problem, target: Target) -> bool:
+    """16-bit rows of k and v, beside dk, dv and two tiles of scores, and under SWLA of decays."""
+    if problem.dtype == "float32" or target.kind != "cuda" or target.arch in ("sm_90", "sm_100"):
+        return True
+    tile, step = _both(config, problem), config.integer("dkv_BJ") * config.integer("dkv_BT")
+    scores = (4 if problem.recurrence == "swla" else 2) * step
+    return tile <= 16384 and tile + scores <= 192 * 32 * config.integer("dkv_num_warps")
 
 
 _WIDE = Config.of(
@@ -120,8 +81,8 @@ _WIDE = Config.of(
         "dstates_num_warps": 8,
         "dstates_num_stages": 2,
         "dkv_BJ": 128,
-        "dkv_BT": 64,
-        "dkv_BN": 128,
+        "dkv_BT": 32,
+        "dkv_BS": 128,
         "dkv_num_warps": 8,
         "dkv_num_stages": 2,
         "dgroup_BT": 64,
@@ -138,7 +99,9 @@ _DGATES = ("BT", "BI", "SPLITS", "num_warps", "num_stages")
 
 def _shorter(piece: int, routed: bool) -> Config:
     """The default for shorter pieces and other aggregations."""
-    config = _WIDE.replace(piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128))
+    config = _WIDE.replace(
+        piece=piece, dq_BT=min(piece, 128), dkv_BJ=min(piece, 128), dkv_num_warps=8 if piece > 64 else 4
+    )
     return config if routed else config.replace(precision="ieee", dq_BK=128, dstates_SEGMENTS=1)
 
 
@@ -152,7 +115,8 @@ def _float32(piece: int, routed: bool, precision: str) -> Config:
     """The default for float32."""
     tiles = {f"{name}_num_stages": 1 for name in ("states", "dq", "dstates", "dkv")}
     tiles |= {"states_BT": min(piece, 32), "states_BK": 64, "states_BV": 32}
-    tiles |= {"dq_BT": 16, "dq_BJ": 16, "dq_BK": 32, "dkv_BJ": 16, "dkv_BT": 16, "dkv_BN": 32}
+    tiles |= {"dq_BT": 16, "dq_BJ": 16, "dq_BK": 32}
+    tiles |= {"dkv_BJ": 16, "dkv_BT": 16, "dkv_BS": 32, "dkv_num_warps": 4}
     tiles |= {"dstates_BT": min(piece, 32), "dstates_BK": 64, "dstates_BV": 32, "dstates_SEGMENTS": 1}
     if routed:
         tiles |= {"gates_BT": 16, "gates_num_warps": 8, "gates_num_stages": 1}
@@ -168,8 +132,8 @@ def _chosen_float32(piece: int, precision: str) -> Config:
 
 def _little_shared(config: Config, problem: Problem, target: Target) -> bool:
     """AMD's 64 KiB do not hold wide rows that are loaded ahead."""
-    small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BN") <= 64
-    return target.kind == "cuda" or small or _power(max(problem.Dk, problem.Dv)) < 128
+    small = config["dq_num_stages"] == config["dkv_num_stages"] == 1 and config.integer("dkv_BS") <= 64
+    return target.kind == "cuda" or small or power(max(problem.Dk, problem.Dv)) < 128
 
 
 def _waiting(config: Config, where: str) -> Config:
@@ -177,7 +141,6 @@ def _waiting(config: Config, where: str) -> Config:
     return config.replace(**{f"{'dgroup' if config['formulation'] == 'grouped' else 'dstates'}_OPERAND": where})
 
 
-_MANY = "only the products of sm_90 spread over so many warps"
 _LONG = "a tile longer than a piece computes rows that do not exist"
 _BROAD = "a tile wider than a row computes columns that do not exist"
 
@@ -206,6 +169,8 @@ _DEFAULTS = (
         for precision in _PRECISIONS
     ),
     *(_shorter(piece, False).replace(dq_BT=min(piece, 64)) for piece in (256, 128)),
+)
+_FLOAT32 = (
     *(_chosen_float32(piece, precision) for piece in (64, 32, 16) for precision in _PRECISIONS),
     *(
         _float32(piece, routed, precision)
@@ -213,6 +178,15 @@ _DEFAULTS = (
         for piece in (64, 32, 16)
         for precision in _PRECISIONS
     ),
+)
+_LITTLE_SHARED = {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BS": 64}
+_FEWER_ROWS = (
+    # Where products take them from registers.
+    {"dkv_BJ": 64, "dkv_BT": 64, "dkv_num_warps": 4},
+    {"dkv_BJ": 64, "dkv_BT": 64, "dkv_num_warps": 8},
+    # Where they are wider.
+    {"dkv_BJ": 64, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 8},
+    {"dkv_BJ": 32, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 4},
 )
 
 SPACE = SearchSpace(
@@ -258,9 +232,9 @@ SPACE = SearchSpace(
         Choice("dstates_OPERAND", ("shared", "registers"), "where gated rows wait for their product"),
         Pow2("dstates_num_warps", 4, 16),
         Int("dstates_num_stages", (1, 2, 3, 4)),
-        Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk or dv"),
+        Pow2("dkv_BJ", 16, 128, "tokens of a tile of dk and dv"),
         Pow2("dkv_BT", 16, 128, "tokens of a step inside the piece"),
-        Pow2("dkv_BN", 16, 256, "columns of a tile of dk or dv"),
+        Pow2("dkv_BS", 16, 256, "rows, and columns, of a state's gradient at a time"),
         Pow2("dkv_num_warps", 4, 8),
         Int("dkv_num_stages", (1, 2, 3, 4)),
         Pow2("dgroup_BT", 16, 128, "pairs of a step of the gradients of a state and of what read it"),
@@ -271,7 +245,7 @@ SPACE = SearchSpace(
     ),
     constraints=(
         Constraint(
-            "piece", lambda c, p, t: c.integer("piece") <= _longest(p), "no segment is longer than a shorter piece"
+            "piece", lambda c, p, t: c.integer("piece") <= longest(p), "no segment is longer than a shorter piece"
         ),
         Constraint(
             "precision",
@@ -280,7 +254,7 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "saved",
-            lambda c, p, t: c["saved"] == "nothing" or c.integer("piece") == _longest(p),
+            lambda c, p, t: c["saved"] == "nothing" or c.integer("piece") == longest(p),
             "the forward keeps the end states of segments, not those of shorter pieces",
         ),
         Constraint(
@@ -293,11 +267,11 @@ SPACE = SearchSpace(
             lambda c, p, t: c["formulation"] == "per_segment" or p.aggregation == "ssc",
             "only ssc chooses pairs of tokens and segments",
         ),
-        _unused("dgroup", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
-        _unused("dgates", _WIDE, ("BI", "SPLITS"), lambda c, p: c["formulation"] != "grouped"),
-        _unused("dstates", _WIDE, ("SEGMENTS",), lambda c, p: c["formulation"] != "grouped"),
-        _unused("gates", _WIDE, _GATES),
-        _unused("dgates", _WIDE, _DGATES),
+        unused("dgroup", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
+        unused("dgates", _WIDE, ("BI", "SPLITS"), lambda c, p: c["formulation"] != "grouped"),
+        unused("dstates", _WIDE, ("SEGMENTS",), lambda c, p: c["formulation"] != "grouped"),
+        unused("gates", _WIDE, _GATES),
+        unused("dgates", _WIDE, _DGATES),
         Constraint(
             "dstates_SEGMENTS",
             lambda c, p, t: p.routed or c["dstates_SEGMENTS"] == 1,
@@ -308,45 +282,54 @@ SPACE = SearchSpace(
             for name in ("dq_BT", "dkv_BJ")
         ),
         *(
-            _at_most(name, _WIDE, lambda c, p: c.integer("piece"), _LONG)
+            at_most(name, _WIDE, lambda c, p: c.integer("piece"), _LONG)
             for name in ("states_BT", "gates_BT", "dq_BJ", "dgates_BT", "dkv_BT", "dstates_BT")
         ),
-        *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dv), 32), _BROAD) for name in ("states_BV", "dstates_BV")),
-        *(_at_most(name, _WIDE, lambda c, p: max(_power(p.Dk), 64), _BROAD) for name in ("states_BK", "dstates_BK")),
-        _at_most("dq_BK", _WIDE, lambda c, p: max(_power(p.Dk), 32), _BROAD),
-        _at_most("dkv_BN", _WIDE, lambda c, p: max(_power(max(p.Dk, p.Dv)), 32), _BROAD),
-        _accumulator("states", lambda c, p: c.integer("states_BK") * c.integer("states_BV")),
-        _accumulator("states", lambda c, p: 0.8 * c.integer("states_BK") * (c.integer("states_BV") + _ones(p))),
+        *(at_most(name, _WIDE, lambda c, p: max(power(p.Dv), 32), _BROAD) for name in ("states_BV", "dstates_BV")),
+        *(at_most(name, _WIDE, lambda c, p: max(power(p.Dk), 64), _BROAD) for name in ("states_BK", "dstates_BK")),
+        at_most("dq_BK", _WIDE, lambda c, p: max(power(p.Dk), 32), _BROAD),
+        at_most("dkv_BS", _WIDE, lambda c, p: max(power(max(p.Dk, p.Dv)), 32), _BROAD),
+        Constraint("states registers", state_and_keys, "the sums of products, of a state and of its keys, would spill"),
         # dy and q stay, and where every state is read for itself, one read is added to that of the others.
         _accumulator(
             "dq",
             lambda c, p: (
                 c.integer("dq_BT")
-                * ((3 if _dense(c, p) else 1) * min(c.integer("dq_BK"), _power(p.Dk)) + _power(p.Dv) / 2)
+                * ((3 if _dense(c, p) else 1) * min(c.integer("dq_BK"), power(p.Dk)) + power(p.Dv) / 2)
             ),
         ),
         # Products of float32 are made of three, of parts of their operands.
-        _accumulator("dgates", lambda c, p: 4 * _rows(c) * _power(p.Dk) if p.routed else 0),
+        _accumulator("dgates", lambda c, p: 4 * _rows(c) * power(p.Dk) if p.routed else 0),
         _accumulator(
             "dstates",
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
         ),
-        _accumulator("dkv", lambda c, p: c.integer("dkv_BJ") * c.integer("dkv_BN")),
+        _accumulator("dkv", lambda c, p: _both(c, p)),
+        Constraint(
+            "dkv_BS",
+            lambda c, p, t: c.integer("dkv_BS") * power(max(p.Dk, p.Dv)) <= 16384,
+            "more of a wide state exceeds shared memory",
+        ),
+        Constraint(
+            "dkv rows",
+            _rows_in_registers,
+            "products take rows of k and v from registers, which would spill beside the accumulators",
+        ),
         # A state's gradient, and the read and its rows beside it.
         _accumulator(
             "dgroup",
             lambda c, p: (
-                c.integer("dgroup_BK") * (_power(p.Dv) + c.integer("dgroup_BT")) if c["formulation"] == "grouped" else 0
+                c.integer("dgroup_BK") * (power(p.Dv) + c.integer("dgroup_BT")) if c["formulation"] == "grouped" else 0
             ),
         ),
-        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
+        Constraint("gates registers", lists, "the lists of the best logits would spill"),
         Constraint(
             "dgroup rows",
-            lambda c, p, t: c["formulation"] != "grouped" or _operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),
+            lambda c, p, t: c["formulation"] != "grouped" or operands("dgroup", "BT", lambda p: p.Dv)(c, p, t),
             "float32 rows of dy would spill",
         ),
         *(
-            Constraint(name, lambda c, p, t, name=name, most=most: c.integer(name) <= most or t.arch == "sm_90", _MANY)
+            Constraint(name, lambda c, p, t, name=name, most=most: c.integer(name) <= most or t.arch == "sm_90", MANY)
             for name, most in (("dq_num_warps", 8), ("dstates_num_warps", 8), ("dgroup_num_warps", 4))
         ),
         *(
@@ -361,23 +344,30 @@ SPACE = SearchSpace(
             )
         ),
         Constraint("shared memory", _little_shared, "wide rows that are loaded ahead exceed 64 KiB"),
-        Constraint("dq operands", _operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
+        Constraint("dq operands", operands("dq", "BT", lambda p: p.Dv), "float32 rows of dy would spill"),
         Constraint(
-            "dkv operands", _operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
+            "dkv operands", operands("dkv", "BJ", lambda p: max(p.Dk, p.Dv)), "float32 rows of k and v would spill"
         ),
         Constraint(
             "gates operands",
-            lambda c, p, t: not p.routed or _operands("gates", "BT", lambda p: p.Dk)(c, p, t),
+            lambda c, p, t: not p.routed or operands("gates", "BT", lambda p: p.Dk)(c, p, t),
             "float32 rows of u would spill",
         ),
     ),
     default=_waiting(_DEFAULTS[0], "shared"),
     # Where pieces are shorter than segments, the same with nothing saved.
     fallbacks=tuple(
-        _waiting(config.replace(saved=saved, **small), operand)
+        _waiting(config.replace(saved=saved, **{**shared, **rows}), operand)
+        for operand, fewer in (("shared", ()), ("registers", _FEWER_ROWS))
+        for saved in ("gates", "states", "nothing")
+        for shared in ({}, *((_LITTLE_SHARED,) if fewer else ()))
+        for rows in ({}, *fewer)
+        for config in _DEFAULTS
+    )
+    + tuple(
+        _waiting(config.replace(saved=saved), operand)
         for operand in ("shared", "registers")
         for saved in ("gates", "states", "nothing")
-        for small in ({}, {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BN": 64})
-        for config in _DEFAULTS
+        for config in _FLOAT32
     ),
 )

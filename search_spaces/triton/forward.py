@@ -5,6 +5,8 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
+from ._rules import MANY, lists, longest, operands, power, state_and_keys, unused
+
 FORMULATIONS = {
     "residual": ("summed",),
     "mean": ("summed",),
@@ -13,25 +15,6 @@ FORMULATIONS = {
     "ssc": ("per_segment", "gated", "scaled", "grouped"),
 }
 """How each aggregation's cached read may be computed; the template says what each one is."""
-
-
-def _power(value: int) -> int:
-    """The next power of two that products take."""
-    return max(16, 1 << (value - 1).bit_length())
-
-
-def _longest(problem: Problem) -> int:
-    """Tokens of the longest segment, as a piece holds them."""
-    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
-
-
-def _unused(prefix: str, default: Config, names: tuple[str, ...], used) -> tuple[Constraint, ...]:
-    """Parameters of an operation that a configuration leaves out keep one value."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return used(config, problem) or all(config[f"{prefix}_{name}"] == default[f"{prefix}_{name}"] for name in names)
-
-    return (Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune"),)
 
 
 _WIDE = Config.of(
@@ -86,41 +69,13 @@ def _float32(piece: int, formulation: str, precision: str) -> Config:
     return _shorter(piece, formulation).replace(precision=precision, gates_BT=16, read_BT=16, **tiles)
 
 
-def _operands(name: str):
-    """A program keeps its rows of q, or of u, as operands of products: float32 takes most of the registers."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        rows, warps = config.integer(f"{name}_BT"), config.integer(f"{name}_num_warps")
-        return problem.dtype != "float32" or rows == 16 or rows * _power(problem.Dk) <= 512 * warps
-
-    return holds
-
-
-def _lists(config: Config, problem: Problem, target: Target) -> bool:
-    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
-    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
-    segments = -(-problem.T // (problem.segment_length or problem.T))
-    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
-    return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
-
-
 def _sums(config: Config, problem: Problem, target: Target) -> bool:
     """The sum, and where gates times products are added to it, a product: in half of a thread's registers."""
     warps = config.integer("read_num_warps")
     tiles = 2 if config["formulation"] == "per_segment" else 1
-    columns = min(config.integer("read_BV"), _power(problem.Dv))
+    columns = min(config.integer("read_BV"), power(problem.Dv))
     return tiles * config.integer("read_BT") * columns <= min(warps * 32 * 128, 65536 // 2)
 
-
-def _state_and_keys(config: Config, problem: Problem, target: Target) -> bool:
-    """Keys are summed up by products with 64 rows of ones, in linear memories of 16 bits."""
-    keys, values = config.integer("states_BK"), config.integer("states_BV")
-    ones = 64 if problem.recurrence == "linear" and problem.dtype != "float32" else 0
-    threads = 32 * config.integer("states_num_warps")
-    return keys * values <= 128 * threads and keys * (values + ones) <= 160 * threads
-
-
-_MANY = "only the products of sm_90 spread over so many warps"
 
 _TALL = _WIDE.replace(formulation="scaled", read_BT=256, read_BJ=32, read_num_warps=16, read_num_stages=2)
 _DEFAULTS = (
@@ -174,7 +129,7 @@ SPACE = SearchSpace(
     ),
     constraints=(
         Constraint(
-            "piece", lambda c, p, t: c.integer("piece") <= _longest(p), "no segment is longer than a shorter piece"
+            "piece", lambda c, p, t: c.integer("piece") <= longest(p), "no segment is longer than a shorter piece"
         ),
         Constraint(
             "precision",
@@ -201,8 +156,8 @@ SPACE = SearchSpace(
             lambda c, p, t: c["gates"] == "fused" or c["read_BN"] == _WIDE["read_BN"],
             "only fused gates come in blocks",
         ),
-        *_unused("gates", _WIDE, _GATES, lambda c, p: c["gates"] == "precomputed" and p.routed),
-        *_unused("group", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
+        unused("gates", _WIDE, _GATES, lambda c, p: c["gates"] == "precomputed" and p.routed),
+        unused("group", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),
         Constraint(
             "read_BT",
             lambda c, p, t: c.integer("read_BT") <= c.integer("piece"),
@@ -220,33 +175,33 @@ SPACE = SearchSpace(
         *(
             Constraint(
                 name,
-                lambda c, p, t, name=name: c.integer(name) <= _power(p.Dv) or c[name] == _WIDE[name],
+                lambda c, p, t, name=name: c.integer(name) <= power(p.Dv) or c[name] == _WIDE[name],
                 "a tile wider than the values computes columns that do not exist",
             )
             for name in ("states_BV", "read_BV", "group_BV")
         ),
         Constraint(
             "states_BK",
-            lambda c, p, t: c.integer("states_BK") <= max(_power(p.Dk), 32) or c["states_BK"] == _WIDE["states_BK"],
+            lambda c, p, t: c.integer("states_BK") <= max(power(p.Dk), 32) or c["states_BK"] == _WIDE["states_BK"],
             "a tile wider than the keys computes rows that do not exist",
         ),
         Constraint("read registers", _sums, "the accumulators alone would spill"),
-        Constraint("read_num_warps", lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90", _MANY),
+        Constraint("read_num_warps", lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90", MANY),
         Constraint(
             "read_num_stages",
-            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or _power(max(p.Dk, p.Dv)) < 128,
+            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or power(max(p.Dk, p.Dv)) < 128,
             "AMD's 64 KiB of shared memory do not hold wide rows that are loaded ahead",
         ),
-        Constraint("read operands", _operands("read"), "float32 rows of q would spill"),
+        Constraint("read operands", operands("read", "BT", lambda p: p.Dk), "float32 rows of q would spill"),
         Constraint(
             "gates operands",
-            lambda c, p, t: _operands("gates")(c, p, t) or c["gates"] == "fused" or not p.routed,
+            lambda c, p, t: operands("gates", "BT", lambda p: p.Dk)(c, p, t) or c["gates"] == "fused" or not p.routed,
             "float32 rows of u would spill",
         ),
-        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
+        Constraint("gates registers", lists, "the lists of the best logits would spill"),
         Constraint(
             "states registers",
-            _state_and_keys,
+            state_and_keys,
             "the sums of products, of a state and of its keys, would spill",
         ),
     ),

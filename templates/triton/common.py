@@ -1,12 +1,56 @@
-"""Jit helpers that the templates share. None has a flag: this module is copied as it stands."""
+"""Jit helpers and groups of pointers that the templates share. None has a flag: this module is copied as it stands."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 LOW = tl.constexpr(-3.0e38)
 """Less than any logit; unlike -inf its difference from itself is a number."""
+
+
+class Decays(NamedTuple):
+    """Of SWLA's writes, float32: cum ``[B*H, T]``, now and after ``[B*H, T]``; None for linear."""
+
+    cum: torch.Tensor | None
+    now: torch.Tensor | None
+    after: torch.Tensor | None
+
+
+class Pieces(NamedTuple):
+    """int32: end, segment and entering ``[P]`` of pieces, seg_first and seg_last ``[N]`` of segments."""
+
+    end: torch.Tensor
+    segment: torch.Tensor
+    entering: torch.Tensor
+    seg_first: torch.Tensor
+    seg_last: torch.Tensor
+
+
+class Pulls(NamedTuple):
+    """At the keys, through the mean keys, float32; of :mod:`gates_backward`, None where gates are not learned."""
+
+    dmeans: torch.Tensor | None
+    pull: torch.Tensor | None
+    pulls: torch.Tensor | None
+
+
+class Leads(NamedTuple):
+    """Gradients of the row before a piece, float32; of :mod:`state_backward`, None where no piece is entered."""
+
+    dk_lead: torch.Tensor | None
+    dv_lead: torch.Tensor | None
+
+
+class Sums(NamedTuple):
+    """``[B*H, T]`` float32, for the gradients of SWLA's gates: D of t = j, D of later t, and E; None for linear."""
+
+    diagonal: torch.Tensor | None
+    tail: torch.Tensor | None
+    ending: torch.Tensor | None
 
 
 @triton.jit

@@ -82,7 +82,8 @@ def cached_kernel(
     if seg_last is not None:
         last = tl.load(seg_last + which, mask=which < N, other=0)
     out = dends + ((bh * P + last) * (SK * SV) + rows * SV)[:, None] + cols[None, :]
-    tl.store(out, grad * scale, mask=((which < N) & (rows < SK))[:, None] & (cols < SV)[None, :])
+    inside = ((which < N) & (rows < SK))[:, None] & (cols < SV)[None, :]
+    tl.store(out, (grad * scale).to(dends.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
@@ -154,6 +155,7 @@ def carry_kernel(
     seq_end,
     dentered,
     products,
+    dstates,
     dends,
     crossing,
     T,
@@ -185,17 +187,17 @@ def carry_kernel(
             grad += tl.where(last, later, 0.0)
             later += tl.load(products + matrix, mask=inside, other=0.0)
         else:
-            grad += tl.load(dends + matrix, mask=place < tl.where(last, SIZE, 0), other=0.0)
-        tl.store(dends + matrix, grad, mask=inside)
-        entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
-        if SWLA:
-            if crossing is not None:
+            grad += tl.load(dstates + matrix, mask=place < tl.where(last, SIZE, 0), other=0.0)
+        tl.store(dends + matrix, grad.to(dends.dtype.element_ty), mask=inside)
+        if dentered is not None:
+            if SWLA:
                 decay = tl.exp(tl.load(cum + bh * T + tl.load(end + piece) - 1))
                 state = tl.load(ends + (bh * P + enters) * SIZE + place, mask=place < height, other=0.0)
                 blocks = tl.num_programs(0)
                 tl.store(crossing + (bh * P + piece) * blocks + block, decay * tl.sum(grad * state, 0))
                 grad *= decay
-        carried = entered + tl.where(enters >= 0, grad, 0.0)
+            entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
+            carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
@@ -274,7 +276,7 @@ def lead_kernel(
         ended = 0.0
         for r0 in range(0, SK, BR):
             rows = r0 + tl.arange(0, BR)
-            state = load_state(dends + (bh * P + piece) * (SK * SV), r0, 0, SK, SV, BR, PV)
+            state = load_state(dends + (bh * P + piece) * (SK * SV), r0, 0, SK, SV, BR, PV).to(tl.float32)
             k_part = tl.load(k + row * DK + rows, mask=rows < DK, other=0.0).to(tl.float32)
             dv_row += tl.sum(state * k_part[:, None], 0) * left
             of_value = tl.sum(state * v_row[None, :], 1) * left
@@ -327,14 +329,15 @@ def state_backward(
     num_warps: int,
     num_stages: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dEnd ``[B*H, P, SK, SV]``; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``; float32.
+    """dEnd ``[B*H, P, SK, SV]``, of q's dtype; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``, float32.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
-        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on if any piece is
+            entered.
         cum, before: None for linear.
         crosses: whether any piece is entered.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
@@ -343,57 +346,55 @@ def state_backward(
         Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
         like of the row before the piece; the gradients of that row, dk in two parts; that of the strength ``before``.
     """
-    B, T, H, _ = q.shape
-    N, P = seg_first.shape[0], begin.shape[0]
+    (B, T, H, _), N, P = q.shape, seg_first.shape[0], begin.shape[0]
     bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
+    # What is carried on has float32; what is left is an operand of products.
+    dends, dstates = q.new_empty((B * H, P, SK, SV)) if chosen is None or crosses else chosen, chosen
     products = dentered = crossing = dk_lead = dv_lead = dbefore = None
     carries, enters = crosses, crosses
     if (AGGREGATION == "grm" or AGGREGATION == "ssc") and FORMULATION != "grouped":
+        dstates = torch.empty_like(dends, dtype=torch.float32) if crosses else dends
         cached_kernel[(blocks * triton.cdiv(N, SEGMENTS) * B * H,)](
             q=q, dy=dy, gammas=gammas, seg_end=seg_end, seg_past_end=seg_past_end,
-            seg_last=None if P == N else seg_last, dends=dends, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
+            seg_last=None if P == N else seg_last, dends=dstates, scale=scale, heads=B * H, T=T, H=H, N=N, P=P,
             OPERAND=OPERAND, PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if AGGREGATION == "residual" or AGGREGATION == "mean":
         carries = True
-        dentered = products = torch.empty_like(dends)
+        products = torch.empty_like(dends, dtype=torch.float32)
         piece_kernel[(blocks * P, B * H)](
             q=q, dy=dy, gate=None, cum=None, begin=begin, end=end, segment=segment, seg_first=seg_first,
             products=products, scale=scale, T=T, H=H, P=P, AGGREGATION=AGGREGATION, PRECISION=PRECISION, DK=DK, DV=DV,
             SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         if not SWLA:
-            enters = False  # the state that enters a piece is read as a cached one is
+            dentered, enters = products if crosses else None, False  # what enters a piece is read as a cached state is
     if enters:
-        dentered = torch.empty_like(dends)
+        dentered = torch.empty_like(dends, dtype=torch.float32)
         piece_kernel[(blocks * P, B * H)](
             q=q, dy=dy, gate=gate, cum=cum, begin=begin, end=end, segment=segment, seg_first=seg_first,
             products=dentered, scale=scale, T=T, H=H, P=P, AGGREGATION=AGGREGATION, PRECISION=PRECISION, DK=DK, DV=DV,
             SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if carries:
-        block, Q = 1024, seq_begin.shape[0]
-        grid = (triton.cdiv(SK * SV, block), Q, B * H)
-        if SWLA:
-            if crosses:
-                crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
+        grid = (triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)
+        if SWLA and crosses:
+            crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
         carry_kernel[grid](
             ends=ends, cum=cum, end=end, segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin,
-            seq_end=seq_end, dentered=dentered, products=products, dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA,
-            AGGREGATION=AGGREGATION, SIZE=SK * SV, BLOCK=block, num_warps=4,
+            seq_end=seq_end, dentered=dentered, products=products, dstates=dstates, dends=dends, crossing=crossing, T=T,
+            P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    if SWLA:
-        if crosses:
-            crossing = crossing.sum(-1)
-            dk_lead, dv_lead = dends.new_empty((B * H, P, 2, SK)), dends.new_empty((B * H, P, SV))
-            dbefore = torch.empty_like(crossing)
-            lead_kernel[(P, B * H)](
-                q=q, k=k, v=v, dy=dy, gate=gate, cum=cum, before=before, dends=dends, begin=begin, end=end,
-                segment=segment, entering=entering, seg_first=seg_first, dk_lead=dk_lead, dv_lead=dv_lead,
-                dbefore=dbefore, crossing=crossing, scale=scale, T=T, H=H, P=P, AGGREGATION=AGGREGATION, DK=DK, DV=DV,
-                PK=PK, PV=PV, SK=SK, SV=SV, BT=16, BR=16, num_warps=4,
-            )  # fmt: skip
+    if SWLA and crosses:
+        crossing = crossing.sum(-1)
+        dk_lead, dv_lead = crossing.new_empty((B * H, P, 2, SK)), crossing.new_empty((B * H, P, SV))
+        dbefore = torch.empty_like(crossing)
+        lead_kernel[(P, B * H)](
+            q=q, k=k, v=v, dy=dy, gate=gate, cum=cum, before=before, dends=dends, begin=begin, end=end, segment=segment,
+            entering=entering, seg_first=seg_first, dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore,
+            crossing=crossing, scale=scale, T=T, H=H, P=P, AGGREGATION=AGGREGATION, DK=DK, DV=DV, PK=PK, PV=PV, SK=SK,
+            SV=SV, BT=16, BR=16, num_warps=4,
+        )  # fmt: skip
     return dends, crossing, dk_lead, dv_lead, dbefore

@@ -14,96 +14,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, load_state
-
-
-@triton.jit(do_not_specialize=["T", "H", "P"])
-def value_kernel(
-    q, k, dy, gate, cum, now, after, dends, dv_lead, begin, end, segment, entering, seg_first, tiles, dv, scale, T,
-    H, P,
-    SWLA: tl.constexpr, AGGREGATION: tl.constexpr, PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PK: tl.constexpr, SK: tl.constexpr, SV: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """One program: dv of BJ tokens, BN columns, of a head."""
-    BLOCKS: tl.constexpr = (DV + BN - 1) // BN
-    column = tl.program_id(0) % BLOCKS * BN
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
-    bh = tl.program_id(1).to(tl.int64)
-    piece = tl.load(tile)
-    j0 = tl.load(tile + 1)
-    stop = tl.load(end + piece)
-    head = bh // H * T * H + bh % H
-    q += head * DK
-    k += head * DK
-    dy += head * DV
-    j = j0 + tl.arange(0, BJ)
-    k_j = load_rows(k, j0, stop, H * DK, 0, DK, BJ, PK)
-    state = load_state(dends + (bh * P + piece) * (SK * SV), 0, column, SK, SV, PK, BN)
-    grad = tl.dot(k_j, state.to(k_j.dtype), input_precision=PRECISION)
-    gate_t = scale
-    if AGGREGATION == "mean":
-        s = tl.load(segment + piece)
-        gate_t = scale / (s - tl.load(seg_first + s) + 1)
-    if SWLA:
-        cum_next = tl.load(cum + bh * T + j + 1, mask=j + 1 < stop, other=0.0)
-        after_j = tl.load(after + bh * T + j, mask=j + 1 < stop, other=0.0)
-        now_j = tl.load(now + bh * T + j, mask=j < stop, other=0.0)
-        left = after_j * tl.exp(tl.load(cum + bh * T + stop - 1) - cum_next)
-        grad *= tl.where(j + 1 < stop, left, now_j)[:, None]
-    for t0 in range(j0, stop, BT):
-        t = t0 + tl.arange(0, BT)
-        q_t = load_rows(q, t0, stop, H * DK, 0, DK, BT, PK)
-        dy_t = load_rows(dy, t0, stop, H * DV, column, DV, BT, BN)
-        scores = tl.dot(k_j, tl.trans(q_t), input_precision=PRECISION)
-        if AGGREGATION == "grm" or AGGREGATION == "ssc":
-            scores *= tl.load(gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
-        if SWLA:
-            cum_t = tl.load(cum + bh * T + t, mask=t < stop, other=0.0)
-            decayed = after_j[:, None] * tl.exp(tl.minimum(cum_t[None, :] - cum_next[:, None], 0.0))
-            weights = tl.where(t[None, :] > j[:, None], decayed, 0.0)
-            scores *= tl.where(t[None, :] == j[:, None], now_j[:, None], weights)
-        else:
-            scores = tl.where(t[None, :] >= j[:, None], scores, 0.0)
-        scores *= gate_t
-        grad = tl.dot(scores.to(dy_t.dtype), dy_t, grad, input_precision=PRECISION)
-    cols = column + tl.arange(0, BN)
-    if dv_lead is not None:
-        # The piece's last token writes once more in the next piece, if its memory goes on there.
-        if piece + 1 < P:
-            if tl.load(entering + piece + 1) >= 0:
-                lead = tl.load(dv_lead + (bh * P + piece + 1) * SV + cols, mask=cols < DV, other=0.0)
-                grad += tl.where((j == stop - 1)[:, None], lead[None, :], 0.0)
-    out = dv + head * DV + j.to(tl.int64)[:, None] * (H * DV) + cols[None, :]
-    tl.store(out, grad.to(dv.dtype.element_ty), mask=(j < stop)[:, None] & (cols < DV)[None, :])
+from .common import Decays, Leads, Pieces, Pulls, Sums, load_rows, load_state
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
-def key_kernel(
+def write_kernel(
     q,
     k,
     v,
     u,
     dy,
     gate,
-    cum,
-    now,
-    after,
+    decays,
     dends,
-    dmeans,
-    pull,
     pulls,
-    dk_lead,
-    begin,
-    end,
-    segment,
-    entering,
-    seg_first,
-    seg_last,
+    leads,
+    pieces,
     tiles,
     dk,
-    diagonal,
-    tail,
-    ending,
+    dv,
+    sums,
     scale,
     T,
     H,
@@ -121,95 +51,118 @@ def key_kernel(
     SV: tl.constexpr,
     BJ: tl.constexpr,
     BT: tl.constexpr,
-    BN: tl.constexpr,
+    BS: tl.constexpr,
 ):
-    """One program: dk of BJ tokens, BN columns, of a head; the program of the first columns adds up D over t."""
-    BLOCKS: tl.constexpr = (DK + BN - 1) // BN
-    column = tl.program_id(0) % BLOCKS * BN
-    tile = tiles + tl.program_id(0) // BLOCKS * 2
+    """One program: dk and dv of BJ tokens of a head, and under SWLA what their gates' gradients add up."""
+    tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
     j0 = tl.load(tile + 1)
-    stop = tl.load(end + piece)
-    s = tl.load(segment + piece)
+    stop = tl.load(pieces.end + piece)
+    s = tl.load(pieces.segment + piece)
     head = bh // H * T * H + bh % H
     q += head * DK
+    k += head * DK
     v += head * DV
     dy += head * DV
     j = j0 + tl.arange(0, BJ)
-    cols = column + tl.arange(0, BN)
+    k_j = load_rows(k, j0, stop, H * DK, 0, DK, BJ, PK)
     v_j = load_rows(v, j0, stop, H * DV, 0, DV, BJ, PV)
-    state = load_state(dends + (bh * P + piece) * (SK * SV), column, 0, SK, SV, BN, PV)
-    grad = tl.dot(v_j, tl.trans(state.to(v_j.dtype)), input_precision=PRECISION)
-    gate_t = scale
+
+    # What the piece's end state says, BS rows or columns of it at a time; where it is all of them, it is loaded once.
+    KEYS: tl.constexpr = BS if BS < PK else PK
+    VALUES: tl.constexpr = BS if BS < PV else PV
+    dends += (bh * P + piece) * (SK * SV)
+    dv_j = tl.zeros([BJ, PV], tl.float32)
+    for c in range(0, SK, KEYS):
+        k_c = load_rows(k, j0, stop, H * DK, c, DK, BJ, KEYS)
+        dv_j = tl.dot(k_c, load_state(dends, c, 0, SK, SV, KEYS, PV), dv_j, input_precision=PRECISION)
+    dk_j = tl.zeros([BJ, PK], tl.float32)
+    for c in range(0, SV, VALUES):
+        v_c = load_rows(v, j0, stop, H * DV, c, DV, BJ, VALUES)
+        dk_j = tl.dot(v_c, tl.trans(load_state(dends, 0, c, SK, SV, PK, VALUES)), dk_j, input_precision=PRECISION)
+    weight = scale
     if AGGREGATION == "mean":
-        gate_t = scale / (s - tl.load(seg_first + s) + 1)
+        weight = scale / (s - tl.load(pieces.seg_first + s) + 1)
     if SWLA:
-        cum_next = tl.load(cum + bh * T + j + 1, mask=j + 1 < stop, other=0.0)
-        after_j = tl.load(after + bh * T + j, mask=j + 1 < stop, other=0.0)
-        now_j = tl.load(now + bh * T + j, mask=j < stop, other=0.0)
-        part = ((column // BN) * tl.num_programs(1) + bh) * T
-        k_part = load_rows(k + head * DK, j0, stop, H * DK, column, DK, BJ, BN).to(tl.float32)
-        tl.store(ending + part + j, tl.sum(k_part * grad, 1), mask=j < stop)
-        left = after_j * tl.exp(tl.load(cum + bh * T + stop - 1) - cum_next)
-        grad *= tl.where(j + 1 < stop, left, now_j)[:, None]
-        k_j = load_rows(k + head * DK, j0, stop, H * DK, 0, DK, BJ, PK)
+        cum = decays.cum + bh * T
+        cum_next = tl.load(cum + j + 1, mask=j + 1 < stop, other=0.0)
+        after_j = tl.load(decays.after + bh * T + j, mask=j + 1 < stop, other=0.0)
+        now_j = tl.load(decays.now + bh * T + j, mask=j < stop, other=0.0)
+        tl.store(sums.ending + bh * T + j, tl.sum(k_j.to(tl.float32) * dk_j, 1), mask=j < stop)
+        left = tl.where(j + 1 < stop, after_j * tl.exp(tl.load(cum + stop - 1) - cum_next), now_j)
+        dv_j *= left[:, None]
+        dk_j *= left[:, None]
         own = tl.zeros([BJ], tl.float32)
         others = tl.zeros([BJ], tl.float32)
+
+    # What its later tokens say.
     for t0 in range(j0, stop, BT):
         t = t0 + tl.arange(0, BT)
-        q_t = load_rows(q, t0, stop, H * DK, column, DK, BT, BN)
+        q_t = load_rows(q, t0, stop, H * DK, 0, DK, BT, PK)
         dy_t = load_rows(dy, t0, stop, H * DV, 0, DV, BT, PV)
-        scores = tl.dot(v_j, tl.trans(dy_t), input_precision=PRECISION)
+        for_values = tl.dot(k_j, tl.trans(q_t), input_precision=PRECISION)
+        for_keys = tl.dot(v_j, tl.trans(dy_t), input_precision=PRECISION)
         if AGGREGATION == "grm" or AGGREGATION == "ssc":
-            scores *= tl.load(gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
-        scores *= gate_t
+            weight_t = weight * tl.load(gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
+        else:
+            weight_t = weight
         if SWLA:
-            cum_t = tl.load(cum + bh * T + t, mask=t < stop, other=0.0)
+            cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
             decay = tl.exp(tl.minimum(cum_t[None, :] - cum_next[:, None], 0.0))
             decay = tl.where(t[None, :] > j[:, None], decay, 0.0)
-            reads = load_rows(q, t0, stop, H * DK, 0, DK, BT, PK)
-            both = scores * tl.dot(k_j, tl.trans(reads), input_precision=PRECISION)
+            both = for_values * for_keys * weight_t
             own += tl.sum(tl.where(t[None, :] == j[:, None], both, 0.0), 1)
             others += tl.sum(both * decay, 1)
-            scores *= tl.where(t[None, :] == j[:, None], now_j[:, None], after_j[:, None] * decay)
+            weights = tl.where(t[None, :] == j[:, None], now_j[:, None], after_j[:, None] * decay) * weight_t
         else:
-            scores = tl.where(t[None, :] >= j[:, None], scores, 0.0)
-        grad = tl.dot(scores.to(q_t.dtype), q_t, grad, input_precision=PRECISION)
+            weights = tl.where(t[None, :] >= j[:, None], weight_t, 0.0)
+        dv_j = tl.dot((for_values * weights).to(dy_t.dtype), dy_t, dv_j, input_precision=PRECISION)
+        dk_j = tl.dot((for_keys * weights).to(q_t.dtype), q_t, dk_j, input_precision=PRECISION)
+
+    keys = tl.arange(0, PK)
+    cols = tl.arange(0, PV)
+    if leads.dv_lead is not None:
+        # The piece's last token writes once more in the next piece, if its memory goes on there.
+        if piece + 1 < P:
+            if tl.load(pieces.entering + piece + 1) >= 0:
+                place = bh * P + piece + 1
+                last = (j == stop - 1)[:, None]
+                lead = tl.load(leads.dv_lead + place * SV + cols, mask=cols < DV, other=0.0)
+                dv_j += tl.where(last, lead[None, :], 0.0)
+                lead = tl.load(leads.dk_lead + place * 2 * SK + keys, mask=keys < DK, other=0.0)
+                lead += tl.load(leads.dk_lead + (place * 2 + 1) * SK + keys, mask=keys < DK, other=0.0)
+                dk_j += tl.where(last, lead[None, :], 0.0)
+    out = dv + head * DV + j.to(tl.int64)[:, None] * (H * DV) + cols[None, :]
+    tl.store(out, dv_j.to(dv.dtype.element_ty), mask=(j < stop)[:, None] & (cols < DV)[None, :])
     if SWLA:
-        if column == 0:
-            tl.store(diagonal + bh * T + j, own, mask=j < stop)
-            tl.store(tail + bh * T + j, others, mask=j < stop)
+        tl.store(sums.diagonal + bh * T + j, own, mask=j < stop)
+        tl.store(sums.tail + bh * T + j, others, mask=j < stop)
     if AGGREGATION == "grm" or AGGREGATION == "ssc":
         u += head * DK
-        rest = tl.load(dmeans + (bh * N + s) * SK + cols, mask=cols < DK, other=0.0)
-        if pulls is not None:
-            for p in range(piece + 1, tl.load(seg_last + s) + 1):
-                rest += tl.load(pulls + (bh * P + p) * SK + cols, mask=cols < DK, other=0.0)
+        pull = pulls.pull + bh * T
+        rest = tl.load(pulls.dmeans + (bh * N + s) * SK + keys, mask=keys < DK, other=0.0)
+        if pulls.pulls is not None:
+            for p in range(piece + 1, tl.load(pieces.seg_last + s) + 1):
+                rest += tl.load(pulls.pulls + (bh * P + p) * SK + keys, mask=keys < DK, other=0.0)
         aside: tl.constexpr = (BJ + BT - 1) // BT * BT
         for t0 in range(j0, tl.minimum(j0 + aside, stop), BT):
             t = t0 + tl.arange(0, BT)
-            u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
-            pull_t = tl.load(pull + bh * T + t, mask=t < stop, other=0.0)
+            u_t = load_rows(u, t0, stop, H * DK, 0, DK, BT, PK).to(tl.float32)
+            pull_t = tl.load(pull + t, mask=t < stop, other=0.0)
             pulled = tl.where(t[None, :] >= j[:, None], pull_t[None, :], 0.0)
             if HALF and PRECISION == "tf32x3":
                 # u is exact in TF32, and the pulls have more bits than the result.
-                grad = tl.dot(pulled, u_t, grad, input_precision="tf32")
+                dk_j = tl.dot(pulled, u_t, dk_j, input_precision="tf32")
             else:
-                grad = tl.dot(pulled, u_t, grad, input_precision=PRECISION)
+                dk_j = tl.dot(pulled, u_t, dk_j, input_precision=PRECISION)
         for t0 in range(j0 + aside, stop, BT):
-            u_t = load_rows(u, t0, stop, H * DK, column, DK, BT, BN).to(tl.float32)
+            u_t = load_rows(u, t0, stop, H * DK, 0, DK, BT, PK).to(tl.float32)
             t = t0 + tl.arange(0, BT)
-            rest += tl.sum(u_t * tl.load(pull + bh * T + t, mask=t < stop, other=0.0)[:, None], 0)
-        grad += rest[None, :]
-    if dk_lead is not None:
-        if piece + 1 < P:
-            if tl.load(entering + piece + 1) >= 0:
-                lead_row = dk_lead + (bh * P + piece + 1) * 2 * SK + cols
-                lead = tl.load(lead_row, mask=cols < DK, other=0.0) + tl.load(lead_row + SK, mask=cols < DK, other=0.0)
-                grad += tl.where((j == stop - 1)[:, None], lead[None, :], 0.0)
-    out = dk + head * DK + j.to(tl.int64)[:, None] * (H * DK) + cols[None, :]
-    tl.store(out, grad.to(dk.dtype.element_ty), mask=(j < stop)[:, None] & (cols < DK)[None, :])
+            rest += tl.sum(u_t * tl.load(pull + t, mask=t < stop, other=0.0)[:, None], 0)
+        dk_j += rest[None, :]
+    out = dk + head * DK + j.to(tl.int64)[:, None] * (H * DK) + keys[None, :]
+    tl.store(out, dk_j.to(dk.dtype.element_ty), mask=(j < stop)[:, None] & (keys < DK)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
@@ -331,7 +284,7 @@ def write_backward(
     SV: int,
     BJ: int,
     BT: int,
-    BN: int,
+    BS: int,
     num_warps: int,
     num_stages: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -349,32 +302,23 @@ def write_backward(
     """
     B, T, H, _ = k.shape
     N, P = seg_first.shape[0], begin.shape[0]
-    bk, bv = min(BN, PK), min(BN, PV)
-    blocks = triton.cdiv(DK, bk)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    diagonal = tail = ending = dg = dbeta = dlam = None
+    sums, dg, dbeta, dlam = Sums(None, None, None), None, None, None
     if SWLA:
-        diagonal, tail = dends.new_empty((B * H, T)), dends.new_empty((B * H, T))
-        ending = dends.new_empty((blocks, B * H, T))
-    value_kernel[(triton.cdiv(DV, bv) * tiles.shape[0], B * H)](
-        q=q, k=k, dy=dy, gate=gate, cum=cum, now=now, after=after, dends=dends, dv_lead=dv_lead, begin=begin, end=end,
-        segment=segment, entering=entering, seg_first=seg_first, tiles=tiles, dv=dv, scale=scale, T=T, H=H, P=P,
-        SWLA=SWLA, AGGREGATION=AGGREGATION, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BJ=BJ, BT=BT,
-        BN=bv, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
-    key_kernel[(blocks * tiles.shape[0], B * H)](
-        q=q, k=k, v=v, u=u, dy=dy, gate=gate, cum=cum, now=now, after=after, dends=dends, dmeans=dmeans, pull=pull,
-        pulls=pulls, dk_lead=dk_lead, begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first,
-        seg_last=seg_last, tiles=tiles, dk=dk, diagonal=diagonal, tail=tail, ending=ending, scale=scale, T=T, H=H,
-        N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, PV=PV,
-        SK=SK, SV=SV, BJ=BJ, BT=BT, BN=bk, num_warps=num_warps, num_stages=num_stages,
+        sums = Sums(*(own.new_empty((B * H, T)) for _ in range(3)))
+    write_kernel[(tiles.shape[0], B * H)](
+        q=q, k=k, v=v, u=u, dy=dy, gate=gate, decays=Decays(cum, now, after), dends=dends,
+        pulls=Pulls(dmeans, pull, pulls), leads=Leads(dk_lead, dv_lead),
+        pieces=Pieces(end, segment, entering, seg_first, seg_last), tiles=tiles, dk=dk, dv=dv, sums=sums, scale=scale,
+        T=T, H=H, N=N, P=P, SWLA=SWLA, AGGREGATION=AGGREGATION, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, PK=PK,
+        PV=PV, SK=SK, SV=SV, BJ=BJ, BT=BT, BS=BS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if SWLA:
         dg, dbeta, dlam = (torch.empty_like(g) for _ in range(3))
         strength_kernel[(P, B * H)](
-            gate=gate, own=own.sum(0), g=g, lam=lam, cum=cum, now=now, after=after, before=before, diagonal=diagonal,
-            tail=tail, ending=ending.sum(0), dbefore=dbefore, crossing=crossing, begin=begin, end=end,
-            segment=segment, entering=entering, seg_first=seg_first, dg=dg, dbeta=dbeta, dlam=dlam, T=T, H=H, P=P,
-            AGGREGATION=AGGREGATION, PIECE=PIECE, num_warps=4,
+            gate=gate, own=own.sum(0), g=g, lam=lam, cum=cum, now=now, after=after, before=before,
+            diagonal=sums.diagonal, tail=sums.tail, ending=sums.ending, dbefore=dbefore, crossing=crossing,
+            begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first, dg=dg, dbeta=dbeta,
+            dlam=dlam, T=T, H=H, P=P, AGGREGATION=AGGREGATION, PIECE=PIECE, num_warps=4,
         )  # fmt: skip
     return dk, dv, dg, dbeta, dlam

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,11 +205,21 @@ class _Recorder:
                 spills=function.spills,
                 asm=function.asm,
                 binary=function.binary,
-                arguments=tuple((name, str(kind)) for name, kind in self.src.signature.items()),
+                arguments=tuple(_members(self.src.signature)),
                 values=tuple((name, value) for name, value in arguments if isinstance(value, (int, float, str))),
                 notes=function.notes,
             )
         )
+
+
+def _members(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and types of a kernel's arguments; those of a named tuple one by one."""
+    for name, kind in signature.items():
+        fields = getattr(kind, "_fields", None)
+        if fields is not None:
+            yield from zip(fields, map(str, kind), strict=True)
+        else:
+            yield name, str(kind)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

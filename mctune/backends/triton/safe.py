@@ -59,9 +59,7 @@ def safe(
     return _cut_down(config, space, problem, target, tuple(chosen))
 
 
-def _changes(
-    config: Config, problem: Problem, target: Target, prefix: str, forms: Sequence[str]
-) -> dict[str, Scalar]:
+def _changes(config: Config, problem: Problem, target: Target, prefix: str, forms: Sequence[str]) -> dict[str, Scalar]:
     changes: dict[str, Scalar] = {}
     # Of gated rows of a state's gradient; with equal gates none are.
     grouped = "formulation" in config and config["formulation"] == "grouped"

@@ -96,7 +96,7 @@ def chosen_kernel(
         grad = tl.dot(tl.trans(dy_t), weighted, grad, input_precision="tf32x3")
     grad = tl.trans(grad)
     out = dends + (bh * P + last) * (SK * SV) + keys[:, None] * SV + values[None, :]
-    tl.store(out, grad * scale, mask=(keys < SK)[:, None] & (values < SV)[None, :])
+    tl.store(out, (grad * scale).to(dends.dtype.element_ty), mask=(keys < SK)[:, None] & (values < SV)[None, :])
 
 
 def grouped_backward(
@@ -109,19 +109,21 @@ def grouped_backward(
     lse: torch.Tensor,
     seg_last: torch.Tensor | None,
     N: int,
+    crosses: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """partial ``[B*H, T, top_k, DK]``, of q's dtype; dgamma ``[B*H, T, top_k]``, dends ``[B*H, P, SK, SV]``, float32.
+    """partial ``[B*H, T, top_k, DK]``, of q's dtype; dgamma ``[B*H, T, top_k]``, float32; dends ``[B*H, P, SK, SV]``.
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV], states [B*H, P, SK, SV]: of one dtype.
         order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
         seg_last: None where every segment is one piece.
+        crosses: whether any piece is entered.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
         Of every pair, its part of dq without ``scale``, and the gradient of its gate, where it has a segment; the
-        gradient of every segment's state, at its last piece.
+        gradient of every segment's state, at its last piece: float32 where it is carried on, else of q's dtype.
     """
     B, T, H, _ = q.shape
     top_k = picked.shape[-1]
@@ -129,7 +131,7 @@ def grouped_backward(
     blocks = triton.cdiv(DK, bk)
     partial = q.new_empty((B * H, T, top_k, DK))
     dgamma = q.new_empty((blocks, *picked.shape), dtype=torch.float32)
-    dends = q.new_empty(states.shape, dtype=torch.float32)
+    dends = q.new_empty(states.shape, dtype=torch.float32 if crosses else q.dtype)
     chosen_kernel[(blocks * N * B * H,)](
         q=q, dy=dy, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
         partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H, top_k=top_k, T=T, H=H, N=N,

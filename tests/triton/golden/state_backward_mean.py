@@ -116,9 +116,10 @@ def carry_kernel(
         grad = carried
         grad += tl.where(last, later, 0.0)
         later += tl.load(products + matrix, mask=inside, other=0.0)
-        tl.store(dends + matrix, grad, mask=inside)
-        entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
-        carried = entered + tl.where(enters >= 0, grad, 0.0)
+        tl.store(dends + matrix, grad.to(dends.dtype.element_ty), mask=inside)
+        if dentered is not None:
+            entered = tl.load(dentered + matrix, mask=place < height, other=0.0)
+            carried = entered + tl.where(enters >= 0, grad, 0.0)
 
 
 def state_backward(
@@ -145,14 +146,15 @@ def state_backward(
     scale: float,
     crosses: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dEnd ``[B*H, P, SK, SV]``; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``; float32.
+    """dEnd ``[B*H, P, SK, SV]``, of q's dtype; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``, float32.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
         ends [B*H, P, SK, SV]: end states of the pieces, float32; for swla where pieces are entered.
         gammas [B*H, N, T], of cached segments, and gate [B*H, T], of the online one: of :mod:`gates_backward`; None
             where gates are not learned.
-        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on.
+        chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on if any piece is
+            entered.
         cum, before: None for linear.
         crosses: whether any piece is entered.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
@@ -161,33 +163,32 @@ def state_backward(
         Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
         like of the row before the piece; the gradients of that row, dk in two parts; that of the strength ``before``.
     """
-    B, T, H, _ = q.shape
-    N, P = seg_first.shape[0], begin.shape[0]
+    (B, T, H, _), N, P = q.shape, seg_first.shape[0], begin.shape[0]
     bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
-    dends = q.new_empty((B * H, P, SK, SV), dtype=torch.float32) if chosen is None else chosen
+    # What is carried on has float32; what is left is an operand of products.
+    dends, dstates = q.new_empty((B * H, P, SK, SV)) if chosen is None or crosses else chosen, chosen
     products = dentered = crossing = dk_lead = dv_lead = dbefore = None
     carries, enters = crosses, crosses
     carries = True
-    dentered = products = torch.empty_like(dends)
+    products = torch.empty_like(dends, dtype=torch.float32)
     piece_kernel[(blocks * P, B * H)](
         q=q, dy=dy, gate=None, cum=None, begin=begin, end=end, segment=segment, seg_first=seg_first, products=products,
         scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    enters = False  # the state that enters a piece is read as a cached one is
+    dentered, enters = products if crosses else None, False  # what enters a piece is read as a cached state is
     if enters:
-        dentered = torch.empty_like(dends)
+        dentered = torch.empty_like(dends, dtype=torch.float32)
         piece_kernel[(blocks * P, B * H)](
             q=q, dy=dy, gate=gate, cum=cum, begin=begin, end=end, segment=segment, seg_first=seg_first,
             products=dentered, scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if carries:
-        block, Q = 1024, seq_begin.shape[0]
-        grid = (triton.cdiv(SK * SV, block), Q, B * H)
+        grid = (triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)
         carry_kernel[grid](
             segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end,
-            dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=block, num_warps=4,
+            dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return dends, crossing, dk_lead, dv_lead, dbefore
