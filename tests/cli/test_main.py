@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +38,11 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     spent = []
     for _ in range(3):
-        began = time.perf_counter()
+        # The processor's time: a busy machine takes longer by the clock on the wall.
+        before = os.times()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        spent.append(time.perf_counter() - began)
+        after = os.times()
+        spent.append(after.children_user - before.children_user + after.children_system - before.children_system)
     assert min(spent) < 0.5
 
 

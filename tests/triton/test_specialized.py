@@ -45,7 +45,7 @@ def default_of(problem: Problem) -> Config:
     return config
 
 
-CONFIG = default_of(PROBLEM).replace(formulation="specialized")
+CONFIG = default_of(PROBLEM).replace(formulation="specialized", read_num_stages=3)
 
 
 @pytest.fixture(scope="module")

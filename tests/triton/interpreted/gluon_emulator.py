@@ -24,6 +24,10 @@ class Deadlock(Exception):
     """Every partition waits for a barrier."""
 
 
+class Misuse(Exception):
+    """More arrivals than a barrier counts: hardware would go on with a wrong count."""
+
+
 @dataclass
 class Pointer:
     """An array, and the places in it that are pointed at."""
@@ -75,7 +79,8 @@ class Barrier:
 
     def arrive(self) -> None:
         self.arrived += 1
-        assert self.arrived <= self.count, "more arrivals than the barrier counts"
+        if self.arrived > self.count:
+            raise Misuse(f"{self.arrived} arrivals, and the barrier counts {self.count}")
         self.settle()
 
     def settle(self) -> None:

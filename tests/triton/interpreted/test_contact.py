@@ -142,13 +142,15 @@ def test_gated_rows_may_wait_in_shared_memory(aggregation: str, kind: str, dtype
         aggregation=aggregation, pass_="backward", T=100, H=1, Dk=24, Dv=40, segment_length=24, dtype=dtype,
         top_k=2 if aggregation == "ssc" else None,
     )  # fmt: skip
-    backend = get_backend("triton")
+    backend, (hopper, _) = get_backend("triton"), resolve("h100-sxm")
     space = backend.space(problem)
-    config = space.first_valid(lambda c: space.valid(c.replace(formulation=kind), problem, TARGET))
+    fixed = {"formulation": kind, "dgroup_OPERAND": "shared"}
+    if kind == "per_segment":
+        fixed = {"formulation": kind, "dstates_OPERAND": "shared", "dgroup_OPERAND": "registers", "dstates_SEGMENTS": 4}
+    config = space.first_valid(lambda c: space.valid(c.replace(**fixed), problem, hopper))
     assert config is not None
-    config = config.replace(formulation=kind, dgroup_OPERAND="shared", dstates_OPERAND="shared")
-    config = config.replace(dstates_SEGMENTS=4) if kind == "per_segment" else config
-    kernel = backend.load(problem, config, backend.build(problem, config, TARGET, tmp_path))
+    config = config.replace(**fixed)
+    kernel = backend.load(problem, config, backend.build(problem, config, hopper, tmp_path))
     for seed, case in enumerate(odd_cases(problem)):
         assert verify_case(partial(run_kernel, kernel), case, seed) <= tolerance(case), case
 
