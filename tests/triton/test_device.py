@@ -77,6 +77,13 @@ def test_more_threads_than_a_block_has():
         launch(resolve("mi300x")[0], warps=32)
 
 
+def test_more_tensor_memory_than_a_block_has():
+    too_much = "gram_kernel with 8 warps and 1 stages needs 2048 columns of tensor memory, a block has 512"
+    for _ in range(2):  # again: Triton keeps the kernel, not the refusal
+        with pytest.raises(DoesNotFit, match=too_much):
+            launch(resolve("b200")[0], BT=512, stages=1, warps=8)
+
+
 def test_the_driver_is_restored(monkeypatch):
     from triton import knobs
     from triton.runtime import driver

@@ -25,6 +25,8 @@ from mctune.core.target import Target
 THREADS_PER_BLOCK = 1024
 REGISTERS_PER_BLOCK = 65536
 """32-bit registers that the threads of one block of a CUDA kernel may hold together (CUDA programming guide)."""
+TENSOR_COLUMNS = 512
+"""Columns of tensor memory that a block of sm_100 may hold (PTX ISA, "Tensor Memory"); others have none."""
 
 
 class DoesNotFit(MctuneError):
@@ -98,7 +100,14 @@ class VirtualDevice:
     # --- what Triton asks of a driver
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
-        """What stands between the JIT and the device: here, it takes notes."""
+        """What stands between the JIT and the device: here, it takes notes.
+
+        It refuses what takes too much tensor memory, which Triton would do next, in an error of its own.
+        """
+        columns = getattr(metadata, "tmem_size", None) or 0
+        if columns > TENSOR_COLUMNS:
+            unit = "columns of tensor memory"
+            raise DoesNotFit(metadata.name, metadata.num_warps, metadata.num_stages, columns, TENSOR_COLUMNS, unit)
         self.metadata = metadata
         return _Recorder(src, metadata)
 
