@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {
     "click": "click", "rich": "rich", "markdown_it": "markdown_it_py", "mdurl": "mdurl", "pygments": "pygments",
     "numpy": "", "torch": "", "triton": "", "libcst": "libcst", "yaml": "pyyaml", "optuna": "optuna",
-    "sqlalchemy": "sqlalchemy", "greenlet": "greenlet", "alembic": "alembic", "mako": "mako",
+    "sqlalchemy": "sqlalchemy", "alembic": "alembic", "mako": "mako",
     "markupsafe": "markupsafe", "colorlog": "colorlog", "tqdm": "tqdm", "packaging": "packaging",
     "typing_extensions": "typing_extensions", "pytest": "pytest", "pluggy": "pluggy", "iniconfig": "iniconfig",
     "hypothesis": "hypothesis", "sortedcontainers": "sortedcontainers",
