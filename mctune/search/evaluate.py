@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -189,8 +190,9 @@ def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
 def first_line(error: Exception) -> str:
     """An exception's type and the line that tells most, for an outcome: the last, but of torch's CUDA errors the first.
 
-    Those end in advice.
+    Those end in advice; an assembler's end in how to call it again, and say before what is wrong.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0 if "CUDA error" in lines[0] else -1] if lines else ""
+    refused = [line for line in lines if re.match(r"ptxas\b.*\b(error|fatal)\b", line)]
+    line = refused[0] if refused else lines[0 if "CUDA error" in lines[0] else -1] if lines else ""
     return f"{type(error).__name__}: {line[:300]}".rstrip(": ")

@@ -9,10 +9,11 @@ from ._rules import MANY, at_most, lists, longest, operands, power, state_and_ke
 
 
 def _accumulator(prefix: str, elements) -> Constraint:
-    """128 registers a thread for what products are added up in."""
+    """128 registers a thread for what products are added up in; 96 of the 128 that a thread of 16 warps has."""
 
     def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return elements(config, problem) <= 128 * 32 * config.integer(f"{prefix}_num_warps")
+        warps = config.integer(f"{prefix}_num_warps")
+        return elements(config, problem) <= (128 if warps < 16 else 96) * 32 * warps
 
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
 

@@ -161,6 +161,11 @@ def test_what_ships_is_verified_again(worker: Worker) -> None:
             "CUDA error: an illegal memory access was encountered",
         ),
         (
+            "PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\nptxas info    : (C7514) slow\n"
+            "ptxas fatal   : (C7602) no room\nptxas fatal   : Ptx assembly aborted\n\nRepro command: ptxas -v x.ptx\n",
+            "ptxas fatal   : (C7602) no room",
+        ),
+        (
             "Triton Error [CUDA]: an illegal memory access was encountered",
             "Triton Error [CUDA]: an illegal memory access",
         ),

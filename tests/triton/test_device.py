@@ -84,6 +84,15 @@ def test_more_tensor_memory_than_a_block_has():
             launch(resolve("b200")[0], BT=512, stages=1, warps=8)
 
 
+def test_a_product_of_more_registers_than_a_thread_has():
+    """512 threads have 128 registers each, all of which the sum would take."""
+    too_much = r"gram_kernel needs \d+ registers, a thread of its blocks has 128"
+    for _ in range(2):
+        with pytest.raises(DoesNotFit, match=too_much) as caught:
+            launch(resolve("h100-sxm")[0], BT=256, stages=1, warps=16)
+        assert caught.value.limit == 128 < caught.value.need
+
+
 def test_the_driver_is_restored(monkeypatch):
     from triton import knobs
     from triton.runtime import driver

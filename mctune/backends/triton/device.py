@@ -30,12 +30,27 @@ TENSOR_COLUMNS = 512
 
 
 class DoesNotFit(MctuneError):
-    """A kernel takes more of ``unit`` than a block of the target has."""
+    """``what`` takes more of ``unit`` than ``whose``, by default a block of the target, has."""
 
-    def __init__(self, kernel: str, warps: int, stages: int, need: int, limit: int, unit: str) -> None:
-        super().__init__(f"{kernel} with {warps} warps and {stages} stages needs {need} {unit}, a block has {limit}")
-        self.kernel, self.warps, self.stages = kernel, warps, stages
+    def __init__(self, what: str, need: int, limit: int, unit: str, whose: str = "a block") -> None:
+        super().__init__(f"{what} needs {need} {unit}, {whose} has {limit}")
         self.need, self.limit, self.unit = need, limit, unit
+
+    @classmethod
+    def of_ptxas(cls, message: str) -> DoesNotFit | None:
+        """What the assembler refuses since one instruction alone takes more registers than a thread has (C7602)."""
+        found = _REGISTERS.search(message)
+        if found is None:
+            return None
+        limit, kernel, need = found.groups()
+        return cls(kernel, int(need), int(limit), "registers", "a thread of its blocks")
+
+
+_REGISTERS = re.compile(r"Insufficient registers \((\d+)\).* in function (\w+).* register target of (\d+)")
+
+
+def _described(metadata: Any) -> str:
+    return f"{metadata.name} with {metadata.num_warps} warps and {metadata.num_stages} stages"
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,8 @@ class VirtualDevice:
 
     Raises:
         DeviceError: on entering, in a process whose Triton interprets.
-        DoesNotFit: from a launch whose kernel takes more than a block of the target has.
+        DoesNotFit: from a launch whose kernel takes more than a block of the target has, or on leaving, in the place of
+            the assembler's error, a thread.
     """
 
     def __init__(self, target: Target) -> None:
@@ -92,10 +108,14 @@ class VirtualDevice:
     ) -> None:
         from triton import knobs
         from triton.runtime import driver
+        from triton.runtime.errors import PTXASError
 
         self._noting.close()
         knobs.runtime.kernel_load_start_hook.remove(self._about_to_load)
         driver._active, knobs.compilation.listener = self._before
+        refused = DoesNotFit.of_ptxas(str(error)) if isinstance(error, PTXASError) else None
+        if refused is not None:
+            raise refused from None
 
     # --- what Triton asks of a driver
 
@@ -106,8 +126,7 @@ class VirtualDevice:
         """
         columns = getattr(metadata, "tmem_size", None) or 0
         if columns > TENSOR_COLUMNS:
-            unit = "columns of tensor memory"
-            raise DoesNotFit(metadata.name, metadata.num_warps, metadata.num_stages, columns, TENSOR_COLUMNS, unit)
+            raise DoesNotFit(_described(metadata), columns, TENSOR_COLUMNS, "columns of tensor memory")
         self.metadata = metadata
         return _Recorder(src, metadata)
 
@@ -146,19 +165,18 @@ class VirtualDevice:
 
     def load(self, name: str, binary: bytes, shared: int) -> _Loaded:
         """Judge a kernel that was just compiled or found on disk."""
-        warps, stages = self.metadata.num_warps, self.metadata.num_stages
-        threads = warps * self.get_current_target().warp_size
+        what, threads = _described(self.metadata), self.metadata.num_warps * self.get_current_target().warp_size
         for need, limit, unit in (
             (shared, self.target.shared_bytes, "B of shared memory"),
             (threads, THREADS_PER_BLOCK, "threads"),
         ):
             if need > limit:
-                raise DoesNotFit(name, warps, stages, need, limit, unit)
+                raise DoesNotFit(what, need, limit, unit)
         ending = ".amdgcn" if self.target.kind == "hip" else ".ptx"
         asm = next((Path(path).read_text() for file, path in self._group.items() if file.endswith(ending)), "")
         registers, spills = _amd_usage(asm) if self.target.kind == "hip" else _cuda_usage(binary)
         if self.target.kind == "cuda" and registers * threads > REGISTERS_PER_BLOCK:
-            raise DoesNotFit(name, warps, stages, registers * threads, REGISTERS_PER_BLOCK, "registers")
+            raise DoesNotFit(what, registers * threads, REGISTERS_PER_BLOCK, "registers")
         notes = notes_of(self._digest, asm, self.metadata) if self.target.kind == "cuda" else ()
         return _Loaded(registers, spills, asm, binary, notes)
 
