@@ -8,12 +8,12 @@ from mctune.core.target import Target
 from ._rules import MANY, at_most, lists, longest, operands, power, state_and_keys, unused
 
 
-def _accumulator(prefix: str, elements) -> Constraint:
-    """128 registers a thread for what products are added up in; 96 of the 128 that a thread of 16 warps has."""
+def _accumulator(prefix: str, elements, *, beside: int = 0) -> Constraint:
+    """128 registers a thread for what products are added up in; a thread of 16 warps, which has no more, less some."""
 
     def holds(config: Config, problem: Problem, target: Target) -> bool:
         warps = config.integer(f"{prefix}_num_warps")
-        return elements(config, problem) <= (128 if warps < 16 else 96) * 32 * warps
+        return elements(config, problem) <= (128 - (beside if warps == 16 else 0)) * 32 * warps
 
     return Constraint(f"{prefix} registers", holds, "the accumulator alone would spill")
 
@@ -304,6 +304,7 @@ SPACE = SearchSpace(
         _accumulator(
             "dstates",
             lambda c, p: c.integer("dstates_SEGMENTS") * c.integer("dstates_BK") * c.integer("dstates_BV"),
+            beside=32,
         ),
         _accumulator("dkv", lambda c, p: _both(c, p)),
         Constraint(
@@ -322,6 +323,7 @@ SPACE = SearchSpace(
             lambda c, p: (
                 c.integer("dgroup_BK") * (power(p.Dv) + c.integer("dgroup_BT")) if c["formulation"] == "grouped" else 0
             ),
+            beside=32,
         ),
         Constraint("gates registers", lists, "the lists of the best logits would spill"),
         Constraint(
