@@ -62,6 +62,23 @@ def test_the_default_compiles_without_spilling_much(pass_: str, folder: Path) ->
     assert {launch.name: launch.spills for launch in made if launch.spills} == {}
 
 
+@pytest.mark.parametrize(
+    ("pass_", "chosen"),
+    [
+        ("forward", {"formulation": "scaled", "read_BT": 256, "read_BV": 128, "read_num_warps": 16}),
+        (
+            "backward",
+            {"dq_BT": 256, "dq_num_warps": 16, "dstates_SEGMENTS": 4, "dstates_OPERAND": "shared", "dkv_BJ": 128},
+        ),
+    ],
+)
+def test_no_constraint_takes_away_the_default_that_was_chosen(pass_: str, chosen: dict[str, object]) -> None:
+    """Where a default is not valid, a fallback takes its place and says nothing."""
+    target, _ = resolve("h100-sxm")
+    default = next(corners(PROBLEM.replace(pass_=pass_), target)).to_dict()
+    assert {name: default[name] for name in chosen} == chosen
+
+
 @pytest.mark.parametrize("pass_", LAUNCHERS)
 def test_the_default_fits_where_there_is_little_shared_memory(pass_: str, folder: Path) -> None:
     target, _ = resolve("mi300x")
