@@ -102,8 +102,10 @@ def local_kernel(
     if SWLA:
         cum_end = tl.load(cum + bh * T + stop - 1)
     # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
-    # product as well, with as many rows of ones as its instructions take.
-    if HALF and not SWLA:
+    # product as well, with as many rows of ones as its instructions take, but for GPUs whose products are waited for.
+    LATER: tl.constexpr = tl.target_info.cuda_capability_geq(9) and not tl.target_info.cuda_capability_geq(12)
+    ONES: tl.constexpr = HALF and not SWLA and (LATER or not (tl.target_info.is_cuda() or tl.target_info.is_hip()))
+    if ONES:
         totals = tl.zeros([64, BK], tl.float32)
     else:
         total = tl.zeros([BK], tl.float32)
@@ -111,7 +113,7 @@ def local_kernel(
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        if HALF and not SWLA:
+        if ONES:
             totals = tl.dot(tl.full([64, BT], 1.0, k_t.dtype), k_t, totals)
         else:
             total += tl.sum(k_t.to(tl.float32), 0)
@@ -122,7 +124,7 @@ def local_kernel(
             weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
             k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision=PRECISION)
-    if HALF and not SWLA:
+    if ONES:
         total = tl.max(totals, 0)
     if SWLA:
         # The token before the piece, where it is one of the same memory.

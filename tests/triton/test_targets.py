@@ -51,15 +51,26 @@ def check(problem: Problem, config: Config, target: Target, folder: Path) -> boo
     return True
 
 
+@pytest.mark.parametrize("aggregation", ["grm", "residual"])
 @pytest.mark.parametrize("pass_", LAUNCHERS)
-def test_the_default_compiles_without_spilling_much(pass_: str, folder: Path) -> None:
-    target, _ = resolve("h100-sxm")
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("h100-sxm", 0),
+        ("a100-80g", 256),
+        *(pytest.param(name, 256, marks=pytest.mark.slow) for name in ("rtx4090", "b200", "rtx5090", "mi300x")),
+    ],
+)
+def test_the_default_compiles_without_spilling_much(
+    name: str, most: int, pass_: str, aggregation: str, folder: Path
+) -> None:
+    target, _ = resolve(name)
     backend = TritonBackend()
-    problem = PROBLEM.replace(pass_=pass_)
+    problem = PROBLEM.replace(pass_=pass_, aggregation=aggregation)
     config = next(corners(problem, target))
     made = backend.compile(problem, config, backend.build(problem, config, target, folder), target)
     assert not isinstance(made, TooLarge), made
-    assert {launch.name: launch.spills for launch in made if launch.spills} == {}
+    assert {launch.name: launch.spills for launch in made if launch.spills > most} == {}
 
 
 @pytest.mark.parametrize(
