@@ -34,7 +34,7 @@ def test_every_launch_has_a_line() -> None:
 
 def test_what_ptxas_says_and_what_products_read_are_told() -> None:
     problem = SMALL.replace("mean", "grm").replace("=32", "=64") + ",pass=backward"
-    done = run("--gpu", "h100", "--problem", problem, "--set", "dstates_BT=64,dstates_num_stages=2")
+    done = run("--gpu", "h100", "--problem", problem, "--set", "dstates_OPERAND=registers")
     assert done.returncode == 0, done.stderr
     _, header, *lines, _ = done.stdout.splitlines()
     rows = {line.split()[0]: line for line in lines}
