@@ -69,6 +69,28 @@ def decays_kernel(
     tl.store(before + bh * P + piece, tl.where(enters, first, 0.0))
 
 
+@triton.constexpr_function
+def rows_of_ones():
+    """That keys are added up by: as many as products take where the program goes on meanwhile (sm_90, sm_100), else 1.
+
+    Keys that a sum and such a product read get a buffer too few in a pipeline (triton #6691), so that there the sum is
+    a product as well. Where there is no GPU to ask it is, too.
+    """
+    target = tl.target_info
+    if target.is_cuda():
+        return 64 if target.cuda_capability_geq(9) and not target.cuda_capability_geq(12) else 1
+    return 1 if target.is_hip() else 64
+
+
+@triton.jit
+def add_keys(total, k_t):
+    """``total [ROWS, BK]``, every row of it the sum of the keys before ``k_t [BT, BK]``, and those."""
+    if total.shape[0] == 1:
+        return total + tl.sum(k_t.to(tl.float32), 0)[None, :]
+    else:
+        return tl.dot(tl.full([total.shape[0], k_t.shape[0]], 1.0, k_t.dtype), k_t, total)
+
+
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def local_kernel(
     k,
@@ -104,16 +126,14 @@ def local_kernel(
     v += head * DV
     rows = row + tl.arange(0, BK)
     cols = column + tl.arange(0, BV)
-    # Keys that a product and a sum read get a buffer too few in a pipeline on sm_90 (triton #6691). So the sum is a
-    # product as well, with as many rows of ones as its instructions take.
-    totals = tl.zeros([64, BK], tl.float32)
+    total = tl.zeros([rows_of_ones(), BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        totals = tl.dot(tl.full([64, BT], 1.0, k_t.dtype), k_t, totals)
+        total = add_keys(total, k_t)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision="ieee")
-    total = tl.max(totals, 0)
+    total = tl.max(total, 0)
     inside = (rows < SK)[:, None] & (cols < SV)[None, :]
     place = (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
     if ends is not None:

@@ -69,6 +69,28 @@ def decays_kernel(
     tl.store(before + bh * P + piece, tl.where(enters, first, 0.0))
 
 
+@triton.constexpr_function
+def rows_of_ones():
+    """That keys are added up by: as many as products take where the program goes on meanwhile (sm_90, sm_100), else 1.
+
+    Keys that a sum and such a product read get a buffer too few in a pipeline (triton #6691), so that there the sum is
+    a product as well. Where there is no GPU to ask it is, too.
+    """
+    target = tl.target_info
+    if target.is_cuda():
+        return 64 if target.cuda_capability_geq(9) and not target.cuda_capability_geq(12) else 1
+    return 1 if target.is_hip() else 64
+
+
+@triton.jit
+def add_keys(total, k_t):
+    """``total [ROWS, BK]``, every row of it the sum of the keys before ``k_t [BT, BK]``, and those."""
+    if total.shape[0] == 1:
+        return total + tl.sum(k_t.to(tl.float32), 0)[None, :]
+    else:
+        return tl.dot(tl.full([total.shape[0], k_t.shape[0]], 1.0, k_t.dtype), k_t, total)
+
+
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def local_kernel(
     k,
@@ -110,18 +132,19 @@ def local_kernel(
     rows = row + tl.arange(0, BK)
     cols = column + tl.arange(0, BV)
     cum_end = tl.load(cum + bh * T + stop - 1)
-    total = tl.zeros([BK], tl.float32)
+    total = tl.zeros([1, BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
     for t0 in range(start, stop, BT):
         k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
         v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
-        total += tl.sum(k_t.to(tl.float32), 0)
+        total = add_keys(total, k_t)
         t = t0 + tl.arange(0, BT)
         cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
         left = tl.load(after + bh * T + t, mask=t < stop, other=0.0) * tl.exp(cum_end - cum_next)
         weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
         k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision="ieee")
+    total = tl.max(total, 0)
     # The token before the piece, where it is one of the same memory.
     if tl.load(entering + piece) >= 0:
         weight = tl.load(before + bh * P + piece) * tl.exp(cum_end - tl.load(cum + bh * T + start))
