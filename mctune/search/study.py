@@ -32,6 +32,8 @@ from mctune.search.rules import Rule
 from mctune.search.sampler import START, Proposer, Tried
 
 _ATTRS = "mctune"
+PATIENCE_S = 60.0
+"""For others that read or copy the SQLite file that a search writes to; the five that SQLite waits are soon over."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,10 @@ def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _storage(url: str | None) -> optuna.storages.BaseStorage:
     try:
-        return optuna.storages.get_storage(url)
+        if url is None or not url.startswith("sqlite"):
+            return optuna.storages.get_storage(url)
+        waiting = {"connect_args": {"timeout": PATIENCE_S}}
+        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=waiting))
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def run(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
 
 def configs(folder: Path) -> list[str]:
     """Configurations of finished trials."""
-    with sqlite3.connect(folder / "build" / "mctune_cpu" / "search" / "study.db") as database:
+    with closing(sqlite3.connect(folder / "build" / "mctune_cpu" / "search" / "study.db")) as database:
         rows = database.execute(
             "select value_json from trial_user_attributes a join trials t on a.trial_id = t.trial_id "
             "where key = 'config' and state = 'COMPLETE'"

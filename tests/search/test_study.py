@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -252,6 +254,30 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         run_study(LINE, [always], evaluate, trials=1, storage="nonsense")
     with pytest.raises(UsageError, match="holds no study 'mctune'"):
         load_study(f"sqlite:///{tmp_path / 'empty.db'}")
+
+
+def test_a_search_waits_for_who_holds_its_file(url: str) -> None:
+    """A copy, a report or a dashboard may hold it for longer than the five seconds that SQLite waits by itself."""
+
+    def hold(held: threading.Event) -> None:
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30, isolation_level=None)) as other:
+            other.execute("begin exclusive")
+            held.set()
+            time.sleep(6.5)
+            other.execute("rollback")
+
+    def disturbed(config: Config) -> Outcome:
+        if not others:
+            held = threading.Event()
+            others.append(threading.Thread(target=hold, args=(held,)))
+            others[0].start()
+            assert held.wait(30)
+        return timed(1.0 + config.integer("x"))
+
+    others: list[threading.Thread] = []
+    assert len(run_study(LINE, [always], disturbed, trials=3, storage=url).trials) == 3
+    others[0].join()
+    assert len(load_study(url)[1]) == 3
 
 
 @pytest.mark.parametrize("trials", (6, 7))
