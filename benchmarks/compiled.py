@@ -237,7 +237,7 @@ def table(problem: Problem, config: Config, target: Target, as_markdown: bool = 
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
     rows = [
-        row(launch, demand, part, source_of(launch, problem, config), target)
+        row(launch, demand, part, source_of(launch, problem, config, target), target)
         for launch, demand, part in zip(launches, asked, parts, strict=True)
     ]
     if as_markdown:

@@ -77,6 +77,11 @@ class Target:
         """Whether this is a CPU."""
         return self.kind == "cpu"
 
+    @property
+    def products_in_flight(self) -> bool:
+        """Whether matrix products read shared memory while a program goes on (``wgmma`` and ``tcgen05`` of CUDA)."""
+        return self.arch in ("sm_90", "sm_100")
+
 
 def resolve(name: str) -> tuple[Target, str]:
     """The target called ``name`` (any case), and a note to say aloud when the name was an alias, else ``""``.

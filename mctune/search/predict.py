@@ -115,7 +115,7 @@ def _in_words(parts: Sequence[Part], calibrated: bool) -> str:
 def _demand(launch: Launch, problem: Problem, config: Config, target: Target, parameters: Parameters) -> Demand:
     compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
     cost = _matrix_cost(problem, config, target)
-    told = [_walked(launch, compiled, source_of(launch, problem, config, heaviest), parameters, cost)
+    told = [_walked(launch, compiled, source_of(launch, problem, config, target, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
     # Half of the cache: other arrays go through it too.

@@ -15,6 +15,7 @@ from functools import lru_cache
 from mctune.backends.protocol import Launch
 from mctune.core.config import Config
 from mctune.core.problem import Problem
+from mctune.core.target import Target
 
 Value = int | float | bool | str
 
@@ -61,12 +62,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Walk:
-    """What a launch of ``problem`` walks through; ``heaviest``: of the program with most work, not of the mean one."""
+    """What a launch of ``problem`` walks through.
+
+    ``heaviest``: of the program with most work, not of the mean one; ``in_flight``: on a GPU whose products are.
+    """
 
     problem: Problem
     config: Config
     values: Mapping[str, Value]
     heaviest: bool = False
+    in_flight: bool = False
 
     def __getitem__(self, name: str) -> int:
         """A number among the launch's arguments."""
@@ -127,8 +132,9 @@ def _pieces(problem: Problem, piece: int) -> tuple[Piece, ...]:
 
 
 def _local(w: Walk) -> Source:
-    """In linear memories of 16 bits the sum of keys is a product too, of 64 rows."""
-    BT, sums = w["BT"], 64 if w.problem.dtype != "float32" and w.problem.recurrence == "linear" else 0
+    """In linear memories of 16 bits the sum of keys is a product too where products are in flight, of 64 rows."""
+    ones = w.in_flight and w.problem.dtype != "float32" and w.problem.recurrence == "linear"
+    BT, sums = w["BT"], 64 if ones else 0
     steps = w.of_pieces(lambda p: math.ceil(p.length / BT))
     return Source(1, 0, (Source(steps, 2 * BT * w["BK"] * (w["BV"] + sums)),))
 
@@ -377,12 +383,14 @@ UNCOUNTED = ("read_specialized_kernel",)
 """Kernels whose warps do different work: the model counts an instruction for all warps of a block."""
 
 
-def source_of(launch: Launch, problem: Problem, config: Config, heaviest: bool = False) -> Source | None:
+def source_of(
+    launch: Launch, problem: Problem, config: Config, target: Target, heaviest: bool = False
+) -> Source | None:
     """The loops of a launch's kernel, ``None`` where nothing is known of it."""
     count = TRIPS.get(launch.name)
     if count is None:
         return None
     try:
-        return count(Walk(problem, config, dict(launch.values), heaviest))
+        return count(Walk(problem, config, dict(launch.values), heaviest, target.products_in_flight))
     except KeyError:  # a template with other parameters than these functions know
         return None

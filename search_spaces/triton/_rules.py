@@ -64,10 +64,10 @@ def lists(config: Config, problem: Problem, target: Target) -> bool:
 
 
 def state_and_keys(config: Config, problem: Problem, target: Target) -> bool:
-    """Keys are summed up by products with 64 rows of ones, in linear memories of 16 bits where products go along."""
+    """Where products are in flight, linear memories of 16 bits add up keys by products with 64 rows of ones."""
     keys = min(config.integer("states_BK"), power(problem.Dk))
     values = min(config.integer("states_BV"), power(problem.Dv))
-    along = target.arch in ("sm_90", "sm_100") and problem.recurrence == "linear" and problem.dtype != "float32"
-    ones = 64 if along else 0
+    products = target.products_in_flight and problem.recurrence == "linear" and problem.dtype != "float32"
+    ones = 64 if products else 0
     threads = 32 * config.integer("states_num_warps")
     return keys * values <= 128 * threads and keys * (values + ones) <= 160 * threads

@@ -42,7 +42,7 @@ def _both(config: Config, problem: Problem) -> int:
 
 def _rows_in_registers(config: Config, problem: Problem, target: Target) -> bool:
     """16-bit rows of k and v, beside dk, dv and two tiles of scores, and under SWLA of decays."""
-    if problem.dtype == "float32" or target.kind != "cuda" or target.arch in ("sm_90", "sm_100"):
+    if problem.dtype == "float32" or target.kind != "cuda" or target.products_in_flight:
         return True
     tile, step = _both(config, problem), config.integer("dkv_BJ") * config.integer("dkv_BT")
     scores = (4 if problem.recurrence == "swla" else 2) * step

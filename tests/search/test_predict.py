@@ -230,9 +230,16 @@ def launched(name: str = "read_forward_kernel", asm: str = BODY, **changes: obje
 
 
 def test_unknown_kernels_and_parameters_have_no_source() -> None:
-    assert source_of(launched("new_kernel"), FORWARD, CONFIG) is None
-    assert source_of(launched(values=()), FORWARD, CONFIG) is None
-    assert isinstance(source_of(launched(), FORWARD, CONFIG), Source)
+    assert source_of(launched("new_kernel"), FORWARD, CONFIG, H100) is None
+    assert source_of(launched(values=()), FORWARD, CONFIG, H100) is None
+    assert isinstance(source_of(launched(), FORWARD, CONFIG, H100), Source)
+
+
+@pytest.mark.parametrize("name, ones", [("h100-sxm", 64), ("b200", 64), ("a100-80g", 0), ("rtx5090", 0), ("mi300x", 0)])
+def test_keys_are_added_up_by_products_where_these_are_in_flight(name: str, ones: int) -> None:
+    launch = launched("local_kernel", values=(("BT", 16), ("BK", 32), ("BV", 64)))
+    source = source_of(launch, FORWARD, CONFIG, resolve(name)[0])
+    assert source is not None and source.inner[0].matrix == 2 * 16 * 32 * (64 + ones)
 
 
 def test_footprint_counts_each_array_once() -> None:
