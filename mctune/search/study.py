@@ -13,18 +13,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from mctune.core import outcome as outcomes
 from mctune.core.config import Config
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
+from mctune.core.interrupt import Held, held
 from mctune.core.outcome import Outcome
 from mctune.core.space import SearchSpace
 from mctune.search.feasible import Point
@@ -119,49 +122,97 @@ def run_study(
 
     Raises:
         UsageError: if the storage cannot be opened, or holds under this name a study about something else.
+        MctuneError: if it cannot be written any more (a full disk, a lock that another program keeps).
     """
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
-    started = time.monotonic()
     proposer = Proposer(space, rules, sampler, seed, balance, start)
-    adapter = _Given()
-    study = _open(storage, study_name, adapter, _about(space, attrs or {}))
-    ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in space.params}
-    try:
-        _settle(study)
-        history: list[Tried] = [(space.indices(trial.config), trial.ms) for trial in _evaluated(study)]
-        stopped = "trials"
+    with held() as ctrl_c, _writing(storage):
+        run = _Run(space, evaluate, _open(storage, study_name, _Given(), _about(space, attrs or {})), on_trial, ctrl_c)
+        stopped = run.until(trials, proposer, timeout, at_once)
+        return StudyResult(tuple(_evaluated(run.study)), stopped)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a study. Ctrl-C comes while candidates are proposed or evaluated, and never into the storage."""
+
+    space: SearchSpace
+    evaluate: Callable[[Config], Outcome | None]
+    study: optuna.Study
+    on_trial: Callable[[Trial], None] | None
+    ctrl_c: Held
+
+    def until(self, trials: int, proposer: Proposer, timeout: float | None, at_once: int) -> str:
+        """Evaluate until there are so many trials; why it ended."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            stopped = self.rounds(trials, proposer, deadline, at_once)
+            self.ctrl_c.check()
+        except KeyboardInterrupt:
+            _settle(self.study)
+            return "interrupted"
+        return stopped
+
+    def rounds(self, trials: int, proposer: Proposer, deadline: float | None, at_once: int) -> str:
+        """Rounds of up to ``at_once`` candidates until there are so many trials; why they ended."""
+        _settle(self.study)
+        history: list[Tried] = [(self.space.indices(trial.config), trial.ms) for trial in _evaluated(self.study)]
         while len(history) < trials:
-            if timeout is not None and time.monotonic() - started >= timeout:
-                stopped = "timeout"
-                break
-            points = _propose(proposer, history, min(at_once, trials - len(history)))
+            if deadline is not None and time.monotonic() >= deadline:
+                return "timeout"
+            with self.ctrl_c.let_in():
+                points = _propose(proposer, history, min(at_once, trials - len(history)))
             if not points:
-                stopped = "exhausted"
-                break
-            configs, asked = [space.at(point) for point in points], []
-            for point, config in zip(points, configs, strict=True):
-                adapter.indices = dict(zip(ranges, point, strict=True))
-                asked.append(study.ask(ranges))
-                asked[-1].set_user_attr("config", config.to_json())
-            done = _all(evaluate, configs)
-            cut_off = False
-            for point, config, trial_, (outcome, seconds) in zip(points, configs, asked, done, strict=True):
-                if outcome is None:
-                    study.tell(trial_.number, state=TrialState.FAIL)
-                    cut_off = True
-                    continue
-                trial = _record(trial_, study, config, outcome, seconds)
-                history.append((point, trial.ms))
-                if on_trial is not None:
-                    on_trial(trial)
-            if cut_off:
-                stopped = "timeout"
-                break
-    except KeyboardInterrupt:
-        _settle(study)
-        stopped = "interrupted"
-    return StudyResult(tuple(_evaluated(study)), stopped)
+                return "exhausted"
+            done = self.round(points)
+            history += done
+            if len(done) < len(points):
+                return "timeout"
+        return "trials"
+
+    def round(self, points: Sequence[Point]) -> list[Tried]:
+        """Evaluate these side by side; those that were done before the time was over."""
+        configs = [self.space.at(point) for point in points]
+        asked = [self.ask(point, config) for point, config in zip(points, configs, strict=True)]
+        outcomes_ = _all(self.evaluate, configs)
+        done: list[Tried] = []
+        for point, config, trial_ in zip(points, configs, asked, strict=True):
+            with self.ctrl_c.let_in():
+                outcome, seconds = next(outcomes_)
+            if outcome is None:
+                self.study.tell(trial_.number, state=TrialState.FAIL)
+                continue
+            trial = _record(trial_, self.study, config, outcome, seconds)
+            done.append((point, trial.ms))
+            if self.on_trial is not None:
+                with self.ctrl_c.let_in():
+                    self.on_trial(trial)
+        return done
+
+    def ask(self, point: Point, config: Config) -> optuna.Trial:
+        """A trial of ``config`` in the storage, running."""
+        assert isinstance(self.study.sampler, _Given)
+        self.study.sampler.indices = dict(zip((param.name for param in self.space.params), point, strict=True))
+        ranges: dict[str, BaseDistribution] = {
+            param.name: IntDistribution(0, len(param.values) - 1) for param in self.space.params
+        }
+        asked = self.study.ask(ranges)
+        asked.set_user_attr("config", config.to_json())
+        return asked
+
+
+@contextmanager
+def _writing(storage: str | None) -> Iterator[None]:
+    """A storage that cannot be written any more is said in one line."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        reasons = str(error.__cause__ or error).splitlines()
+        raise MctuneError(
+            f"the study in {storage} cannot be written: {reasons[0] if reasons else type(error).__name__}; what was "
+            "recorded before is there: see that its disk has room and no other program holds it, then search again"
+        ) from error
 
 
 def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any], tuple[Trial, ...]]:
@@ -170,12 +221,13 @@ def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any]
     Raises:
         UsageError: if there is no such study.
     """
-    try:
-        study = optuna.load_study(study_name=study_name, storage=_storage(storage))
-    except KeyError:
-        raise UsageError(f"{storage} holds no study {study_name!r}; run mctune search first") from None
-    about: dict[str, Any] = study.user_attrs.get(_ATTRS, {})
-    return dict(about.get("attrs", {})), tuple(_evaluated(study))
+    with held():
+        try:
+            study = optuna.load_study(study_name=study_name, storage=_storage(storage))
+        except KeyError:
+            raise UsageError(f"{storage} holds no study {study_name!r}; run mctune search first") from None
+        about: dict[str, Any] = study.user_attrs.get(_ATTRS, {})
+        return dict(about.get("attrs", {})), tuple(_evaluated(study))
 
 
 class _Given(optuna.samplers.BaseSampler):

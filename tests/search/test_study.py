@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from mctune.core.config import Config
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import (
     Crashed,
     FailedBuild,
@@ -33,7 +34,7 @@ from mctune.core.outcome import (
 )
 from mctune.core.space import Choice, Int, SearchSpace
 from mctune.search.events import SAMPLERS
-from mctune.search.study import Trial, load_study, run_study
+from mctune.search.study import StudyResult, Trial, load_study, run_study
 from tests.search.spaces import SPACE, evaluate, timed, valid
 
 LINE = SearchSpace((Int("x", range(8)),))
@@ -208,6 +209,48 @@ def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_o
     assert states == {TrialState.COMPLETE: 5, TrialState.FAIL: 1}
     again = run_study(SPACE, [valid], evaluate, trials=20, seed=1, storage=url, at_once=at_once)
     assert len({trial.config for trial in again.trials}) == 20
+
+
+def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the database's transactions too, many times in one process: what is left open there locks the next run."""
+    monkeypatch.setattr("mctune.search.study.PATIENCE_S", 2.0)  # a lock that nobody lets go is soon over
+    moments = random.Random(0)
+    before = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT)),
+    )
+    runs: list[StudyResult | None] = []
+    try:
+        while len(runs) < 400 and not (runs and runs[-1] and runs[-1].stopped == "trials"):
+            # Later and later, so that however slow the machine, there comes a run that gets somewhere.
+            signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.001, 0.03 + 0.005 * len(runs)))
+            try:
+                runs.append(run_study(SPACE, [valid], evaluate, trials=12, seed=1, storage=url))
+            except KeyboardInterrupt:
+                runs.append(None)  # the run was over, or had not begun
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+    assert sum(1 for run in runs if run and run.interrupted) >= 3
+    assert runs[-1] and plain(runs[-1].trials) == plain(run_study(SPACE, [valid], evaluate, trials=12, seed=1).trials)
+
+
+def test_a_storage_that_cannot_be_written_is_said_in_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mctune.search.study.PATIENCE_S", 0.1)
+    other: list[sqlite3.Connection] = []
+
+    def kept(config: Config) -> Outcome:
+        if not other:
+            other.append(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=30, isolation_level=None))
+            other[0].execute("begin exclusive")
+        return timed(1.0)
+
+    with pytest.raises(MctuneError, match=r"cannot be written: .*database is locked; what was") as raised:
+        run_study(LINE, [always], kept, trials=3, storage=url)
+    assert url in str(raised.value) and len(str(raised.value).splitlines()) == 1
+    other[0].close()
+    assert len(run_study(LINE, [always], kept, trials=3, storage=url).trials) == 3
 
 
 def test_ctrl_c_does_not_wait_for_the_candidates_beside() -> None:
