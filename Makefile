@@ -16,7 +16,7 @@ GPU_PYTHON := python3
 MINUTES := 9.5
 STAGES :=
 # What such a machine may lack beside its torch and Triton: all of it is small.
-WHEELS := click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalchemy alembic mako markupsafe \
+WHEELS := numpy click rich markdown-it-py mdurl pygments libcst pyyaml optuna sqlalchemy alembic mako markupsafe \
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
 	einops fla-core==0.6.0
 

@@ -151,7 +151,7 @@ class Contact:
         """What this python lacks out of the wheelhouse; what is not there either is a fact."""
         try:
             unpack_missing(self.options.wheels, self.work / "site")
-        except SystemExit as error:
+        except (SystemExit, OSError) as error:
             self.facts.add("machine", "missing", said=str(error))
             self.guard.say(str(error))
         if self.rehearse:

@@ -36,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {
     "click": "click", "rich": "rich", "markdown_it": "markdown_it_py", "mdurl": "mdurl", "pygments": "pygments",
-    "numpy": "", "torch": "", "triton": "", "libcst": "libcst", "yaml": "pyyaml", "optuna": "optuna",
+    "numpy": "numpy", "torch": "", "triton": "", "libcst": "libcst", "yaml": "pyyaml", "optuna": "optuna",
     "sqlalchemy": "sqlalchemy", "alembic": "alembic", "mako": "mako",
     "markupsafe": "markupsafe", "colorlog": "colorlog", "tqdm": "tqdm", "packaging": "packaging",
     "typing_extensions": "typing_extensions", "pytest": "pytest", "pluggy": "pluggy", "iniconfig": "iniconfig",
@@ -65,24 +65,39 @@ def unpack_missing(wheels: Path, site: Path) -> None:
     """Unpack the wheels of what this python lacks into ``site``, and put that on the path.
 
     Raises:
-        SystemExit: naming what is missing, and how to get it.
+        SystemExit: after all that could be unpacked was, naming what is still missing, and how to get it.
     """
     sys.path.append(str(site))
+    lacking, remedies = [], []
     for module, wheel in NEEDED.items():
         if importlib.util.find_spec(module) is not None:
             continue
         files = sorted(wheels.glob(f"{wheel}-*.whl")) if wheel else []
         usable = [file for file in files if _runs_here(file)]
-        if not usable:
-            own = f"{sys.version_info.major}.{sys.version_info.minor}"
-            there = (
-                f" for python {own} ({', '.join(file.name for file in files)} is for another python)" if files else ""
-            )
-            how = f"where there is a network, `make wheelhouse PYTHON_OF_GPU={own}` fetches all for this python"
-            raise SystemExit(f"on_gpu.py: error: {module} is missing and {wheels} has no wheel of it{there}; "
-                             f"{how if wheel else 'install it'}")  # fmt: skip
-        zipfile.ZipFile(usable[-1]).extractall(site)
-        importlib.invalidate_caches()
+        if usable and _unpacked(usable[-1], site):
+            continue
+        own = f"{sys.version_info.major}.{sys.version_info.minor}"
+        there = f" ({', '.join(f.name for f in files)} is for another python, or broken)" if files else ""
+        lacking.append(f"{module} is missing and {wheels} has no wheel of it for python {own}{there}")
+        remedies.append(
+            f"where there is a network, `make wheelhouse PYTHON_OF_GPU={own}` fetches all for this python"
+            if wheel else f"install {module}"
+        )  # fmt: skip
+    if lacking:
+        raise SystemExit(f"on_gpu.py: error: {'; '.join((*lacking, *dict.fromkeys(remedies)))}")
+
+
+def _unpacked(wheel: Path, site: Path) -> bool:
+    """Whether it could be; one that was cut off on its way here cannot."""
+    try:
+        with zipfile.ZipFile(wheel) as file:
+            if file.testzip() is not None:
+                return False
+            file.extractall(site)
+    except (OSError, zipfile.BadZipFile):
+        return False
+    importlib.invalidate_caches()
+    return True
 
 
 def _runs_here(wheel: Path) -> bool:

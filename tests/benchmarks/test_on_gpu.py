@@ -56,22 +56,28 @@ def test_what_is_missing_comes_out_of_the_wheelhouse(
 
 
 @pytest.mark.parametrize(
-    ("tag", "said"),
-    [
-        (None, "has no wheel of it;"),
-        ("cp27-cp27mu-any", f"for python {PYTHON} (planted_absent-1.0-cp27-cp27mu-any.whl is"),
-    ],
+    ("tag", "said"), [(None, ";"), ("cp27-cp27mu-any", " (planted_absent-1.0-cp27-cp27mu-any.whl is for another")]
 )
-def test_what_nobody_has_is_named_with_the_remedy(
+def test_what_nobody_has_is_named_with_the_remedy_and_the_rest_is_unpacked(
     on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tag: str | None, said: str
 ) -> None:
-    monkeypatch.setattr(on_gpu, "NEEDED", {"planted_absent": "planted_absent"})
+    needed = {"planted_theirs": ""} | {f"planted_{name}": f"planted_{name}" for name in ("absent", "cut", "late")}
+    monkeypatch.setattr(on_gpu, "NEEDED", needed)
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
     if tag:
-        wheel(tmp_path / "wheels", "planted_absent", tag)
+        wheel(wheels, "planted_absent", tag)
+    for name in ("planted_cut", "planted_late"):
+        wheel(wheels, name, "py3-none-any")
+    cut = wheels / "planted_cut-1.0-py3-none-any.whl"
+    cut.write_bytes(cut.read_bytes()[:-30])
     with pytest.raises(SystemExit) as ended:
-        on_gpu.unpack_missing(tmp_path / "wheels", tmp_path / "site")
-    assert "planted_absent is missing" in str(ended.value) and said in str(ended.value)
-    assert f"make wheelhouse PYTHON_OF_GPU={PYTHON}" in str(ended.value)
+        on_gpu.unpack_missing(wheels, site)
+    told = str(ended.value)
+    assert f"planted_absent is missing and {wheels} has no wheel of it for python {PYTHON}{said}" in told
+    assert "planted_cut-1.0-py3-none-any.whl is for another python, or broken" in told
+    assert told.count(f"`make wheelhouse PYTHON_OF_GPU={PYTHON}`") == 1 and told.endswith("for this python")
+    assert "planted_theirs is missing" in told and "install planted_theirs;" in told and len(told.splitlines()) == 1
+    assert [path.name for path in site.iterdir()] == ["planted_late.py"]
 
 
 def test_every_wheel_that_may_be_needed_is_fetched(on_gpu: ModuleType) -> None:
