@@ -37,6 +37,9 @@ class Rules:
         return self.state_init == "checkpoint"
 
 
+_RULES = tuple(field.name for field in fields(Rules))
+
+
 @dataclass(eq=False)
 class LayerMemory:
     """The cache of one layer, one row a sequence; sequences may be at different places.
@@ -196,7 +199,8 @@ class LayerMemory:
             ArgumentError: if the call writes by other rules, or its shapes are others.
         """
         given = rules_of(call)
-        for name, now in vars(given).items():
+        for name in _RULES:  # by name: torch 2.11 does not trace `vars` of a dataclass
+            now = getattr(given, name)
             was = getattr(self.rules, name, now)
             if now != was and (name != "inner_chunk" or call.deep):
                 raise ArgumentError(f"{name}={now!r} on a memory written with {was!r}: start with an empty memory")

@@ -137,11 +137,15 @@ class Wrapped(nn.Module):
         super().__init__()
         tensors, self.options = draw(problem)
         self.names = [name for name in tensors if name not in UNMAPPED]
-        self.weights = nn.ParameterDict({name: tensors[name] for name in UNMAPPED if name in tensors})
+        self.shared = [name for name in UNMAPPED if name in tensors]
+        self.weights = nn.ParameterDict({name: tensors[name] for name in self.shared})
 
     def forward(self, *tensors: Tensor) -> Tensor:
         named = dict(zip(self.names, tensors, strict=True))
-        return memory_caching(**named, **self.weights, **self.options)
+        weights = {
+            name: self.weights[name] for name in self.shared
+        }  # torch 2.11 does not trace `**` of a ParameterDict
+        return memory_caching(**named, **weights, **self.options)
 
 
 @pytest.mark.parametrize("strict", (False, True), ids=("", "strict"))
