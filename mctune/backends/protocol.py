@@ -88,8 +88,11 @@ class Backend(Protocol):
     def check_target(self, target: Target) -> None:
         """Refuse a machine that it does not compile for, with what does."""
 
-    def ready(self) -> None:
-        """Refuse a machine that lacks what compiling takes, with what to install."""
+    def ready(self, here: bool = True) -> None:
+        """Refuse a machine that lacks what compiling takes, with what to install.
+
+        Unless the target is ``here``, also one that lacks what verifying without it takes.
+        """
 
     def identity(self) -> dict[str, str]:
         """What its results depend on besides problem, configuration and target: versions, the templates' digest."""

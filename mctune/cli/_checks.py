@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mctune.backends.triton.versions import HOPPER, hazards
+from mctune.backends.triton.versions import HOPPER, hazards, misfit
 from mctune.core.environment import TVM_PAIR, version
 from mctune.core.errors import MctuneError
 from mctune.core.paths import search_spaces_dir, templates_dir
@@ -98,6 +98,10 @@ def check_pairs(installed: Mapping[str, str | None]) -> Iterator[Check]:
             yield Check("triton pair", OK, f"{torch} with {triton}")
         else:
             yield Check("triton pair", WARN, f"{torch} with {triton}", f"torch {torch} is built for triton {wanted}")
+    numpy = installed.get("numpy")
+    said = misfit(triton, numpy) if triton and numpy else ""
+    if said:
+        yield Check("interpreter", WARN, f"triton {triton} with numpy {numpy}", said)
 
 
 def check_data() -> Check:

@@ -38,9 +38,11 @@ def command(
         return _templates(target_name, seed, record, timeout, as_json)
     if record is not None or timeout is not None:
         raise UsageError("--record and --timeout go with --gpu NAME")
+    from mctune.backends.triton.versions import check_interpreter
     from mctune.search.package import check_defaults, check_package, needs_interpreter
 
     if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
+        check_interpreter()
         say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
         # Triton reads it when it is imported, as torch was.
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
@@ -70,13 +72,14 @@ def _templates(name: str, seed: int, record: Path | None, timeout: float | None,
     from mctune.backends import backend_for, get_backend
     from mctune.core.target import resolve
     from mctune.search.hold import candidates, hold
+    from mctune.search.presence import present
 
     target, note = resolve(name)
     if note:
         say(note)
     if backend_for(target) != "triton":
         raise UsageError(f"{target.name} is a CPU: `mctune verify` without --gpu holds what runs there")
-    get_backend("triton").ready()
+    get_backend("triton").ready(here=present(target))
     drawn = candidates(target)
     results = []
     for held in hold(drawn, target, record, timeout, seed):

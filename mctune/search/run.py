@@ -189,7 +189,7 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
     backend = backend.measuring() if request.measure else backend
     for case in request.cases:
         backend.check(case.problem)
-    backend.ready()
+    backend.ready(here=request.measure)
     folder = request.out / "search"
     folder.mkdir(parents=True, exist_ok=True)
     storage = request.storage or f"sqlite:///{(folder / 'study.db').resolve()}"

@@ -30,6 +30,13 @@ def test_the_pins_agree_with_the_constraints_and_the_shipped_runtime() -> None:
         ({"apache-tvm-ffi": "0.1.15"}, [BAD, OK], "pip install apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post1"),
         ({"apache-tvm": "0.28.0"}, [WARN, OK], "tested only with 0.27.0.post1"),
         ({"triton": "3.6.0"}, [OK, WARN], "torch 2.13.0+cpu is built for triton 3.7"),
+        ({"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.3.5"}, [OK, OK], ""),
+        (
+            {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.4.0"},
+            [OK, OK, WARN],
+            "numpy 2.4.0; pip install 'numpy<2.4'",
+        ),
+        ({"numpy": "2.5.2"}, [OK, OK], ""),
         ({"torch": "3.0", "triton": "9.9"}, [OK, OK], ""),
         ({"apache-tvm": None, "triton": None}, [], ""),
     ],

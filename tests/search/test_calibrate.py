@@ -112,7 +112,7 @@ class Backend:
 
     name = "triton"
 
-    def ready(self) -> None:
+    def ready(self, here: bool = True) -> None:
         pass
 
     def build(self, problem, config, target, folder):

@@ -11,7 +11,7 @@ from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import DoesNotFit, VirtualDevice
 from mctune.backends.triton.templates import digest, write_parts
-from mctune.backends.triton.versions import check_versions
+from mctune.backends.triton.versions import check_interpreter, check_versions
 from mctune.core.config import Config
 from mctune.core.environment import version
 from mctune.core.errors import UsageError
@@ -66,13 +66,15 @@ class TritonBackend:
         if target.on_cpu:
             raise UsageError(f"{target.name} is a CPU, and Triton's templates are for GPUs")
 
-    def ready(self) -> None:
-        """Refuse a missing or unknown Triton.
+    def ready(self, here: bool = True) -> None:
+        """Refuse a missing or unknown Triton, and for a GPU that is not here one whose interpreter does not run.
 
         Raises:
             DeviceError: with what to install.
         """
         check_versions()
+        if not here:
+            check_interpreter()
 
     def identity(self) -> dict[str, str]:
         """The Triton and the templates that results depend on."""

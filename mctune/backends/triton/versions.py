@@ -11,6 +11,8 @@ from mctune.core.errors import DeviceError
 OLDEST, BEYOND = (3, 6), (3, 10)
 _REMEDY = "pip install 'triton>=3.6,<3.10'"
 HOPPER = ("sm_90",)
+_INTERPRETS, _BEYOND_NUMPY = (3, 7), (2, 4)
+"""Older interpreters turn arrays of one element into integers, which these releases of numpy refuse."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,28 @@ def check_versions() -> None:
         raise DeviceError(f"triton {found} is not one that mctune supports; {_REMEDY}")
     if version("libcst") is None:
         raise DeviceError("libcst is not installed; pip install 'libcst>=1.5'")
+
+
+def misfit(triton: str, numpy: str) -> str:
+    """Why a Triton's interpreter does not run with a numpy, with the remedy; empty if it does."""
+    if numbers(triton)[:2] >= _INTERPRETS or numbers(numpy)[:2] < _BEYOND_NUMPY:
+        return ""
+    return (
+        f"the interpreter of triton {triton}, which runs kernels without their GPU, does not work with numpy {numpy}; "
+        "pip install 'numpy<2.4', or triton 3.7 or later"
+    )
+
+
+def check_interpreter() -> None:
+    """Refuse a Triton whose interpreter does not run with the numpy that is installed.
+
+    Raises:
+        DeviceError: naming both and what to install.
+    """
+    triton, numpy = version("triton"), version("numpy")
+    said = misfit(triton, numpy) if triton and numpy else ""
+    if said:
+        raise DeviceError(said)
 
 
 def hazards(triton: str, arch: str | None = None) -> tuple[Hazard, ...]:

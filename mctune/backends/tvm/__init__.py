@@ -57,7 +57,7 @@ class TvmBackend:
         if not target.on_cpu:
             raise UsageError(f"{target.name} is a GPU, and TVM's templates are for CPUs")
 
-    def ready(self) -> None:
+    def ready(self, here: bool = True) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
 
         Raises:
