@@ -99,7 +99,7 @@ def check_pairs(installed: Mapping[str, str | None]) -> Iterator[Check]:
         else:
             yield Check("triton pair", WARN, f"{torch} with {triton}", f"torch {torch} is built for triton {wanted}")
     numpy = installed.get("numpy")
-    said = misfit(triton, numpy) if triton and numpy else ""
+    said = misfit(triton, numpy)
     if said:
         yield Check("interpreter", WARN, f"triton {triton} with numpy {numpy}", said)
 

@@ -192,11 +192,9 @@ class _Run:
 
     def ask(self, point: Point, config: Config) -> optuna.Trial:
         """A trial of ``config`` in the storage, running."""
+        ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in self.space.params}
         assert isinstance(self.study.sampler, _Given)
-        self.study.sampler.indices = dict(zip((param.name for param in self.space.params), point, strict=True))
-        ranges: dict[str, BaseDistribution] = {
-            param.name: IntDistribution(0, len(param.values) - 1) for param in self.space.params
-        }
+        self.study.sampler.indices = dict(zip(ranges, point, strict=True))
         asked = self.study.ask(ranges)
         asked.set_user_attr("config", config.to_json())
         return asked

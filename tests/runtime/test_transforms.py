@@ -142,9 +142,8 @@ class Wrapped(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         named = dict(zip(self.names, tensors, strict=True))
-        weights = {
-            name: self.weights[name] for name in self.shared
-        }  # torch 2.11 does not trace `**` of a ParameterDict
+        # One by one: torch 2.11 does not trace `**` of a ParameterDict.
+        weights = {name: self.weights[name] for name in self.shared}
         return memory_caching(**named, **weights, **self.options)
 
 

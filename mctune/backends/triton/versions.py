@@ -91,9 +91,9 @@ def check_versions() -> None:
         raise DeviceError("libcst is not installed; pip install 'libcst>=1.5'")
 
 
-def misfit(triton: str, numpy: str) -> str:
-    """Why a Triton's interpreter does not run with a numpy, with the remedy; empty if it does."""
-    if numbers(triton)[:2] >= _INTERPRETS or numbers(numpy)[:2] < _BEYOND_NUMPY:
+def misfit(triton: str | None, numpy: str | None) -> str:
+    """Why a Triton's interpreter does not run with a numpy, with the remedy; empty if it does, or one is missing."""
+    if not triton or not numpy or numbers(triton)[:2] >= _INTERPRETS or numbers(numpy)[:2] < _BEYOND_NUMPY:
         return ""
     return (
         f"the interpreter of triton {triton}, which runs kernels without their GPU, does not work with numpy {numpy}; "
@@ -107,8 +107,7 @@ def check_interpreter() -> None:
     Raises:
         DeviceError: naming both and what to install.
     """
-    triton, numpy = version("triton"), version("numpy")
-    said = misfit(triton, numpy) if triton and numpy else ""
+    said = misfit(version("triton"), version("numpy"))
     if said:
         raise DeviceError(said)
 
