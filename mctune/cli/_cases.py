@@ -23,7 +23,7 @@ def measured(target: Target, insist: bool) -> bool:
     """Whether candidates are timed: the target is here, or the user insists, which the search then refuses."""
     if target.on_cpu or insist:
         return True
-    from mctune.search.presence import present
+    from mctune.backends.presence import present
 
     return present(target)
 
