@@ -13,7 +13,7 @@ from mctune.core.space import SearchSpace
 
 @cache
 def load_space(backend: str, family: str, pass_: str, measured: bool = False) -> SearchSpace:
-    """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``MEASURED``, where there is one, of what is measured."""
+    """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``measured``: its ``MEASURED``, if it has one."""
     package = f"mctune_spaces_{backend}_{family}"
     if package not in sys.modules:
         # A package of its own, so that its files find each other.
