@@ -19,7 +19,7 @@ from mctune.core.workload import Workload, load_workload, workload_names
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the search spaces and workloads, or show NAME (a space as backend/pass or backend/family/pass, or a workload) in full."""
+    """List the search spaces and workloads, or show NAME (a space, as backend/pass, or a workload) in full."""
     spaces, workloads = _spaces(), {known: load_workload(known) for known in workload_names()}
     if name is not None:
         if name.count("/") == 1:
