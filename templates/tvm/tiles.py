@@ -25,6 +25,14 @@ def exp(x):
     return value * T.reinterpret("float32", (T.cast(whole, "int32") + T.int32(127)) << T.int32(23))
 
 
+# Zeros in the first ``width`` columns of ``rows`` rows from ``row`` on.
+@T.inline
+def clear(target, row, rows, width):
+    for d in range(rows):
+        for n in T.vectorized(width):
+            target[row + d, n] = T.float32(0)
+
+
 def multiply(rows, cols, unroll):
     """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate_r sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
 
