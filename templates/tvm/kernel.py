@@ -1,18 +1,33 @@
-"""How a template is put together: a kernel's arguments as one ordered table, its values by name, its steps as functions.
+"""How a template is put together: arguments as one ordered table, values by name, steps as functions.
 
-A step is a Python function that takes compile-time sizes and flags, the kernel's values, and writes its statements into
-the kernel at work: ``@emit`` above a function of TVMScript parses it there and then. So a step is called by keyword from
-TVMScript, reads like it, and is as long as what it does.
+A step is a Python function that takes the plan (sizes and flags that are known when the kernel is compiled) and the
+kernel's values, and adds statements to the kernel at work: ``@emit`` parses a function of TVMScript there and then. So
+TVMScript calls steps by keyword, and no function is longer than a screen:
+
+    def scale_rows(plan, x, *, factor):
+        Dk, y = plan.Dk, x.y
+
+        @emit
+        def rows():
+            for r in T.parallel(x.R):
+                for d in T.vectorized(Dk):
+                    y[r, d] = factor * y[r, d]
+
+Only names that the inner function closes over reach its TVMScript: what a step reads often, it first gives a name.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from tvm.script import from_source
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
+from tvm.script.parser._core import scan_macro, utils
 from tvm.tirx import PrimFunc, Var
+from tvm.tirx.script.parser.entry import TIRInline
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +92,35 @@ def {name}({", ".join(f"{key}: types[{key!r}]" for key in arguments)}):
     return from_source(source, extra_vars={"T": T, "types": types, "start": start})
 
 
+class _Inline(TIRInline):
+    """``T.inline``, which finds the parser at work without ``inspect.getouterframes``.
+
+    That one looks up the source of every frame on the stack: most of the time of a build.
+    """
+
+    def _find_parser_def(self) -> Any:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if self.parser_object_name in frame.f_globals:
+                return frame.f_globals[self.parser_object_name]
+            frame = frame.f_back
+        raise RuntimeError(f"{self.func.__name__} is TVMScript, and no kernel is at work")
+
+
+def inline(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: TVMScript that is parsed wherever it is called, with its parameters and what it closes over."""
+    source, closed_over = scan_macro(function, utils.inspect_function_capture(function))
+    found = _Inline(source, closed_over, function)
+
+    def call(*arguments: Any, **named: Any) -> None:
+        found(*arguments, **named)
+
+    return call
+
+
 def emit(function: Callable[[], None]) -> None:
     """Decorator: parse the TVMScript of ``function``, at once, into the kernel at work."""
-    T.inline(function)()
+    inline(function)()
 
 
 def scratch(**arrays: Array) -> Values:
