@@ -189,7 +189,8 @@ class Scheduler:
         if queue:
             worker.unit = queue.popleft()
             return True
-        others = [one.unit for one in self.members.values() if one.interprets == worker.interprets and not one.unit.whole]
+        peers = [one for one in self.members.values() if one.interprets == worker.interprets]
+        others = [one.unit for one in peers if not one.unit.whole]
         most = max(others, key=lambda unit: len(unit.tests), default=worker.unit)
         if len(most.tests) < 2:
             return False
