@@ -10,11 +10,13 @@ import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests import scheduling
+from tests import compiled_before, scheduling
 
 # Few examples, the same ones in each run, no stop-watch.
 settings.register_profile("mctune", max_examples=10, deadline=None, derandomize=True, database=None)
 settings.load_profile("mctune")
+
+compiled_before.keep()
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = ROOT / scheduling.INTERPRETED
@@ -49,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if scheduling.interpreting():
                 raise pytest.UsageError(f"{item.nodeid}: what is interpreted cannot run alone")
             item.add_marker(pytest.mark.xdist_group(scheduling.ALONE))
+
+
+@pytest.fixture(scope="session")
+def kernel_folder() -> Path:
+    """Where TVM's kernels are compiled, unless a test is about that."""
+    return compiled_before.kernels()
 
 
 def _worker(config: pytest.Config) -> bool:

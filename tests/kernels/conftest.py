@@ -51,11 +51,6 @@ int mctune_test_free(int device, int id, void *scratch) {
 
 
 @pytest.fixture(scope="session")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     """Kernels that are loaded from now on get the scratch memory above."""
     folder = tmp_path_factory.mktemp("scratch")

@@ -185,12 +185,12 @@ def test_other_shapes_and_backends_are_refused(monkeypatch: pytest.MonkeyPatch) 
         memory_caching_step(one.q, one.k, one.v, memory=memory, backend="cuda")
 
 
-def test_a_tuned_kernel_takes_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_kernel_takes_the_steps(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, target, problem = TvmBackend(), resolve("cpu")[0], LINEAR.replace(pass_="decode")
     space = backend.space(problem)
     config = space.first_valid(lambda c: space.valid(c, problem, target))
     assert config is not None
-    built = backend.build(problem, config, target, tmp_path)
+    built = backend.build(problem, config, target, kernel_folder)
     record = {"problem": problem.to_dict(), "config": config.to_dict()}
     monkeypatch.setattr(dispatch, "TABLE", Table((Entry(problem.to_dict(), "tvm", built.library, record),)))
     leaves, options = draw(LINEAR)

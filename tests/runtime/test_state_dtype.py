@@ -225,12 +225,12 @@ def test_compiled_steps() -> None:
     assert compiled.states[0].dtype == torch.bfloat16
 
 
-def test_kernels_of_the_cpu_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_the_cpu_refuse(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, target, problem = TvmBackend(), resolve("cpu")[0], LINEAR.replace(pass_="decode")
     space = backend.space(problem)
     config = space.first_valid(lambda c: space.valid(c, problem, target))
     assert config is not None
-    built = backend.build(problem, config, target, tmp_path)
+    built = backend.build(problem, config, target, kernel_folder)
     record = {"problem": problem.to_dict(), "config": config.to_dict()}
     monkeypatch.setattr(dispatch, "TABLE", Table((Entry(problem.to_dict(), "tvm", built.library, record),)))
     monkeypatch.setattr(dispatch, "_warned", set())
