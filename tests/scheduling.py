@@ -32,8 +32,7 @@ def interpreting() -> bool:
 def workers(config: pytest.Config) -> list[str]:
     """Execnet's names for the workers of this run: each has one thread, and the last one interprets."""
     threads = "//".join(f"env:{name}=1" for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"))
-    count = len(config.getoption("tx"))
-    return [f"popen//{threads}//env:TRITON_INTERPRET=0"] * count + [f"popen//{threads}//env:TRITON_INTERPRET=1"]
+    return [f"popen//{threads}"] * len(config.getoption("tx")) + [f"popen//{threads}//env:TRITON_INTERPRET=1"]
 
 
 def unit_of(nodeid: str) -> str:
