@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _parallel(config):
         if scheduling.interpreting():
             raise pytest.UsageError(
-                "with -n, what is interpreted has a worker of its own: leave TRITON_INTERPRET unset"
+                "with -n a worker of its own interprets: leave TRITON_INTERPRET unset"
             )
         config.option.tx = scheduling.workers(config)
 
