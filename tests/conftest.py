@@ -25,9 +25,7 @@ INTERPRETED = ROOT / scheduling.INTERPRETED
 def pytest_configure(config: pytest.Config) -> None:
     if _parallel(config):
         if scheduling.interpreting():
-            raise pytest.UsageError(
-                "with -n a worker of its own interprets: leave TRITON_INTERPRET unset"
-            )
+            raise pytest.UsageError("with -n a worker of its own interprets: leave TRITON_INTERPRET unset")
         config.option.tx = scheduling.workers(config)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import host, judged, plain, y_of
+from conftest import judged, y_of
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
@@ -28,6 +28,7 @@ from mctune.runtime.tvm_forward import TvmForward
 from mctune.runtime.tvm_loader import KernelError
 from mctune.search.inputs import Inputs, make_inputs
 from mctune.search.verify import TOLERANCE, poisoned_memory
+from tests.draw import host, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 GRM = Problem(T=150, H=3, B=2, Dk=20, Dv=7, segment_length=32)

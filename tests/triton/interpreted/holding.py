@@ -12,16 +12,17 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.search.inputs import Inputs
 from mctune.search.passes import Results
-from mctune.search.spread import Drawn, draw, odd_cases
+from mctune.search.spread import Drawn, odd_cases
 from mctune.search.verify import run_kernel, tolerance, verify_case
+from tests import draw
 
 TARGET, _ = resolve("a100")
 DTYPES = ("float32", "float16")
 
 
 def drawn(pass_: str) -> list[Drawn]:
-    """Every combination; each pair of recurrence and aggregation meets both dtypes."""
-    return draw(pass_, TARGET, DTYPES)
+    """Every combination."""
+    return draw.interpreted(pass_, TARGET, DTYPES)
 
 
 def fenced(inputs: Inputs) -> Inputs:
