@@ -63,11 +63,11 @@ def forward() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def package(forward: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(forward: ModuleType, kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with one kernel."""
     folder = tmp_path_factory.mktemp("bench")
     config = forward.fitting(forward.DENSE, resolve("cpu")[0]).replace(chunk=32)
-    built = TvmBackend().build(TINY, config, TARGET, folder / "work")
+    built = TvmBackend().build(TINY, config, TARGET, kernel_folder)
     winner = Winner(TINY, config, timed(1.0), "tvm", built.library, built.source, None, (), True, {})
     return emit_package(folder / "mctune_bench_test", TARGET, [winner])
 
