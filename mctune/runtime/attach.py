@@ -36,6 +36,13 @@ class Mixed(NamedTuple):
 
     ``finish`` makes the layer's hidden states [B, T, hidden_size] of y [B, T, H, Dv]; ``scale`` multiplies q
     (``None``: Dk ** -0.5); g, beta, lam [B, T, H] and ``recurrence`` are as in :func:`memory_caching`.
+
+    Examples:
+        >>> def mix(layer, hidden_states):  # a layer with one projection for q, k and v, and one head
+        ...     q, k, v = layer(hidden_states)[:, :, None].chunk(3, -1)
+        ...     return Mixed(q, k, v, finish=lambda y: y.flatten(2))
+        >>> model = nn.Sequential(nn.Linear(16, 48))
+        >>> attached = attach_memory_caching(model, segment_length=32, layers=["0"], mix=mix)
     """
 
     q: Tensor
@@ -54,7 +61,16 @@ Mix = Callable[[nn.Module, Tensor], Mixed]
 
 @dataclass(frozen=True)
 class Attached:
-    """A model whose layers :func:`attach_memory_caching` has changed; ``layers`` are their names."""
+    """A model whose layers :func:`attach_memory_caching` has changed.
+
+    Attributes:
+        model: the model.
+        layers: names of the changed layers.
+
+    Examples:
+        >>> attached = attach_memory_caching(nn.Sequential(MemoryCaching(64)), segment_length=32)
+        >>> attached.detach()  # the model is what it was
+    """
 
     model: nn.Module
     layers: tuple[str, ...]
@@ -97,10 +113,20 @@ def attach_memory_caching(
         mix: what a layer that is not known does before and after its memory; needs ``layers``.
         state_init: as in :func:`memory_caching`; ``None`` is a MemoryCaching layer's own, and ``checkpoint`` for
             others: they were trained with one memory for the whole sequence.
-        top_k: of ``ssc``.
+        top_k: cached segments that ``ssc`` reads for each token; other aggregations ignore it.
+
+    Returns:
+        Which layers were changed, and how to undo it.
 
     Raises:
         ArgumentError: naming the layer that cannot be served and why; if there is none to attach to; on a bad option.
+
+    Examples:
+        >>> model = torch.nn.Sequential(MemoryCaching(64, segment_length=4096))
+        >>> attached = attach_memory_caching(model, segment_length=32, aggregation="mean")
+        >>> attached.layers
+        ('0',)
+        >>> attached.detach()
     """
     check_options("linear", aggregation, "constant", state_init or "checkpoint", segment_length, top_k, 1)
     found = dict(_find(model, layers, mix))
@@ -183,7 +209,21 @@ def _unknown(layer: nn.Module) -> str | None:
 
 
 def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
-    """What a layer of plain linear attention does before and after its memory."""
+    """What a layer of plain linear attention does before and after its memory: the default of ``mix``.
+
+    Args:
+        layer: has q_proj, k_proj, v_proj, o_proj and num_heads.
+        hidden_states: [B, T, hidden_size].
+
+    Returns:
+        q, k, v, [B, T, H, D], with shared key and value heads repeated, and what makes hidden states of y.
+
+    Examples:
+        >>> layer = nn.ModuleDict({name: nn.Linear(64, 64) for name in PROJECTIONS})
+        >>> layer.num_heads = 4
+        >>> linear_attention(layer, torch.randn(2, 10, 64)).q.shape
+        torch.Size([2, 10, 4, 16])
+    """
     parts: Any = layer
     heads = parts.num_heads
     groups = heads // (getattr(parts, "num_kv_heads", None) or heads)
@@ -200,7 +240,7 @@ def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
         x if feature is None else feature(x)
         for x, feature in ((q, getattr(parts, "feature_map_q", shared)), (k, getattr(parts, "feature_map_k", shared)))
     )
-    # A sum of features may vanish; so much is added in flash-linear-attention.
+    # A sum of features may be zero; flash-linear-attention adds the same epsilon.
     q, k = (
         x / (x.sum(-1, keepdim=True) + 1e-4) if getattr(parts, flag, False) is True else x
         for x, flag in ((q, "norm_q"), (k, "norm_k"))
