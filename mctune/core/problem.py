@@ -129,7 +129,7 @@ class Problem:
 
     @property
     def routed(self) -> bool:
-        """Whether gates compare u with the segments' mean keys (Eq. 10)."""
+        """Whether gates compare u with the segments' mean keys."""
         return self.aggregation in ROUTED
 
     @property
