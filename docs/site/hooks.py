@@ -18,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import mctune
 from mctune.cli._main import group
 from mctune.core.toml import read_toml
 
@@ -100,8 +101,11 @@ def _content(path: str) -> str | bytes:
 def _reference(page: dict[str, Any]) -> str:
     """One page of the API reference, from its entry in ``api.toml``."""
     parts = [f"# {page['title']}", page["text"]]
-    for name in page.get("objects", ()):
-        parts.append(f"::: {_module_of(name)}.{PurePosixPath(name).name}")
+    for entry in page.get("objects", ()):
+        module, name = _module_of(entry), PurePosixPath(entry).name
+        short = "mctune" if name in mctune.__all__ else module
+        options = "    options:\n      show_root_full_path: false"
+        parts += [f"::: {module}.{name}\n{options}", f"`from {short} import {name}`"]
     for pattern in page.get("modules", ()):
         found = [path for path in sorted((ROOT / "mctune").glob(pattern)) if _public(path)]
         if not found:
@@ -136,10 +140,10 @@ def _dotted(path: Path) -> str:
 def _command_line() -> str:
     """What every command says under ``--help``."""
     parts = ["# Command line", "`mctune COMMAND --help` prints the same."]
-    context = click.Context(group, info_name="mctune")
+    context = click.Context(group, info_name="mctune", terminal_width=100)
     for name in ("", *group.list_commands(context)):
         command = group.get_command(context, name) if name else group
         assert command is not None
-        own = click.Context(command, info_name=name, parent=context, terminal_width=100) if name else context
+        own = click.Context(command, info_name=name, parent=context) if name else context
         parts.append(f"## mctune {name}".rstrip() + f"\n\n```text\n{command.get_help(own)}\n```")
     return "\n\n".join(parts) + "\n"
