@@ -140,7 +140,7 @@ def _dotted(path: Path) -> str:
 def _command_line() -> str:
     """What every command says under ``--help``."""
     parts = ["# Command line", "`mctune COMMAND --help` prints the same."]
-    context = click.Context(group, info_name="mctune", terminal_width=100)
+    context = click.Context(group, info_name="mctune", terminal_width=100, **group.context_settings)
     for name in ("", *group.list_commands(context)):
         command = group.get_command(context, name) if name else group
         assert command is not None

@@ -44,7 +44,7 @@ def memory_caching(
     """Memory Caching (arXiv:2602.24281): a recurrent memory that also reads its own past states.
 
     The sequence is cut into segments. Within one, token t writes to a memory M and then reads it; the memory at the end
-    of every segment is kept. In segment s a token reads ``y_t = sum over i <= s of gamma_t^(i) M^(i)(scale q_t)``, where
+    of every segment is kept. In segment s, token t reads ``y_t = sum over i <= s of gamma_t^(i) M^(i)(scale q_t)``.
     ``M^(s)`` is the memory as token t has left it. The aggregation says what gamma is: for ``grm`` the softmax of
     ``<u_t, p^(i)>`` over i, where ``p^(i)`` is the mean key of segment i (Eq. 8-10).
 
