@@ -9,7 +9,8 @@ import pytest
 from test_imports import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 QUOTES = [
     (page.name, path, quoted)
     for page in PAGES
