@@ -101,7 +101,7 @@ class Kernels:
         from mctune.backends import get_backend
 
         try:
-            # Any of what a device may measure.
+            # From the space of measured searches, which has more than a predicted one's.
             return get_backend("triton").measuring().build(problem, config, self.target, self.folder)
         except ModuleNotFoundError as error:
             if error.name != "libcst":

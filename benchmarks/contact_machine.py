@@ -31,7 +31,7 @@ def machine(facts: Facts) -> None:
         "machine", "versions", python=platform.python_version(), system=platform.platform(), packages=found,
         cores=os.cpu_count(), torch_cuda=torch.version.cuda,
     )  # fmt: skip
-    # One field at a time where all together are refused: older drivers know fewer.
+    # One field at a time where all together are refused: older drivers know fewer fields.
     lines = said(["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"])
     facts.add("machine", "nvidia-smi", said=dict(zip(_SMI, lines.split(", "), strict=False)), line=lines)
     for tool, arguments in (("nvcc", ["--version"]), ("gcc", ["--version"]), ("ptxas", ["--version"])):

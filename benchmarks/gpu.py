@@ -211,7 +211,7 @@ def run(options: argparse.Namespace) -> int:
         trying.end()
         return AGAIN
     except KeyboardInterrupt:
-        # Whoever asks once more would only lose what is told now.
+        # A second Ctrl-C would only lose what is reported now.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         trying.end()
         say("interrupted: what is measured so far")

@@ -43,7 +43,7 @@ def measured(shape: Shape, chosen: Sequence[Contender], rounds: int, trying: Try
         Lost: by a fault after which another process must go on.
     """
     data, calls, about = Data.of(shape), dict[Contender, Call](), dict[Contender, tuple[float, dict[str, Any]]]()
-    # Several contenders are held to the same.
+    # Several contenders share one reference.
     wanted = cache(lambda aggregation: reference(shape, data, aggregation))
     for contender in chosen:
         trying.begin(shape, contender.name)
@@ -152,7 +152,7 @@ def checked(
     elif contender.late:  # the first tokens alone would take as long to compile
         found, wanted = {"y": results["y"][:1, :prefix]}, {"y": wanted["y"]}
     else:
-        # The gradients of a token depend on later ones, y does not: the first are held to the path over them alone.
+        # A token's gradients depend on later tokens, its y does not: compare the first ones with a run over them alone.
         found = contender.make(replace(shape, B=1, T=prefix), data.prefix(prefix))()
     if set(found) != set(wanted):
         raise MctuneError(f"it has {', '.join(found)}, wanted are {', '.join(wanted)}")

@@ -16,7 +16,7 @@ def load_space(backend: str, pass_: str, measured: bool = False) -> SearchSpace:
     """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; of measured candidates ``MEASURED``, where it has one."""
     package = f"mctune_spaces_{backend}"
     if package not in sys.modules:
-        # A package of its own, so that its files find each other.
+        # Loaded as a package, so that its files can import each other.
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [str(search_spaces_dir() / backend)]
     module = importlib.import_module(f"{package}.{pass_}")

@@ -44,7 +44,7 @@ def command(
     if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
         check_interpreter()
         say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
-        # Triton reads it when it is imported, as torch was.
+        # Triton reads the variable when it is imported, which torch has done already: start another process.
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         return subprocess.run([sys.executable, "-m", "mctune", "verify", *arguments], env=environment).returncode

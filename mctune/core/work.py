@@ -152,7 +152,7 @@ def _decode(problem: Problem) -> Work:
     parts = {
         "state update": 2 * matrix,
         "online read": 2 * matrix,
-        # One token reads each state once: a running sum of the states would have to be kept up by the cache.
+        # One token reads each state once: the cache keeps no running sum of the states.
         "cached read": 2 * read * matrix,
         "gate logits": 2 * (past + 1) * problem.Dk if gated else 0,
     }
@@ -176,7 +176,7 @@ def _bytes(problem: Problem) -> int:
     tokens = heads * problem.T * _token_bytes(problem)
     if problem.pass_ == "forward":
         return tokens + states
-    # q, k, v, u and the gates in and their gradients out, dy in: twice a forward's rows but for one of its two y.
+    # In: q, k, v, u, the gates and dy; out: their gradients. That is twice a forward's rows, less one y.
     dy = heads * problem.T * problem.Dv * _BYTES[problem.dtype]
     return 2 * tokens - dy + 2 * states
 

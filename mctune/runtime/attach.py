@@ -76,7 +76,7 @@ class Attached:
     layers: tuple[str, ...]
 
     def detach(self) -> None:
-        """Make the layers what they were; a second time, nothing."""
+        """Restore the layers; calling it again does nothing."""
         for name in self.layers:
             layer = self.model.get_submodule(name)
             before = layer.__dict__.pop("_before_attaching", None)
@@ -101,7 +101,7 @@ def attach_memory_caching(
 
     Up to ``segment_length`` tokens a layer's output is what it was. Layers of :class:`MemoryCaching` keep their
     recurrence and gates. Others need q_proj, k_proj, v_proj, o_proj and num_heads; num_kv_heads, feature_map_q and
-    feature_map_k (or feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are heeded.
+    feature_map_k (or feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are used too.
     They then take ``cu_seqlens``, ``attention_mask`` and a :class:`MemoryCache` as ``past_key_values``, and return
     (output, None, cache) if their own forward knows past_key_values, else the output.
 

@@ -30,7 +30,7 @@ class _Layer:
 
 @dataclass(eq=False)
 class _Convolution:
-    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of K are for going back."""
+    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of the K are kept only to go back."""
 
     inputs: tuple[Tensor, ...]
     spare: int
@@ -46,12 +46,12 @@ class MemoryCache:
         max_states: most cached states to keep of a sequence; the oldest is dropped. ``None`` keeps all.
         rewind: newest tokens that :meth:`crop` can take back wherever they end, by a snapshot every ``rewind`` tokens
             and the keys, values and gates since.
-        state_dtype: ``torch.bfloat16`` or ``torch.float16`` keeps cached end states in 16 bits: half the bytes of a
-            decoded token, which time is bound by, at about the accuracy of a forward in that dtype, whose kernels round
-            the states that they read in the same way. Each is rounded once, when its segment has ended; what later
-            calls read is rounded, and float32 sums are made of it. A state beyond 65504 overflows float16. All else is
-            float32 as ever: states under way, mean keys, a deep memory's momentum. ``None`` rounds nothing: float32, or
-            float64 for a float64 model. Kernels of the CPU read float32 only: PyTorch serves the others there.
+        state_dtype: ``torch.bfloat16`` or ``torch.float16`` keeps cached end states in 16 bits. A decoded token is
+            bound by their bytes, so it takes half the time, at about the accuracy of a forward in that dtype, whose
+            kernels round states in the same way. Each state is rounded once, when its segment has ended; later calls
+            read it rounded and add in float32. A state beyond 65504 overflows float16. Everything else stays float32:
+            states under way, mean keys, a deep memory's momentum. ``None`` rounds nothing: states are float32, or
+            float64 for a float64 model. CPU kernels read float32 only; PyTorch serves 16-bit states there.
 
     Raises:
         ArgumentError: if a number is negative, or ``state_dtype`` is not one of these.
@@ -157,8 +157,8 @@ class MemoryCache:
         Args:
             layer_idx: whose.
             inputs: [B, K, width] each, the newest last; before a sequence's first token, zeros.
-            spare: how many of the K a next call does not need, being the oldest: by so many tokens :meth:`crop` can go
-                back. A layer keeps :attr:`rewind` of them.
+            spare: how many of the K, the oldest, the next call does not need: :meth:`crop` can go back by that many
+                tokens. A layer keeps :attr:`rewind` of them.
         """
         self._convolutions[layer_idx] = _Convolution(inputs, spare)
 

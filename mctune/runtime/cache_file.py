@@ -83,7 +83,7 @@ def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int 
         int(index): (_numbered(tensors, f"{index}.convolution"), spare)
         for index, spare in about["convolutions"].items()
     }
-    # Files from before there was a choice do not say.
+    # Files written before state_dtype existed do not have it.
     name = about.get("state_dtype")
     return layers, convolutions, about["max_states"], about["rewind"], None if name is None else getattr(torch, name)
 

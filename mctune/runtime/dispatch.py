@@ -151,7 +151,7 @@ def _choose(request: Request, backend: str, grad: bool) -> Route | _Refusal:
 def _keeps(request: Request, forwards: Sequence[Entry], backwards: Sequence[Entry], N: int | None) -> Names:
     """What a forward of N segments, ``None`` where a graph is traced, keeps for its backward."""
     if request.segmentation == "logarithmic":
-        return ()  # how many segments there are is no matter of lengths alone
+        return ()  # the number of segments does not follow from the lengths alone
     gives = [given(*_tuned(entry)) for entry in forwards]
     if request.segmentation == "packed" and N is None:
         gives.append(frozenset(OF_SEGMENTS))
@@ -274,7 +274,7 @@ def warn_once(kind: tuple[str, ...], reason: str) -> None:
     """Warn that the eager path runs, once a kind."""
     if kind not in _warned:
         _warned.add(kind)
-        # From here up: route, serve, memory_caching, its caller.
+        # The frames from here up: route, serve, memory_caching, its caller.
         warnings.warn(f"the eager path runs: {reason}", stacklevel=5)
 
 

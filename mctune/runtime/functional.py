@@ -118,7 +118,7 @@ def forward_with_states(call: Call, backend: str = "auto") -> tuple[Tensor, Tens
 
     Returns:
         y, [B, T, H, Dv], as :func:`memory_caching` gives it; the state at every segment's end, [B, H, N, Dk, Dv], and
-        its mean key, [B, H, N, Dk], float32. Both are ``None`` where they are not at hand: on the eager path, under
+        its mean key, [B, H, N, Dk], float32. Both are ``None`` where no kernel leaves them: on the eager path, under
         logarithmic segmentation, and for a packed row in a traced graph.
 
     Raises:

@@ -60,7 +60,7 @@ class Gate:
     r: Tensor | None = None
 
     def logits(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Of the cached segments [G, t, n] (-inf where a token may not look) and of the online one [G, t, 1]."""
+        """Logits of the cached segments, [G, t, n] (-inf where a token must not read), and of the online one, [G, t, 1]."""
         assert self.u is not None and self.p is not None and self.r is not None
         past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
         if block.visible is not None:
@@ -68,7 +68,7 @@ class Gate:
         return past, self.r[:, block.begin : block.end, None]
 
     def weights(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
+        """Weights of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
         if self.aggregation not in ROUTED:
             past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)
             if block.visible is not None:

@@ -150,12 +150,12 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """``False``: weights start through ``torch.nn.init``, which transformers keeps off those that were loaded.
 
-        Of other code it skips modules without parameters of their own, and :class:`MemoryCaching` may be one.
+        For custom code it skips modules without parameters of their own, and :class:`MemoryCaching` may be one.
         """
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        # After its children, so that the layer's own start is what stays.
+        # Called after the children, so that the layer's own initialisation stays.
         if isinstance(module, MemoryCaching):
             module.reset_parameters()
         else:
@@ -313,7 +313,7 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = MemoryCache()
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        """Called by ``generate``: whether it compiles the forward by itself; a growing cache is not for that."""
+        """Called by ``generate``: whether to compile the forward. Never: the cache grows."""
         return False
 
 

@@ -200,7 +200,7 @@ def _compare(judged: Contender, config: Config, baselines: list[Contender], roun
 
 
 def _inputs(problem: Problem, seed: int) -> Inputs:
-    # A gradient that flows into the other segment would reach every token of it.
+    # For ssc, a choice that flips sends a gradient to every token of the other segment.
     return decided_inputs(problem, seed) if problem.pass_ == "backward" else make_inputs(problem, seed)
 
 
@@ -213,7 +213,7 @@ def _bind(contender: Contender, inputs: Inputs) -> Callable[[], Results]:
 
 
 def _oracle(problem: Problem, inputs: Inputs) -> Results:
-    # Its operations are too small for threads.
+    # The oracle's operations are too small to gain from threads.
     with threads(1):
         return PASSES[problem.pass_].expected(problem, inputs)
 

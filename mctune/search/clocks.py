@@ -34,7 +34,7 @@ def _read(moment: int) -> Clocks | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    # nvidia-smi counts all GPUs, CUDA those that this process may see; both know a GPU by its UUID too.
+    # nvidia-smi numbers all GPUs, CUDA only those that this process may see; a UUID means the same to both.
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     command = [tool, f"--id={first}", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:

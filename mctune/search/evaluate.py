@@ -75,7 +75,7 @@ class _Bench:
             error_ = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error:
             if kernel.device != "cpu":
-                raise  # after an illegal access nothing works in this process: the parent starts another
+                raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
         if isinstance(error_, Wrong):
             return error_
@@ -130,7 +130,7 @@ class _Bench:
         return self.backend.load(problem, config, built)
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
-        # How a row is cut does not change its tensors, which take seconds to draw where they are large.
+        # The tensors do not depend on how a row is cut into segments, and large ones take seconds to draw.
         drawn = problem.replace(segment_length=problem.T) if problem.segmentation == "constant" else problem
         return PASSES[problem.pass_].call(kernel, problem, _inputs(drawn, self.seed))
 

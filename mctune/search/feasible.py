@@ -113,7 +113,7 @@ class Feasible:
                 else:
                     apart.append(other)
             groups = [*apart, (reads, group)]
-        # By their first parameters: the numbers of nodes depend on what was asked before.
+        # Sorted by first parameter: node numbers depend on what was asked before.
         found = tuple(frozenset(group) for _, group in sorted(groups, key=lambda group: group[0] & -group[0]))
         return found if all(self._settle(group)[1] for group in found) else None
 

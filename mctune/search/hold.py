@@ -102,7 +102,7 @@ def hold(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         setup = {"target": target.name, "folder": folder, "seed": seed}
-        # torch counts its threads when it is imported: there is a process a core.
+        # torch decides on its number of threads when it is imported; there is one process for each core.
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if by == _INTERPRETER:
             env["TRITON_INTERPRET"] = "1"
@@ -120,7 +120,7 @@ def hold(
                     _append(record, held)
                     yield held
         finally:
-            # After Ctrl-C nobody waits for what is under way.
+            # After Ctrl-C, do not wait for running jobs.
             for future in futures:
                 future.cancel()
             for worker in workers:
@@ -189,7 +189,7 @@ def start(setup: dict[str, Any]) -> Handler:
             cases = (judge(case, setup["seed"] + number) for number, case in enumerate(odd_cases(problem)))
             error = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error_:
-            # After an illegal access nothing works in the process: the parent starts another.
+            # An illegal access poisons the CUDA context: the parent starts another process.
             raise RuntimeError(first_line(error_)) from error_
         if isinstance(error, float):
             return {"error": error, "failure": ""}

@@ -48,14 +48,14 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
 
 
-# --- of a forward candidate
+# --- what a forward candidate keeps
 
 
 def checked_names(kernel: Kernel, problem: Problem) -> Names:
-    """What a forward candidate is asked to keep when it is verified: all that it can, and has a use."""
+    """What a forward candidate is asked to keep when it is verified: everything that it can keep and that has a use."""
     if problem.segmentation == "logarithmic":
         return ()
-    # Without gates operands are written only where something enters a piece.
+    # Without gates, operands are written only for pieces that a state enters.
     return tuple(name for name in sorted(kernel.gives) if problem.routed or name != "operand")
 
 
@@ -90,7 +90,7 @@ def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> 
     return {f"{OPTIONAL}{name}": x for name, x in found.items()}
 
 
-# --- of a backward candidate
+# --- what a backward candidate is given
 
 
 def likely(problem: Problem, segments: Segments, names: Names, device: str) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
     found = _backward(kernel, problem, inputs, kept.kept_by(problem, inputs, wants(kernel, problem)))()
     made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
-    # Where gates are not learned, u's is zero, and a kernel need not say so.
+    # Where gates do not depend on u, its gradient is zero, and a kernel need not write it.
     return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
 
 

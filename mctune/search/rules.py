@@ -19,7 +19,7 @@ Rule = Callable[[Config], bool]
 """Whether a configuration meets one constraint. What it answers depends on nothing else."""
 
 NO, YES = 0, 1
-_MOST_QUESTIONS = 1 << 14  # to one rule
+_MOST_QUESTIONS = 1 << 14  # asked of one rule
 
 
 class _Wanted(Exception):

@@ -42,7 +42,7 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     prepared = _studies(request)
     reports: dict[int, StudyReport] = {}
     interrupted = False
-    # What the last study took beyond its share, to decide between its best: the next one will too.
+    # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
     deciding = 0.0
     with Workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)

@@ -270,7 +270,7 @@ def _storage(url: str | None) -> optuna.storages.BaseStorage:
 
 def _open(storage: str | None, name: str, sampler: _Given, about: dict[str, Any]) -> optuna.Study:
     """Create the study or find it, and refuse one that is about something else."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # progress is the caller's, through on_trial
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the caller reports progress, through on_trial
     study = optuna.create_study(
         storage=_storage(storage), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
     )
@@ -326,7 +326,7 @@ def _all(
     try:
         yield from pool.map(timed, configs)
     finally:
-        # After Ctrl-C nobody waits for the others.
+        # After Ctrl-C, do not wait for the others.
         pool.shutdown(wait=False, cancel_futures=True)
 
 

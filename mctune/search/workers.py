@@ -43,7 +43,7 @@ class Workers:
             "threads": usable_cores(),
         }
         on_cpu, measure = request.target.on_cpu, request.measure
-        # Several commands may share one.
+        # Several commands may share one Triton cache.
         cache = (
             {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
         )

@@ -74,7 +74,7 @@ def address(text: str, values: Values, threads: int) -> Value | None:
 def result(opcode: str, given: list[Value | None]) -> Value | None:
     """What an instruction computes from its operands, where something is known of it."""
     name, _, kind = opcode.partition(".")
-    if name in ("mov", "cvt", "shfl"):  # of shfl, one lane's value, which is in the range of all
+    if name in ("mov", "cvt", "shfl"):  # shfl gives another lane's value, which is in the same range
         return given[0]
     if name == "selp" and len(given) == 3:
         chosen = given[2]
@@ -107,7 +107,7 @@ def _add(a: Value, b: Value) -> Value | None:
     low, high = a.low + b.low, a.high + b.high
     if low < 0:
         return replace(a, low=low, high=high, bits=_ALL)
-    # Without a carry, bits stay where they are.
+    # Without common bits there is no carry, so set bits stay where they are.
     bits = a.bits | b.bits if a.bits & b.bits == 0 else (1 << high.bit_length()) - 1
     return replace(a, low=low, high=min(high, bits), bits=bits)
 

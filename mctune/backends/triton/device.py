@@ -154,7 +154,7 @@ class VirtualDevice:
         """Where tensors are."""
         return torch.device("meta")
 
-    # --- what is noted
+    # --- what is recorded
 
     def _listen(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:

@@ -225,7 +225,7 @@ class _Fold(cst.CSTTransformer):
             done += new
             comments += footer
             if done and _leaves(done[-1]):
-                # A branch that was taken returns: nothing after it runs.
+                # The branch that was taken returns: nothing after it runs.
                 break
         if done:
             done[0] = _first_in_block(done[0])
@@ -260,7 +260,7 @@ class _Fold(cst.CSTTransformer):
         if value is True:
             return self.splice(node.leading_lines, node.body)
         if value is False:
-            # The comment above stands for the branch that goes.
+            # The comment above belongs to the branch that is removed.
             blank = [line for line in node.leading_lines if line.comment is None][:1]
             if isinstance(node.orelse, cst.If):
                 return self.branch(node.orelse.with_changes(leading_lines=[*blank, *node.orelse.leading_lines]))

@@ -42,7 +42,7 @@ CORES = {
     "sm_90": Core(128, 16, 32),
     "sm_100": Core(128, 16, 32),
     "sm_120": Core(128, 16, 24),
-    # 512 registers a lane and part. A wave's 64 lanes take 4 clocks in its part, and 16 for what is special.
+    # 512 registers for each lane of a SIMD. A wave's 64 lanes take 4 clocks there, and 16 for a special function.
     "gfx942": Core(128, 16, 32, registers=512 * 64, register_unit=8 * 64, shared_unit=512, shared_reserved=0),
 }
 """By ``Target.arch``: what Triton serves."""

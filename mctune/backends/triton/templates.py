@@ -64,7 +64,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
         "SWLA": problem.recurrence == "swla",
-        # Where the memory is linear, soup is grm.
+        # For a matrix memory, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
@@ -114,7 +114,7 @@ def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
 def _write(folder: Path, name: str, text: str) -> str:
     file = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py"
     if not (folder / file).is_file():
-        # Another process may render the same.
+        # Another process may render the same file.
         scratch = folder / f"{file}.{os.getpid()}"
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(folder / file)
