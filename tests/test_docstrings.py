@@ -73,7 +73,7 @@ def test_examples_run(module: str) -> None:
     loaded, said = import_module(module), io.StringIO()
     runner = doctest.DocTestRunner()
     with warnings.catch_warnings():
-        # That no kernel was tuned for these sizes.
+        # The warning that no kernel was tuned for these sizes.
         warnings.simplefilter("ignore")
         for example in doctest.DocTestFinder().find(loaded):
             runner.run(example, out=said.write)

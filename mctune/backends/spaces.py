@@ -13,7 +13,7 @@ from mctune.core.space import SearchSpace
 
 @cache
 def load_space(backend: str, pass_: str, measured: bool = False) -> SearchSpace:
-    """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; of measured candidates ``MEASURED``, where it has one."""
+    """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; for measured candidates ``MEASURED``, where it has one."""
     package = f"mctune_spaces_{backend}"
     if package not in sys.modules:
         # Loaded as a package, so that its files can import each other.

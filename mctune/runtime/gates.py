@@ -60,7 +60,7 @@ class Gate:
     r: Tensor | None = None
 
     def logits(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Logits of the cached segments, [G, t, n] (-inf where a token must not read), and of the online one, [G, t, 1]."""
+        """Logits of the cached segments, [G, t, n], -inf where unreadable, and of the online one, [G, t, 1]."""
         assert self.u is not None and self.p is not None and self.r is not None
         past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
         if block.visible is not None:

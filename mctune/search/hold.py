@@ -1,4 +1,4 @@
-"""Hold Triton's templates to the oracle, on the GPU that is here or in Triton's interpreter, in many processes."""
+"""Hold the Triton templates to the oracle, on this machine's GPU or in Triton's interpreter, in many processes."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float |
 
 
 def _key(problem: Problem, config: Config, by: str) -> tuple[str, str]:
-    """The interpreter runs bfloat16 in float16; a GPU tells one from the other."""
+    """The interpreter runs bfloat16 as float16; a GPU does not."""
     return (judged(problem) if by == _INTERPRETER else problem).key, config.key
 
 

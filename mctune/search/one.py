@@ -38,7 +38,7 @@ _VERIFIED = 5  # predicted candidates for each segment length that may turn out 
 
 @dataclass(frozen=True)
 class Leader:
-    """The candidate that stands for a segment length, and those that are as fast as far as noise lets one see."""
+    """The candidate that stands for a segment length, and those that are as fast within noise."""
 
     trial: Trial
     ties: tuple[Config, ...] = ()
@@ -244,7 +244,7 @@ def _length(config: Config) -> int | None:
 
 
 def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
-    """What a worker's answer says of the candidate."""
+    """The candidate's outcome in a worker's answer."""
     match reply:
         case WorkerDied(message, stage):
             return Crashed(f"{message} ({stage})")

@@ -1,4 +1,4 @@
-"""Classes of instructions: what one line of PTX or of an AMD GPU's assembly asks of which unit."""
+"""Instruction classes: which unit one line of PTX, or of an AMD GPU's assembly, loads, and how much."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mix:
-    """What a block asks of its multiprocessor.
+    """The instruction mix of a block: what it asks of each unit of its multiprocessor.
 
     Attributes:
         matrix: operations of matrix products (a multiply-add counts 2), as many of 16-bit inputs as take that long.

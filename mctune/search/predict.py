@@ -1,6 +1,6 @@
-"""What a cost model says of launches: the time of kernels on a GPU that is not here (docs/cost-model.md).
+"""The cost model: predicted time of compiled launches on an absent GPU (docs/cost-model.md).
 
-Of every launch: what a block executes (:mod:`mctune.search.mix`), times how often its loops run
+For every launch: what a block executes (:mod:`mctune.search.mix`), times how often its loops run
 (:mod:`mctune.search.trips`), against what a multiprocessor and the whole GPU do a second. A model, not a measurement:
 it ranks candidates.
 """
@@ -69,7 +69,7 @@ class Part:
 
 
 def predict(launches: Sequence[Launch], problem: Problem, config: Config, target: Target) -> Predicted:
-    """The time of one call, and in words what it is made of; with the target's calibration, if there is one.
+    """The time of one call and, in words, its parts; with the target's calibration, if there is one.
 
     Infinite, and why, for launches that the model does not count: only measured searches have them.
     """
@@ -86,7 +86,7 @@ def predict(launches: Sequence[Launch], problem: Problem, config: Config, target
 def demands(
     launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
 ) -> tuple[Demand, ...]:
-    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here.
+    """What each launch asks; of ``parameters``, only those for spills and for unknown loops matter here.
 
     Raises:
         Uncounted: for a kernel whose warps do different work.
@@ -233,7 +233,7 @@ def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Lo
 
 
 def _fewer(mix: Mix, operations: float) -> Mix:
-    """``mix`` without so many operations of its products, and what belongs to these."""
+    """``mix`` without so many operations of its products, nor the other work that belongs to them."""
     share = max(1 - operations / mix.matrix, 0.0) if mix.matrix else 1.0
     return replace(mix, matrix=mix.matrix * share, groups=mix.groups * share, operands=mix.operands * share)
 

@@ -75,7 +75,7 @@ def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) 
 
 
 def stored(request: SearchRequest) -> SearchReport:
-    """What the studies of ``request`` hold, as far as they went; nothing is evaluated.
+    """What the studies of ``request`` have found so far; nothing is evaluated.
 
     Raises:
         UsageError: if one of them was never begun.

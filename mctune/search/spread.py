@@ -1,4 +1,4 @@
-"""Which candidates stand for all Triton templates: every combination once, configurations spread over the spaces."""
+"""Coverage of the Triton templates: every combination once, configurations spread over the spaces."""
 
 from __future__ import annotations
 

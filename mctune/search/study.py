@@ -202,7 +202,7 @@ class _Run:
 
 @contextmanager
 def _writing(storage: str | None) -> Iterator[None]:
-    """A storage that cannot be written any more is said in one line."""
+    """Turn a storage that can no longer be written into an error of one line."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -248,7 +248,7 @@ class _Given(optuna.samplers.BaseSampler):
 
 
 def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study is about, as it reads back from JSON."""
+    """A study's description, as it reads back from JSON."""
     about = {"attrs": dict(attrs), "space": {param.name: list(param.values) for param in space.params}}
     plain: dict[str, Any] = json.loads(json.dumps(about, sort_keys=True))
     return plain

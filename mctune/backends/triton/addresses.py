@@ -19,7 +19,7 @@ _LOW = (1 << 14) - 1
 
 @dataclass(frozen=True)
 class Value:
-    """Numbers ``low`` to ``high``, none with a bit that ``bits`` has not.
+    """Numbers from ``low`` to ``high`` whose bits are all in ``bits``.
 
     Attributes:
         where: "" for a plain number; ``address``: bytes from the begin of shared memory; ``descriptor``: the same, of
@@ -65,14 +65,14 @@ def operand(text: str, values: Values, threads: int) -> Value | None:
 
 
 def address(text: str, values: Values, threads: int) -> Value | None:
-    """What is in the brackets of a load or store: an operand, and maybe an offset."""
+    """The address in the brackets of a load or store: an operand, and possibly an offset."""
     base, _, offset = text.partition("+")
     found = operand(base, values, threads)
     return _add(found, number(int(offset or "0", 0))) if found is not None else None
 
 
 def result(opcode: str, given: list[Value | None]) -> Value | None:
-    """What an instruction computes from its operands, where something is known of it."""
+    """What an instruction computes from its operands, where that is known."""
     name, _, kind = opcode.partition(".")
     if name in ("mov", "cvt", "shfl"):  # shfl gives another lane's value, which is in the same range
         return given[0]

@@ -12,7 +12,7 @@ _STOP = re.compile(r"^(@!?%?\w+\s+)?(ret|exit|trap|s_endpgm|s_setpc_b64)\b")
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that run one after the other.
+    """A basic block: instructions that run one after the other.
 
     Attributes:
         first: its place among the blocks.

@@ -232,7 +232,7 @@ class _Fold(cst.CSTTransformer):
         return done, [*comments, *suite.footer]
 
     def statement(self, node: cst.BaseStatement) -> tuple[list[Statement], list[cst.EmptyLine]]:
-        """What is left of a statement: none, one, or those of a branch; and the comments after them."""
+        """What remains of a statement: nothing, the statement, or those of a branch; and the comments after them."""
         if isinstance(node, cst.If):
             return self.branch(node)
         if isinstance(node, cst.For):
@@ -315,7 +315,7 @@ def _first_in_block(statement: Statement) -> Statement:
 
 
 def _leaves(statement: Statement) -> bool:
-    """Whether what follows a statement never runs."""
+    """Whether the code after a statement never runs."""
     last = statement.body[-1] if isinstance(statement, cst.SimpleStatementLine) else None
     return isinstance(last, cst.Return | cst.Raise)
 

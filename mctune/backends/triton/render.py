@@ -1,4 +1,4 @@
-"""Render a Triton template for one problem and configuration: what is not used goes, comments and formatting stay."""
+"""Render a Triton template for one problem and configuration: unused code goes, comments and formatting stay."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
         raise
 
     def render(source: str, values: Mapping[str, Scalar]) -> str:
-        """Without LibCST there is all but this: templates may run as they are."""
+        """Stands in for rendering without LibCST: everything else works, and templates run as they are."""
         raise ModuleNotFoundError("libcst is not installed; pip install 'libcst>=1.5'", name="libcst")
 
 
@@ -128,7 +128,7 @@ def _source(name: str) -> str:
 
 @cache
 def digest() -> str:
-    """SHA-256 of every Triton template, so that a change to one is another kernel."""
+    """SHA-256 of every Triton template, so that changing one makes another kernel."""
     found = hashlib.sha256()
     for path in sorted((templates_dir() / "triton").glob("*.py")):
         found.update(path.read_bytes())
