@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mctune.backends import backend_for
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.cost.calibrated import calibration
+from mctune.backends.triton.cost.predict import Demand, Part, demands, estimate
+from mctune.backends.triton.cost.trips import Source, source_of
 from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
 from mctune.cli._cases import parse_problem
@@ -32,9 +35,6 @@ from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target, resolve
-from mctune.search.calibrated import calibration
-from mctune.search.predict import Demand, Part, demands, estimate
-from mctune.search.trips import Source, source_of
 
 CLASSES = {
     "product": ("HGMMA", "HMMA", "UTCHMMA", "QGMMA"),

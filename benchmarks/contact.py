@@ -159,8 +159,8 @@ class Contact:
 
     def guess(self) -> Any:
         """The registry's entry for this GPU, from its name: nobody has asked the GPU itself yet."""
+        from mctune.backends.presence import Seen, here
         from mctune.core.target import resolve
-        from mctune.search.presence import Seen, here
 
         name = machine.gpu_name(self.facts)
         found = here(Seen(name, 0)) if name and not self.rehearse else None
@@ -170,7 +170,7 @@ class Contact:
 
     def same_target(self) -> None:
         """The entry by the GPU's own words; kernels are the same on all of an architecture."""
-        from mctune.search.presence import Seen, here
+        from mctune.backends.presence import Seen, here
 
         for fact in self.facts.of("properties")[-1:]:
             found = here(Seen(fact["name"], fact["multi_processor_count"]))
@@ -185,12 +185,6 @@ class Contact:
             return
         try:
             from triton.runtime.cache import triton_key
-
-            import mctune.backends.triton.calls
-            import mctune.runtime.functional
-            import mctune.search.spread
-            import mctune.search.timing
-            import mctune.search.verify  # noqa: F401
 
             triton_key()
         except Exception as error:
@@ -317,7 +311,7 @@ class Contact:
 
     def verify(self, seconds: float) -> None:
         """`mctune verify --gpu`, by the function that it calls: no other package is needed."""
-        from mctune.search.hold import candidates, hold
+        from mctune.workers.hold import candidates, hold
 
         drawn = candidates(self.target)
         if self.rehearse:

@@ -185,9 +185,9 @@ def prepared(jobs: Sequence[Job], kernels: Kernels, folder: Path, facts: Facts, 
 
 def predicted(jobs: Sequence[Job], kernels: Kernels, facts: Facts, step: str) -> None:
     """What every launch takes, which known hazards it may have, and what the cost model says of it: facts."""
+    from mctune.backends.triton.cost.calibrated import calibration
+    from mctune.backends.triton.cost.predict import demands, estimate
     from mctune.backends.triton.exposure import exposed
-    from mctune.search.calibrated import calibration
-    from mctune.search.predict import demands, estimate
 
     parameters, calibrated = calibration(kernels.target)
     for job in jobs:

@@ -170,8 +170,8 @@ def attempt(steps: Steps, facts: Facts, step: str, trial: Form) -> None:
 def watch(steps: Steps, facts: Facts, step: str, aggregation: str, folder: Path, reference: bool) -> None:
     """The results of every operation of a step: the ``reference``'s are kept, and looked at for races; others are held
     to them."""
-    from mctune.runtime import dispatch
-    from mctune.search.verify import poisoned_memory
+    from mctune.runtime.kernels import dispatch
+    from mctune.verify.judge import poisoned_memory
 
     steps.kernels.serve(*steps.kernels.pairs(aggregation))
     seen: list[tuple[str, list[torch.Tensor]]] = []

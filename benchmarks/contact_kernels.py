@@ -71,7 +71,7 @@ class Kernels:
 
     def config(self, problem: Problem) -> Config:
         """The default."""
-        from mctune.search.spread import default
+        from mctune.verify.spread import default
 
         return default(problem, self.target)
 
@@ -116,8 +116,8 @@ class Kernels:
 
     def serve(self, *pairs: tuple[Problem, Config]) -> None:
         """From now on ``memory_caching(backend="triton")`` takes these and no others, in this process."""
-        from mctune.runtime import dispatch
-        from mctune.runtime.table import Entry, Table
+        from mctune.runtime.kernels import dispatch
+        from mctune.runtime.kernels.table import Entry, Table
 
         entries = []
         for problem, config in pairs:
@@ -140,10 +140,10 @@ def unrendered(problem: Problem, config: Config, folder: Path) -> Built:
     from mctune.backends.protocol import Built
     from mctune.backends.triton.templates import operations, values
     from mctune.core.paths import templates_dir
-    from mctune.runtime.triton_loader import load_parts
+    from mctune.runtime.kernels.triton.loader import load_parts
 
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (templates_dir() / "triton").glob("*.py"):
+    for path in (templates_dir() / "triton" / "matrix").glob("*.py"):
         scratch = folder / f"{path.name}.{os.getpid()}"
         scratch.write_text(path.read_text())
         scratch.replace(folder / path.name)
@@ -167,7 +167,7 @@ def unrendered(problem: Problem, config: Config, folder: Path) -> Built:
 
 def through(data: Any, sizes: Sizes, aggregation: str, backend: str) -> Callable[[], Tensor]:
     """y of ``memory_caching`` for tensors with the fields q, k, v, u; gradients of those that want one flow."""
-    from mctune.runtime.functional import memory_caching
+    from mctune.runtime.api.functional import memory_caching
 
     ssc = {"top_k": TOP_K["forward"]} if aggregation == "ssc" else {}
     u = None if aggregation == BASE else data.u

@@ -85,9 +85,9 @@ def device(facts: Facts) -> None:
 
 def rates(facts: Facts, small: bool) -> None:
     """What this GPU reaches: a bfloat16 product of 8192 x 8192, a copy of 1 GiB."""
-    from mctune.runtime.triton_tables import DEVICE
-    from mctune.search.clocks import read_clocks
-    from mctune.search.timing import summary, time_rotated
+    from mctune.measure.clocks import read_clocks
+    from mctune.measure.timing import summary, time_rotated
+    from mctune.runtime.kernels.triton.tables import DEVICE
 
     size, count = (64, 1 << 12) if small else (8192, 1 << 28)
     dtype = torch.float32 if small else torch.bfloat16

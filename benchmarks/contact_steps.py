@@ -34,7 +34,7 @@ class Steps:
 
     def data(self, T: int, seed: int = 0) -> SimpleNamespace:
         """Random q, k, v, u, dy [1, T, H, D] and g [1, T, H] on the GPU, logits of about unit size."""
-        from mctune.runtime.triton_tables import DEVICE
+        from mctune.runtime.kernels.triton.tables import DEVICE
 
         sizes, generator = self.sizes, torch.Generator(DEVICE).manual_seed(seed)
         scales = {"q": 1.0, "k": 1.0, "v": 1.0, "u": math.sqrt(sizes.C / sizes.D), "dy": 1.0}
@@ -66,7 +66,7 @@ class Steps:
 
     def compared(self, aggregation: str, seed: int = 0) -> list[tuple[str, float, float]]:
         """(tensor, error, limit): fresh memory holds NaN, so that what is not written shows."""
-        from mctune.search.verify import poisoned_memory, tolerance
+        from mctune.verify.judge import poisoned_memory, tolerance
 
         data = self.data(self.sizes.checked, seed)
         wanted = step_of(Leaves.of(data, aggregation, torch.float32), self.sizes, aggregation, "eager")()
@@ -78,7 +78,7 @@ class Steps:
 
     def repeat(self, step: str, aggregation: str, runs: int | None = None, T: int | None = None) -> bool:
         """Nothing in a pass depends on the order in which programs end: a difference is a race."""
-        from mctune.search.verify import poisoned_memory
+        from mctune.verify.judge import poisoned_memory
 
         runs, T = runs or self.sizes.repeats, T or self.sizes.timed
         run = step_of(Leaves.of(self.data(T), aggregation), self.sizes, aggregation, "triton")
@@ -147,9 +147,9 @@ class Steps:
 
     def timed(self, step: str, calls: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[dict[str, float], float]]:
         """Median, 20th and 80th percentile in milliseconds of each, and what the host takes to launch it."""
-        from mctune.runtime.triton_tables import DEVICE
-        from mctune.search.clocks import clock_and_heat
-        from mctune.search.timing import host_ms, summary, time_rotated
+        from mctune.measure.clocks import clock_and_heat
+        from mctune.measure.timing import host_ms, summary, time_rotated
+        from mctune.runtime.kernels.triton.tables import DEVICE
 
         samples = time_rotated(list(calls.values()), rounds=self.sizes.rounds, limit_s=12.0, device=DEVICE)
         mhz, celsius = clock_and_heat(DEVICE)
@@ -296,7 +296,7 @@ def one_token(launcher: Any, problem: Problem, data: Any, memory: Any) -> Callab
 
 def decoded(leaves: Leaves, sizes: Sizes, aggregation: str) -> torch.Tensor:
     """The last token's y by the eager path."""
-    from mctune.runtime.functional import memory_caching
+    from mctune.runtime.api.functional import memory_caching
 
     ssc = {"top_k": TOP_K["decode"]} if aggregation == "ssc" else {}
     y: torch.Tensor = memory_caching(

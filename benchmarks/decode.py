@@ -34,15 +34,15 @@ from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import work
+from mctune.measure.bench import Rates, Result, threads
+from mctune.measure.timing import summary
 from mctune.reference import error_ratio, memory_caching
+from mctune.runtime.api.step import memory_caching_step
 from mctune.runtime.memory import Rules
-from mctune.runtime.step import memory_caching_step
-from mctune.search.bench import Rates, Result, threads
-from mctune.search.inputs import Inputs
-from mctune.search.package import load_package
-from mctune.search.passes import memory_of
-from mctune.search.timing import summary
-from mctune.search.verify import decided_inputs, tolerance
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import decided_inputs, tolerance
+from mctune.verify.package import load_package
+from mctune.verify.passes import memory_of
 
 STATES = 64
 # A step's time does not depend on the segment length: short ones keep the oracle cheap.

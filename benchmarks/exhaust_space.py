@@ -25,7 +25,7 @@ from mctune.core.outcome import Timed, from_json, kind
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import resolve
-from mctune.search.worker import Worker, WorkerDied
+from mctune.workers.worker import Worker, WorkerDied
 
 PROBLEM = Problem(T=4096, H=4, Dk=64, Dv=64, segment_length=256, aggregation="grm")
 
@@ -64,7 +64,7 @@ def measure(configs: list[Config], folder: Path) -> dict[Config, float | str]:
     """Median milliseconds of each configuration, or the kind of its failure."""
     measured: dict[Config, float | str] = {}
     setup = {"backend": "tvm", "target": "cpu", "folder": str(folder), "seed": 0, "threads": usable_cores()}
-    with Worker("mctune.search.evaluate:start", setup) as worker:
+    with Worker("mctune.workers.evaluate:start", setup) as worker:
         for config in configs:
             payload = {"evaluate": {"problem": PROBLEM.to_dict(), "config": config.to_dict()}}
             reply = worker.call(payload, 60.0)

@@ -30,11 +30,11 @@ from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import work
-from mctune.search.bench import Contender, Measurement, Result, compiled, eager, fraction_of_bound, measure, threads
-from mctune.search.inputs import Inputs
-from mctune.search.package import load_package
-from mctune.search.passes import Results
-from mctune.search.verify import Run, run_kernel
+from mctune.measure.bench import Contender, Measurement, Result, compiled, eager, fraction_of_bound, measure, threads
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import Run, run_kernel
+from mctune.verify.package import load_package
+from mctune.verify.passes import Results
 
 GRM = Problem(aggregation="grm", T=4096, H=4, Dk=64, Dv=64, segment_length=256)
 LONG_GRM = GRM.replace(T=16384)
@@ -165,10 +165,10 @@ def ours(problem: Problem, config: Config, target: Target, package: Path | None,
     """The kernel of the package that serves the problem, else one that is built into ``folder`` with ``config``."""
     if package is not None:
         module = load_package(package)
-        table = module.runtime.table
+        table = module.runtime.kernels.table
         asked = {field.name: getattr(problem, field.name) for field in fields(table.Request) if field.name != "device"}
         request = table.Request(**asked, device="cpu")
-        entry = table.find(module.runtime.dispatch.TABLE, request, "tvm")
+        entry = table.find(module.runtime.kernels.dispatch.TABLE, request, "tvm")
         if entry is not None:
             return Ours(Config.of(entry.record["config"]), _of_package(module.memory_caching))
         say(f"{package} has no kernel for {problem}; one is built")

@@ -38,8 +38,8 @@ from mctune.cli.bench import write
 from mctune.core.errors import MctuneError
 from mctune.core.host import usable_cores
 from mctune.core.target import Target
-from mctune.runtime.triton_tables import DEVICE
-from mctune.search.clocks import read_clocks
+from mctune.measure.clocks import read_clocks
+from mctune.runtime.kernels.triton.tables import DEVICE
 
 WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
 """Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""

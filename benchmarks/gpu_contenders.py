@@ -21,11 +21,11 @@ from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.problem import Problem
 from mctune.core.target import Target
-from mctune.runtime.functional import memory_caching
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.kernels.triton.tables import DEVICE
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import make_segments
-from mctune.runtime.triton_tables import DEVICE
-from mctune.search.package import load_package
+from mctune.verify.package import load_package
 
 NARROW = "16-bit states"
 TORCH_ATTENTION = ("sdpa", "products")

@@ -16,11 +16,11 @@ from gpu_shapes import Call, Data, Results, Shape
 from mctune.cli._output import say
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
+from mctune.measure.clocks import clock_and_heat
+from mctune.measure.timing import host_ms, summary, time_rotated
 from mctune.reference import error_ratio
-from mctune.runtime.triton_tables import DEVICE
-from mctune.search.clocks import clock_and_heat
-from mctune.search.timing import host_ms, summary, time_rotated
-from mctune.search.verify import tolerance
+from mctune.runtime.kernels.triton.tables import DEVICE
+from mctune.verify.judge import tolerance
 
 CHECKED = 2048
 """Tokens of the first sequence that results are held to float32 on."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from gpu_shapes import Call, Data, Results, Shape, Tensor, through_autograd, through_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mctune.runtime.functional import memory_caching
+from mctune.runtime.api.functional import memory_caching
 
 Make = Callable[[Shape, Data], Call]
 DISTRIBUTIONS = ("torch", "fla-core", "flash-attn-3")

@@ -15,11 +15,11 @@ from gpu_report import Timing
 from gpu_shapes import KINDS, Shape
 
 from mctune.backends import get_backend
+from mctune.backends.presence import here, seen
 from mctune.core.environment import version
 from mctune.core.errors import DeviceError
 from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
-from mctune.search.presence import here, seen
 
 TRIES = 2
 ALL = "*"

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from mctune.core.problem import Problem
-from mctune.runtime.triton_tables import DEVICE
+from mctune.runtime.kernels.triton.tables import DEVICE
 
 Tensor = torch.Tensor
 Results = Mapping[str, Tensor]

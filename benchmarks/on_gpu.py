@@ -248,9 +248,9 @@ class Stages:
 
     def __init__(self, run: Run, rehearse: bool) -> None:
         from mctune.backends import get_backend
+        from mctune.backends.presence import here, seen
         from mctune.core.environment import versions
         from mctune.core.target import resolve
-        from mctune.search.presence import here, seen
 
         gpu, target = seen(), resolve("h200")[0] if rehearse else here(seen())
         if target is None:

@@ -29,8 +29,8 @@ from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
 from mctune.core.space import Choice, Int, Param, SearchSpace
-from mctune.search.events import SAMPLERS
-from mctune.search.study import run_study
+from mctune.study.events import SAMPLERS
+from mctune.study.study import run_study
 
 
 @dataclass(frozen=True)

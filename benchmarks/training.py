@@ -28,12 +28,12 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.winner import Winner
 from mctune.emit import emit_package
-from mctune.runtime.functional import memory_caching
-from mctune.search.bench import Contender, Result, measure, threads
-from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.package import load_package
-from mctune.search.passes import Results
-from mctune.search.verify import Run
+from mctune.measure.bench import Contender, Result, measure, threads
+from mctune.runtime.api.functional import memory_caching
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.judge import Run
+from mctune.verify.package import load_package
+from mctune.verify.passes import Results
 
 GRM = Problem(aggregation="grm", pass_="backward", T=4096, H=4, Dk=64, Dv=64, segment_length=256)
 SSC = GRM.replace(aggregation="ssc", top_k=4)
@@ -160,7 +160,7 @@ def bench(problem: Problem, package: Path | None, rounds: int) -> Step:
         times = dict(measured.times)
         inputs = make_inputs(problem, 0)
         peaks = {c.name: peak_bytes(lambda c=c: c.run(problem, inputs)) for c in contenders if c.name in times}
-        entry = module.runtime.dispatch.TABLE.entries[-1] if package is None else None
+        entry = module.runtime.kernels.dispatch.TABLE.entries[-1] if package is None else None
         config = Config.of(entry.record["config"]) if entry is not None else Config.of({})
     return Step(Result(problem, "tvm step", config, times.pop("tvm"), times, measured.rates), peaks)
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mctune.core.problem import Problem
-    from mctune.runtime.attach import attach_memory_caching
+    from mctune.runtime.api.attach import attach_memory_caching
+    from mctune.runtime.api.functional import memory_caching
+    from mctune.runtime.api.module import MemoryCaching
     from mctune.runtime.cache import MemoryCache
-    from mctune.runtime.functional import memory_caching
-    from mctune.runtime.module import MemoryCaching
 
 __all__ = ["MemoryCache", "MemoryCaching", "Problem", "__version__", "attach_memory_caching", "memory_caching"]
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach_memory_caching": "mctune.runtime.attach",
-    "memory_caching": "mctune.runtime.functional",
+    "attach_memory_caching": "mctune.runtime.api.attach",
+    "memory_caching": "mctune.runtime.api.functional",
     "MemoryCache": "mctune.runtime.cache",
-    "MemoryCaching": "mctune.runtime.module",
+    "MemoryCaching": "mctune.runtime.api.module",
     "Problem": "mctune.core.problem",
 }
 

@@ -14,15 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> the rooms that it may import; every room may import itself.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "core": (),
+    # The axes, which the copied runtime must have and which import nothing.
+    "core": ("runtime.traits",),
     "reference": ("core",),
     "runtime": (),
     # What is timed goes through the launcher that ships.
     "backends": ("runtime", "core"),
-    "search": ("backends", "reference", "runtime", "core"),
+    "verify": ("backends", "reference", "runtime", "core"),
+    # Nothing is timed that was not verified, and what was timed becomes rows.
+    "measure": ("verify", "report", "backends", "reference", "runtime", "core"),
+    "workers": ("verify", "measure", "backends", "runtime", "core"),
+    "study": ("workers", "verify", "measure", "backends", "core"),
     "emit": ("runtime", "core"),
     "report": ("core",),
-    "cli": ("search", "emit", "report", "backends", "reference", "runtime", "core"),
+    "cli": ("study", "workers", "verify", "measure", "emit", "report", "backends", "runtime", "core"),
     # The package itself and ``python -m mctune``.
     "": ("core", "runtime", "cli"),
     "templates": (),
@@ -36,7 +41,10 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     # tvm is the compiler; an emitted package has only its ffi.
     "runtime": ("tvm", "optuna", "numpy", "libcst", "click", "rich"),
     "backends": ("optuna", "click", "rich"),
-    "search": ("click", "rich"),
+    "verify": ("optuna", "click", "rich"),
+    "measure": ("optuna", "click", "rich"),
+    "workers": ("optuna", "click", "rich"),
+    "study": ("click", "rich"),
     "emit": ("optuna", "click", "rich"),
     "report": ("torch", "tvm", "tvm_ffi", "triton", "optuna", "click", "rich"),
     # What a template's host function launches over is allocated by torch.
@@ -180,22 +188,22 @@ def test_importing_mctune_loads_nothing_heavy() -> None:
         ("mctune/core/x.py", "from mctune.core.problem import Problem", True),
         ("mctune/core/x.py", "from mctune.report.rows import Row", False),
         ("mctune/core/x.py", "import torch", False),
-        ("mctune/backends/x.py", "from mctune.runtime.tvm_forward import TvmForward", True),
+        ("mctune/backends/x.py", "from mctune.runtime.kernels.tvm.forward import TvmForward", True),
         ("mctune/backends/x.py", "from mctune.reference import memory_caching", False),
         ("mctune/runtime/x.py", "from mctune.backends import get_backend", False),
-        ("mctune/search/x.py", "from mctune.emit import package", False),
-        ("mctune/search/x.py", "from mctune import emit", False),
-        ("mctune/search/x.py", "from mctune.backends import get_backend", True),
-        ("mctune/emit/x.py", "import mctune.search.study", False),
+        ("mctune/study/x.py", "from mctune.emit import package", False),
+        ("mctune/study/x.py", "from mctune import emit", False),
+        ("mctune/workers/x.py", "from mctune.backends import get_backend", True),
+        ("mctune/emit/x.py", "import mctune.study.study", False),
         ("mctune/runtime/x.py", "from .segments import Segments", True),
         ("mctune/runtime/x.py", "from ..core import problem", False),
         ("mctune/runtime/x.py", "import tvm", False),
         ("mctune/cli/x.py", "from mctune.emit import package", True),
-        ("mctune/report/x.py", "import importlib\nimportlib.import_module('mctune.search.run')", False),
-        ("templates/tvm/x.py", "from tvm.script import tirx", True),
-        ("templates/tvm/x.py", "from mctune.core.config import Config", False),
-        ("search_spaces/tvm/x.py", "from mctune.core.space import Pow2", True),
-        ("search_spaces/tvm/x.py", "from mctune.core.work import work", False),
+        ("mctune/report/x.py", "import importlib\nimportlib.import_module('mctune.study.run')", False),
+        ("templates/tvm/matrix/x.py", "from tvm.script import tirx", True),
+        ("templates/tvm/matrix/x.py", "from mctune.core.config import Config", False),
+        ("search_spaces/tvm/matrix/x.py", "from mctune.core.space import Pow2", True),
+        ("search_spaces/tvm/matrix/x.py", "from mctune.core.work import work", False),
     ],
 )  # fmt: skip
 def test_the_rules_themselves(

@@ -11,6 +11,7 @@ from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
+from mctune.runtime.kernels.support import Support
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,8 @@ class Backend(Protocol):
 
     name: str
 
-    def check(self, problem: Problem) -> None:
-        """Refuse a problem that no template computes, with what works instead."""
-
-    def check_target(self, target: Target) -> None:
-        """Refuse a target that it does not compile for, and name the backend that does."""
+    def supports(self, problem: Problem) -> Support:
+        """Whether a template computes a problem, or why not and what works instead."""
 
     def ready(self, here: bool = True) -> None:
         """Refuse a machine that lacks what compiling takes, with what to install.

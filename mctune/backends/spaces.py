@@ -12,13 +12,13 @@ from mctune.core.space import SearchSpace
 
 
 @cache
-def load_space(backend: str, pass_: str, measured: bool = False) -> SearchSpace:
-    """``SPACE`` of ``search_spaces/<backend>/<pass>.py``; for measured candidates ``MEASURED``, where it has one."""
-    package = f"mctune_spaces_{backend}"
+def load_space(backend: str, family: str, pass_: str, measured: bool = False) -> SearchSpace:
+    """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``MEASURED``, where there is one, of what is measured."""
+    package = f"mctune_spaces_{backend}_{family}"
     if package not in sys.modules:
         # Loaded as a package, so that its files can import each other.
         sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [str(search_spaces_dir() / backend)]
+        sys.modules[package].__path__ = [str(search_spaces_dir() / backend / family)]
     module = importlib.import_module(f"{package}.{pass_}")
     space: SearchSpace = getattr(module, "MEASURED", module.SPACE) if measured else module.SPACE
     return space

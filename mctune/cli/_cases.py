@@ -23,7 +23,7 @@ def measured(target: Target, insist: bool) -> bool:
     """Whether to time candidates: the target is on this machine, or the user insists and the search will refuse."""
     if target.on_cpu or insist:
         return True
-    from mctune.search.presence import present
+    from mctune.backends.presence import present
 
     return present(target)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from mctune.cli._output import say
 from mctune.core.errors import MctuneError
-from mctune.search.events import SearchReport, SearchRequest
+from mctune.study.events import SearchReport, SearchRequest
 
 
 def emit_report(request: SearchRequest, report: SearchReport) -> Path | None:
     """Write the package of every point of every frontier into ``request.out``; ``None`` if there is none."""
     from mctune.emit import emit_package
-    from mctune.runtime.tvm_loader import KernelError
-    from mctune.search.run import ship
+    from mctune.runtime.kernels.tvm.loader import KernelError
+    from mctune.study.run import ship
 
     winners = ship(request, report, say)
     if not winners:

@@ -14,7 +14,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from mctune.core.config import Config
 from mctune.core.outcome import Outcome, Predicted, cost, describe, kind
 from mctune.core.workload import Case
-from mctune.search.events import StudyReport
+from mctune.study.events import StudyReport
 
 _SHOWN_PER_KIND = 3
 _PLAIN_STEPS = 10
@@ -54,7 +54,7 @@ class SearchProgress:
             self._bar.stop()
 
     def study_started(self, case: Case, total: int, done: int) -> None:
-        """See :class:`mctune.search.events.Listener`; so are the next three."""
+        """See :class:`mctune.study.events.Listener`; so are the next three."""
         self._label, self._total, self._done, self._first = str(case), total, done, done
         self._began, self._best, self._failed = time.monotonic(), None, Counter()
         self._how = ""

@@ -13,7 +13,7 @@ from mctune.cli._output import json_option, print_json, say, text_table
 
 if TYPE_CHECKING:
     from mctune.core.target import Target
-    from mctune.search.bench import Result
+    from mctune.measure.bench import Result
 
 _HEADER = ("problem", "backend", "ms (20% to 80%)", "best baseline", "speedup", "of the bound")
 
@@ -30,7 +30,7 @@ def command(package: Path | None, rounds: int, out: Path | None, as_json: bool) 
     product and a copy, whose rates give the bound. Without PACKAGE, the eager path against torch.compile of it, over
     the quick workload. `mctune report` reads the JSON.
     """
-    from mctune.search.bench import bench_defaults, bench_package
+    from mctune.measure.bench import bench_defaults, bench_package
 
     if package is None:
         target, results = bench_defaults(rounds=rounds, note=say)
@@ -51,8 +51,8 @@ def command(package: Path | None, rounds: int, out: Path | None, as_json: bool) 
 def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
     """What `mctune report` reads: rows and their environment; the rates that go with each row stand beside them."""
     from mctune.core.environment import versions
+    from mctune.measure.bench import described
     from mctune.report.rows import Row
-    from mctune.search.bench import described
 
     made_with = versions()
     rows = [

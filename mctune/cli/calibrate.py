@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mctune.core.accuracy import Accuracy
     from mctune.core.target import Target
     from mctune.report.rows import Row
-    from mctune.search.calibrate import Calibration
+    from mctune.study.calibrate import Calibration
 
 _HEADER = ("problem", "candidates", "rank correlation", "regret of the top 10", "wrong by a factor of")
 
@@ -36,9 +36,9 @@ def command(inputs: tuple[str, ...], target_name: str, out: Path, as_json: bool)
     """
     import tempfile
 
+    from mctune.backends.triton.cost.calibrated import FILE, write_calibration
     from mctune.core.target import resolve
-    from mctune.search.calibrate import LEAST, Measured, calibrate, compiled
-    from mctune.search.calibrated import FILE, write_calibration
+    from mctune.study.calibrate import LEAST, Measured, calibrate, compiled
 
     target, note = resolve(target_name)
     if note:
@@ -67,7 +67,7 @@ def _rows(text: str, target: Target) -> Iterator[Row]:
 
     path = Path(text)
     if "://" in text or path.suffix == ".db":
-        from mctune.search.calibrate import measured_in_storage
+        from mctune.study.calibrate import measured_in_storage
 
         url = text if "://" in text else f"sqlite:///{path}"
         for backend, problem, config, timed in measured_in_storage(url, target):

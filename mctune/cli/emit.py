@@ -12,7 +12,7 @@ from mctune.cli._output import json_option, print_json, say
 from mctune.cli.search import report_text
 from mctune.core.errors import NoValidConfigError
 from mctune.core.target import resolve
-from mctune.search.events import SearchRequest
+from mctune.study.events import SearchRequest
 
 
 @click.command()
@@ -35,7 +35,7 @@ def command(
 
     Give the options that the search was given. Every kernel is built and verified again; the times are the trials' own.
     """
-    from mctune.search.run import stored
+    from mctune.study.run import stored
 
     target, note = resolve(target_name)
     if note:

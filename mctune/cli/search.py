@@ -14,7 +14,7 @@ from mctune.cli._output import json_option, print_json, say, size, text_table
 from mctune.core.errors import NoValidConfigError
 from mctune.core.outcome import Predicted
 from mctune.core.target import resolve
-from mctune.search.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
+from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
 
 
 @click.command()
@@ -69,7 +69,7 @@ def command(
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mctune.cli._progress import SearchProgress
-    from mctune.search.run import search
+    from mctune.study.run import search
 
     with SearchProgress() as progress:
         report = search(request, progress)

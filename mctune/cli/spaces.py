@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +18,7 @@ from mctune.core.workload import Workload, load_workload, workload_names
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the search spaces and workloads, or show NAME (a space as backend/name, or a workload) in full."""
+    """List the search spaces and workloads, or show NAME (a space as backend/family/pass, or a workload) in full."""
     spaces, workloads = _spaces(), {known: load_workload(known) for known in workload_names()}
     if name is not None:
         if name not in spaces and name not in workloads:
@@ -47,19 +46,20 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def _spaces() -> dict[str, SearchSpace]:
-    """Every ``SPACE`` under ``search_spaces/<backend>/``, by ``backend/name``."""
+    """Every ``SPACE`` under ``search_spaces/<backend>/<family>/``, by ``backend/family/pass``."""
     found = {}
-    for path in sorted(search_spaces_dir().glob("*/*.py")):
+    for path in sorted(search_spaces_dir().glob("*/*/*.py")):
         if not path.stem.startswith("_"):
-            found[f"{path.parent.name}/{path.stem}"] = _load(path)
+            backend, family = path.parts[-3:-1]
+            found[f"{backend}/{family}/{path.stem}"] = _load(backend, family, path.stem)
     return found
 
 
-def _load(path: Path) -> SearchSpace:
+def _load(backend: str, family: str, pass_: str) -> SearchSpace:
     try:
-        return load_space(path.parent.name, path.stem)
+        return load_space(backend, family, pass_)
     except AttributeError:
-        raise UsageError(f"{path.parent.name}/{path.name} defines no SPACE = SearchSpace(...)") from None
+        raise UsageError(f"{backend}/{family}/{pass_}.py defines no SPACE = SearchSpace(...)") from None
 
 
 def _space_json(name: str, space: SearchSpace) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def command(
     if record is not None or timeout is not None:
         raise UsageError("--record and --timeout go with --gpu NAME")
     from mctune.backends.triton.versions import check_interpreter
-    from mctune.search.package import check_defaults, check_package, needs_interpreter
+    from mctune.verify.package import check_defaults, check_package, needs_interpreter
 
     if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
         check_interpreter()
@@ -70,9 +70,9 @@ def command(
 def _templates(name: str, seed: int, record: Path | None, timeout: float | None, as_json: bool) -> int:
     """Every template on a GPU, or interpreted."""
     from mctune.backends import backend_for, get_backend
+    from mctune.backends.presence import present
     from mctune.core.target import resolve
-    from mctune.search.hold import candidates, hold
-    from mctune.search.presence import present
+    from mctune.workers.hold import candidates, hold
 
     target, note = resolve(name)
     if note:

@@ -22,7 +22,7 @@ def command(package: Path, target_name: str | None, as_json: bool) -> None:
     ~/.triton/cache) has it: with the same Triton, for the same architecture. Sizes are arguments of
     the kernels: what is compiled serves calls of any length, batch and number of heads, and decoding token by token.
     """
-    from mctune.search.warm import tuned_for, warm_package
+    from mctune.workers.warm import tuned_for, warm_package
 
     target, note = resolve(target_name) if target_name else (tuned_for(package), "")
     if note:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mctune.core.errors import UsageError
+from mctune.runtime.traits import (
+    AGGREGATIONS,
+    FAMILIES,
+    PASSES,
+    RECURRENCES,
+    SEGMENTATIONS,
+    STATE_INITS,
+    Aggregation,
+    Recurrence,
+    any_of,
+)
 
-RECURRENCES = ("linear", "swla", "dla", "titans")
-AGGREGATIONS = ("residual", "grm", "soup", "ssc", "mean")
-ROUTED = ("grm", "soup", "ssc")
-"""Aggregations whose gates compare a token's connector u with the segments' mean keys."""
-SEGMENTATIONS = ("constant", "logarithmic", "packed")
-STATE_INITS = ("independent", "checkpoint")
-PASSES = ("forward", "backward", "decode")
+__all__ = ["AGGREGATIONS", "DTYPES", "FAMILIES", "PASSES", "RECURRENCES", "SEGMENTATIONS", "STATE_INITS", "Problem"]
+
 DTYPES = ("float32", "bfloat16", "float16")
-DEEP = ("dla", "titans")
-"""Recurrences whose memory is a two-layer MLP."""
 
-_CHOICES = {
+_CHOICES: dict[str, Collection[str]] = {
     "recurrence": RECURRENCES,
     "aggregation": AGGREGATIONS,
     "segmentation": SEGMENTATIONS,
@@ -78,9 +83,10 @@ class Problem:
         for name in ("B", "T", "H", "Dk", "Dv"):
             self._positive(name)
         self._check_segments()
-        self._only("top_k", self.aggregation == "ssc", "aggregation='ssc'", 2)
-        self._only("expansion", self.recurrence in DEEP, "recurrence='dla' or 'titans'", 4)
-        self._only("inner_chunk", self.recurrence in DEEP, "recurrence='dla' or 'titans'", 16)
+        self._only("top_k", self.reads.sparse, f"aggregation={any_of('sparse', AGGREGATIONS)}", 2)
+        layers = f"recurrence={any_of('deep', RECURRENCES)}"
+        self._only("expansion", self.deep, layers, 4)
+        self._only("inner_chunk", self.deep, layers, 16)
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -125,12 +131,22 @@ class Problem:
     @property
     def deep(self) -> bool:
         """Whether the memory is a two-layer MLP."""
-        return self.recurrence in DEEP
+        return self.writes.deep
+
+    @property
+    def reads(self) -> Aggregation:
+        """What the aggregation is."""
+        return AGGREGATIONS[self.aggregation]
+
+    @property
+    def writes(self) -> Recurrence:
+        """What the recurrence is."""
+        return RECURRENCES[self.recurrence]
 
     @property
     def routed(self) -> bool:
         """Whether gates compare u with the segments' mean keys."""
-        return self.aggregation in ROUTED
+        return self.reads.routed
 
     @property
     def E(self) -> int:

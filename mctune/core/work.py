@@ -165,7 +165,7 @@ def _token_bytes(problem: Problem) -> int:
     """Bytes of q, k, v, u, y and the gates of one token and head."""
     size = _BYTES[problem.dtype]
     keys = 3 if problem.routed else 2
-    gates = 3 if problem.recurrence == "swla" else 0
+    gates = len(problem.writes.gates)
     return size * (keys * problem.Dk + 2 * problem.Dv) + gates * _GATE_BYTES
 
 

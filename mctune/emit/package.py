@@ -14,19 +14,19 @@ from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit.card import card
 from mctune.runtime import manifest
-from mctune.runtime.table import NAME as TABLE
-from mctune.runtime.table import SCHEMA
-from mctune.runtime.tvm_loader import build_threads_library
+from mctune.runtime.kernels.table import NAME as TABLE
+from mctune.runtime.kernels.table import SCHEMA
+from mctune.runtime.kernels.tvm.loader import build_threads_library
 
 _RUNTIME = Path(manifest.__file__).parent
 _FILES = (manifest.NAME, "__init__.py", "README.md")
 _FOLDERS = ("runtime", "kernels")
 _INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
 
-from .runtime.attach import attach_memory_caching
+from .runtime.api.attach import attach_memory_caching
 from .runtime.cache import MemoryCache
-from .runtime.functional import memory_caching
-from .runtime.module import MemoryCaching
+from .runtime.api.functional import memory_caching
+from .runtime.api.module import MemoryCaching
 
 __all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
 '''

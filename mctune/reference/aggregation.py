@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mctune.core.problem import AGGREGATIONS
 from mctune.reference.memory import Memory, read
 
 
@@ -35,19 +37,41 @@ class Cache(NamedTuple):
 def weights(aggregation: str, logits: Tensor, top_k: int | None) -> Tensor:
     """gamma_t⁽ⁱ⁾ [B, s, H] from the logits r_t⁽ⁱ⁾ [B, s, H] of the cached segments in order and, last, the online one.
 
-    residual: 1 (Eq. 6-7). grm, soup: softmax over i (Eq. 8-10). mean: 1/s (section 4.3). ssc: softmax over the online
-    segment and the ``top_k`` cached ones of largest logit, the earlier segment first where logits tie (Eq. 16-17).
+    :data:`GAMMA` has a formula an aggregation.
     """
-    if aggregation == "residual":
-        return torch.ones_like(logits)
-    if aggregation == "mean":
-        return torch.full_like(logits, 1 / logits.shape[1])
-    if aggregation == "ssc":
-        ranked = logits[:, :-1].sort(dim=1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ranked[:, :top_k], True)
-        chosen[:, -1] = True
-        logits = logits.masked_fill(~chosen, -torch.inf)
+    return GAMMA[aggregation](logits, top_k)
+
+
+def _ones(logits: Tensor, top_k: int | None) -> Tensor:
+    """1 (Eq. 6-7)."""
+    return torch.ones_like(logits)
+
+
+def _average(logits: Tensor, top_k: int | None) -> Tensor:
+    """1/s (section 4.3)."""
+    return torch.full_like(logits, 1 / logits.shape[1])
+
+
+def _softmax(logits: Tensor, top_k: int | None) -> Tensor:
+    """softmax over i (Eq. 8-10)."""
     return torch.softmax(logits, dim=1)
+
+
+def _sparse(logits: Tensor, top_k: int | None) -> Tensor:
+    """softmax over the online segment and the ``top_k`` largest cached ones, of ties the earlier (Eq. 16-17)."""
+    ranked = logits[:, :-1].sort(dim=1, descending=True, stable=True).indices
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ranked[:, :top_k], True)
+    chosen[:, -1] = True
+    return torch.softmax(logits.masked_fill(~chosen, -torch.inf), dim=1)
+
+
+GAMMA: dict[str, Callable[[Tensor, int | None], Tensor]] = {
+    "residual": _ones,
+    "grm": _softmax,
+    "soup": _softmax,
+    "ssc": _sparse,
+    "mean": _average,
+}
 
 
 def aggregate(
@@ -71,7 +95,7 @@ def aggregate(
     x = scale * q
     descriptors = torch.cat((cache.descriptors, descriptor.unsqueeze(1)), 1)
     gamma = weights(aggregation, (u.unsqueeze(1) * descriptors).sum(-1), top_k)
-    if aggregation in ("soup", "mean"):
+    if AGGREGATIONS[aggregation].mixes_parameters:
         cached, online = gamma[:, :-1], gamma[:, -1, :, None, None]
         pairs = zip(cache.states, memory, strict=True)
         soup = tuple(torch.einsum("bnh,bnhij->bhij", cached, W) + online * last for W, last in pairs)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mctune.core.errors import UsageError
-from mctune.core.problem import DEEP, Problem
+from mctune.core.problem import AGGREGATIONS, RECURRENCES, Problem
 from mctune.reference.memory import Memory
-from mctune.reference.recurrence import ABSENT, GATES
+from mctune.reference.recurrence import ABSENT
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def check_writes(
     """
     if problem["segmentation"] == "logarithmic":
         problem = {**problem, "segment_length": None}
-    if problem["recurrence"] not in DEEP:
+    if problem["recurrence"] in RECURRENCES and not RECURRENCES[problem["recurrence"]].deep:
         problem = {**problem, "inner_chunk": None}
-    if problem["aggregation"] != "ssc":
+    if problem["aggregation"] in AGGREGATIONS and not AGGREGATIONS[problem["aggregation"]].sparse:
         problem = {**problem, "top_k": None}
     for name, x in (("k", k), ("v", v)):
         if isinstance(x, Tensor) and x.ndim != 4:
@@ -106,8 +106,8 @@ def _gate(name: str, gate: Tensor | None, problem: Problem, k: Tensor) -> Tensor
     shape = problem.B, problem.T, problem.H
     if gate is None:
         return torch.full((*shape, 1, 1), ABSENT[name], dtype=torch.float64, device=k.device)
-    if name not in GATES[problem.recurrence]:
-        takers = " and ".join(recurrence for recurrence, gates in GATES.items() if name in gates)
+    if name not in problem.writes.gates:
+        takers = " and ".join(recurrence for recurrence, row in RECURRENCES.items() if name in row.gates)
         raise UsageError(f"recurrence={problem.recurrence!r} takes no {name}, which belongs to {takers}; leave it out")
     checked = check_tensor(name, gate, "[B, T, H]", shape, k)
     if name == "g" and not bool((checked <= 0).all()):

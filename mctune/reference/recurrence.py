@@ -89,7 +89,5 @@ def titans(state: State, token: Token) -> State:
 
 
 WRITES: dict[str, Callable[[State, Token], State]] = {"linear": linear, "swla": swla, "dla": dla, "titans": titans}
-GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}
-"""The gates that each recurrence takes."""
 ABSENT = {"g": 0.0, "beta": 0.0, "lam": 1.0, "eta": 1.0, "mu": 0.0}
 """What a gate is where the caller gives none."""

@@ -9,6 +9,10 @@ from pathlib import Path
 from .errors import PackageError
 
 NAME = "manifest.json"
+ROOT = Path(__file__).resolve().parent.parent
+"""What holds the runtime's folder: an emitted package keeps tuned.json, manifest.json and the kernels there."""
+PACKAGE = __name__.rsplit(".", 2)[0]
+"""The name of what holds the runtime's folder: ``mctune``, or the emitted package."""
 
 
 def digest(path: Path) -> str:

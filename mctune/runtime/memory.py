@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .arguments import DEEP, Call
+from .call import Call
 from .errors import ArgumentError
+from .traits import RECURRENCES
 
 Tensor = torch.Tensor
 FIRST_CAPACITY = 4
@@ -29,7 +30,7 @@ class Rules:
     @property
     def deep(self) -> bool:
         """Whether the memory is a two-layer MLP."""
-        return self.recurrence in DEEP
+        return RECURRENCES[self.recurrence].deep
 
     @property
     def carried(self) -> bool:

@@ -9,8 +9,7 @@ from itertools import pairwise
 import torch
 
 from .errors import ArgumentError
-
-SEGMENTATIONS = ("constant", "logarithmic", "packed")
+from .traits import SEGMENTATIONS
 
 
 @dataclass(frozen=True, eq=False)

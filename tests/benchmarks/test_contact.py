@@ -18,7 +18,7 @@ import pytest
 
 from mctune.core.target import resolve
 from mctune.report.write import read_document
-from mctune.search.hold import Held
+from mctune.workers.hold import Held
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 MOST_FILES = 8

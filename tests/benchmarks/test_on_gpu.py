@@ -110,7 +110,7 @@ def test_stages_are_logged_and_end(on_gpu: ModuleType, tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mctune.search import presence
+    from mctune.backends import presence
 
     monkeypatch.setattr(presence, "seen", lambda: None)
     with pytest.raises(SystemExit, match=r"there is no GPU here that `mctune targets` lists; --rehearse needs none"):

@@ -12,7 +12,7 @@ import pytest
 from mctune.cli import _checks
 from mctune.cli._checks import BAD, OK, WARN
 from mctune.core.environment import TVM_PAIR
-from mctune.runtime import tvm_loader
+from mctune.runtime.kernels.tvm import loader as tvm_loader
 
 GOOD = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "torch": "2.13.0+cpu", "triton": "3.7.1"}
 

@@ -22,7 +22,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.core.workload import Case
-from mctune.search.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 
 FIELDS = "T=512,H=1,Dk=16,Dv=16"
 GOOD = Timed(ms=1.25, low=1.2, high=1.3, repeats=9, error=1e-7)
@@ -40,7 +40,7 @@ def study(case: Case, valid: bool = True) -> StudyReport:
 
 
 class Planted:
-    """Stands in for ``mctune.search.run``."""
+    """Stands in for ``mctune.study.run``."""
 
     def __init__(self) -> None:
         self.request: SearchRequest | None = None
@@ -61,10 +61,10 @@ class Planted:
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
-    stand_in, module = Planted(), ModuleType("mctune.search.run")
+    stand_in, module = Planted(), ModuleType("mctune.study.run")
     module.search = stand_in.search  # type: ignore[attr-defined]
     module.ship = lambda request, report, note: []  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mctune.search.run", module)
+    monkeypatch.setitem(sys.modules, "mctune.study.run", module)
     yield stand_in
 
 

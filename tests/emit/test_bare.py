@@ -13,7 +13,7 @@ from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit import emit_package
 from mctune.reference import error_ratio, memory_caching
-from mctune.search.inputs import make_inputs
+from mctune.verify.inputs import make_inputs
 
 RUN = """
 import importlib, sys, warnings

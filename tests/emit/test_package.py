@@ -19,10 +19,10 @@ from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit import emit_package
 from mctune.emit import package as emitter
-from mctune.runtime import functional
+from mctune.runtime.api import functional
 from mctune.runtime.manifest import digest
-from mctune.search.inputs import make_inputs
-from mctune.search.package import check_package, load_package
+from mctune.verify.inputs import make_inputs
+from mctune.verify.package import check_package, load_package
 
 
 def emitted(path: Path) -> set[str]:
@@ -41,7 +41,7 @@ def assert_not_importable(out: Path) -> None:
         patch.syspath_prepend(str(out.parent))
         # ModuleNotFoundError where the interruption came before the runtime, else the manifest's RuntimeError.
         with pytest.raises((ModuleNotFoundError, RuntimeError)):
-            importlib.import_module(f"{out.name}.runtime.functional")
+            importlib.import_module(f"{out.name}.runtime.api.functional")
     forget(out.name)
 
 
@@ -163,8 +163,8 @@ def test_a_damaged_file_is_refused_by_name(
         assert_not_importable(out)
     else:
         if name == "__init__.py":
-            # A changed byte may break the syntax: the manifest's check must come first.
-            (out / name).write_text("from .runtime.functional import memory_caching\n")
+            # A changed byte may be no Python any more: what counts is the check, not the accident.
+            (out / name).write_text("from .runtime.api.functional import memory_caching\n")
         if name == "runtime/read.py":
             (out / name).write_text((emitter._RUNTIME / "read.py").read_text() + "\n# changed\n" * (damage is spoil))
             if damage is not spoil:

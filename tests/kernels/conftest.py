@@ -15,8 +15,8 @@ from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
-from mctune.runtime import tvm_loader
-from mctune.runtime.tvm_forward import TvmForward
+from mctune.runtime.kernels.tvm import loader as tvm_loader
+from mctune.runtime.kernels.tvm.forward import TvmForward
 
 SCRATCH = """
 #include <stdint.h>

@@ -14,8 +14,8 @@ from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target, resolve
-from mctune.search.inputs import Inputs
-from mctune.search.verify import judge, run_kernel
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import judge, run_kernel
 from tests.instruction_sets import cpus
 
 RECURRENCES = ("linear", "swla")
@@ -69,13 +69,13 @@ def judged(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
 def plain(problem: Problem, **changes: Scalar) -> Config:
     """A configuration that is valid for the problem."""
     config = Config.of({**SAFE, "chunk": 32, "formulation": formulations(problem)[0], **changes})
-    assert load_space("tvm", "forward").valid(config, problem, host())
+    assert load_space("tvm", "matrix", "forward").valid(config, problem, host())
     return config
 
 
 def formulations(problem: Problem) -> list[Scalar]:
     """Those that the search space allows for the problem's aggregation."""
-    space = load_space("tvm", "forward")
+    space = load_space("tvm", "matrix", "forward")
     rule = next(constraint for constraint in space.constraints if constraint.name == "formulation")
     values = space.param("formulation").values
     return [f for f in values if rule.holds(space.default.replace(formulation=f), problem, host())]
@@ -121,7 +121,7 @@ def _problem(
 
 def _walk(rng: random.Random, problem: Problem, formulation: Scalar, target: Target) -> Iterator[Config]:
     """Valid configurations, far apart on a random walk that changes one parameter at a time."""
-    space = load_space("tvm", "forward")
+    space = load_space("tvm", "matrix", "forward")
     config = Config.of({**SAFE, "formulation": formulation})
     assert space.valid(config, problem, target)
     for step in range(1, _POOL * _STRIDE + 1):

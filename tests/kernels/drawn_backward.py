@@ -14,7 +14,7 @@ from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 
 SEGMENT_LENGTHS = (40, 130, 24)
-SPACE = load_space("tvm", "backward")
+SPACE = load_space("tvm", "matrix", "backward")
 SAFE: dict[str, Scalar] = {
     "chunk": 16, "rows": 2, "cols": 16, "key_cols": 16, "unroll": 1, "panel": 1, "read_rows": 2, "read_lanes": 16,
     "score_rows": 2, "score_lanes": 16, "state_chunk": 32, "state_rows": 2, "state_cols": 16, "saved": "states",

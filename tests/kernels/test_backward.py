@@ -19,11 +19,11 @@ from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio
-from mctune.runtime.tvm_backward import TvmBackward
-from mctune.search import verify
-from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.passes import PASSES, Results
-from mctune.search.verify import judge, poisoned_memory, run_kernel
+from mctune.runtime.kernels.tvm.backward import TvmBackward
+from mctune.verify import judge as verify
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.judge import judge, poisoned_memory, run_kernel
+from mctune.verify.passes import PASSES, Results
 
 DRAWN = draw()
 TOLERANCE = 5e-5

@@ -21,14 +21,14 @@ from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
+from mctune.runtime.kernels.tvm.decode import TvmDecode
+from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.tvm_decode import TvmDecode
-from mctune.runtime.tvm_loader import KernelError
-from mctune.search.inputs import Inputs
-from mctune.search.passes import PASSES, memory_of
-from mctune.search.verify import decided_inputs, judge_all, poisoned_memory, tolerance, verify
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import decided_inputs, judge_all, poisoned_memory, tolerance, verify
+from mctune.verify.passes import PASSES, memory_of
 
-SPACE = load_space("tvm", "decode")
+SPACE = load_space("tvm", "matrix", "decode")
 WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (1, 1), (7, 192), (33, 256))
 SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
 """Valid for every problem and CPU."""

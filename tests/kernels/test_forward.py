@@ -15,11 +15,11 @@ from drawn import judged as judged_whole
 from mctune.backends.spaces import load_space
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.reference import error_ratio
-from mctune.runtime.tvm_forward import TvmForward
-from mctune.search import verify
-from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.passes import PASSES
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.verify import judge as verify
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.judge import poisoned_memory
+from mctune.verify.passes import PASSES
 
 DRAWN = draw()
 TOLERANCE = 2e-5
@@ -85,7 +85,7 @@ def test_every_combination_and_formulation_is_compiled() -> None:
 
 
 def test_configurations_are_spread_over_the_space() -> None:
-    space = load_space("tvm", "forward")
+    space = load_space("tvm", "matrix", "forward")
     for param in space.params:
         used = {d.config[param.name] for d in DRAWN}
         for value in set(param.values) - used:

@@ -20,14 +20,15 @@ from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.reference import error_ratio
 from mctune.reference import memory_caching as oracle
-from mctune.runtime import dispatch, tvm_loader
-from mctune.runtime.functional import memory_caching
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.table import Entry, Table
+from mctune.runtime.kernels.tvm import loader as tvm_loader
+from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.runtime.segments import make_segments
-from mctune.runtime.table import Entry, Table
-from mctune.runtime.tvm_forward import TvmForward
-from mctune.runtime.tvm_loader import KernelError
-from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.verify import TOLERANCE, poisoned_memory
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.judge import TOLERANCE, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 GRM = Problem(T=150, H=3, B=2, Dk=20, Dv=7, segment_length=32)
@@ -249,9 +250,9 @@ from pathlib import Path
 import torch
 
 from mctune.core.problem import Problem
-from mctune.runtime.tvm_forward import TvmForward
-from mctune.search.inputs import make_inputs
-from mctune.search.verify import run_kernel
+from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.verify.inputs import make_inputs
+from mctune.verify.judge import run_kernel
 
 problem = Problem.from_json(sys.argv[1])
 first, second = (TvmForward(Path(path), {"problem": problem.to_dict()}) for path in sys.argv[2:4])
@@ -288,7 +289,7 @@ from pathlib import Path
 
 import torch
 
-from mctune.runtime.tvm_loader import load_library
+from mctune.runtime.kernels.tvm.loader import load_library
 
 module = load_library(Path(sys.argv[1]))
 N, T, H, D = 2, 8, 1, 16

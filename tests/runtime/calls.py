@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch
 
-from mctune.runtime.arguments import check_call
-from mctune.runtime.functional import forward_with_states, memory_caching
+from mctune.runtime.call import GATES as GATE_NAMES
+from mctune.runtime.call import Call, check_call
+from mctune.runtime.ops.serve import forward_with_states
+from mctune.runtime.options import NAMES, Options
 
 GATES = {"linear": (), "swla": ("g", "beta", "lam"), "dla": ("eta",), "titans": ("g", "eta", "mu")}
 
@@ -48,14 +49,18 @@ def arguments(
     return tensors
 
 
-_DEFAULTS = {p.name: p.default for p in signature(memory_caching).parameters.values() if p.kind is p.KEYWORD_ONLY}
+def make_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None = None, **arguments: Any
+) -> Call:
+    """The checked call on the arguments of ``memory_caching``."""
+    options = Options(**{name: arguments.pop(name) for name in NAMES if name in arguments})
+    gates = {name: arguments.pop(name, None) for name in GATE_NAMES}
+    return check_call(q, k, v, u, options, gates=gates, **arguments)
 
 
 def with_states(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """``forward_with_states`` of the arguments of ``memory_caching``."""
-    options = _DEFAULTS | options
-    backend = options.pop("backend")
-    gates = {name: options.pop(name) for name in ("g", "beta", "lam", "eta", "mu")}
-    return forward_with_states(check_call(q, k, v, u, gates=gates, **options), backend)
+    backend = options.pop("backend", "auto")
+    return forward_with_states(make_call(q, k, v, u, **options), backend)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tables import build_table
 
-from mctune.runtime import dispatch
-from mctune.runtime.table import Table
+from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.table import Table
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from tables import build_table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mctune.runtime import dispatch
-from mctune.runtime.module import MemoryCaching
+from mctune.runtime.api.module import MemoryCaching
+from mctune.runtime.kernels import dispatch
 
 WORLD = 2
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calls import make_call
 from torch import Tensor
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.runtime.arguments import Call, check_call
-from mctune.runtime.table import Entry, Table
-from mctune.search.inputs import make_inputs
+from mctune.runtime.call import Call
+from mctune.runtime.kernels.table import Entry, Table
+from mctune.verify.inputs import make_inputs
 
 LINEAR = Problem(T=43, B=2, H=2, Dk=12, Dv=20, segment_length=16)
 SWLA = LINEAR.replace(recurrence="swla", aggregation="ssc", state_init="checkpoint", top_k=1)
@@ -67,10 +68,4 @@ def draw(problem: Problem, seed: int = 0, dtype: torch.dtype | None = None) -> t
 
 def checked(leaves: dict[str, Tensor], options: dict[str, Any]) -> Call:
     """The call that ``memory_caching`` makes of them."""
-    names = ("g", "beta", "lam", "eta", "mu")
-    defaults: dict[str, Any] = {
-        "segment_length": 256, "top_k": 2, "scale": None, "memory_residual": True, "inner_chunk": 16, "W_up": None,
-        "W_down": None, "u": None,
-    }  # fmt: skip
-    rest = {name: x for name, x in leaves.items() if name not in names}
-    return check_call(**(defaults | options | rest), gates={name: leaves.get(name) for name in names})
+    return make_call(**(options | leaves))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import elu
 
 from mctune.reference import memory_caching as oracle
-from mctune.runtime.attach import Mixed, attach_memory_caching
-from mctune.runtime.cache import MemoryCache
+from mctune.runtime.api.attach import Mixed, attach_memory_caching
+from mctune.runtime.api.module import MemoryCaching
+from mctune.runtime.cache.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.module import MemoryCaching
 
 T, D, H = 13, 12, 3
 

@@ -13,13 +13,14 @@ from tables import LINEAR, PACKED, SWLA, Table, checked, draw
 from test_decode import call_of
 
 from mctune.reference import memory_caching as oracle
-from mctune.runtime import rewind as rewinding
-from mctune.runtime.arguments import AGGREGATIONS, STATE_INITS, Call
-from mctune.runtime.cache import MemoryCache
+from mctune.runtime.cache import rewind as rewinding
+from mctune.runtime.cache.cache import MemoryCache
+from mctune.runtime.cache.prefill import prefill, remember
+from mctune.runtime.call import Call
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.prefill import prefill, remember
-from mctune.runtime.step import advance, tokens
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.ops.step import advance, tokens
+from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
+from mctune.verify.judge import poisoned_memory
 
 T, C, B = 17, 5, 2
 EVERY = [(r, s) for r in GATES for s in STATE_INITS]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from calls import arguments
 
+from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.functional import memory_caching
 from mctune.runtime.segments import make_segments
 
 X = torch.zeros(1, 6, 2, 4)

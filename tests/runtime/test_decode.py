@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from calls import GATES, arguments
+from calls import GATES, arguments, make_call
 from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
 
 from mctune.reference import memory_caching as oracle
-from mctune.runtime import dispatch
-from mctune.runtime.arguments import AGGREGATIONS, STATE_INITS, Call, check_call
+from mctune.runtime.api.step import memory_caching_step
+from mctune.runtime.call import Call
 from mctune.runtime.errors import ArgumentError, BackendError
+from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.step import _operator, extend, memory_caching_step, tokens
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.ops.step import _operator, extend, tokens
+from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
+from mctune.verify.judge import poisoned_memory
 
 T, C, B = 17, 5, 2
 SPLITS = ((1,) * T, (4, 1, 6, 1, 5), (5, 5, 5, 2), (T,), (3, 12, 2))
@@ -25,13 +27,7 @@ SPLITS = ((1,) * T, (4, 1, 6, 1, 5), (5, 5, 5, 2), (T,), (3, 12, 2))
 
 def call_of(x: dict[str, torch.Tensor], **options: Any) -> Call:
     """The checked call on all tokens of ``x``."""
-    rest = {name: t for name, t in x.items() if name not in ("g", "beta", "lam", "eta", "mu")}
-    defaults: dict[str, Any] = {
-        "segment_length": C, "segmentation": "constant", "top_k": 1, "scale": None, "W_up": None, "W_down": None,
-        "memory_residual": True, "inner_chunk": 3, "cu_seqlens": None, "state_init": "independent",
-    }  # fmt: skip
-    gates = {name: x.get(name) for name in ("g", "beta", "lam", "eta", "mu")}
-    return check_call(**(defaults | rest | options), gates=gates)
+    return make_call(**({"segment_length": C, "top_k": 1, "inner_chunk": 3} | x | options))
 
 
 def stepped(call: Call, memory: LayerMemory, sizes: tuple[int, ...], backend: str = "eager") -> torch.Tensor:

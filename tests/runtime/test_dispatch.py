@@ -15,13 +15,13 @@ from calls import arguments, with_states
 from tables import PROBLEM, entry
 from torch import Tensor
 
-from mctune.runtime import dispatch
+from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.errors import BackendError
-from mctune.runtime.functional import memory_caching
-from mctune.runtime.table import Entry, Table
-from mctune.runtime.tvm_forward import Forward
-from mctune.runtime.tvm_loader import KernelError
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.table import Entry, Table
+from mctune.runtime.kernels.tvm.forward import Forward
+from mctune.runtime.kernels.tvm.loader import KernelError
+from mctune.verify.judge import poisoned_memory
 
 
 @dataclass

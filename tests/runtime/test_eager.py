@@ -9,7 +9,7 @@ import torch
 from calls import arguments
 
 from mctune import reference
-from mctune.runtime.functional import memory_caching
+from mctune.runtime.api.functional import memory_caching
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("residual", "grm", "soup", "ssc", "mean")

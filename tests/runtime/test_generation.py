@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from mctune.runtime.cache import MemoryCache
+from mctune.runtime.api.module import MemoryCaching
+from mctune.runtime.cache.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.module import MemoryCaching
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
 AGGREGATIONS = ("residual", "grm", "soup", "ssc", "mean")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mctune.runtime.cache import MemoryCache
+from mctune.runtime.api.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM
+from mctune.runtime.cache.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
 VARIANTS = (
@@ -205,9 +205,9 @@ def test_without_transformers() -> None:
     code = """
 import sys
 sys.modules["transformers"] = None
-import mctune.runtime.attach, mctune.runtime.cache, mctune.runtime.module
+import mctune.runtime.api.attach, mctune.runtime.cache.cache, mctune.runtime.api.module
 print("loaded", flush=True)
-import mctune.runtime.huggingface
+import mctune.runtime.api.huggingface
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "loaded\n" and run.returncode != 0

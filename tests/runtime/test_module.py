@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mctune.runtime.cache import MemoryCache
-from mctune.runtime.conv import ShortConv
+from mctune.runtime.api.conv import ShortConv
+from mctune.runtime.api.module import MemoryCaching
+from mctune.runtime.cache.cache import MemoryCache
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.module import MemoryCaching
 
 RECURRENCES = ("linear", "swla", "dla", "titans")
 

@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from mctune import reference
 from mctune.core.problem import Problem
-from mctune.runtime import ops
-from mctune.runtime.dispatch import Route
+from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.errors import BackendError
-from mctune.runtime.functional import memory_caching
-from mctune.runtime.table import Table
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.kernels.dispatch import Route
+from mctune.runtime.kernels.table import Table
+from mctune.runtime.ops import operators as ops
+from mctune.verify.judge import poisoned_memory
 
 SAVED = (LINEAR, SWLA, PACKED)
 """Problems whose states can be saved."""

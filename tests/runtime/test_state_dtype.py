@@ -16,14 +16,15 @@ from test_decode import stepped
 from test_generation import EVERYTHING, LanguageModel, prompts
 
 from mctune.reference import error_ratio
-from mctune.runtime import dispatch
-from mctune.runtime.arguments import AGGREGATIONS, STATE_INITS
-from mctune.runtime.cache import MemoryCache
+from mctune.runtime.api.step import memory_caching_step
+from mctune.runtime.cache.cache import MemoryCache
+from mctune.runtime.cache.prefill import prefill, remember
 from mctune.runtime.errors import ArgumentError, BackendError
+from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.prefill import prefill, remember
-from mctune.runtime.step import memory_caching_step, tokens
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.ops.step import tokens
+from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
+from mctune.verify.judge import poisoned_memory
 
 DTYPES = (torch.bfloat16, torch.float16)
 STEPS = range(9, T + 1)

@@ -12,8 +12,8 @@ from tables import PROBLEM, entry
 
 from mctune.core.problem import Problem
 from mctune.runtime.errors import PackageError
+from mctune.runtime.kernels.table import Entry, Request, Table, find, load_table
 from mctune.runtime.manifest import check_manifest, digest
-from mctune.runtime.table import Entry, Request, Table, find, load_table
 
 REQUEST = Request("forward", "linear", "grm", "constant", "independent", 1, 1024, 4, 4, 4, 4, None, "float32")
 

@@ -16,11 +16,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mctune.core.problem import Problem
-from mctune.runtime import dispatch, ops_run
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.api.module import MemoryCaching
 from mctune.runtime.errors import ArgumentError
-from mctune.runtime.functional import memory_caching
-from mctune.runtime.module import MemoryCaching
-from mctune.runtime.table import Table
+from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.table import Table
+from mctune.runtime.ops import run as ops_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -42,9 +43,9 @@ def launched(request: pytest.FixtureRequest, table: Table, monkeypatch: pytest.M
     passes: list[str] = []
     real = dispatch.kernel_for
 
-    def note(call: Any, pass_: str) -> Any:
+    def note(call: Any, pass_: str, route: str) -> Any:
         passes.append(pass_)
-        return real(call, pass_)
+        return real(call, pass_, route)
 
     monkeypatch.setattr(dispatch, "TABLE", table if request.param == "tuned" else Table())
     monkeypatch.setattr(ops_run, "kernel_for", note)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mctune.backends.protocol import Launch
+from mctune.backends.triton.cost.opcodes import Mix, ptx_mix
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search.opcodes import Mix, ptx_mix
 
 H100 = resolve("h100-sxm")[0]
 FORWARD = Problem(T=2048, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")

@@ -11,7 +11,7 @@ from pathlib import Path
 from mctune.core.config import Config
 from mctune.core.outcome import Crashed, Outcome, Timed
 from mctune.core.space import Choice, Pow2, SearchSpace
-from mctune.search.study import run_study
+from mctune.study.study import run_study
 
 SPACE = SearchSpace(
     (Pow2("BT", 8, 256), Pow2("BK", 8, 128), Pow2("unroll", 1, 16), Choice("form", ("gemm", "loop", "gather")))

@@ -25,12 +25,12 @@ from mctune.core.winner import Winner
 from mctune.core.work import work
 from mctune.core.workload import Case, Workload
 from mctune.emit.package import emit_package
+from mctune.measure import bench
+from mctune.measure.bench import Contender, Rates, Result, eager, measure
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
-from mctune.search import bench
-from mctune.search.bench import Contender, Rates, Result, eager, measure
-from mctune.search.inputs import make_inputs
-from mctune.search.passes import PASSES
+from mctune.verify.inputs import make_inputs
+from mctune.verify.passes import PASSES
 
 TINY = Problem(T=96, H=1, Dk=64, Dv=64, segment_length=32)
 SSC = TINY.replace(T=1000, Dk=8, Dv=8, segment_length=200, aggregation="ssc", top_k=2)

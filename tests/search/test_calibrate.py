@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from mctune.backends.protocol import Launch
+from mctune.backends.triton.cost.calibrated import FILE, calibration, read_calibration, write_calibration
+from mctune.backends.triton.cost.opcodes import Mix
+from mctune.backends.triton.cost.parameters import Parameters
+from mctune.backends.triton.cost.predict import Demand
 from mctune.cli import main
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
@@ -20,13 +24,9 @@ from mctune.core.space import Int, SearchSpace
 from mctune.core.target import resolve
 from mctune.report.rows import Row, write_csv
 from mctune.report.write import read_document, write_results
-from mctune.search import calibrate as module
-from mctune.search.calibrate import LEAST, Measured, Sample, calibrate, compiled, measured_in_storage
-from mctune.search.calibrated import FILE, calibration, read_calibration, write_calibration
-from mctune.search.opcodes import Mix
-from mctune.search.parameters import Parameters
-from mctune.search.predict import Demand
-from mctune.search.study import run_study
+from mctune.study import calibrate as module
+from mctune.study.calibrate import LEAST, Measured, Sample, calibrate, compiled, measured_in_storage
+from mctune.study.study import run_study
 
 H100 = resolve("h100-sxm")[0]
 GRM = Problem(T=4096, H=4, Dk=64, Dv=64, segment_length=256)
@@ -37,7 +37,7 @@ TRUTH = replace(Parameters(), matrix=0.4, dram=0.6, launch_us=9.0)
 def away(tmp_path, monkeypatch):
     """No calibration but the test's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mctune.search.calibrated.search_spaces_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("mctune.backends.triton.cost.calibrated.search_spaces_dir", lambda: tmp_path / "none")
 
 
 def demand(draw: random.Random) -> Demand:

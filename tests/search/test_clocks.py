@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mctune.search import clocks
-from mctune.search.clocks import Clocks, clock_and_heat, read_clocks
+from mctune.measure import clocks
+from mctune.measure.clocks import Clocks, clock_and_heat, read_clocks
 
 
 @pytest.fixture

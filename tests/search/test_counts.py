@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from mctune.backends.triton.cost.footprint import footprint
+from mctune.backends.triton.cost.mix import loops_of
+from mctune.backends.triton.cost.opcodes import Mix, amd_mix
+from mctune.backends.triton.cost.parameters import Parameters
+from mctune.backends.triton.cost.predict import demands
+from mctune.backends.triton.cost.trips import TRIPS, Source, Walk, source_of
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search.footprint import footprint
-from mctune.search.mix import loops_of
-from mctune.search.opcodes import Mix, amd_mix
-from mctune.search.parameters import Parameters
-from mctune.search.predict import demands
-from mctune.search.trips import TRIPS, Source, Walk, source_of
 from tests.search.launches import BODY, CONFIG, FORWARD, H100, LOOP, launched, ptx
 
 

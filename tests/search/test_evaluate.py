@@ -19,13 +19,14 @@ from mctune.core.errors import UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, from_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
+from mctune.measure import timing
+from mctune.measure.timing import summary, time_rotated
 from mctune.reference import error_ratio
-from mctune.search import timing, verify
-from mctune.search.evaluate import first_line
-from mctune.search.inputs import Inputs, make_inputs, odd_problems
-from mctune.search.timing import summary, time_rotated
-from mctune.search.verify import judge, poisoned_memory
-from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
+from mctune.verify import judge as verify
+from mctune.verify.inputs import Inputs, make_inputs, odd_problems
+from mctune.verify.judge import judge, poisoned_memory
+from mctune.workers.evaluate import first_line
+from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 PLANTED = Path(__file__).parent.parent / "planted"
 PROBLEM = Problem(aggregation="residual", T=1024, H=1, Dk=16, Dv=16, segment_length=32)
@@ -47,7 +48,7 @@ def worker(folder: Path) -> Iterator[Worker]:
         "backend": "faulty_backend:FaultyBackend", "target": "cpu", "folder": str(folder), "seed": 0,
         "threads": min(2, os.cpu_count() or 1),
     }  # fmt: skip
-    with Worker("mctune.search.evaluate:start", setup) as running:
+    with Worker("mctune.workers.evaluate:start", setup) as running:
         yield running
 
 

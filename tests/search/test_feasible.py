@@ -20,11 +20,11 @@ from mctune.core.outcome import TooLarge, to_json
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
-from mctune.search.events import SearchRequest
-from mctune.search.feasible import Feasible, Point
-from mctune.search.one import OneStudy
-from mctune.search.rules import Rule, Trees
-from mctune.search.sampler import Proposer, Tried
+from mctune.study.events import SearchRequest
+from mctune.study.feasible import Feasible, Point
+from mctune.study.one import OneStudy
+from mctune.study.rules import Rule, Trees
+from mctune.study.samplers.sampler import Proposer, Tried
 
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -251,7 +251,7 @@ class Refusing:
 
 def test_a_segment_length_without_a_valid_configuration_is_named(tmp_path: Path) -> None:
     case = Case.of(dict(NARROW[0]), (32, 64))
-    space = load_space("tvm", "forward")
+    space = load_space("tvm", "matrix", "forward")
     long = Constraint("long", lambda c, p, t: p.segment_length != 32, "32 tokens are too few")
 
     class Backend:

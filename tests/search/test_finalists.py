@@ -10,8 +10,8 @@ import pytest
 from mctune.core.config import Config
 from mctune.core.errors import NoValidConfigError
 from mctune.core.outcome import Crashed
-from mctune.search.finalists import Rounds, decide, shortlist
-from mctune.search.study import Trial
+from mctune.study.finalists import Rounds, decide, shortlist
+from mctune.study.study import Trial
 from tests.search.spaces import timed
 
 A, B, C = (Config.of({"BT": bt}) for bt in (1, 2, 3))

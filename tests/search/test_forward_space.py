@@ -14,7 +14,7 @@ from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import Target, resolve
 
-SPACE = load_space("tvm", "forward")
+SPACE = load_space("tvm", "matrix", "forward")
 PLAIN = Config.of(
     {
         "chunk": 64, "rows": 4, "cols": 16, "unroll": 1, "formulation": "per_segment", "panel": 1,

@@ -8,8 +8,8 @@ from mctune.core.config import Config
 from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.outcome import Crashed, Outcome
 from mctune.core.problem import Problem
-from mctune.search.frontier import frontier, recommend
-from mctune.search.study import Trial
+from mctune.study.frontier import frontier, recommend
+from mctune.study.study import Trial
 from tests.search.spaces import timed
 
 PROBLEM = Problem(T=1000, H=2, Dk=16, Dv=32, segment_length=256)

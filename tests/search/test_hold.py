@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from mctune.core.target import resolve
-from mctune.search import hold as module
-from mctune.search.hold import Held, hold
-from mctune.search.spread import Drawn, walk
-from mctune.search.worker import WorkerDied, WorkerTimedOut
+from mctune.verify.spread import Drawn, walk
+from mctune.workers import hold as module
+from mctune.workers.hold import Held, hold
+from mctune.workers.worker import WorkerDied, WorkerTimedOut
 from tests.search.test_workers import PROBLEM
 
 TARGET = resolve("h200")[0]

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from mctune.backends.triton.cost import calibrated
+from mctune.backends.triton.cost.opcodes import Mix
+from mctune.backends.triton.cost.parameters import Parameters
+from mctune.backends.triton.cost.predict import Demand, demands, estimate, predict
+from mctune.backends.triton.cost.trips import TRIPS, Source
 from mctune.core.outcome import Predicted, describe, from_json, to_json
 from mctune.core.target import resolve
-from mctune.search import calibrated
-from mctune.search.opcodes import Mix
-from mctune.search.parameters import Parameters
-from mctune.search.predict import Demand, demands, estimate, predict
-from mctune.search.trips import TRIPS, Source
 from tests.search.launches import CONFIG, FORWARD, H100, LOOP, launched, ptx
 
 MI300 = resolve("mi300x")[0]

@@ -13,14 +13,14 @@ from mctune.backends.spaces import load_space
 from mctune.core.config import Config
 from mctune.core.outcome import FailedBuild, Outcome, Predicted, TooLarge, Wrong, describe, from_json
 from mctune.core.problem import Problem
-from mctune.search.evaluate import Prepared
-from mctune.search.inputs import odd_problems
-from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
+from mctune.verify.inputs import odd_problems
+from mctune.workers.evaluate import Prepared
+from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 PLANTED = Path(__file__).parent.parent / "planted"
 PROBLEM = Problem(aggregation="mean", T=256, H=2, Dk=16, Dv=16, segment_length=32, dtype="float16")
 WIDE = Problem(aggregation="mean", T=4096, H=2, Dk=256, Dv=256, segment_length=256, dtype="bfloat16")
-CONFIG = load_space("triton", "forward").default.replace(formulation="summed", piece=32, read_BT=32)
+CONFIG = load_space("triton", "matrix", "forward").default.replace(formulation="summed", piece=32, read_BT=32)
 LIMIT_S = 120.0
 
 
@@ -35,13 +35,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiler(setup: dict[str, Any]) -> Iterator[Worker]:
-    with Worker("mctune.search.predicted:start", setup) as running:
+    with Worker("mctune.workers.predicted:start", setup) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def checker(setup: dict[str, Any]) -> Iterator[Worker]:
-    with Worker("mctune.search.predicted:start", setup, env={"TRITON_INTERPRET": "1"}) as running:
+    with Worker("mctune.workers.predicted:start", setup, env={"TRITON_INTERPRET": "1"}) as running:
         yield running
 
 

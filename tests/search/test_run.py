@@ -17,12 +17,12 @@ from mctune.core.errors import MctuneError
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
-from mctune.search import run as module
-from mctune.search.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
-from mctune.search.one import OneStudy
-from mctune.search.run import search, ship
-from mctune.search.study import Trial
-from mctune.search.worker import WorkerDied
+from mctune.study import run as module
+from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+from mctune.study.one import OneStudy
+from mctune.study.run import search, ship
+from mctune.study.study import Trial
+from mctune.workers.worker import WorkerDied
 from tests.search.spaces import timed
 
 PROBLEM = Problem(aggregation="grm", T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
@@ -30,7 +30,7 @@ CASE = Case(PROBLEM, (32, 64))
 
 
 class Workers:
-    """Stands in for :class:`mctune.search.workers.Workers`."""
+    """Stands in for :class:`mctune.workers.pool.Workers`."""
 
     count, least_s = 2, 3.0
     wrong: tuple[int, ...] = ()

@@ -14,8 +14,8 @@ import pytest
 
 from mctune.core.config import Config
 from mctune.core.space import Choice, Int, SearchSpace
-from mctune.search.sampler import Proposer, Tried
-from mctune.search.study import run_study
+from mctune.study.samplers.sampler import Proposer, Tried
+from mctune.study.study import run_study
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
 
 ROOT = Path(__file__).parents[2]

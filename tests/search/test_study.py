@@ -33,8 +33,8 @@ from mctune.core.outcome import (
     from_json,
 )
 from mctune.core.space import Choice, Int, SearchSpace
-from mctune.search.events import SAMPLERS
-from mctune.search.study import StudyResult, Trial, load_study, run_study
+from mctune.study.events import SAMPLERS
+from mctune.study.study import StudyResult, Trial, load_study, run_study
 from tests.search.spaces import SPACE, evaluate, timed, valid
 
 LINE = SearchSpace((Int("x", range(8)),))
@@ -213,7 +213,7 @@ def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_o
 
 def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the database's transactions too, many times in one process: what is left open there locks the next run."""
-    monkeypatch.setattr("mctune.search.study.PATIENCE_S", 2.0)  # a lock that is never released times out soon
+    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 2.0)  # a lock that nobody lets go is soon over
     moments = random.Random(0)
     before = (
         signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -237,7 +237,7 @@ def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatc
 
 
 def test_a_storage_that_cannot_be_written_is_said_in_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mctune.search.study.PATIENCE_S", 0.1)
+    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 0.1)
     other: list[sqlite3.Connection] = []
 
     def kept(config: Config) -> Outcome:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mctune.core.errors import MctuneError, UsageError
-from mctune.search.worker import Worker, WorkerDied, WorkerTimedOut
+from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 HERE = Path(__file__).parent
 LIMIT_S = 30.0
@@ -192,7 +192,7 @@ def test_a_malformed_entry_is_refused_at_once() -> None:
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = (
-        "from mctune.search.worker import Worker\n"
+        "from mctune.workers.worker import Worker\n"
         "w = Worker('planted:entry', {})\n"
         f"open({str(pid_file)!r}, 'w').write(str(w.call({{}}, 30)['pid']))\n"
         "w.call({'do': 'hang'}, 600)\n"

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
+from mctune.backends.presence import Seen, here
 from mctune.core.outcome import FailedBuild, Predicted, Timed, TooLarge, Wrong, from_json, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
-from mctune.search import workers as module
-from mctune.search.events import SearchRequest
-from mctune.search.presence import Seen, here
-from mctune.search.spread import walk
-from mctune.search.worker import WorkerDied
-from mctune.search.workers import Workers
+from mctune.study.events import SearchRequest
+from mctune.verify.spread import walk
+from mctune.workers import pool as module
+from mctune.workers.pool import Workers
+from mctune.workers.worker import WorkerDied
 
 TARGET, _ = resolve("rtx3090")
 PROBLEM = Problem(aggregation="mean", T=64, H=1, Dk=20, Dv=33, segment_length=32, dtype="float16")

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from mctune.backends.presence import here, seen
 from mctune.core.outcome import Crashed, Outcome, Timed, TimedOut, Wrong
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search import one
-from mctune.search.clocks import read_clocks
-from mctune.search.presence import here, seen
-from mctune.search.spread import walk
-from mctune.search.worker import Worker
+from mctune.measure.clocks import read_clocks
+from mctune.study import one
+from mctune.verify.spread import walk
+from mctune.workers.worker import Worker
 
 PLANTED = Path(__file__).parent.parent / "planted"
 GPU = here(seen())
@@ -36,7 +36,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
             "threads": 1,
         }  # fmt: skip
         env = {"TRITON_CACHE_DIR": str(folder / "triton"), **({} if GPU else {"TRITON_INTERPRET": "1"})}
-        with Worker("mctune.search.evaluate:start", setup, env=env) as running:
+        with Worker("mctune.workers.evaluate:start", setup, env=env) as running:
             yield running
 
 

@@ -12,14 +12,14 @@ import torch
 
 from mctune.backends.protocol import Launch
 from mctune.backends.triton import notes
+from mctune.backends.triton.cost import trips
+from mctune.backends.triton.cost.parameters import Parameters
+from mctune.backends.triton.cost.predict import demands, estimate, predict
+from mctune.backends.triton.cost.trips import Source
 from mctune.backends.triton.device import VirtualDevice
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search import trips
-from mctune.search.parameters import Parameters
-from mctune.search.predict import demands, estimate, predict
-from mctune.search.trips import Source
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)

@@ -14,7 +14,7 @@ from mctune.backends.triton.versions import HAZARDS, hazards
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search.spread import default
+from mctune.verify.spread import default
 
 TARGET, _ = resolve("h100-sxm")
 WIDE = Problem(aggregation="grm", T=16384, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")

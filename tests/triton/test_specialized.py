@@ -13,18 +13,19 @@ import pytest
 from mctune.backends.protocol import Launch
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.triton.cost.predict import predict
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Predicted
 from mctune.core.problem import Problem
 from mctune.core.target import resolve, targets
 from mctune.core.workload import Case
-from mctune.runtime import triton_forward
-from mctune.runtime.tvm_loader import KernelError
-from mctune.search import calibrate, hold, run
-from mctune.search.events import SearchRequest
-from mctune.search.predict import predict
-from mctune.search.spread import draw_specialized
+from mctune.runtime.kernels.triton import forward as triton_forward
+from mctune.runtime.kernels.tvm.loader import KernelError
+from mctune.study import calibrate, run
+from mctune.study.events import SearchRequest
+from mctune.verify.spread import draw_specialized
+from mctune.workers import hold
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
@@ -68,7 +69,7 @@ def test_it_is_one_change_away_from_the_default_of_a_measured_search() -> None:
 
 
 def test_it_is_no_default_and_no_point_of_a_predicted_search() -> None:
-    space = load_space("triton", "forward")
+    space = load_space("triton", "matrix", "forward")
     assert "specialized" not in space.param("formulation").values
     assert {c["formulation"] for c in (MEASURED.default, *MEASURED.fallbacks)} <= set(space.param("formulation").values)
     for target in targets():

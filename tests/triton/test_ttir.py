@@ -26,14 +26,14 @@ from mctune.core.config import Config
 from mctune.core.paths import templates_dir
 from mctune.core.problem import PASSES, STATE_INITS, Problem
 from mctune.core.target import resolve
-from mctune.runtime.triton_loader import load_parts
-from mctune.search.spread import draw_specialized
+from mctune.runtime.kernels.triton.loader import load_parts
+from mctune.verify.spread import draw_specialized
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
 
 TARGET, _ = resolve("h100-sxm")
-TEMPLATES = templates_dir() / "triton"
+TEMPLATES = templates_dir() / "triton" / "matrix"
 C = 128
 
 

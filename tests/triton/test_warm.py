@@ -15,7 +15,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.winner import Winner
 from mctune.emit.package import emit_package
-from mctune.search.warm import warm_package
+from mctune.workers.warm import warm_package
 
 TARGET, _ = resolve("a100")
 GRM = Problem(aggregation="grm", T=500, H=4, Dk=64, Dv=48, segment_length=64, dtype="bfloat16")
@@ -35,9 +35,9 @@ from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import VirtualDevice
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search.package import load_package
+from mctune.verify.package import load_package
 
-dispatch = load_package(Path(sys.argv[1])).runtime.dispatch
+dispatch = load_package(Path(sys.argv[1])).runtime.kernels.dispatch
 compiled, launched = [], 0
 for entry in dispatch.TABLE.entries:
     problem = Problem.from_dict(dict(entry.problem))

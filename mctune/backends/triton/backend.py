@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mctune.backends.protocol import Built, Kernel, Launch
+from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import DoesNotFit, VirtualDevice
@@ -14,14 +15,14 @@ from mctune.backends.triton.templates import digest, write_parts
 from mctune.backends.triton.versions import check_interpreter, check_versions
 from mctune.core.config import Config
 from mctune.core.environment import version
-from mctune.core.errors import UsageError
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-from mctune.runtime.triton_backward import TritonBackward
-from mctune.runtime.triton_decode import TritonDecode
-from mctune.runtime.triton_forward import TritonForward
+from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.triton.backward import TritonBackward
+from mctune.runtime.kernels.triton.decode import TritonDecode
+from mctune.runtime.kernels.triton.forward import TritonForward
 
 LAUNCHERS = {"forward": TritonForward, "backward": TritonBackward, "decode": TritonDecode}
 WIDEST = 256
@@ -36,8 +37,8 @@ class TritonBackend:
 
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
-        self.check(problem)
-        return load_space("triton", problem.pass_, self.measured)
+        refuse(self.supports(problem))
+        return load_space("triton", problem.writes.family, problem.pass_, self.measured)
 
     def measuring(self) -> TritonBackend:
         """The same with spaces that also have what Triton's interpreter cannot verify."""
@@ -45,26 +46,13 @@ class TritonBackend:
         backend.measured = True
         return backend
 
-    def check(self, problem: Problem) -> None:
-        """Refuse a problem that no Triton template computes.
-
-        Raises:
-            UsageError: naming the field and what works.
-        """
-        if problem.deep:
-            raise UsageError(f"recurrence={problem.recurrence!r} has no Triton template; there are linear, swla")
+    def supports(self, problem: Problem) -> Support:
+        """Whether a Triton template computes a problem."""
+        answer = computes(self.name, problem)
         for name, width in (("Dk", problem.Dk), ("Dv", problem.Dv)):
-            if width > WIDEST:
-                raise UsageError(f"{name}={width}: Triton's templates take at most {WIDEST}; take more heads")
-
-    def check_target(self, target: Target) -> None:
-        """Refuse a CPU.
-
-        Raises:
-            UsageError: naming it.
-        """
-        if target.on_cpu:
-            raise UsageError(f"{target.name} is a CPU, and Triton's templates are for GPUs")
+            if answer and width > WIDEST:
+                answer = Support.no(f"{name}={width}: Triton's templates take at most {WIDEST}; take more heads")
+        return answer
 
     def ready(self, here: bool = True) -> None:
         """Refuse a missing or unknown Triton, and for an absent GPU one whose interpreter does not run.

@@ -8,10 +8,10 @@ import torch
 
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
-from mctune.runtime.kept import Sizes, shape
+from mctune.runtime.kernels.kept import Sizes, shape
+from mctune.runtime.kernels.tvm.forward import padded
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
-from mctune.runtime.tvm_forward import padded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +86,7 @@ def _rows(problem: Problem, tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 def _options(problem: Problem, tokens: int) -> dict[str, Any]:
-    gated = problem.recurrence == "swla"
+    gated = problem.writes.gated
     gates = {name: _empty(problem.B, tokens, problem.H) if gated else None for name in ("g", "beta", "lam")}
     return {**gates, "scale": problem.Dk**-0.5, "top_k": problem.top_k or 1}
 

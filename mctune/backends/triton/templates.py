@@ -39,6 +39,8 @@ PREFIXES = {
     "decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
+FAMILY = "matrix"
+"""Of the memories that the operations compute."""
 _COMMON = "common"
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -63,8 +65,8 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
 def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar]:
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
-        "SWLA": problem.recurrence == "swla",
-        # For a matrix memory, soup is grm.
+        "SWLA": problem.writes.gated,
+        # Where the memory is linear, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
@@ -123,13 +125,13 @@ def _write(folder: Path, name: str, text: str) -> str:
 
 @cache
 def _source(name: str) -> str:
-    return (templates_dir() / "triton" / f"{name}.py").read_text(encoding="utf-8")
+    return (templates_dir() / "triton" / FAMILY / f"{name}.py").read_text(encoding="utf-8")
 
 
 @cache
 def digest() -> str:
     """SHA-256 of every Triton template, so that changing one makes another kernel."""
     found = hashlib.sha256()
-    for path in sorted((templates_dir() / "triton").glob("*.py")):
+    for path in sorted((templates_dir() / "triton").rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()

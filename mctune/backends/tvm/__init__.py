@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from mctune.backends.protocol import Built, Kernel
+from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
-from mctune.backends.tvm.templates import OPERATIONS, render, source_hash
+from mctune.backends.tvm.templates import render, source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
-from mctune.runtime.tvm_backward import TvmBackward
-from mctune.runtime.tvm_decode import TvmDecode
-from mctune.runtime.tvm_forward import TvmForward, padded
+from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.tvm.backward import TvmBackward
+from mctune.runtime.kernels.tvm.decode import TvmDecode
+from mctune.runtime.kernels.tvm.forward import TvmForward, padded
 
 LAUNCHERS = {"forward": TvmForward, "backward": TvmBackward, "decode": TvmDecode}
 
@@ -30,32 +32,16 @@ class TvmBackend:
 
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
-        self.check(problem)
-        return load_space("tvm", problem.pass_)
+        refuse(self.supports(problem))
+        return load_space("tvm", problem.writes.family, problem.pass_)
 
     def measuring(self) -> TvmBackend:
         """The same: whatever it compiles is run."""
         return self
 
-    def check(self, problem: Problem) -> None:
-        """Refuse a problem that no TVM template computes.
-
-        Raises:
-            UsageError: naming the field and what works.
-        """
-        if problem.pass_ not in OPERATIONS:
-            raise UsageError(f"pass={problem.pass_!r} has no TVM template; there are {', '.join(OPERATIONS)}")
-        if problem.deep:
-            raise UsageError(f"recurrence={problem.recurrence!r} has no TVM template; there are linear, swla")
-
-    def check_target(self, target: Target) -> None:
-        """Refuse a GPU.
-
-        Raises:
-            UsageError: naming it.
-        """
-        if not target.on_cpu:
-            raise UsageError(f"{target.name} is a GPU, and TVM's templates are for CPUs")
+    def supports(self, problem: Problem) -> Support:
+        """Whether a TVM template computes a problem."""
+        return computes(self.name, problem)
 
     def ready(self, here: bool = True) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
@@ -83,7 +69,7 @@ class TvmBackend:
             ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
             Exception: whatever TVM raises on a configuration that does not compile.
         """
-        self.check(problem)
+        refuse(self.supports(problem))
         broken = self.space(problem).broken(config, problem, target)
         if broken:
             raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")

@@ -40,7 +40,7 @@ def _folder_package(name: str, folder: Any) -> ModuleType:
 def source_hash() -> str:
     """SHA-256 of every TVM template, so that a change to one is a new kernel."""
     digest = hashlib.sha256()
-    for path in sorted((templates_dir() / "tvm").glob("*.py")):
+    for path in sorted((templates_dir() / "tvm").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -52,7 +52,7 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
     _folder_package("mctune_templates", templates_dir())
     functions = {}
     for operation in OPERATIONS[problem.pass_]:
-        template = importlib.import_module(f"mctune_templates.tvm.{operation}")
+        template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")
         function = template.build(problem, config, target)
         if function is not None:  # an operation that this configuration fuses into another one
             functions[operation] = function

@@ -10,10 +10,10 @@ import torch
 from mctune.backends import get_backend
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.search.inputs import Inputs
-from mctune.search.passes import Results
-from mctune.search.spread import Drawn, draw, odd_cases
-from mctune.search.verify import run_kernel, tolerance, verify_case
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import run_kernel, tolerance, verify_case
+from mctune.verify.passes import Results
+from mctune.verify.spread import Drawn, draw, odd_cases
 
 TARGET, _ = resolve("a100")
 DTYPES = ("float32", "float16")

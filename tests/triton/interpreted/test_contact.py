@@ -18,11 +18,11 @@ from mctune.backends import get_backend
 from mctune.backends.triton import templates
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.runtime import dispatch
-from mctune.search.hold import candidates
-from mctune.search.inputs import judged, make_inputs
-from mctune.search.spread import default, odd_cases
-from mctune.search.verify import run_kernel, tolerance, verify_case
+from mctune.runtime.kernels import dispatch
+from mctune.verify.inputs import judged, make_inputs
+from mctune.verify.judge import run_kernel, tolerance, verify_case
+from mctune.verify.spread import default, odd_cases
+from mctune.workers.hold import candidates
 
 BENCHMARKS = Path(__file__).parent.parent.parent.parent / "benchmarks"
 TARGET, _ = resolve("h100-sxm")

@@ -11,9 +11,9 @@ from holding import TARGET, drawn, hold
 
 from mctune.backends import get_backend
 from mctune.reference import memory_caching
-from mctune.search.passes import memory_of
-from mctune.search.spread import Drawn
-from mctune.search.verify import TOLERANCE, decided_inputs, error_of, poisoned_memory
+from mctune.verify.judge import TOLERANCE, decided_inputs, error_of, poisoned_memory
+from mctune.verify.passes import memory_of
+from mctune.verify.spread import Drawn
 
 ROUTED = [one for one in drawn("decode") if one.problem.aggregation in ("grm", "ssc")]
 """The others' code is part of theirs."""

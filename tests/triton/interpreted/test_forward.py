@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from holding import DTYPES, TARGET, drawn, hold
 
-from mctune.search.spread import Drawn, draw_formulations
+from mctune.verify.spread import Drawn, draw_formulations
 
 
 @pytest.mark.parametrize("one", drawn("forward"), ids=str)

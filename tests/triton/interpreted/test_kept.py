@@ -12,12 +12,12 @@ from holding import TARGET
 from mctune import reference
 from mctune.backends import get_backend
 from mctune.core.problem import Problem
-from mctune.runtime import dispatch
-from mctune.runtime.functional import memory_caching
-from mctune.runtime.kept import CHOICE, LOGITS
-from mctune.runtime.table import Entry, Table
-from mctune.search.inputs import make_inputs
-from mctune.search.verify import poisoned_memory
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.kept import CHOICE, LOGITS
+from mctune.runtime.kernels.table import Entry, Table
+from mctune.verify.inputs import make_inputs
+from mctune.verify.judge import poisoned_memory
 
 BASE = Problem(T=75, B=2, H=2, Dk=12, Dv=20, segment_length=16)
 STATES = ("operand", "means")
@@ -109,7 +109,9 @@ def test_a_compiled_graph_keeps_what_every_kernel_agrees_on(
 
     launch.dtype = None  # type: ignore[attr-defined]
     plain = dispatch.kernel_for
-    monkeypatch.setattr("mctune.runtime.ops_run.kernel_for", lambda c, p: launch if p == "forward" else plain(c, p))
+    monkeypatch.setattr(
+        "mctune.runtime.ops.run.kernel_for", lambda c, p, r: launch if p == "forward" else plain(c, p, r)
+    )
     torch._dynamo.reset()
     compiled = torch.compile(memory_caching, backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(compiled(**arguments, backend="triton"), list(leaves.values()), inputs.dy,

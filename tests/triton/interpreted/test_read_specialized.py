@@ -19,12 +19,12 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.winner import Winner
 from mctune.emit.package import emit_package
-from mctune.runtime import triton_forward
-from mctune.runtime.triton_forward import TritonForward
-from mctune.runtime.tvm_loader import KernelError
-from mctune.search.passes import PASSES
-from mctune.search.predicted import _Predictor
-from mctune.search.verify import error_of, judge, run_kernel, tolerance, verify_case
+from mctune.runtime.kernels.triton import forward as triton_forward
+from mctune.runtime.kernels.triton.forward import TritonForward
+from mctune.runtime.kernels.tvm.loader import KernelError
+from mctune.verify.judge import error_of, judge, run_kernel, tolerance, verify_case
+from mctune.verify.passes import PASSES
+from mctune.workers.predicted import _Predictor
 
 TARGET, _ = resolve("h100-sxm")
 PROBLEM = Problem(aggregation="grm", T=600, H=1, Dk=128, Dv=128, segment_length=512, dtype="float16")

@@ -14,9 +14,9 @@ from mctune.backends import get_backend
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import memory_caching
-from mctune.search.inputs import Inputs, make_inputs
-from mctune.search.passes import PASSES
-from mctune.search.verify import poisoned_memory, tolerance
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.judge import poisoned_memory, tolerance
+from mctune.verify.passes import PASSES
 
 C = SEGMENTS = 16
 ORDERS = 4

@@ -11,11 +11,12 @@ from holding import TARGET
 
 from mctune.backends import get_backend
 from mctune.core.problem import Problem
-from mctune.runtime import triton_forward, triton_tables
+from mctune.runtime.kernels.triton import forward as triton_forward
+from mctune.runtime.kernels.triton import tables as triton_tables
+from mctune.runtime.kernels.triton.tables import Shares, Tables, make_tables, share_out
 from mctune.runtime.segments import make_segments
-from mctune.runtime.triton_tables import Shares, Tables, make_tables, share_out
-from mctune.search.kept import checked_names
-from mctune.search.verify import error_of, judge, poisoned_memory, run_kernel, tolerance
+from mctune.verify.judge import error_of, judge, poisoned_memory, run_kernel, tolerance
+from mctune.verify.kept import checked_names
 
 PROBLEM = Problem(aggregation="ssc", T=256, B=1, H=3, Dk=16, Dv=24, segment_length=32, top_k=2)
 

@@ -1,0 +1,72 @@
+"""``memory_caching_step``: the next tokens of every sequence, from what a memory remembers of those before."""
+
+from __future__ import annotations
+
+import torch
+
+from ..call import check_call
+from ..errors import ArgumentError
+from ..kernels.dispatch import BACKENDS
+from ..memory import LayerMemory
+from ..ops.step import extend
+from ..options import Options
+
+Tensor = torch.Tensor
+
+
+def memory_caching_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor | None = None,
+    *,
+    memory: LayerMemory,
+    recurrence: str = "linear",
+    aggregation: str = "grm",
+    segment_length: int = 256,
+    state_init: str = "independent",
+    top_k: int = 2,
+    scale: float | None = None,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    lam: Tensor | None = None,
+    eta: Tensor | None = None,
+    mu: Tensor | None = None,
+    W_up: Tensor | None = None,
+    W_down: Tensor | None = None,
+    memory_residual: bool = True,
+    inner_chunk: int = 16,
+    backend: str = "auto",
+) -> Tensor:
+    """Write n >= 1 new tokens of every sequence to ``memory`` and read them (arXiv:2602.24281, its sections 3 and 4).
+
+    Any way of cutting a sequence into calls gives what :func:`memory_caching` gives for the whole of it. Under
+    ``torch.compile`` the memory cannot grow: ``memory.reserve`` room beforehand. There is no backward.
+
+    Args:
+        q, k, v, u and the gates: of the new tokens, [B, n, H, ...] as in :func:`memory_caching`.
+        memory: what the sequences were so far; changed in place.
+        The rest: as in :func:`memory_caching`, the same for all calls on one memory.
+
+    Returns:
+        y [B, n, H, Dv] in the dtype of q.
+
+    Raises:
+        ArgumentError: if arguments contradict each other or the memory.
+        BackendError: if the backend asked for by name cannot serve the call.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    options = Options(
+        recurrence=recurrence,
+        aggregation=aggregation,
+        segment_length=segment_length,
+        state_init=state_init,
+        top_k=top_k,
+        scale=scale,
+        memory_residual=memory_residual,
+        inner_chunk=inner_chunk,
+    )
+    gates = {"g": g, "beta": beta, "lam": lam, "eta": eta, "mu": mu}
+    call = check_call(q, k, v, u, options, gates=gates, W_up=W_up, W_down=W_down)
+    return extend(call, memory, backend)

@@ -1,0 +1,1 @@
+from .cache import MemoryCache as MemoryCache

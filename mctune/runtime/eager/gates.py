@@ -1,0 +1,129 @@
+"""How much of each cached segment a token reads (arXiv:2602.24281, Eq. 8-10 and 16-17).
+
+Arrays carry one leading axis G = B * H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..traits import AGGREGATIONS, Aggregation
+from .plan import Block, Layout
+
+Tensor = torch.Tensor
+_FEW = 8
+"""Up to this many maxima are found one by one, which is faster than a stable sort."""
+
+
+def descriptors(u: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean key of every segment, and the logit of every token against the running mean of its own.
+
+    Args:
+        u, k: [G, T, Dk].
+
+    Returns:
+        p [G, N, Dk], the mean of k over each segment, and r [G, T], the inner product of u_t with the mean of k over
+        the tokens of t's segment up to and including t.
+    """
+    plan = layout.keys
+    rows = plan.take(k)
+    running = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril() @ rows
+    if len(plan.steps) > 1:
+        totals = plan.at_last(running)
+        carried, before = torch.zeros_like(totals[:, : plan.steps[0].stop]), []
+        for step in plan.steps:
+            carried = carried[:, : step.stop - step.start]
+            before.append(carried)
+            carried = carried + totals[:, step.start : step.stop]
+        running = running + torch.cat(before, 1)[:, :, None]
+    mean = plan.put(running) / layout.place[:, None]
+    return mean.index_select(1, layout.closing), (u * mean).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The weights of the read, a block of tokens at a time.
+
+    Attributes:
+        reads: what the aggregation is.
+        u, p, r: [G, T, Dk], [G, N, Dk], [G, T] of :func:`descriptors`; ``None`` unless it is routed.
+    """
+
+    reads: Aggregation
+    top_k: int
+    like: Tensor
+    u: Tensor | None = None
+    p: Tensor | None = None
+    r: Tensor | None = None
+
+    def logits(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Logits of the cached segments, [G, t, n], -inf where unreadable, and of the online one, [G, t, 1]."""
+        assert self.u is not None and self.p is not None and self.r is not None
+        past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
+        if block.visible is not None:
+            past = past.masked_fill(~block.visible, float("-inf"))
+        return past, self.r[:, block.begin : block.end, None]
+
+    def weights(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
+        if self.reads.routed:
+            return gamma(self.reads, *self.logits(block), self.top_k)
+        past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)
+        if block.visible is not None:
+            past = past * block.visible
+        return even(self.reads, past, block.rank[None, :, None].to(past.dtype))
+
+
+def make_gate(reads: Aggregation, top_k: int, u: Tensor, k: Tensor, layout: Layout) -> Gate:
+    """The gate of an aggregation; u and k [G, T, Dk]. In a single segment every aggregation reads the same."""
+    if layout.count == 1:
+        reads = AGGREGATIONS["residual"]
+    return Gate(reads, top_k, k, u, *descriptors(u, k, layout)) if reads.routed else Gate(reads, top_k, k)
+
+
+def gamma(reads: Aggregation, past: Tensor, online: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The weights of a routed aggregation: a softmax over the states that may be read (Eq. 8-10, 16-17).
+
+    Args:
+        past, online: logits of the cached segments [..., n], -inf where a token may not look, and of the online one
+            [..., 1].
+
+    Returns:
+        Weights in the shapes of the logits.
+    """
+    if reads.sparse and top_k < past.shape[-1]:
+        chosen = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, top_k)[0], True)
+        past = past.masked_fill(~chosen, float("-inf"))
+    every = torch.cat([past, online], -1).softmax(-1)
+    return every[..., :-1], every[..., -1:]
+
+
+def even(reads: Aggregation, visible: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of an aggregation that is not routed: 1 (Eq. 6-7), or 1 / s where it averages (section 4.3).
+
+    Args:
+        visible: 1 where a token reads a cached state, else 0, [..., n].
+        count: s, the states that a token reads with the online one, [..., 1].
+    """
+    share = 1.0 / count if reads.averages else torch.ones_like(count)
+    return (visible * share if reads.averages else visible), share
+
+
+def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Indices [..., top_k] of the largest logits, among equals the earlier one, and whether each is more than -inf.
+
+    The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
+    """
+    left = logits.detach()
+    if not 1 <= top_k <= _FEW:
+        value, index = left.sort(dim=-1, descending=True, stable=True)
+        return index[..., :top_k], value[..., :top_k] > float("-inf")
+    left, values, indices = left.clone(), [], []
+    for _ in range(top_k):
+        value, index = left.max(-1, keepdim=True)
+        left.scatter_(-1, index, float("-inf"))
+        values.append(value)
+        indices.append(index)
+    return torch.cat(indices, -1), torch.cat(values, -1) > float("-inf")

@@ -1,0 +1,33 @@
+"""A call as the launchers of all passes take it: of one dtype, contiguous, out of autograd's sight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..call import Call
+
+Tensor = torch.Tensor
+
+
+def rows(call: Call, kernel: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, u in the dtype that ``kernel`` reads; u = q unless given."""
+    dtype = kernel.dtype or call.q.dtype
+    q = as_read(call.q, dtype)
+    return q, as_read(call.k, dtype), as_read(call.v, dtype), q if call.u is None else as_read(call.u, dtype)
+
+
+def options(call: Call) -> dict[str, Any]:
+    """The keyword arguments that the launchers share."""
+    gates = {name: getattr(call, name) for name in ("g", "beta", "lam")}
+    return {
+        **{name: None if gate is None else as_read(gate, torch.float32) for name, gate in gates.items()},
+        "scale": call.scale,
+        "top_k": call.top_k,
+    }
+
+
+def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as kernels read it."""
+    return x.detach().to(dtype).contiguous()

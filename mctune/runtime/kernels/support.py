@@ -1,0 +1,68 @@
+"""What serves what: which backend has kernels for which device, family of memories and pass. Said here, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..traits import PASSES, RECURRENCES
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether something is served, and why not: ``Support()``, or ``Support.no("what, the limit, the remedy")``."""
+
+    reason: str | None = None
+
+    @classmethod
+    def no(cls, reason: str) -> Support:
+        """A refusal; ``reason`` completes "it is not served:"."""
+        return cls(reason)
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A row of :data:`SERVED`: what the templates of ``templates/<backend>/<family>`` are compiled for.
+
+    Attributes:
+        backend: ``tvm`` or ``triton``.
+        device: torch's name of the device kind that its kernels run on; ``cuda`` is AMD's GPUs too.
+        family: the memories that they compute, ``matrix`` or ``deep``.
+        passes: what there are templates for.
+        dtype: the one that its kernels read, whatever the call's; ``None`` if they read the call's own.
+    """
+
+    backend: str
+    device: str
+    family: str
+    passes: tuple[str, ...] = PASSES
+    dtype: str | None = None
+
+
+SERVED = (Served("tvm", "cpu", "matrix", dtype="float32"), Served("triton", "cuda", "matrix"))
+BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
+
+
+def served(device: str | None = None, family: str | None = None, backend: str | None = None) -> tuple[Served, ...]:
+    """The rows of a device kind, a family and a backend, the preferred first; ``None`` is any."""
+    wanted = {"device": device, "family": family, "backend": backend}
+    return tuple(
+        row for row in SERVED if all(value is None or getattr(row, name) == value for name, value in wanted.items())
+    )
+
+
+def support(recurrence: str, device: str, dtype: str) -> Support:
+    """Whether there can be a kernel for a call, tuned or not."""
+    family = RECURRENCES[recurrence].family
+    if not served(family=family):
+        families = {row.family for row in SERVED}
+        have = " and ".join(name for name, row in RECURRENCES.items() if row.family in families)
+        return Support.no(f"recurrence={recurrence!r} has no kernels yet, only {have} have")
+    if not served(device, family):
+        devices = dict.fromkeys(row.device for row in served(family=family))
+        return Support.no(f"the tensors are on {device} and kernels run on {' and '.join(devices)}")
+    if dtype == "float64":
+        return Support.no("the tensors are float64 and kernels compute in float32")
+    return Support()

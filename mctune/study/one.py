@@ -1,0 +1,261 @@
+"""One study: a problem and its segment lengths, from the search space to the frontier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from mctune.backends.protocol import Backend
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, describe, from_json, kind
+from mctune.core.problem import Problem
+from mctune.core.space import Constraint, Int, SearchSpace
+from mctune.core.workload import Case
+from mctune.measure.timing import summary
+from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyReport
+from mctune.study.feasible import Feasible
+from mctune.study.finalists import decide, shortlist
+from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
+from mctune.study.rules import Rule
+from mctune.study.samplers.sampler import START
+from mctune.study.study import Trial, load_study, run_study
+from mctune.workers.pool import Workers
+from mctune.workers.worker import WorkerDied, WorkerTimedOut
+
+_LEAST_START = 8
+_FINALISTS = 3  # for each segment length
+_FINALISTS_LIMIT_S = 300.0
+_SPARE = 2  # for each segment length: they ship where the best turns out wrong
+_VERIFIED = 5  # predicted candidates for each segment length that may turn out wrong before it gets none
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The candidate that stands for a segment length, and those that are as fast within noise."""
+
+    trial: Trial
+    ties: tuple[Config, ...] = ()
+
+
+@dataclass(frozen=True)
+class OneStudy:
+    """A case of a request, ready to be searched; ``storage`` is an Optuna URL."""
+
+    request: SearchRequest
+    backend: Backend
+    case: Case
+    storage: str
+
+    def run(self, workers: Workers, listener: Listener, timeout_s: float | None) -> tuple[StudyReport, bool]:
+        """Search, then decide between the best; and whether Ctrl-C ended it (nothing is decided then).
+
+        Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
+        """
+        space, lengths, total = self.space(), self.case.segment_lengths, self.request.trials
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        best: list[float] = []
+
+        def on_trial(trial: Trial) -> None:
+            if trial.ms is not None:
+                best[:] = [min([trial.ms, *best])]
+            listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
+
+        listener.study_started(self.case, total, len(self.so_far()))
+        points = Feasible(space, self.rules())
+        for position, length in enumerate(lengths):
+            if next(points.ordered((len(space.params) - 1, position)), None) is None:
+                listener.note(f"no configuration is valid with segments of {length} tokens")
+        result = run_study(
+            space,
+            self.rules(),
+            lambda config: self._evaluate(workers, config, until),
+            trials=total,
+            timeout=timeout_s,
+            sampler=self.request.sampler,
+            seed=self.request.seed,
+            storage=self.storage,
+            study_name=self.name,
+            attrs=self._about(),
+            on_trial=on_trial,
+            balance=SEGMENT_LENGTH if lengths else None,
+            start=min(START, max(_LEAST_START, total // 5)),
+            at_once=workers.count,
+        )
+        if result.stopped == "timeout":
+            listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")
+        if result.stopped == "exhausted":
+            listener.note(f"no further valid configuration: {len(result.trials)} were tried")
+        if result.interrupted:
+            return self.report(result.trials), True
+        decide_ = self._time_again if self.request.measure else self._verify_fastest
+        try:
+            return self.report(result.trials, decide_(workers, listener, result.trials)), False
+        except KeyboardInterrupt:
+            return self.report(result.trials), True
+
+    def stored(self) -> StudyReport:
+        """The report of what the storage holds, without timing anything.
+
+        Raises:
+            UsageError: if the study was never begun.
+        """
+        return self.report(load_study(self.storage, self.name)[1])
+
+    def so_far(self) -> Sequence[Trial]:
+        """What earlier runs have evaluated."""
+        try:
+            return load_study(self.storage, self.name)[1]
+        except UsageError:
+            return ()
+
+    def space(self) -> SearchSpace:
+        """The templates' parameters and the segment length."""
+        space = self.backend.space(self.case.problem)
+        lengths = self.case.segment_lengths
+        if not lengths:
+            return space
+        return space.with_param(Int(SEGMENT_LENGTH, lengths, "C: tokens of a segment"), lengths[len(lengths) // 2])
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The space's constraints, each for the problem at the configuration's segment length."""
+        problem, target = cache(self._at_length), self.request.target
+
+        def rule(constraint: Constraint) -> Rule:
+            return lambda config: constraint.holds(config, problem(_length(config)), target)
+
+        return tuple(rule(constraint) for constraint in self.backend.space(self.case.problem).constraints)
+
+    def problem(self, config: Config) -> Problem:
+        """The problem at the configuration's segment length."""
+        return self._at_length(_length(config))
+
+    def _at_length(self, length: int | None) -> Problem:
+        return self.case.problem if length is None else self.case.problem.replace(segment_length=length)
+
+    @property
+    def name(self) -> str:
+        """The study's name: what it is about for a person, and a digest of all that it is about."""
+        digest = hashlib.sha256(json.dumps(self._about(), sort_keys=True).encode()).hexdigest()[:10]
+        problem = self.case.problem
+        return f"{problem.pass_}-{problem.recurrence}-{problem.aggregation}-T{problem.T}-{digest}"
+
+    def _about(self) -> dict[str, Any]:
+        target = self.request.target
+        problem = {name: value for name, value in self.case.problem.to_dict().items() if name != SEGMENT_LENGTH}
+        return {
+            "problem": problem,
+            "segment_lengths": list(self.case.segment_lengths),
+            "target": [target.name, target.title, target.arch, target.cores],
+            "backend": self.backend.identity(),
+            "how": "measured" if self.request.measure else "predicted",
+        }
+
+    def _evaluate(self, workers: Workers, config: Config, until: float | None) -> Outcome | None:
+        reply = workers.evaluate(self._candidate(config), self.request.trial_timeout_s, until)
+        return None if reply is None else _outcome(reply)
+
+    def _candidate(self, config: Config) -> dict[str, Any]:
+        return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
+
+    def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
+        """The fastest candidate of every segment length that is right; where none is, there is no leader."""
+        leaders = {}
+        for length, group in self._groups(trials).items():
+            fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
+            for trial in fastest:
+                outcome = _outcome(workers.verify(self._candidate(trial.config), _FINALISTS_LIMIT_S))
+                if isinstance(outcome, Predicted):
+                    assert isinstance(trial.outcome, Predicted)
+                    leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
+                    break
+                listener.note(f"{describe(outcome)}  [{trial.config}]")
+        return leaders
+
+    def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
+        """The best of every segment length, after rounds of rotated order in one process."""
+        groups = {length: shortlist(group, most=_FINALISTS) for length, group in self._groups(trials).items()}
+        finalists = [config for group in groups.values() for config in group]
+        if not finalists:
+            return {}
+        listener.note(f"timing {len(finalists)} finalists against each other")
+        reply = workers.compare([self._candidate(config) for config in finalists], _FINALISTS_LIMIT_S)
+        if not isinstance(reply, dict):
+            what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
+            listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")
+            return {}
+        samples = dict(zip(finalists, reply["samples"], strict=True))
+        by_config = {trial.config: trial for trial in trials}
+        leaders = {}
+        for length, group in groups.items():
+            decision = decide(group, lambda configs: [samples[config] for config in configs])
+            chosen = decision.winner.config
+            ties = tuple(f.config for f in decision.finalists if f.tied and f.config != chosen)
+            leaders[length] = Leader(_retimed(by_config[chosen], samples[chosen]), ties)
+        return leaders
+
+    def _groups(self, trials: Sequence[Trial]) -> dict[int, list[Trial]]:
+        """Trials that have a time, by segment length, shortest first."""
+        groups: dict[int, list[Trial]] = {}
+        for trial in trials:
+            if trial.ms is not None:
+                groups.setdefault(self.problem(trial.config).segment_length or 0, []).append(trial)
+        return dict(sorted(groups.items()))
+
+    def report(self, trials: Sequence[Trial], leaders: Mapping[int, Leader] | None = None) -> StudyReport:
+        """The frontier and the recommendation; with ``leaders``, they alone stand for their segment lengths."""
+        groups = self._groups(trials)
+        kept = [trial for group in groups.values() for trial in group]
+        if leaders is not None:
+            alone = [leaders[length].trial for length in groups if length in leaders]
+            # Finalists' times replace earlier ones; a predicted candidate counts only once it was verified.
+            others = [trial for length in groups if length not in leaders for trial in groups[length]]
+            kept = alone + (others if self.request.measure else [])
+        ties = {leader.trial.config: leader.ties for leader in (leaders or {}).values()}
+        counted = Counter(kind(trial.outcome) for trial in trials)
+        outcomes = tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+        points = frontier(kept, self.case.problem)
+        if not points:
+            return StudyReport(self.case, outcomes, (), None)
+        best = recommend(points, self.request.max_slowdown)
+        spare = self._next_best(groups, points) if self.request.measure else ()
+        return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()), spare)
+
+    def _next_best(
+        self, groups: Mapping[int, Sequence[Trial]], points: Sequence[FrontierPoint]
+    ) -> tuple[FrontierPoint, ...]:
+        """The ``_SPARE`` fastest candidates of every segment length after those that stand for it."""
+        found: list[FrontierPoint] = []
+        for _ in range(_SPARE):
+            taken = {point.config for point in (*points, *found)}
+            left = [trial for group in groups.values() for trial in group if trial.config not in taken]
+            found += frontier(left, self.case.problem)
+        return tuple(found)
+
+
+def _length(config: Config) -> int | None:
+    return config.integer(SEGMENT_LENGTH) if SEGMENT_LENGTH in config else None
+
+
+def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
+    """The candidate's outcome in a worker's answer."""
+    match reply:
+        case WorkerDied(message, stage):
+            return Crashed(f"{message} ({stage})")
+        case WorkerTimedOut(seconds, stage):
+            return TimedOut(seconds, stage)
+        case _:
+            return from_json(reply["outcome"])
+
+
+def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:
+    """The trial with the times of the last round; the error against the oracle is its own."""
+    assert isinstance(trial.outcome, Timed)
+    ms, low, high = summary(samples)
+    return replace(trial, outcome=replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples)))

@@ -1,0 +1,197 @@
+"""A whole search: a study for each problem, and what becomes of the winners."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from mctune.backends import backend_for, get_backend
+from mctune.backends.presence import present
+from mctune.backends.protocol import Backend
+from mctune.backends.registry import refuse
+from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.host import needed_flags
+from mctune.core.winner import Winner
+from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
+from mctune.study.frontier import recommend
+from mctune.study.one import OneStudy
+from mctune.verify.judge import tolerance
+from mctune.workers.pool import Workers
+from mctune.workers.worker import WorkerDied
+
+PORTABLE_ARCH = "x86-64-v3"
+"""What a shipped kernel is built for besides the CPU that it was tuned on."""
+_SHIP_LIMIT_S = 300.0
+_Shipped = tuple[FrontierPoint, dict[str, Any]]
+"""A point, and the worker's reply about it."""
+
+
+def search(request: SearchRequest, listener: Listener) -> SearchReport:
+    """Run every study of ``request``, or go on with them; the default storage is ``<out>/search/study.db``.
+
+    Each has an equal share of the time that is left. Where that is too little to get anywhere, those that have the
+    fewest candidates are searched, and of the others what earlier runs have left is reported.
+
+    Raises:
+        DeviceError: if there is no such device here, or what compiles for it is missing.
+        UsageError: for a problem that no template computes, or a storage that cannot be opened.
+    """
+    started = time.monotonic()
+    prepared = _studies(request)
+    reports: dict[int, StudyReport] = {}
+    interrupted = False
+    # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
+    deciding = 0.0
+    with Workers(request) as workers:
+        turns = _turns(request, prepared, workers.least_s)
+        for number, turn in enumerate(turns):
+            study, begun, share = prepared[turn], time.monotonic(), None
+            if request.timeout_s is not None:
+                left = request.timeout_s - (begun - started)
+                if left < min(workers.least_s, request.timeout_s / 2):
+                    break
+                share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
+            reports[turn], interrupted = study.run(workers, listener, share)
+            if share is not None:
+                deciding = max(0.0, time.monotonic() - begun - share)
+            listener.study_done(reports[turn])
+            if interrupted:
+                break
+    for turn in sorted(set(turns) - set(reports)):
+        reports[turn] = prepared[turn].report(prepared[turn].so_far())
+        listener.note(f"not reached: {prepared[turn].case}, {reports[turn].trials} trials of earlier runs")
+    found = tuple(reports[turn] for turn in sorted(reports))
+    return SearchReport(request.target, request.out, found, time.monotonic() - started, interrupted)
+
+
+def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) -> list[int]:
+    """Which study comes when: in their order, but those that got least so far first if there is no time for all."""
+    turns = list(range(len(studies)))
+    if request.timeout_s is not None and request.timeout_s < len(studies) * least_s:
+        turns.sort(key=lambda turn: len(studies[turn].so_far()))
+    return turns
+
+
+def stored(request: SearchRequest) -> SearchReport:
+    """What the studies of ``request`` have found so far; nothing is evaluated.
+
+    Raises:
+        UsageError: if one of them was never begun.
+    """
+    return SearchReport(request.target, request.out, tuple(study.stored() for study in _studies(request)), 0.0)
+
+
+def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], None]) -> list[Winner]:
+    """Every point of every frontier, built and verified once more; on a CPU that can be x86-64-v3 also for all of them.
+
+    What is not right gives way to the next best at its segment length, or is left out, and ``note`` is told. The
+    recommended points come first: Ctrl-C leaves out those that are not verified by then.
+
+    Raises:
+        MctuneError: if there are points, and none of them can ship.
+    """
+    points = [(study, point) for study in report.studies for point in study.frontier]
+    runs_here = set(needed_flags(PORTABLE_ARCH)) <= set(needed_flags(request.target.arch))
+    portable_arch = PORTABLE_ARCH if runs_here else None
+    shipped: dict[int, _Shipped] = {}
+    failures: list[str] = []
+    with Workers(request) as workers:
+        pool = ThreadPoolExecutor(workers.count)
+        futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
+        for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
+            study, point = points[index]
+            futures[pool.submit(_ship_one, workers, portable_arch, study, point)] = index
+        try:
+            for future in as_completed(futures):
+                found, why = future.result()
+                failures += why
+                for text in why:
+                    note(text)
+                if found is not None:
+                    shipped[futures[future]] = found
+        except KeyboardInterrupt:
+            if not shipped:
+                raise
+            note(f"interrupted: {len(shipped)} of {len(points)} kernels were verified once more and ship")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    if points and not shipped:
+        raise MctuneError(failures[0])
+    winners = []
+    for study in report.studies:
+        kept = [shipped[index] for index, (of, _) in enumerate(points) if of is study and index in shipped]
+        winners += _winners(request, kept)
+    return winners
+
+
+def _ship_one(
+    workers: Workers, portable_arch: str | None, study: StudyReport, point: FrontierPoint
+) -> tuple[_Shipped | None, list[str]]:
+    """The point, or what stands in for it, with what its worker says; and what failed before it."""
+    failures: list[str] = []
+    for choice in (point, *(spare for spare in study.spare if spare.problem == point.problem)):
+        candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict()}
+        reply = workers.ship(candidate, portable_arch, _SHIP_LIMIT_S)
+        if isinstance(reply, dict):
+            return (choice, reply), failures
+        what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
+        failures.append(f"cannot ship {choice.problem} [{choice.config}]: {what}")
+    return None, failures
+
+
+def _winners(request: SearchRequest, shipped: Sequence[_Shipped]) -> list[Winner]:
+    """The winners of one study, the one to be recommended among them marked."""
+    if not shipped:
+        return []
+    best = recommend([point for point, _ in shipped], request.max_slowdown)
+    return [
+        Winner(
+            problem=point.problem,
+            config=point.config,
+            outcome=point.outcome,
+            recommended=point == best,
+            backend=backend_for(request.target),
+            library=Path(reply["library"]),
+            source=Path(reply["source"]),
+            portable=Path(reply["portable"]) if reply["portable"] else None,
+            cpu_flags=needed_flags(request.target.arch) if request.target.on_cpu else (),
+            verified=_verified(reply, tolerance(point.problem)),
+            parts=tuple((name, Path(path)) for name, path in reply["parts"].items()),
+        )
+        for point, reply in shipped
+    ]
+
+
+def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    error, *portable_error = reply["errors"]
+    return {
+        "against": "mctune.reference: token by token, float64",
+        "inputs": "random, drawn for this check; memory that a kernel does not write holds NaN",
+        "measure": "RMS(difference) / RMS(reference)",
+        "by": reply["by"],
+        "tolerance": tolerance,
+        "error": error,
+        "portable_error": portable_error[0] if portable_error else None,
+        "cases": reply["cases"],
+    }
+
+
+def _studies(request: SearchRequest) -> list[OneStudy]:
+    """The studies of a request, every problem checked before the first one starts."""
+    if request.measure and not present(request.target):
+        raise DeviceError(
+            f"{request.target.name} ({request.target.title}) is not on this machine, so nothing can be measured on it; "
+            "without --measure its kernels are compiled and their times predicted"
+        )
+    backend: Backend = get_backend(backend_for(request.target))
+    backend = backend.measuring() if request.measure else backend
+    for case in request.cases:
+        refuse(backend.supports(case.problem))
+    backend.ready(here=request.measure)
+    folder = request.out / "search"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = request.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+    return [OneStudy(request, backend, case, storage) for case in request.cases]

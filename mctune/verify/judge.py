@@ -1,0 +1,152 @@
+"""Hold a kernel to the float64 oracle: fresh random inputs, odd sizes, outputs and scratch poisoned with NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.outcome import Wrong
+from mctune.core.problem import Problem
+from mctune.reference import error_ratio
+from mctune.verify.inputs import Inputs, make_inputs, odd_problems
+from mctune.verify.kept import OPTIONAL, oracle_states, segments_of
+from mctune.verify.passes import PASSES, Results
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
+"""Largest RMS(difference) / RMS(reference) of a right forward or decode result, by dtype of the problem."""
+_BACKWARD = 2.5
+"""A gradient may be this many times farther off: it is a sum of longer chains."""
+_VANISHING = 1e-3
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN: what a kernel does not write, or reads too early, shows in the result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Only the filling of memory is wanted: without warn_only, torch refuses operations that have no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        True,
+    )
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def decided_inputs(problem: Problem, seed: int) -> Inputs:
+    """Random inputs that float32 can be judged on.
+
+    ssc's choice is discontinuous: where two logits at its edge are closer than float32 rounding, a right kernel may
+    read the other segment. Such inputs are drawn again.
+    """
+    inputs = make_inputs(problem, seed)
+    while problem.reads.sparse and _choice_gap(problem, inputs) < 1e-5:
+        seed += 1
+        inputs = make_inputs(problem, seed)
+    return inputs
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A problem's inputs, and the oracle's results for them."""
+
+    problem: Problem
+    inputs: Inputs
+    wanted: Results
+
+
+def judge(problem: Problem, seed: int) -> Judged:
+    """Decided inputs, and the oracle's results for them; one thread, the oracle's work is small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        inputs = decided_inputs(problem, seed)
+        return Judged(problem, inputs, PASSES[problem.pass_].expected(problem, inputs))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def judge_all(problem: Problem, seed: int) -> Iterator[Judged]:
+    """The odd relatives of ``problem``, judged."""
+    for number, case in enumerate(odd_problems(problem)):
+        yield judge(case, seed + 1000 * number)
+
+
+def _choice_gap(problem: Problem, inputs: Inputs) -> float:
+    """The smallest difference between the last logit that ssc chooses and the first that it leaves."""
+    segments = segments_of(problem, inputs)
+    assert problem.top_k is not None
+    _, p = oracle_states(problem, inputs, problem.T)
+    gap = float("inf")
+    for number, (begin, end, first) in enumerate(segments.spans):
+        if number - first > problem.top_k:
+            u = inputs.u[:, begin:end].double()
+            logits = torch.einsum("bthd,bnhd->bthn", u, p[:, first:number]).sort(dim=-1, descending=True).values
+            gap = min(gap, float((logits[..., problem.top_k - 1] - logits[..., problem.top_k]).min()))
+    return gap
+
+
+def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    """What a compiled candidate computes."""
+    return PASSES[problem.pass_].run(kernel, problem, inputs)
+
+
+Run = Callable[[Problem, Inputs], Results]
+"""What is held to the oracle: the results of a problem's inputs."""
+
+
+def tolerance(problem: Problem) -> float:
+    """Largest error of a right result."""
+    return TOLERANCE[problem.dtype] * (_BACKWARD if problem.pass_ == "backward" else 1.0)
+
+
+def error_of(results: Results, wanted: Results) -> float:
+    """The largest RMS(difference) / RMS(reference) of any result, inf for NaN, a wrong shape or a missing one.
+
+    A gradient may vanish (that of g at a sequence's first token does): below a thousandth of the largest RMS of all
+    results it is held to that thousandth. What a forward may keep for a backward is held to where it is there.
+    """
+    wanted = {name: x for name, x in wanted.items() if name in results or not name.startswith(OPTIONAL)}
+    if set(results) != set(wanted):
+        return float("inf")
+    sizes = {name: float(x.double().square().mean().sqrt()) if x.numel() else 0.0 for name, x in wanted.items()}
+    floor = _VANISHING * max(size for name, size in sizes.items() if not name.startswith(OPTIONAL))
+    worst = 0.0
+    for name, reference in wanted.items():
+        if reference.numel() == 0 and results[name].shape == reference.shape:
+            continue
+        error = error_ratio(results[name], reference)
+        if sizes[name] < floor and error < float("inf"):
+            error = float((results[name].to(reference) - reference).square().mean().sqrt()) / floor
+        worst = max(worst, error)
+    return worst
+
+
+def verify_case(run: Run, problem: Problem, seed: int) -> float:
+    """The error of one run on fresh random inputs, as :func:`error_of` has it."""
+    return _error(run, judge(problem, seed))
+
+
+def verify(run: Run, problem: Problem, cases: Iterable[Judged]) -> float | Wrong:
+    """The largest error over ``cases``, those of :func:`judge_all`, or what was wrong with the first that failed."""
+    worst = 0.0
+    for case in cases:
+        error = _error(run, case)
+        if not error <= tolerance(problem):
+            return Wrong(error, tolerance(problem), str(case.problem))
+        worst = max(worst, error)
+    return worst
+
+
+def _error(run: Run, case: Judged) -> float:
+    with poisoned_memory():
+        results = run(case.problem, case.inputs)
+    return error_of(results, case.wanted)

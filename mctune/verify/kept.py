@@ -1,0 +1,126 @@
+"""What a forward keeps for the backward: what a forward candidate should keep, and what a backward one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.problem import Problem
+from mctune.reference import segment_states
+from mctune.runtime.kernels.kept import CHOICE, LOGITS, Names, Sizes, make_kept, make_pairs, shape
+from mctune.runtime.kernels.tvm.forward import padded
+from mctune.runtime.segments import Segments, make_segments
+from mctune.verify.inputs import Inputs
+
+Tensor = torch.Tensor
+OPTIONAL = "kept "
+
+
+def segments_of(problem: Problem, inputs: Inputs) -> Segments:
+    """Where the row of a problem is cut into segments."""
+    return make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
+
+
+def oracle_states(problem: Problem, inputs: Inputs, tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The oracle's end state and mean key of every segment of the first ``tokens`` tokens: [B, N, H, ...]."""
+    arguments = inputs.arguments(problem)
+    options = {name: value for name, value in arguments.items() if name not in ("q", "u", "aggregation", "top_k")}
+    for name in ("k", "v", *inputs.gates):
+        options[name] = options[name][:, :tokens]
+    with torch.no_grad():
+        cache = segment_states(**options)
+    return cache.states, cache.descriptors
+
+
+def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
+    """What a forward keeps, exact: from the oracle's states and mean keys."""
+    if not names:
+        return {}
+    (states,), means = oracle_states(problem, inputs, problem.T)
+    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
+    states = torch.nn.functional.pad(states.transpose(1, 2).flatten(0, 1), (0, columns, 0, rows))
+    means = torch.nn.functional.pad(means.transpose(1, 2).flatten(0, 1), (0, rows))
+    u, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (inputs.u, inputs.k))
+    segments = segments_of(problem, inputs)
+    made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype)
+    return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
+
+
+# --- what a forward candidate keeps
+
+
+def checked_names(kernel: Kernel, problem: Problem) -> Names:
+    """What a forward candidate is asked to keep when it is verified: everything that it can keep and that has a use."""
+    if problem.segmentation == "logarithmic":
+        return ()
+    # Without gates, operands are written only for pieces that a state enters.
+    return tuple(name for name in sorted(kernel.gives) if problem.routed or name != "operand")
+
+
+def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """What :func:`comparable` should have, by names that begin with :data:`OPTIONAL`: a candidate has some of them."""
+    if problem.segmentation == "logarithmic":
+        return {}
+    names: Names = ("states", "operand", "past", "means")
+    if problem.routed:
+        names += CHOICE if problem.reads.sparse else LOGITS
+    return comparable(problem, inputs, kept_by(problem, inputs, names))
+
+
+def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kept arrays in a form that has one right value: gates [heads, N, T] for logits and choices, zero if not read."""
+    found = {name: kept[name] for name in ("states", "operand", "past", "means", "lse") if name in kept}
+    segments = segments_of(problem, inputs)
+    if "chosen" in kept:
+        chosen, lse, N = kept["chosen"].long(), kept["lse"], segments.count
+        gates = lse.new_zeros(*lse.shape, N + 1)
+        gates.scatter_(-1, chosen, (kept["picked"] - lse[..., None]).exp().masked_fill(chosen == N, 0.0))
+        number = torch.tensor([s for s, (begin, end, _) in enumerate(segments.spans) for _ in range(begin, end)])
+        number = number.to(lse.device).expand(lse.shape)[..., None]
+        found["gates"] = gates.scatter(-1, number, (kept["own"] - lse).exp()[..., None])[..., :N].mT
+        wrong = sum(int((kept[name] != x).sum()) for name, x in make_pairs(kept["chosen"], N).items())
+        found["order"] = lse.new_full((1,), 1.0 + wrong)
+    elif "logits" in kept:
+        read = torch.zeros_like(kept["logits"], dtype=torch.bool)
+        for s, (begin, end, first) in enumerate(segments.spans):
+            read[:, first : s + 1, begin:end] = True
+        found["gates"] = (kept["logits"] - kept["lse"][:, None]).exp().masked_fill(~read, 0.0)
+    return {f"{OPTIONAL}{name}": x for name, x in found.items()}
+
+
+# --- what a backward candidate is given
+
+
+def likely(problem: Problem, segments: Segments, names: Names, device: str) -> dict[str, Tensor]:
+    """Random arrays in their place: finite numbers, and valid choices spread over the segments."""
+    count, dtype = segments.count, getattr(torch, problem.dtype)
+    sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
+                  min(problem.top_k or 1, count), dtype)  # fmt: skip
+    shapes = {name: shape(name, sizes) for name in names}
+    made = {
+        name: torch.randn(size, device=device).to(dtype)
+        for name, (size, dtype) in shapes.items()
+        if dtype.is_floating_point
+    }
+    if set(CHOICE) <= set(names):
+        heads = [_choice(segments, sizes.top_k, device) for _ in range(sizes.heads)]
+        made |= {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
+    return made
+
+
+def _choice(segments: Segments, top_k: int, device: str) -> dict[str, Tensor]:
+    """Random choices of one head: any of the segments before a token's."""
+    lengths, first, own = (
+        torch.tensor(x, device=device)
+        for x in zip(*((end - begin, first, s) for s, (begin, end, first) in enumerate(segments.spans)), strict=True)
+    )
+    low, high = (x.repeat_interleave(lengths)[:, None] for x in (first, own))
+    number = torch.arange(segments.count, device=device)
+    logits = torch.randn(len(low), segments.count, device=device)
+    logits.masked_fill_((number < low) | (number >= high), float("-inf"))
+    picked, chosen = logits.topk(top_k)
+    chosen = chosen.masked_fill(picked == float("-inf"), segments.count).to(torch.int32)
+    pairs = make_pairs(chosen[None], segments.count)
+    return {"picked": picked, "chosen": chosen, **{name: x[0] for name, x in pairs.items()}}

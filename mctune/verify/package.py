@@ -1,0 +1,164 @@
+"""An emitted package, loaded from where it stands and held to the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mctune.core.errors import MctuneError, UsageError
+from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
+from mctune.runtime.api import functional
+from mctune.verify.inputs import judged, odd_problems
+from mctune.verify.judge import Run, tolerance, verify_case
+from mctune.verify.passes import PASSES, gradients
+
+_LONG = {"forward": 2048, "backward": 1024, "decode": 1024}
+"""Tokens of the long row, by pass."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One problem held to the oracle: which backend computed it, its error and the tolerance."""
+
+    problem: Problem
+    backend: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; an infinite error (NaN in the result, a wrong shape) is ``null``."""
+        finite = self.error if self.error < float("inf") else None
+        return {
+            "problem": self.problem.to_dict(),
+            "backend": self.backend,
+            "error": finite,
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+        }
+
+
+def load_package(path: Path) -> ModuleType:
+    """Import the emitted package at ``path`` under its own name.
+
+    Raises:
+        UsageError: if there is no package at ``path``, or its name is taken by another module.
+    """
+    root = path.resolve()
+    if not (root / "tuned.json").is_file() or not (root / "__init__.py").is_file():
+        raise UsageError(
+            f"{path} is not an emitted package (no tuned.json); `mctune search` leaves one, `mctune emit` too"
+        )
+    loaded = sys.modules.get(root.name)
+    if loaded is not None:
+        if loaded.__file__ != str(root / "__init__.py"):
+            raise UsageError(f"a module named {root.name} is already imported from {loaded.__file__}")
+        return loaded
+    spec = importlib.util.spec_from_file_location(
+        root.name, root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[root.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[root.name]
+        raise
+    return module
+
+
+def launcher_of(module: ModuleType, entry: Any) -> Any:
+    """What launches the kernel of an entry of a loaded package.
+
+    Raises:
+        MctuneError: if it cannot be run here, with what to do.
+    """
+    try:
+        return module.runtime.kernels.dispatch.launcher(entry)
+    except module.runtime.kernels.tvm.loader.KernelError as error:
+        raise MctuneError(f"{entry.kernel.name}: {error}") from error
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a package's tuned table."""
+    entries: list[dict[str, Any]] = json.loads((path / "tuned.json").read_text(encoding="utf-8"))["entries"]
+    return entries
+
+
+def needs_interpreter(path: Path) -> bool:
+    """Whether a package has kernels for a GPU, and there is none."""
+    return any(entry["backend"] == "triton" for entry in read_entries(path)) and not torch.cuda.is_available()
+
+
+def check_package(path: Path, seed: int) -> Iterator[Check]:
+    """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on a long row.
+
+    Each kernel is launched by itself; the long rows go through ``memory_caching`` and autograd as a model's would.
+    """
+    module = load_package(path)
+    entries = module.runtime.kernels.dispatch.TABLE.entries
+    problems = [judged(Problem.from_dict(dict(entry.problem))) for entry in entries]
+    forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
+    for entry, problem in zip(entries, problems, strict=True):
+        launch = partial(PASSES[problem.pass_].run, launcher_of(module, entry))
+        lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
+        for number, case in enumerate(odd_problems(problem)):
+            yield _check(launch, case.replace(**lengths), entry.backend, seed + number)
+        whole: Run = launch
+        if problem.pass_ != "decode" and _statics(problem) in forwards:
+            whole = _through(module, problem.pass_, entry.backend)
+        yield _check(whole, problem.replace(B=1, T=min(problem.T, _LONG[problem.pass_]), H=1), entry.backend, seed + 3)
+
+
+def check_defaults(seed: int) -> Iterator[Check]:
+    """Hold the eager path to the oracle: every recurrence, aggregation, segmentation and state init, odd sizes."""
+    eager = _through(functional, "forward", "eager")
+    for recurrence, aggregation, segmentation, state_init in product(
+        RECURRENCES, AGGREGATIONS, SEGMENTATIONS, STATE_INITS
+    ):
+        problem = Problem(
+            recurrence=recurrence,
+            aggregation=aggregation,
+            segmentation=segmentation,
+            state_init=state_init,
+            T=64,
+            H=2,
+            Dk=8,
+            Dv=8 if RECURRENCES[recurrence].deep else 12,
+            segment_length=None if segmentation == "logarithmic" else 12,
+        )
+        for number, case in enumerate(odd_problems(problem)):
+            yield _check(eager, case, "eager", seed + number)
+
+
+def _statics(problem: Problem) -> tuple[object, ...]:
+    """What a forward kernel and a backward kernel of the same operation share."""
+    return problem.recurrence, problem.aggregation, problem.state_init, problem.Dk, problem.Dv
+
+
+def _through(module: ModuleType, pass_: str, backend: str) -> Run:
+    """A module's ``memory_caching``, and the gradients that autograd has of it."""
+
+    operation = partial(module.memory_caching, backend=backend)
+    if pass_ == "backward":
+        return lambda case, inputs: gradients(operation, case, inputs, inputs.q.dtype)
+    return lambda case, inputs: {"y": operation(**inputs.arguments(case))}
+
+
+def _check(run: Run, problem: Problem, backend: str, seed: int) -> Check:
+    return Check(problem, backend, verify_case(run, problem, seed), tolerance(problem))

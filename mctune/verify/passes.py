@@ -1,0 +1,211 @@
+"""What each pass is given, what a compiled candidate computes from it, and what the oracle expects.
+
+``PASSES`` has one row for each pass. Results are named arrays: y of a forward; dq, dk, ... of a backward; y and the
+memory that is left of a decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.problem import Problem
+from mctune.reference import memory_caching
+from mctune.runtime.kernels.kept import Names
+from mctune.runtime.memory import LayerMemory
+from mctune.verify import kept
+from mctune.verify.inputs import Inputs
+from mctune.verify.kept import oracle_states, segments_of
+
+Tensor = torch.Tensor
+Results = Mapping[str, Tensor]
+BLOCK = 7
+"""Tokens that a decode candidate is verified on: the first alone, the others as one block."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    Attributes:
+        expected: the oracle's results, float64.
+        run: a candidate's results.
+        call: what is timed: one run of a candidate, prepared.
+    """
+
+    expected: Callable[[Problem, Inputs], Results]
+    run: Callable[[Kernel, Problem, Inputs], Results]
+    call: Callable[[Kernel, Problem, Inputs], Callable[[], object]]
+
+
+def _options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
+    """Keyword arguments that the launchers of every pass share."""
+    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
+    return {
+        **{name: None if gate is None else gate[:, tokens].contiguous() for name, gate in gates.items()},
+        "scale": problem.Dk**-0.5,
+        "top_k": problem.top_k or 1,
+    }
+
+
+# --- forward
+
+
+def _forward_expected(problem: Problem, inputs: Inputs) -> Results:
+    with torch.no_grad():
+        return {"y": memory_caching(**inputs.arguments(problem)), **kept.expected(problem, inputs)}
+
+
+def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    found = _forward_call(kernel, problem, inputs, kept.checked_names(kernel, problem))()
+    return {"y": found.y, **kept.comparable(problem, inputs, found.kept)}
+
+
+def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs, keep: Names = ()) -> Callable[[], Any]:
+    inputs = inputs.to(kernel.device)
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "keep": keep}
+    return lambda: kernel(inputs.q, inputs.k, inputs.v, inputs.u, **options)
+
+
+# --- backward
+
+
+def gradients(operation: Callable[..., Tensor], problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Results:
+    """The gradients of ``operation`` by autograd, called like ``memory_caching``, on inputs converted to ``dtype``."""
+    leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
+    leaves = {name: leaf.detach().to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
+    with torch.enable_grad():
+        y = operation(**{**inputs.arguments(problem), **leaves})
+        found = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype), materialize_grads=True)
+    return {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+
+
+def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
+    return gradients(memory_caching, problem, inputs, torch.float64)
+
+
+def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    found = _backward(kernel, problem, inputs, kept.kept_by(problem, inputs, wants(kernel, problem)))()
+    made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
+    # Where gates do not depend on u, its gradient is zero, and a kernel need not write it.
+    return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
+
+
+def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    names = wants(kernel, problem)
+    return _backward(kernel, problem, inputs, kept.likely(problem, segments_of(problem, inputs), names, kernel.device))
+
+
+def _backward(kernel: Kernel, problem: Problem, inputs: Inputs, given: Mapping[str, Tensor]) -> Callable[[], Any]:
+    inputs = inputs.to(kernel.device)
+    given = {name: x.to(kernel.device) for name, x in given.items()}
+    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "kept": given}
+    return lambda: kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **options)
+
+
+def wants(kernel: Kernel, problem: Problem) -> Names:
+    """What a backward candidate is given from its forward: everything that it was tuned for, if anything is kept."""
+    if problem.segmentation == "logarithmic":
+        return ()
+    return tuple(name for group in kernel.wants for name in group)
+
+
+# --- decode: the last tokens of a row, after a memory of those before them
+
+
+def _decode_expected(problem: Problem, inputs: Inputs) -> Results:
+    left = memory_of(problem, inputs, problem.T, torch.float64)
+    with torch.no_grad():
+        y = memory_caching(**inputs.arguments(problem))
+    return {"y": y[:, problem.T - min(problem.T, BLOCK) :], **_left(left)}
+
+
+def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
+    T, C = problem.T, problem.segment_length or 1
+    first = T - min(T, BLOCK)
+    memory, inputs = memory_of(problem, inputs, first).to(kernel.device), inputs.to(kernel.device)
+    parts = []
+    for begin, end in ((first, first + 1), (first + 1, T)):
+        if begin < end:
+            parts.append(_decode(kernel, problem, inputs, slice(begin, end), memory)())
+            memory.advance(end - begin, C)
+    return {"y": torch.cat(parts, 1), **_left(memory)}
+
+
+def _decode_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
+    """The last token alone; the values of the memory do not matter."""
+    T, C = problem.T, problem.segment_length or 1
+    memory = _empty(problem, problem.B, -(-T // C)).to(kernel.device)
+    inputs = inputs.to(kernel.device)
+    for tensor in (memory.states[0], memory.descriptors, memory.online[0], memory.key_sum):
+        tensor.normal_()
+    memory.advance(T - 1, C)
+    return _decode(kernel, problem, inputs, slice(T - 1, T), memory)
+
+
+def _decode(
+    kernel: Kernel, problem: Problem, inputs: Inputs, tokens: slice, memory: LayerMemory
+) -> Callable[[], Tensor]:
+    options = {**_options(problem, inputs, tokens), "segment_length": problem.segment_length, "memory": memory}
+    q, k, v, u = (x[:, tokens].contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    return lambda: kernel(q, k, v, u, **options)
+
+
+def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+    """What a layer remembers after the first ``tokens`` tokens, by the oracle; unused states hold NaN."""
+    C, T = problem.segment_length or 1, problem.T
+    memory = _empty(problem, inputs.q.shape[0], T // C + 1, dtype)
+    memory.states[0].fill_(float("nan"))
+    memory.descriptors.fill_(float("nan"))
+    if tokens == 0:
+        return memory
+    (states,), means = oracle_states(problem, inputs, tokens)
+    cached, filled = divmod(tokens, C)
+    memory.states[0][:, :, :cached] = states[:, :cached].transpose(1, 2)
+    memory.descriptors[:, :, :cached] = means[:, :cached].transpose(1, 2)
+    if filled or problem.state_init == "checkpoint":
+        memory.online[0].copy_(states[:, -1])
+        memory.last_key.copy_(inputs.k[:, tokens - 1])
+        memory.last_value.copy_(inputs.v[:, tokens - 1])
+    if filled:
+        memory.key_sum.copy_(means[:, -1] * filled)
+    memory.advance(tokens, C)
+    return memory
+
+
+def _empty(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+    H, Dk, Dv = problem.H, problem.Dk, problem.Dv
+    return LayerMemory(
+        states=(torch.zeros(B, H, capacity, Dk, Dv, dtype=dtype),),
+        descriptors=torch.zeros(B, H, capacity, Dk, dtype=dtype),
+        online=(torch.zeros(B, H, Dk, Dv, dtype=dtype),),
+        key_sum=torch.zeros(B, H, Dk, dtype=dtype),
+        last_key=torch.zeros(B, H, Dk, dtype=dtype),
+        last_value=torch.zeros(B, H, Dv, dtype=dtype),
+        start=(),
+        momentum=(),
+        cached=torch.zeros(B, dtype=torch.int32),
+        filled=torch.zeros(B, dtype=torch.int32),
+    )
+
+
+def _left(memory: LayerMemory) -> dict[str, Tensor]:
+    """What is left behind, the cached states in use."""
+    used = int(memory.cached[0])
+    return {
+        "states": memory.states[0][:, :, :used],
+        "descriptors": memory.descriptors[:, :, :used],
+        "online": memory.online[0],
+        "key_sum": memory.key_sum,
+    }
+
+
+PASSES = {
+    "forward": Pass(_forward_expected, _forward_run, _forward_call),
+    "backward": Pass(_backward_expected, _backward_run, _backward_call),
+    "decode": Pass(_decode_expected, _decode_run, _decode_call),
+}

@@ -1,0 +1,149 @@
+"""The processes of a search: those that compile candidates, that one that times them, and that one that verifies."""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from mctune.backends import backend_for
+from mctune.core.host import usable_cores
+from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
+from mctune.study.events import SearchRequest
+from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
+
+Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
+_GRACE_S = 10.0
+"""A candidate that is under way when the time is over may take so much longer; then its process is killed."""
+_LEAST_S = 30.0
+_MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predicted:start"
+
+
+class Workers:
+    """Workers of a request, started when they are first needed.
+
+    A kernel that is timed must have its device for itself: one process times. Where that device is a GPU, others
+    compile and judge for it what comes next, one on every other core. For a machine that is not here they are all that
+    there is, and one more process, since Triton's compiler and its interpreter cannot share one, verifies.
+    """
+
+    def __init__(self, request: SearchRequest) -> None:
+        folder = (request.out / "search" / "kernels").resolve()
+        setup = {
+            "backend": backend_for(request.target),
+            "target": request.target.name,
+            "folder": str(folder),
+            "seed": request.seed,
+            "threads": usable_cores(),
+        }
+        on_cpu, measure = request.target.on_cpu, request.measure
+        # Several commands may share one Triton cache.
+        cache = (
+            {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
+        )
+        compiling, interpreting = {**cache, "TRITON_INTERPRET": "0"}, {**cache, "TRITON_INTERPRET": "1"}
+        self._device = Worker(_MEASURED, setup, env=cache) if measure else None
+        self._checker = self._device or Worker(_PREDICTED, setup, env=interpreting)
+        compilers = 0 if on_cpu else max(usable_cores() - measure, 1)
+        self._compilers = [Worker(_PREDICTED, setup, env=compiling) for _ in range(compilers)]
+        self.count = compilers or 1
+        """Candidates that are evaluated at once."""
+        self.least_s = 1.0 if on_cpu else _LEAST_S
+        """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._compilers:
+            self._free.put(worker)
+        self._timing = threading.Lock()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Workers:
+        for worker in (*self._compilers, self._checker):
+            self._stack.enter_context(worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._compilers, self._checker):
+            worker.halt()
+        self._stack.close()
+
+    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float | None = None) -> Reply | None:
+        """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it.
+
+        ``None`` if it was not done by ``until``, of ``time.monotonic``.
+        """
+        if self._device is None:
+            return self._compile({"evaluate": candidate}, limit_s, until)
+        if not self._compilers:
+            return _within(self._device, {"evaluate": candidate}, limit_s, until)
+        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": False}, limit_s, until)
+            if not isinstance(reply, dict) or not reply["ready"]:
+                return reply
+            with self._timing:
+                payload = {"evaluate": candidate, "prepared": file.name, "built": reply["built"]}
+                return _noted(_within(self._device, payload, limit_s, until), reply["outcome"])
+
+    def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
+        """``{"samples"}``: milliseconds of each finalist in each round."""
+        assert self._device is not None, "only a measured search times finalists"
+        if self._compilers:
+            with ThreadPoolExecutor(self.count) as pool:
+                built = list(pool.map(lambda one: self._compile({"build": one}, limit_s, None), candidates))
+            if not all(isinstance(reply, dict) for reply in built):
+                return next(reply for reply in built if isinstance(reply, WorkerDied | WorkerTimedOut))
+            candidates = [one | reply for one, reply in zip(candidates, built, strict=True) if isinstance(reply, dict)]
+        return self._device.call({"compare": candidates}, limit_s)
+
+    def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
+        """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right."""
+        return self._checker.call({"verify": candidate}, limit_s)
+
+    def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Reply:
+        """The files of one candidate, verified on other inputs than before; called side by side, as a GPU's compile."""
+        payload = {"ship": candidate, "portable_arch": portable_arch}
+        if self._device is None or not self._compilers:
+            with self._timing:
+                return self._checker.call(payload, limit_s)
+        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": True}, limit_s, None)
+            if not isinstance(reply, dict):
+                return reply or WorkerDied("nothing was answered", "compile")
+            if not reply["ready"]:
+                return WorkerDied(describe(from_json(reply["outcome"])), "compile")
+            with self._timing:
+                return self._device.call(payload | {"prepared": file.name, "built": reply["built"]}, limit_s)
+
+    def _compile(self, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
+        """The reply of a compiler that has nothing else to do."""
+        worker = self._free.get()
+        try:
+            return _within(worker, payload, limit_s, until)
+        finally:
+            self._free.put(worker)
+
+
+def _within(worker: Worker, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
+    """A worker's reply; ``None`` where the time is over, or was ``_GRACE_S`` before there was one."""
+    if until is None:
+        return worker.call(payload, limit_s)
+    left = until - time.monotonic()
+    if left <= 0:
+        return None
+    reply = worker.call(payload, min(limit_s, left + _GRACE_S))
+    return None if isinstance(reply, WorkerTimedOut) and reply.seconds < limit_s else reply
+
+
+def _noted(reply: Reply | None, compiled: str) -> Reply | None:
+    """A measured candidate's reply, with what the compiler said of it in the process that compiled it."""
+    if not isinstance(reply, dict):
+        return reply
+    outcome, other = from_json(reply["outcome"]), from_json(compiled)
+    if not isinstance(outcome, Timed) or not isinstance(other, Predicted) or not other.notes:
+        return reply
+    return reply | {"outcome": to_json(replace(outcome, notes=other.notes))}

@@ -1,0 +1,132 @@
+"""Inside a worker process: candidates for a GPU that this process does not run on, compiled and predicted; or verified.
+
+Triton chooses its interpreter when it is imported: one process compiles (``evaluate``), another verifies (``verify``,
+``ship``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mctune.backends import get_backend
+from mctune.backends.protocol import Backend
+from mctune.backends.triton.cost.predict import predict
+from mctune.core.config import Config
+from mctune.core.errors import MctuneError
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
+from mctune.core.problem import Problem
+from mctune.core.target import Target, resolve
+from mctune.verify.inputs import judged, odd_problems
+from mctune.verify.judge import judge_all, run_kernel, verify
+from mctune.workers.evaluate import Prepared, candidate, first_line, seed_of, shipment
+from mctune.workers.worker import Handler, Stage
+
+_BY = "Triton's interpreter on a CPU, bfloat16 kernels in float16"
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    backend: Backend
+    target: Target
+    folder: Path
+    seed: int
+
+    def evaluate(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
+        """Compile one candidate and predict its time."""
+        stage("build")
+        try:
+            built = self.backend.build(problem, config, self.target, self.folder)
+            launches = self.backend.compile(problem, config, built, self.target)
+        except MctuneError:
+            raise
+        except Exception as error:
+            return FailedBuild(first_line(error))
+        if not isinstance(launches, tuple):
+            return launches
+        stage("predict")
+        return predict(launches, problem, config, self.target)
+
+    def prepare(self, problem: Problem, config: Config, into: str, again: bool, stage: Stage) -> dict[str, Any]:
+        """The same, for a candidate that will be run by another process, which then finds everything done.
+
+        If it compiles, so do the variants of its kernels that odd sizes take; what it is held to is left in a file, on
+        other inputs if that is done ``again``.
+        """
+        outcome = self.evaluate(problem, config, stage)
+        if not isinstance(outcome, Predicted):
+            return {"outcome": to_json(outcome), "ready": False}
+        files = self.build(problem, config, stage)
+        built = Prepared.of(files).built
+        assert built is not None
+        stage("compile")
+        for case in odd_problems(problem):
+            try:
+                launches = self.backend.compile(case, config, built, self.target)
+            except Exception as error:
+                return {"outcome": to_json(FailedBuild(f"{first_line(error)} on {case}")), "ready": False}
+            if not isinstance(launches, tuple):
+                return {"outcome": to_json(launches), "ready": False}
+        stage("judge")
+        torch.save(list(judge_all(problem, seed_of(self.seed, problem, config) + again)), into)
+        return {"outcome": to_json(outcome), "ready": True, **files}
+
+    def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The files of a candidate, as :meth:`mctune.workers.evaluate.Prepared.of` takes them."""
+        stage("build")
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return {"built": {"library": str(built.library), "source": str(built.source), "parts": built.parts}}
+
+    def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
+        """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
+        stage("verify")
+        try:
+            built = self.backend.build(problem, config, self.target, self.folder)
+            kernel = self.backend.load(problem, config, built)
+            cases = judge_all(judged(problem), seed_of(seed, problem, config))
+            error = verify(partial(run_kernel, kernel), judged(problem), cases)
+        except Exception as error_:
+            return Crashed(first_line(error_))
+        return error if isinstance(error, Wrong) else Predicted(0.0, "", error)
+
+    def ship(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The winner's files, verified once more, on other inputs.
+
+        Raises:
+            MctuneError: if the result is wrong.
+        """
+        outcome = self.verify(problem, config, stage, self.seed + 1)
+        if not isinstance(outcome, Predicted) or outcome.error is None:
+            raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return shipment(judged(problem), built, outcome.error, _BY)
+
+
+def start(setup: dict[str, Any]) -> Handler:
+    """The worker's handler. ``setup``: backend, target, folder, seed.
+
+    A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
+    ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
+    ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
+    :func:`mctune.workers.evaluate.shipment` returns.
+    """
+    target, _ = resolve(setup["target"])
+    predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
+
+    def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "ship" in payload:
+            return predictor.ship(*candidate(payload["ship"]), stage)
+        if "verify" in payload:
+            outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
+            return {"outcome": to_json(outcome)}
+        if "build" in payload:
+            return predictor.build(*candidate(payload["build"]), stage)
+        if "prepare" in payload:
+            return predictor.prepare(*candidate(payload["prepare"]), payload["into"], payload["again"], stage)
+        return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}
+
+    return handle

@@ -1,0 +1,315 @@
+"""A process that runs candidates and can be killed: a crash, a hang or a poisoned device context dies with it.
+
+Parent and child speak JSON lines over two pipes of their own, so whatever a candidate prints cannot disturb them. The
+child leads a process group (compilers it starts die with it) and dies with its parent.
+
+A worker is called by one thread at a time; any other may ``halt`` it meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any
+
+from mctune.core.errors import MctuneError, UsageError
+
+Stage = Callable[[str], None]
+Handler = Callable[[dict[str, Any], Stage], dict[str, Any]]
+
+_LOG_TAIL = 4000
+_POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
+_MAIN = "from mctune.workers.worker import main; main()"
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
+"""Starts all children. Linux ends them with the thread that did (see :func:`_die_with`): this one lasts."""
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed."""
+
+    message: str
+    stage: str = ""
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerTimedOut:
+    """The child was killed in ``stage`` after ``seconds``."""
+
+    seconds: float
+    stage: str
+
+
+class Worker:
+    """Runs ``entry`` in a child that is started on the first call, and again on the call after one that it lost.
+
+    ``entry`` is ``"module:function"``. In the child, ``function(setup)`` is called once and returns the handler;
+    ``handler(payload, stage)`` is called for each payload and returns a JSON-able dict; it calls ``stage("build")`` and
+    so on as it goes. A handler that raises loses its process: only a fresh one is known to be sound.
+
+    Args:
+        entry: what to run.
+        setup: JSON-able argument of the entry function.
+        env: environment variables to add for the child.
+        start_limit_s: seconds that starting (imports and ``function(setup)``) may take.
+    """
+
+    def __init__(
+        self, entry: str, setup: Any = None, *, env: Mapping[str, str] | None = None, start_limit_s: float = 180.0
+    ) -> None:
+        if entry.count(":") != 1:
+            raise UsageError(f"worker entry {entry!r} is not of the form module:function")
+        self.started = 0
+        """Processes started so far."""
+        self._entry, self._setup, self._env, self._start_limit_s = entry, setup, dict(env or {}), start_limit_s
+        self._child: _Child | None = None
+        self._busy = threading.RLock()
+        self._halted = False
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, payload: dict[str, Any], limit_s: float) -> dict[str, Any] | WorkerDied | WorkerTimedOut:
+        """The handler's reply to ``payload``, or what became of the child within ``limit_s`` (start-up apart).
+
+        Raises:
+            MctuneError: the child could not be started: the entry does not import, or fails on ``setup``.
+        """
+        with self._busy:
+            if self._halted:
+                return WorkerDied("the worker was halted")
+            try:
+                return self._ready_child().ask(payload, limit_s)
+            finally:
+                # A child that died, hung or was interrupted half-way through an answer cannot be used again.
+                if self._child is not None and not self._child.in_step:
+                    self.close()
+
+    def close(self) -> None:
+        """Kill the child, if there is one; a call that another thread is in ends first."""
+        with self._busy:
+            child, self._child = self._child, None
+            if child is not None:
+                child.kill()
+
+    def halt(self) -> None:
+        """End a call that another thread is in, and have every later one answer :class:`WorkerDied`."""
+        self._halted = True
+        child = self._child
+        if child is not None:
+            child.end()
+
+    def _ready_child(self) -> _Child:
+        if self._child is not None and self._child.exited():
+            self.close()
+        if self._child is None:
+            self._child = _Child(self._entry, self._env)
+            self.started += 1
+            if self._halted:
+                self._child.end()
+            answer = self._child.ask({"setup": self._setup}, self._start_limit_s)
+            if not isinstance(answer, dict):
+                self.close()
+                what = answer.message if isinstance(answer, WorkerDied) else f"no answer in {answer.seconds:g} s"
+                log = f"\n{answer.log}" if isinstance(answer, WorkerDied) and answer.log else ""
+                raise MctuneError(f"the worker process for {self._entry} did not start: {what}{log}")
+        return self._child
+
+
+class _Child:
+    """One process; ``in_step`` is false from a request until its answer."""
+
+    def __init__(self, entry: str, env: Mapping[str, str]) -> None:
+        requests, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        self._log: IO[bytes] = tempfile.TemporaryFile("a+b", buffering=0)
+        self._buffer = b""
+        self.in_step = True
+        try:
+            self._process = _started(
+                [sys.executable, "-c", _MAIN, entry, str(requests), str(answers), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(requests, answers),
+                start_new_session=True,
+                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)},
+            )
+        except BaseException:
+            self._close_pipes()
+            raise
+        finally:
+            os.close(requests)
+            os.close(answers)
+
+    def ask(self, message: dict[str, Any], limit_s: float) -> dict[str, Any] | WorkerDied | WorkerTimedOut:
+        """Send one message and wait for the answer, its stages noted on the way."""
+        deadline, stage = time.monotonic() + limit_s, "start"
+        line = json.dumps(message).encode() + b"\n"
+        self.in_step = False
+        self._log.truncate(0)
+        try:
+            _write_all(self._requests, line)
+        except BrokenPipeError:
+            return WorkerDied(self._exit_message(), stage, self._tail())
+        while True:
+            answer = self._next_line(deadline)
+            if answer is None:
+                return WorkerTimedOut(limit_s, stage)
+            if answer == b"":
+                return WorkerDied(self._exit_message(), stage, self._tail())
+            try:
+                values = json.loads(answer)
+                kind, content = values["kind"], values["content"]
+            except (ValueError, TypeError, KeyError):
+                return WorkerDied(f"the worker sent what is not an answer: {answer[:200]!r}", stage, self._tail())
+            if kind == "stage":
+                stage = content
+            elif kind == "raised":
+                return WorkerDied(content["message"], stage, content["traceback"])
+            else:
+                self.in_step = True
+                reply: dict[str, Any] = content
+                return reply
+
+    def exited(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
+    def end(self) -> None:
+        """End the process and everything in its group."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # no process left, or (macOS) only a zombie
+            pass
+
+    def kill(self) -> None:
+        """The same, and leave nothing behind."""
+        self.end()
+        self._process.wait()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        os.close(self._requests)
+        os.close(self._answers)
+        self._log.close()
+
+    def _next_line(self, deadline: float) -> bytes | None:
+        """The next line without its end; ``b""`` when the process is gone, ``None`` past the deadline."""
+        while b"\n" not in self._buffer:
+            wait = deadline - time.monotonic()
+            if wait <= 0:
+                return None
+            # A grandchild may hold the pipe open after the child's death: look at the process too.
+            if not select.select([self._answers], [], [], min(wait, _POLL_S))[0]:
+                if self.exited():
+                    return b""
+                continue
+            data = os.read(self._answers, 1 << 16)
+            if not data:
+                return b""
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _exit_message(self) -> str:
+        """How the process ended; its pipe has closed, so it is ending, unless a candidate closed the pipe."""
+        try:
+            status = self._process.wait(timeout=2.0)
+        except subprocess.TimeoutExpired:
+            return "the worker process closed its pipe"
+        if status >= 0:
+            return f"the worker process exited with status {status}"
+        name = signal.Signals(-status).name
+        return f"the worker process was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+
+    def _tail(self) -> str:
+        """The end of what the child printed since the last request."""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _LOG_TAIL))
+        return self._log.read().decode(errors="replace").strip("\0 \n")
+
+
+def _started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process that lives until this one ends, whichever thread asks for it."""
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, **options)
+
+    future = _STARTER.submit(start)
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.result().kill()
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def main() -> None:
+    """The child: ``ENTRY REQUEST_FD ANSWER_FD PARENT_PID``, then JSON lines until the request pipe closes."""
+    entry, requests, answers, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    _die_with(parent)
+    faulthandler.enable()
+    os.set_inheritable(requests, False)
+    os.set_inheritable(answers, False)
+
+    def send(kind: str, content: Any) -> None:
+        _write_all(answers, json.dumps({"kind": kind, "content": content}).encode() + b"\n")
+
+    def stage(name: str) -> None:
+        send("stage", name)
+
+    handler: Handler | None = None
+    with os.fdopen(requests, "rb") as lines:
+        for line in lines:
+            message = json.loads(line)
+            try:
+                if handler is None:
+                    module, _, function = entry.partition(":")
+                    handler = getattr(importlib.import_module(module), function)(message["setup"])
+                    reply: dict[str, Any] = {}
+                else:
+                    reply = handler(message, stage)
+                send("reply", reply)
+            except BaseException as error:
+                send("raised", {"message": _one_line(error), "traceback": traceback.format_exc()[-_LOG_TAIL:]})
+                # No interpreter shutdown: it may hang or crash on what the candidate left behind.
+                os._exit(1)
+    os._exit(0)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux), which does with its process;
+    elsewhere the closing pipe ends an idle one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)

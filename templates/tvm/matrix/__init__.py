@@ -1,0 +1,1 @@
+"""Templates of matrix memories: linear and swla."""
