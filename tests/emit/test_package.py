@@ -163,7 +163,7 @@ def test_a_damaged_file_is_refused_by_name(
         assert_not_importable(out)
     else:
         if name == "__init__.py":
-            # A changed byte may be no Python any more: what counts is the check, not the accident.
+            # A changed byte may break the syntax: the manifest's check must come first.
             (out / name).write_text("from .runtime.api.functional import memory_caching\n")
         if name == "runtime/read.py":
             (out / name).write_text((emitter._RUNTIME / "read.py").read_text() + "\n# changed\n" * (damage is spoil))

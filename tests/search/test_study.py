@@ -213,7 +213,7 @@ def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_o
 
 def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the database's transactions too, many times in one process: what is left open there locks the next run."""
-    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 2.0)  # a lock that nobody lets go is soon over
+    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 2.0)  # a lock that is never released times out soon
     moments = random.Random(0)
     before = (
         signal.signal(signal.SIGINT, signal.default_int_handler),

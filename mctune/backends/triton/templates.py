@@ -66,7 +66,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
         "SWLA": problem.writes.gated,
-        # Where the memory is linear, soup is grm.
+        # For a matrix memory, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",

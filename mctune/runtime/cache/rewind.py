@@ -142,7 +142,7 @@ class History:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def extend_recorded(call: Call, memory: LayerMemory, history: History, backend: str) -> Tensor:
-    """:func:`..ops.step.extend`, of which the newest tokens can be taken back."""
+    """:func:`..ops.step.extend`, so that the newest tokens can be taken back."""
     memory.check(call)
     outputs, begin, n = [], 0, call.q.shape[1]
     while begin < n:

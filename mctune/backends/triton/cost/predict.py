@@ -1,6 +1,6 @@
 """The cost model: predicted time of compiled launches on an absent GPU (docs/cost-model.md).
 
-Of every launch: what a block executes (:mod:`.mix`), times how often its loops run (:mod:`.trips`), against what a
+For every launch: what a block executes (:mod:`.mix`), times how often its loops run (:mod:`.trips`), against what a
 multiprocessor and the whole GPU do a second. A model, not a measurement: it ranks candidates.
 """
 
