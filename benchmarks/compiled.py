@@ -1,6 +1,6 @@
-"""What the compiler made of the Triton kernels for a GPU that need not be here, and what bounds them by arithmetic.
+"""The Triton kernels as compiled for a GPU, present or absent, and what bounds them by arithmetic.
 
-Nothing here is measured. Of every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
+Nothing here is measured. For every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
 its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas says of it, writes
 to shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts.
 """

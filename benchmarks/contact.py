@@ -148,7 +148,7 @@ class Contact:
     # --- before anything runs
 
     def missing(self) -> None:
-        """What this python lacks out of the wheelhouse; what is not there either is a fact."""
+        """Take what this Python lacks from the wheelhouse; record what is missing there too."""
         try:
             unpack_missing(self.options.wheels, self.work / "site")
         except (SystemExit, OSError) as error:
@@ -158,7 +158,7 @@ class Contact:
             self.facts.add("machine", "rehearsal", why="Triton's interpreter, tiny sizes: no time means anything")
 
     def guess(self) -> Any:
-        """The registry's entry for this GPU, from its name: nobody has asked the GPU itself yet."""
+        """The registry's entry for this GPU, from its name, without touching the GPU."""
         from mctune.backends.presence import Seen, here
         from mctune.core.target import resolve
 
@@ -169,7 +169,7 @@ class Contact:
         return target
 
     def same_target(self) -> None:
-        """The entry by the GPU's own words; kernels are the same on all of an architecture."""
+        """The entry by the properties that the GPU reports; kernels are the same for all GPUs of an architecture."""
         from mctune.backends.presence import Seen, here
 
         for fact in self.facts.of("properties")[-1:]:
@@ -191,7 +191,7 @@ class Contact:
             self.facts.add("machine", "not preloaded", error=repr(error))
 
     def again_if_touched(self) -> None:
-        """If something that is imported has touched the GPU after all, no child can use it: once more without."""
+        """If an import has touched the GPU after all, no child can use it: start again without that import."""
         lost = [fact for fact in self.facts.of("raised", step="device") if "forked subprocess" in fact["error"]]
         if lost and not self.options.bare:
             self.stop(self.compiling, "begun again")
@@ -326,7 +326,7 @@ class Contact:
     # --- the end
 
     def stop(self, running: list[Background], why: str) -> None:
-        """What still runs aside."""
+        """End what still runs in the background."""
         for one in running:
             one.stop(why)
         running.clear()

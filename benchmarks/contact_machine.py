@@ -1,4 +1,4 @@
-"""What `benchmarks/contact.py` notes of the machine, and the two rates that everything is set against."""
+"""What `benchmarks/contact.py` records about the machine, and the two rates that times are compared with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def machine(facts: Facts) -> None:
 
 
 def gpu_name(facts: Facts) -> str:
-    """As nvidia-smi told; empty where it did not."""
+    """A value as nvidia-smi reported it; empty where it did not."""
     return next((str(line["said"].get("name", "")) for line in facts.of("nvidia-smi")), "")
 
 

@@ -1,4 +1,4 @@
-"""What the facts of `benchmarks/contact.py` say, for a person, and its times as rows for `mctune calibrate`."""
+"""The facts of `benchmarks/contact.py` as a table for people, and its times as rows for `mctune calibrate`."""
 
 from __future__ import annotations
 

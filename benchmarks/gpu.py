@@ -1,4 +1,4 @@
-"""Memory Caching (arXiv:2602.24281) on a GPU beside what people use today: attention, linear attention, torch.compile.
+"""Memory Caching (arXiv:2602.24281) on a GPU beside attention, linear attention, torch.compile.
 
 GRM (Eq. 8-10), SSC (Eq. 16-17) and the recurrence alone by mctune's Triton kernels, against torch's causal attention,
 FlashAttention 3 where the machine has it, flash-linear-attention's chunked kernels (fla-core), log-linear attention as
@@ -44,7 +44,7 @@ from mctune.runtime.kernels.triton.tables import DEVICE
 WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
 """Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""
 SHARE = 0.6
-"""Of the time that is left, for compiling beforehand."""
+"""Share of the remaining time for compiling beforehand."""
 DECISIVE = 4
 """Shapes that come first, and are measured again with other kernels."""
 

@@ -112,7 +112,7 @@ class Kernels:
     """Whether cached states are kept in the dtype of the shape, as ``MemoryCache(state_dtype=...)`` does."""
 
     def config(self, shape: Shape) -> Config:
-        """Of the pass that takes longest."""
+        """The configuration of the pass that takes longest."""
         return self._launcher(shape.problem(self.aggregation))[1]
 
     def make(self, shape: Shape, data: Data) -> Call:

@@ -25,11 +25,11 @@ from mctune.verify.judge import tolerance
 CHECKED = 2048
 """Tokens of the first sequence that results are held to float32 on."""
 UNDECIDED = 1e-3
-"""Of ssc's tokens: two logits may be closer than rounding, and a right result may come from the other segment."""
+"""Share of ssc's tokens that may differ: where two logits are closer than rounding, the other segment is right too."""
 
 
 class Lost(Exception):
-    """A contender, by ``name``, after which nothing works in this process any more."""
+    """The contender ``name`` has left this process unusable."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` sets mctune against: torch's attention, FlashAttention 3, fla's kernels, torch.compile.
+"""What `benchmarks/gpu.py` compares mctune with: torch's attention, FlashAttention 3, fla's kernels, torch.compile.
 
 Each takes its tensors in the layout that it prefers, arranged beforehand: none is charged for a copy.
 """

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` says of its figures: tables, fractions of the bound, what was wanted of them, rows."""
+"""The report of `benchmarks/gpu.py`: tables, fractions of the bound, figures against their targets, rows."""
 
 from __future__ import annotations
 

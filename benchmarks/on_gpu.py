@@ -46,7 +46,7 @@ NEEDED = {
 """Modules, and the wheels that have them; "" for what is the machine's own."""
 STAGES = ("faults", "verify", "benchmark", "search", "paper", "report")
 SHARES = {"verify": 0.25, "benchmark": 0.3, "search": 0.3, "paper": 0.15}
-"""Of the time that is left, in proportion to the stages to come."""
+"""Shares of the remaining time, in proportion to the stages to come."""
 FAULTS_S, LATE_S = 150.0, 40.0
 """Most seconds for the faults, and that a stage may take beyond its share."""
 LEAST_S, SHIP_S, FINISH_S = 60.0, 30.0, 25.0

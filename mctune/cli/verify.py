@@ -29,7 +29,7 @@ def command(
 
     A grid of problems with odd sizes and fresh random inputs; memory that a kernel forgets to write holds NaN. With
     --gpu every template is held to it instead, in every dtype, with configurations drawn from all over its search
-    space: on that GPU, or, where it is not here, in Triton's interpreter, bfloat16 in float16. Exit code 1 if any
+    space: on that GPU, or, where it is absent, in Triton's interpreter, bfloat16 in float16. Exit code 1 if any
     result is wrong.
     """
     if target_name is not None:

@@ -36,7 +36,7 @@ from mctune.workers.evaluate import candidate, first_line
 from mctune.workers.worker import Handler, Stage, Worker, WorkerDied
 
 LIMIT_S, GRACE_S = 240.0, 20.0
-"""Of one candidate: compiling its kernels, and its cases. And what it may still take when the time is over."""
+"""Seconds for one candidate (compiling its kernels and running its cases), and how long it may overrun the end."""
 _INTERPRETER = "Triton's interpreter"
 _PASSES = ("forward", "backward", "decode")
 

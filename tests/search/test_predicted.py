@@ -1,4 +1,4 @@
-"""Candidates for a GPU that is not here: what the compiler refuses, what is wrong, what dies, and what is predicted."""
+"""Candidates for an absent GPU: refused by the compiler, wrong, crashed, and predicted."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ MEASURED = TritonBackend().measuring().space(PROBLEM)
 
 
 def default_of(problem: Problem) -> Config:
-    """Of the space where candidates are predicted."""
+    """The default of the space for predicted searches."""
     space = TritonBackend().space(problem)
     config = space.first_valid(lambda config: space.valid(config, problem, TARGET))
     assert config is not None

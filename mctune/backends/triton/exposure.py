@@ -34,7 +34,7 @@ class Wgmma:
 
 
 def wgmma_of(ptx: str) -> Wgmma:
-    """Of a kernel's PTX."""
+    """The products in a kernel's PTX."""
     left = _PRODUCT.findall(ptx)
     return Wgmma(
         products=len(left),

@@ -20,7 +20,7 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 
 WARPS = 4
-"""Of one group of warps, which multiplies by itself."""
+"""Warps of one warpgroup, which multiplies by itself."""
 FORMS = {
     "warps": "at most 4 warps, tiles cut down to what they hold",
     "stages": "num_stages=1: nothing is in flight",

@@ -40,7 +40,7 @@ PREFIXES = {
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 FAMILY = "matrix"
-"""Of the memories that the operations compute."""
+"""The memory family that the operations compute."""
 _COMMON = "common"
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""

@@ -23,7 +23,7 @@ from .tvm.loader import KernelError
 
 TABLE = load_table(ROOT)
 NAMESPACE = PACKAGE.replace(".", "_")
-"""Of this copy's operators in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
+"""This copy's namespace in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
 BACKENDS = ("auto", "eager", *_WITH_KERNELS)
 _TYPICAL = {"B": 1, "T": 4096, "H": 4, "segment_length": 256}
 """Stand for sizes that are not known while a graph is traced; a kernel serves any."""

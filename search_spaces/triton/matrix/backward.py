@@ -31,7 +31,7 @@ def _keeps_gates(config: Config, problem: Problem, target: Target) -> bool:
 
 
 def _rows(config: Config) -> int:
-    """Of a gates' gradient's tile."""
+    """Rows of a tile of the gates' gradient."""
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
 
 

@@ -83,13 +83,13 @@ class Walk:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Of one sequence."""
+        """The pieces of one sequence."""
         piece = self.config.integer("piece") if "piece" in self.config else self.problem.T
         return _pieces(self.problem, piece)
 
     @property
     def segments(self) -> int:
-        """Of one sequence."""
+        """The number of segments of one sequence."""
         return len(self.problem.spans())
 
     @property
@@ -377,7 +377,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "_logits_kernel": _decode_logits,
     "combine_kernel": _decode_combine,
 }
-"""The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""
+"""The loops of a kernel, by its name; a kernel that is not listed has loops of ``Parameters.unknown_trips`` passes."""
 
 UNCOUNTED = ("read_specialized_kernel",)
 """Kernels whose warps do different work: the model counts an instruction for all warps of a block."""
