@@ -48,7 +48,7 @@ class Steps:
 
     def shape(self, kind: str, T: int) -> Any:
         """As the contenders of `benchmarks/gpu.py` take it."""
-        from gpu_contenders import Shape
+        from mctune.measure.gpu.contenders import Shape
 
         sizes = self.sizes
         return Shape(kind, 1, T, sizes.H, sizes.D, sizes.C, sizes.dtype)
@@ -127,7 +127,7 @@ class Steps:
         if not names:
             return found
         try:
-            from gpu_contenders import Data, contenders
+            from mctune.measure.gpu.contenders import Data, contenders
 
             shape, same = self.shape(kind, T), Data(**vars(data))
             every = contenders(shape, self.kernels.target, None, self.kernels.folder)
@@ -172,7 +172,7 @@ class Steps:
 
     def decode(self, step: str) -> None:
         """A token after ``states`` segments, their states in float32 and in 16 bits, beside attention's."""
-        from gpu_contenders import Data, memory_after
+        from mctune.measure.gpu.contenders import Data, memory_after
 
         sizes = self.sizes
         T = sizes.states * sizes.C + 1

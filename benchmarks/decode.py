@@ -27,7 +27,6 @@ from forward import Goal
 
 from mctune.backends.tvm import TvmBackend
 from mctune.cli._output import say, text_table
-from mctune.cli.bench import document, write
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
@@ -35,6 +34,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import work
 from mctune.measure.bench import Rates, Result, threads
+from mctune.measure.documents import document, write
 from mctune.measure.timing import summary
 from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.api.step import memory_caching_step

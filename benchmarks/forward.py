@@ -23,7 +23,6 @@ import torch
 
 from mctune.backends.tvm import TvmBackend
 from mctune.cli._output import say, text_table
-from mctune.cli.bench import document, write
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
@@ -31,6 +30,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import work
 from mctune.measure.bench import Contender, Measurement, Result, compiled, eager, fraction_of_bound, measure, threads
+from mctune.measure.documents import document, write
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import Run, run_kernel
 from mctune.verify.package import load_package

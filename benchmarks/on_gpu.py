@@ -284,7 +284,7 @@ class Stages:
         share, out = self.run.share("benchmark"), self.run.out / "benchmark.json"
         tuned = ("--package", str(self.package)) if (self.package / "manifest.json").is_file() else ()
         small = ("--small", "--rounds", "3") if self.rehearse else ()
-        command = ("benchmarks/gpu.py", "--out", str(out), "--budget", f"{share:.0f}", *tuned, *small)
+        command = ("-m", "mctune.measure.gpu.run", "--out", str(out), "--budget", f"{share:.0f}", *tuned, *small)
         self.run.stage("benchmark", *command, limit_s=share + LATE_S)
 
     def search(self) -> None:

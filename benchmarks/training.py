@@ -20,7 +20,6 @@ from forward import DENSE, SPARSE, Goal, fitting, loop
 
 from mctune.backends.tvm import TvmBackend
 from mctune.cli._output import say, text_table
-from mctune.cli.bench import document, write
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
@@ -29,6 +28,7 @@ from mctune.core.target import Target, resolve
 from mctune.core.winner import Winner
 from mctune.emit import emit_package
 from mctune.measure.bench import Contender, Result, measure, threads
+from mctune.measure.documents import document, write
 from mctune.runtime.api.functional import memory_caching
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import Run

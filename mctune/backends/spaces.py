@@ -13,7 +13,7 @@ from mctune.core.space import SearchSpace
 
 @cache
 def load_space(backend: str, family: str, pass_: str, measured: bool = False) -> SearchSpace:
-    """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``, or ``MEASURED`` for measured searches."""
+    """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``measured``: its ``MEASURED``, if it has one."""
     package = f"mctune_spaces_{backend}_{family}"
     if package not in sys.modules:
         # Loaded as a package, so that its files can import each other.

@@ -13,7 +13,7 @@ import mctune.cli
 from mctune.core.errors import MctuneError
 
 INTERRUPTED = 130
-_ORDER = ("search", "emit", "verify", "warm", "bench", "report", "calibrate", "targets", "spaces", "doctor")
+_ORDER = ("search", "emit", "verify", "warm", "bench", "explain", "report", "calibrate", "targets", "spaces", "doctor")
 
 
 class _Commands(click.Group):

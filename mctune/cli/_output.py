@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
+from mctune.core.remark import say as say
+from mctune.report.markdown import text_table as text_table
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
-
-
-def say(text: str) -> None:
-    """A remark for a person, on stderr."""
-    click.echo(text, err=True)
 
 
 def print_json(data: Any) -> None:
     """``data`` on stdout."""
     click.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-def text_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Aligned columns, plain text, no trailing spaces."""
-    cells = [list(header), *(list(line) for line in lines)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(rows)
 
 
 def number(value: float | int | None) -> str:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mctune.cli._output import json_option, print_json, say, text_table
-
-if TYPE_CHECKING:
-    from mctune.core.target import Target
-    from mctune.measure.bench import Result
+from mctune.core.errors import UsageError
 
 _HEADER = ("problem", "backend", "ms (20% to 80%)", "best baseline", "speedup", "of the bound")
 
@@ -22,16 +17,37 @@ _HEADER = ("problem", "backend", "ms (20% to 80%)", "best baseline", "speedup", 
 @click.argument("package", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Repeats of each function.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the JSON here too.")
+@click.option("--gpu", "on_gpu", is_flag=True, help="Without PACKAGE: the GPU of this machine instead of its CPU.")
+@click.option("--budget", type=click.FloatRange(min=0), metavar="SECONDS", help="On a GPU: begin no shape after that.")
+@click.option("--small", is_flag=True, help="On a GPU: tiny shapes, a rehearsal whose times mean nothing.")
 @json_option
-def command(package: Path | None, rounds: int, out: Path | None, as_json: bool) -> None:
+def command(
+    package: Path | None,
+    rounds: int,
+    out: Path | None,
+    on_gpu: bool,
+    budget: float | None,
+    small: bool,
+    as_json: bool,
+) -> None:
     """Time every kernel of PACKAGE side by side with mctune's eager path and torch.compile of that.
 
     One process, rotated order, cold caches, after a check against the float64 oracle; beside them torch's own matrix
     product and a copy, whose rates give the bound. Without PACKAGE, the eager path against torch.compile of it, over
     the quick workload. `mctune report` reads the JSON.
-    """
-    from mctune.measure.bench import bench_defaults, bench_package
 
+    A package of GPU kernels is set against what people use there: torch's attention, FlashAttention 3,
+    flash-linear-attention and torch.compile, shape by shape, those that decide first. FILE (build/gpu/benchmark.json
+    unless given) is then written as rows come, and the same command goes on where an earlier one ended.
+    """
+    from mctune.measure.bench import bench_defaults, bench_package, target_of
+    from mctune.measure.documents import document, write
+
+    if on_gpu or (package is not None and not target_of(package).on_cpu):
+        _on_gpu(package, rounds, out, budget, small, as_json)
+        return
+    if budget is not None or small:
+        raise UsageError("--budget and --small are for a package of GPU kernels, or with --gpu")
     if package is None:
         target, results = bench_defaults(rounds=rounds, note=say)
     else:
@@ -48,37 +64,23 @@ def command(package: Path | None, rounds: int, out: Path | None, as_json: bool) 
         f"{measured['threads']} threads")  # fmt: skip
 
 
-def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
-    """What `mctune report` reads: rows and their environment; the rates that go with each row stand beside them."""
-    from mctune.core.environment import versions
-    from mctune.measure.bench import described
-    from mctune.report.rows import Row
+def _on_gpu(
+    package: Path | None, rounds: int, out: Path | None, budget: float | None, small: bool, as_json: bool
+) -> None:
+    """The comparison on this machine's GPU, in processes of its own."""
+    from mctune.measure.gpu.run import main
 
-    made_with = versions()
-    rows = [
-        Row.of(
-            target.name,
-            result.problem,
-            result.backend,
-            result.config,
-            result.timed,
-            baselines={name: timed.ms for name, timed in result.baselines.items()},
-            fraction_of_bound=result.fraction_of_bound,
-            versions=made_with,
-        )
-        for result in results
-    ]
-    return {
-        "rows": [row.to_dict() for row in rows],
-        "rates": [result.rates.to_dict() for result in results],
-        "environment": described(target, [result.rates for result in results]),
-    }
-
-
-def write(path: Path, data: dict[str, Any]) -> None:
-    """``data`` as JSON in ``path``, whose folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        raise UsageError("--json with a GPU: the rows are in the file of --out, which is JSON")
+    main(
+        [
+            *("--rounds", str(rounds)),
+            *(("--out", str(out)) if out is not None else ()),
+            *(("--package", str(package)) if package is not None else ()),
+            *(("--budget", str(budget)) if budget is not None else ()),
+            *(("--small",) if small else ()),
+        ]
+    )
 
 
 def _line(values: dict[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from mctune.backends.spaces import load_space
 from mctune.cli._output import json_option, print_json, text_table
 from mctune.core.errors import UsageError
 from mctune.core.paths import search_spaces_dir
+from mctune.core.problem import FAMILIES
 from mctune.core.space import SearchSpace
 from mctune.core.workload import Workload, load_workload, workload_names
 
@@ -18,9 +19,11 @@ from mctune.core.workload import Workload, load_workload, workload_names
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the search spaces and workloads, or show NAME (a space as backend/family/pass, or a workload) in full."""
+    """List the search spaces and workloads, or show NAME (a space, as backend/pass, or a workload) in full."""
     spaces, workloads = _spaces(), {known: load_workload(known) for known in workload_names()}
     if name is not None:
+        if name.count("/") == 1:
+            name = name.replace("/", f"/{FAMILIES[0]}/")
         if name not in spaces and name not in workloads:
             raise UsageError(f"no search space or workload {name!r}; known: {', '.join([*spaces, *workloads])}")
         spaces = {known: space for known, space in spaces.items() if known == name}

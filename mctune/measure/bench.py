@@ -16,7 +16,7 @@ import torch
 
 from mctune.core.config import Config
 from mctune.core.environment import environment
-from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
@@ -135,20 +135,22 @@ def measure(contenders: Sequence[Contender], *, rounds: int, seed: int = 0, note
     return Measurement(times, Rates(sgemm, 2 * COPY_BYTES / copy))
 
 
+def target_of(path: Path) -> Target:
+    """What a package was tuned for.
+
+    Raises:
+        UsageError: if there is no package at ``path``.
+    """
+    return resolve(load_package(path).runtime.kernels.dispatch.TABLE.target or "")[0]
+
+
 def bench_package(path: Path, *, rounds: int, note: Note) -> tuple[Target, list[Result]]:
     """Time every kernel of an emitted package against the eager path and torch.compile of it.
 
     Raises:
         UsageError: if there is no package at ``path``.
-        DeviceError: if it is for a device that is not this CPU.
     """
-    package = load_package(path)
-    target, _ = resolve(package.runtime.kernels.dispatch.TABLE.target)
-    if not target.on_cpu:
-        raise DeviceError(
-            f"{path} holds kernels for {target.name} ({target.title}); this times the CPU it runs on, and "
-            f"`python benchmarks/gpu.py --package {path}` a GPU"
-        )
+    package, target = load_package(path), target_of(path)
     entries = read_entries(path)
     results = []
     with threads(target.cores):

@@ -40,6 +40,11 @@ class Aggregation:
         """What a kernel of a matrix memory computes: equal for two aggregations that one kernel serves."""
         return self.routed, self.sparse, self.averages
 
+    @property
+    def weights(self) -> str:
+        """Of the cached states: ``even`` (all have one), ``dense`` (a gate each), ``sparse`` (a gate for few)."""
+        return "sparse" if self.sparse else "dense" if self.routed else "even"
+
 
 @dataclass(frozen=True)
 class Recurrence:

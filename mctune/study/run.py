@@ -45,7 +45,7 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     interrupted = False
     # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
     deciding = 0.0
-    with Workers(request) as workers:
+    with _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
             study, begun, share = prepared[turn], time.monotonic(), None
@@ -98,7 +98,7 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     portable_arch = PORTABLE_ARCH if runs_here else None
     shipped: dict[int, _Shipped] = {}
     failures: list[str] = []
-    with Workers(request) as workers:
+    with _workers(request) as workers:
         pool = ThreadPoolExecutor(workers.count)
         futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
         for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
@@ -177,6 +177,11 @@ def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
         "portable_error": portable_error[0] if portable_error else None,
         "cases": reply["cases"],
     }
+
+
+def _workers(request: SearchRequest) -> Workers:
+    folder = request.out / "search" / "kernels"
+    return Workers(request.target, folder, seed=request.seed, measure=request.measure)
 
 
 def _studies(request: SearchRequest) -> list[OneStudy]:

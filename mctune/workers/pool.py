@@ -10,12 +10,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mctune.backends import backend_for
 from mctune.core.host import usable_cores
 from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
-from mctune.study.events import SearchRequest
+from mctune.core.target import Target
 from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
@@ -26,24 +27,24 @@ _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predict
 
 
 class Workers:
-    """Workers of a request, started when they are first needed.
+    """Workers for a target, started when they are first needed; kernels are built in ``folder``.
 
     A kernel that is timed must have its device to itself, so one process does the timing. Where that device is a GPU,
     other processes, one on each remaining core, compile and judge the next candidates. For an absent GPU there are only
     those, and one more to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
-    def __init__(self, request: SearchRequest) -> None:
-        folder = (request.out / "search" / "kernels").resolve()
+    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:
+        folder = folder.resolve()
         setup = {
-            "backend": backend_for(request.target),
-            "target": request.target.name,
+            "backend": backend_for(target),
+            "target": target.name,
             "folder": str(folder),
-            "seed": request.seed,
+            "seed": seed,
             "threads": usable_cores(),
         }
-        on_cpu, measure = request.target.on_cpu, request.measure
-        # Several commands may share one Triton cache.
+        on_cpu = target.on_cpu
+        # Several commands may share one.
         cache = (
             {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
         )

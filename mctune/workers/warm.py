@@ -85,7 +85,7 @@ def variants(problem: Problem) -> Iterator[tuple[Problem, bool, str]]:
         return
     C = problem.segment_length or 1
     room = [-(-problem.T // C)]
-    if problem.aggregation == "ssc":
+    if problem.reads.sparse:
         room += [1 << bit for bit in range(4, (room[0] - 1).bit_length())]
     for count, even, state_dtype in product(room, (True, False), ("float32", "bfloat16", "float16")):
         yield problem.replace(T=count * C, B=max(problem.B, 2)), even, state_dtype

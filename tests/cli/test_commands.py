@@ -49,10 +49,10 @@ def test_the_cpu_target_names_its_lanes(run: Callable[..., object]) -> None:
 def test_spaces(run: Callable[..., object]) -> None:
     text, data = run("spaces").out, json.loads(run("spaces", "--json").out)
     assert [space["name"] for space in data["spaces"]] == [
-        f"{backend}/{pass_}" for backend in ("triton", "tvm") for pass_ in sorted(PASSES)
+        f"{backend}/matrix/{pass_}" for backend in ("triton", "tvm") for pass_ in sorted(PASSES)
     ]
     assert tuple(workload["name"] for workload in data["workloads"]) == workload_names()
-    assert "tvm/forward" in text and "quick" in text
+    assert "tvm/matrix/forward" in text and "quick" in text
 
 
 def test_one_space_in_full(run: Callable[..., object]) -> None:
@@ -73,7 +73,7 @@ def test_one_workload_in_full(run: Callable[..., object]) -> None:
 
 def test_an_unknown_space(run: Callable[..., object]) -> None:
     ran = run("spaces", "tvm/backwards")
-    assert ran.code == 2 and "tvm/forward" in ran.err
+    assert ran.code == 2 and "tvm/matrix/forward" in ran.err
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.study.events import SearchRequest
+from mctune.study.run import _workers
 from mctune.verify.spread import walk
 from mctune.workers import pool as module
 from mctune.workers.pool import Workers
@@ -37,7 +38,7 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
-    with Workers(request) as running:
+    with _workers(request) as running:
         yield running
 
 
@@ -130,9 +131,9 @@ def test_triton_keeps_what_it_compiles_where_it_is_told(tmp_path: Path, monkeypa
     request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     own = str((tmp_path / "search" / "triton").resolve())
-    assert {worker._env["TRITON_CACHE_DIR"] for worker in Workers(request)._compilers} == {own}
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in _workers(request)._compilers} == {own}
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    assert {worker._env["TRITON_CACHE_DIR"] for worker in Workers(request)._compilers} == {"/elsewhere"}
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in _workers(request)._compilers} == {"/elsewhere"}
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,14 @@ def lists(config: Config, problem: Problem, target: Target) -> bool:
     places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
     segments = -(-problem.T // (problem.segment_length or problem.T))
     kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
-    return problem.aggregation != "ssc" or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
+    return not problem.reads.sparse or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
 def state_and_keys(config: Config, problem: Problem, target: Target) -> bool:
     """Where products are in flight, linear memories of 16 bits add up keys by products with 64 rows of ones."""
     keys = min(config.integer("states_BK"), power(problem.Dk))
     values = min(config.integer("states_BV"), power(problem.Dv))
-    products = target.products_in_flight and problem.recurrence == "linear" and problem.dtype != "float32"
+    products = target.products_in_flight and not problem.writes.gated and problem.dtype != "float32"
     ones = 64 if products else 0
     threads = 32 * config.integer("states_num_warps")
     return keys * values <= 128 * threads and keys * (values + ones) <= 160 * threads

@@ -45,7 +45,7 @@ def _rows_in_registers(config: Config, problem: Problem, target: Target) -> bool
     if problem.dtype == "float32" or target.kind != "cuda" or target.products_in_flight:
         return True
     tile, step = _both(config, problem), config.integer("dkv_BJ") * config.integer("dkv_BT")
-    scores = (4 if problem.recurrence == "swla" else 2) * step
+    scores = (4 if problem.writes.gated else 2) * step
     return tile <= 16384 and tile + scores <= 192 * 32 * config.integer("dkv_num_warps")
 
 
@@ -265,7 +265,7 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "formulation",
-            lambda c, p, t: c["formulation"] == "per_segment" or p.aggregation == "ssc",
+            lambda c, p, t: c["formulation"] == "per_segment" or p.reads.sparse,
             "only ssc chooses pairs of tokens and segments",
         ),
         unused("dgroup", _WIDE, _GROUP, lambda c, p: c["formulation"] == "grouped"),

@@ -61,12 +61,12 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "decode_NEAR",
-            lambda c, p, t: p.aggregation == "ssc" or c["decode_NEAR"] == _WIDE["decode_NEAR"],
+            lambda c, p, t: p.reads.sparse or c["decode_NEAR"] == _WIDE["decode_NEAR"],
             "only ssc compares all logits",
         ),
         Constraint(
             "decode_TOKENS",
-            lambda c, p, t: p.aggregation != "ssc" or c["decode_SPLITS"] != 1 or c["decode_TOKENS"] == 1,
+            lambda c, p, t: not p.reads.sparse or c["decode_SPLITS"] != 1 or c["decode_TOKENS"] == 1,
             "under ssc tokens choose different states: a program alone takes one token",
         ),
         Constraint(

@@ -8,13 +8,11 @@ from mctune.core.target import Target
 from ._rules import MANY, lists, longest, operands, power, state_and_keys, unused
 
 FORMULATIONS = {
-    "residual": ("summed",),
-    "mean": ("summed",),
-    "grm": ("per_segment", "gated", "scaled"),
-    "soup": ("per_segment", "gated", "scaled"),
-    "ssc": ("per_segment", "gated", "scaled", "grouped"),
+    "even": ("summed",),
+    "dense": ("per_segment", "gated", "scaled"),
+    "sparse": ("per_segment", "gated", "scaled", "grouped"),
 }
-"""How each aggregation's cached read may be computed; the template says what each one is."""
+"""How the cached read may be computed, by the weights that it has; the template says what each one is."""
 
 
 _WIDE = Config.of(
@@ -138,12 +136,12 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "formulation",
-            lambda c, p, t: c["formulation"] in FORMULATIONS[p.aggregation],
+            lambda c, p, t: c["formulation"] in FORMULATIONS[p.reads.weights],
             "the aggregation has no such formulation",
         ),
         Constraint(
             "gates",
-            lambda c, p, t: c["gates"] == "precomputed" or p.aggregation in ("grm", "soup"),
+            lambda c, p, t: c["gates"] == "precomputed" or p.reads.weights == "dense",
             "the aggregation's gates cannot be fused",
         ),
         Constraint(
@@ -212,8 +210,8 @@ SPACE = SearchSpace(
 
 def _specialized(config: Config, problem: Problem, target: Target) -> bool:
     fits = problem.Dk == problem.Dv == 128 and problem.dtype != "float32" and target.arch == "sm_90"
-    gated = problem.aggregation in ("grm", "soup") and config["gates"] == "precomputed"
-    return config["formulation"] != "specialized" or (fits and gated and problem.recurrence == "linear")
+    gated = problem.reads.weights == "dense" and config["gates"] == "precomputed"
+    return config["formulation"] != "specialized" or (fits and gated and not problem.writes.gated)
 
 
 def _ring(config: Config, problem: Problem, target: Target) -> bool:

@@ -6,13 +6,11 @@ from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
 FORMULATIONS = {
-    "residual": ("summed",),
-    "mean": ("summed",),
-    "grm": ("per_segment",),
-    "soup": ("per_segment",),
-    "ssc": ("per_segment", "gather"),
+    "even": ("summed",),
+    "dense": ("per_segment",),
+    "sparse": ("per_segment", "gather"),
 }
-"""How each aggregation's cached states may be used; the templates say what each one is."""
+"""How the cached states may be used, by the weights of the read; the templates say what each one is."""
 
 
 def _width(value: int) -> int:
@@ -89,7 +87,7 @@ SPACE = SearchSpace(
     constraints=(
         Constraint(
             "formulation",
-            lambda c, p, t: c["formulation"] in FORMULATIONS[p.aggregation],
+            lambda c, p, t: c["formulation"] in FORMULATIONS[p.reads.weights],
             "the aggregation has no such formulation",
         ),
         Constraint(

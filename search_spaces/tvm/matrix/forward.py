@@ -6,13 +6,11 @@ from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
 FORMULATIONS = {
-    "residual": ("summed", "per_segment"),
-    "mean": ("summed", "per_segment"),
-    "grm": ("per_segment", "gated"),
-    "soup": ("per_segment", "gated"),
-    "ssc": ("per_segment", "gated", "gather"),
+    "even": ("summed", "per_segment"),
+    "dense": ("per_segment", "gated"),
+    "sparse": ("per_segment", "gated", "gather"),
 }
-"""How each aggregation's cached read may be computed; the template says what each one is."""
+"""How the cached read may be computed, by the weights that it has; the template says what each one is."""
 
 
 def _width(value: int) -> int:
@@ -68,7 +66,7 @@ SPACE = SearchSpace(
     constraints=(
         Constraint(
             "formulation",
-            lambda c, p, t: c["formulation"] in FORMULATIONS[p.aggregation],
+            lambda c, p, t: c["formulation"] in FORMULATIONS[p.reads.weights],
             "the aggregation has no such formulation",
         ),
         Constraint("panel", lambda c, p, t: c["formulation"] == "gated" or c["panel"] == 1, "only gated has panels"),

@@ -21,7 +21,7 @@ from mctune.core.target import resolve
 from mctune.report.rows import read_csv
 from mctune.report.write import read_document, write_results
 
-BENCHMARKS = Path(__file__).parent.parent.parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent.parent.parent
 TARGET, _ = resolve("h200")
 
 
@@ -54,7 +54,7 @@ def test_what_is_right_is_timed_and_what_is_not_is_left_out(
     grm = times["mctune grm, defaults"]
     assert grm.timed.ms > 0 and grm.host_ms > 0 and 0 < grm.timed.error < 2e-3 and grm.config
     reached = gpu.Rates(1e12, 1e11)
-    fraction = sys.modules["gpu_report"].fraction
+    fraction = sys.modules["mctune.measure.gpu.goals"].fraction
     assert fraction(tiny(gpu, kind), grm, reached) > 0
     assert fraction(tiny(gpu, kind), times["sdpa, flash"], reached) is None
     if kind == "decode":
@@ -67,7 +67,11 @@ def test_what_is_right_is_timed_and_what_is_not_is_left_out(
 
 
 def test_what_the_contenders_are_given(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, other, shape = sys.modules["gpu_contenders"], sys.modules["gpu_others"], tiny(gpu, "forward")
+    module, other, shape = (
+        sys.modules["mctune.measure.gpu.contenders"],
+        sys.modules["mctune.measure.gpu.others"],
+        tiny(gpu, "forward"),
+    )
     data, given = module.Data.of(shape), dict[str, Any]()
 
     def log_linear(q: Any, k: Any, v: Any, g: Any, scales: Any, scale: None) -> Any:
@@ -111,7 +115,7 @@ class Planted:
         return self.gpu.Contender(name, "grm" if late or "grm" in name else "", self.make(name), late=late)
 
     def make(self, name: str) -> Any:
-        ours = sys.modules["gpu_contenders"].eager
+        ours = sys.modules["mctune.measure.gpu.contenders"].eager
 
         def make(shape: Any, data: Any) -> Any:
             call = ours(shape, data, "grm")
@@ -196,7 +200,7 @@ def test_what_has_no_room_beside_the_others_is_left_out(
     assert gpu.run(options_of(out)) == 0 and names_in(gpu, out) == ["mctune grm", "sdpa"]
     assert "fla left out: RuntimeError: CUDA out of memory. Tried ... the last line" in capsys.readouterr().err
     # Nor does a shape that has none at all end it.
-    monkeypatch.setattr(sys.modules["gpu_measure"], "clock_and_heat", lambda _: [][1])
+    monkeypatch.setattr(sys.modules["mctune.measure.gpu.timings"], "clock_and_heat", lambda _: [][1])
     (tmp_path / "benchmark.jsonl").unlink()
     assert gpu.run(options_of(out)) == 0 and names_in(gpu, out) == []
     assert "everything at forward" in capsys.readouterr().out
@@ -215,20 +219,19 @@ def test_what_has_no_room_beside_the_others_is_left_out(
 def test_what_ends_the_process_is_recorded_and_the_others_go_on(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, bad: list[str], status: int
 ) -> None:
-    supervise = sys.modules["gpu_supervise"]
+    supervise = sys.modules["mctune.measure.gpu.supervise"]
     script, out = tmp_path / "script.py", tmp_path / "benchmark.json"
     script.write_text(
-        f"import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from gpu_shapes import Shape; from gpu_record import Record, Trying\n"
+        f"import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mctune.measure.gpu.shapes import Shape; from mctune.measure.gpu.record import Record, Trying\n"
         f"out = Path({str(out)!r}); trying = Trying(out.with_suffix('.trying'))\n"
         "shape = Shape('forward', 1, 41, 1, 16, 16, 'float16')\n"
         "record = Record.read(out.with_suffix('.jsonl'), {'package': None}, [])\n"
         "assert '--inside' in sys.argv and float(sys.argv[-1]) <= 99 and bool(record.bad) == ('--again' in sys.argv)\n"
         f"trying.begin(shape, 'planted')\nif not record.bad:\n    {inside}\ntrying.end()\n"
     )
-    monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.setattr(supervise, "HANG_S", 0.3)
-    assert supervise.supervise(script, 99.0, out, {"package": None}, True) == status
+    assert supervise.supervise([sys.executable, str(script)], 99.0, out, {"package": None}, True) == status
     found = gpu.Record.read(out.with_suffix(".jsonl"), {"package": None}, [])
     assert list(found.bad.values()) == bad and (not bad or next(iter(found.bad))[1] == "planted")
     assert not out.with_suffix(".trying").exists()
@@ -244,9 +247,10 @@ def test_ctrl_c_twice_is_once(gpu: ModuleType, tmp_path: Path) -> None:
     code = (
         # Whoever runs the tests in the background has it ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"import sys; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_supervise as s\n"
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import mctune.measure.gpu.supervise as s\n"
         f"out = Path({str(tmp_path / 'benchmark.json')!r})\n"
-        f"sys.exit(s.supervise(Path({str(script)!r}), 99.0, out, {{}}, True))"
+        f"sys.exit(s.supervise([sys.executable, {str(script)!r}], 99.0, out, {{}}, True))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
@@ -265,7 +269,7 @@ def test_ctrl_c_twice_is_once(gpu: ModuleType, tmp_path: Path) -> None:
 def test_compiling_beforehand(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = sys.modules["gpu_warm"]
+    module = sys.modules["mctune.measure.gpu.warm"]
     script = tmp_path / "script.py"
     script.write_text(
         "import json, os, sys, time\nshape, name, part, parts = json.loads(sys.argv[2])\n"

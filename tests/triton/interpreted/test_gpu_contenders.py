@@ -30,7 +30,7 @@ def tiny(gpu: ModuleType, kind: str) -> Any:
 
 
 def timing(name: str, computes: str, ms: float) -> Any:
-    return sys.modules["gpu_report"].Timing(name, computes, Timed(ms, ms, ms, 9, 0.0), 0.1, {})
+    return sys.modules["mctune.measure.gpu.goals"].Timing(name, computes, Timed(ms, ms, ms, 9, 0.0), 0.1, {})
 
 
 # --- the recurrence alone
@@ -52,7 +52,7 @@ def test_base_is_residual_in_segments_that_a_piece_holds_whole(gpu: ModuleType, 
 def test_base_is_plain_linear_attention_and_computes_its_states_once(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, shape = sys.modules["gpu_contenders"], tiny(gpu, "training")
+    module, shape = sys.modules["mctune.measure.gpu.contenders"], tiny(gpu, "training")
     data = module.Data.of(shape)
     # Several segments, so that there are states to compute again.
     assert shape.problem("base").segment_length < shape.T
@@ -66,8 +66,8 @@ def test_base_is_plain_linear_attention_and_computes_its_states_once(
     assert shape.meaning("base").segment_length == shape.T
     held = module.eager(shape, data, "base")()
     for name, x in {"y": y.detach(), **wanted}.items():
-        assert sys.modules["gpu_measure"].error_ratio(found[name].double(), x) < 2e-3, name
-        assert sys.modules["gpu_measure"].error_ratio(held[name].double(), x) < 1e-6, name
+        assert sys.modules["mctune.measure.gpu.timings"].error_ratio(found[name].double(), x) < 2e-3, name
+        assert sys.modules["mctune.measure.gpu.timings"].error_ratio(held[name].double(), x) < 1e-6, name
 
 
 def test_the_bound_of_base_is_that_of_the_recurrence_without_a_cache(gpu: ModuleType) -> None:
@@ -75,7 +75,7 @@ def test_the_bound_of_base_is_that_of_the_recurrence_without_a_cache(gpu: Module
     alone = shape.problem("base").replace(segment_length=shape.T)
     shortest = sum(bound(work(alone.replace(pass_=p)), 8e14, 4e12) for p in ("forward", "backward"))
     fractions = [
-        sys.modules["gpu_report"].fraction(shape, timing(name, "base", 2.0), reached)
+        sys.modules["mctune.measure.gpu.goals"].fraction(shape, timing(name, "base", 2.0), reached)
         for name in ("mctune base, defaults", "fla chunk_linear_attn")
     ]
     assert fractions == [pytest.approx(shortest * 1e3 / 2.0)] * 2
@@ -89,7 +89,7 @@ def test_rows_of_another_base_are_not_mixed_with_this_one(
     path, shape, own = tmp_path / "rows.jsonl", gpu.Shape("training", 1, 16384, 16, 128, 256), gpu.identity(None)
     assert "residual" in own["computes"]["base"][0] and " C256 " in own["computes"]["base"][0]
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["gpu_shapes"], "BASE_SEGMENT", 1024)
+        patch.setattr(sys.modules["mctune.measure.gpu.shapes"], "BASE_SEGMENT", 1024)
         other = gpu.identity(None)
     assert other != own
     gpu.Record(path, other).add(shape, [timing("mctune base", "base", 1.0)])
@@ -120,7 +120,7 @@ def names(gpu: ModuleType, kind: str, folder: Path) -> list[str]:
 
 
 def test_a_decoded_token_has_every_form_of_torch_s_attention(gpu: ModuleType, tmp_path: Path) -> None:
-    module, shape = sys.modules["gpu_contenders"], tiny(gpu, "decode")
+    module, shape = sys.modules["mctune.measure.gpu.contenders"], tiny(gpu, "decode")
     data, made = module.Data.of(shape), {}
     for one in gpu.contenders(shape, TARGET, None, tmp_path):
         if one.name.startswith(module.TORCH_ATTENTION):
@@ -155,7 +155,7 @@ def fa3(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_flash_attention_3_joins_where_the_machine_has_it(
     gpu: ModuleType, tmp_path: Path, fa3: ModuleType, tuples: bool
 ) -> None:
-    module, attend = sys.modules["gpu_contenders"], fa3.flash_attn_func
+    module, attend = sys.modules["mctune.measure.gpu.contenders"], fa3.flash_attn_func
     if tuples:
         for name in ("flash_attn_func", "flash_attn_with_kvcache"):
             setattr(fa3, name, lambda *args, **options: (attend(*args, **options), None))
@@ -205,8 +205,8 @@ def fails(at: str, ours: Callable[..., Any]) -> dict[str, Any]:
 def test_one_that_fails_loses_no_other(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: str
 ) -> None:
-    measure, shape = sys.modules["gpu_measure"], tiny(gpu, "forward")
-    calls, eager = list[str](), sys.modules["gpu_contenders"].eager
+    measure, shape = sys.modules["mctune.measure.gpu.timings"], tiny(gpu, "forward")
+    calls, eager = list[str](), sys.modules["mctune.measure.gpu.contenders"].eager
     monkeypatch.setattr(measure, "eager", lambda *args: calls.append(args[2]) or eager(*args))
     good = gpu.Contender("good", "grm", lambda shape, data: eager(shape, data, "grm"))
     bad = replace(good, name="bad", **fails(at, good.make))
@@ -248,7 +248,7 @@ def test_goals_are_of_the_figures(gpu: ModuleType) -> None:
     ]  # fmt: skip
     (part,) = (goal for goal in judged if "of the bound" in goal.name)
     assert part.wanted == 0.6 and part.figure == pytest.approx(
-        sys.modules["gpu_report"].fraction(shape("forward", 16384), found[shape("forward", 16384)][0],
+        sys.modules["mctune.measure.gpu.goals"].fraction(shape("forward", 16384), found[shape("forward", 16384)][0],
                                            gpu.Rates(8e14, 4e12))
     )  # fmt: skip
     said = [str(goal) for goal in judged]
@@ -259,7 +259,7 @@ def test_goals_are_of_the_figures(gpu: ModuleType) -> None:
 
 
 def test_tables_say_what_base_is(gpu: ModuleType) -> None:
-    report, shape = sys.modules["gpu_report"], gpu.Shape("training", 1, 16384, 16, 128, 256)
+    report, shape = sys.modules["mctune.measure.gpu.goals"], gpu.Shape("training", 1, 16384, 16, 128, 256)
     reached = gpu.Rates(8e14, 4e12)
     assert report.base(256) in gpu.table(shape, [timing("mctune base", "base", 1.0)], reached)
     assert "base:" not in gpu.table(shape, [timing("mctune grm", "grm", 1.0)], reached)

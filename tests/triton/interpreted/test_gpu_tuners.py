@@ -40,7 +40,7 @@ def tuned(kernel: Kernel, number: int) -> Any:
 def tuners(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     # What the module sets is set back.
     monkeypatch.setattr(Autotuner, "do_bench", Autotuner.__dict__["do_bench"])
-    return sys.modules["gpu_tuners"]
+    return sys.modules["mctune.measure.gpu.tuners"]
 
 
 def test_the_parts_are_all_of_them_and_each_is_compiled_once(tuners: ModuleType) -> None:
@@ -83,7 +83,7 @@ def test_the_process_that_times_tries_all_of_them_briefly(tuners: ModuleType, mo
 def test_they_are_compiled_by_several_processes(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warm, training = sys.modules["gpu_warm"], gpu.Shape("training", 1, 16384, 16, 128, 256)
+    warm, training = sys.modules["mctune.measure.gpu.warm"], gpu.Shape("training", 1, 16384, 16, 128, 256)
     forward = replace(training, kind="forward")
     every = {one.name: one for one in gpu.contenders(training, gpu.this_target(), None, tmp_path) if not one.built}
     assert {name for name, one in every.items() if one.tunes} == {"fla chunk_linear_attn", "fla chunk_simple_gla"}

@@ -1,4 +1,4 @@
-"""Looks after the process in which `benchmarks/gpu.py` measures: what ends it or holds it up is left out of the next.
+"""Looks after the process in which `mctune bench` measures: what ends it or holds it up is left out of the next.
 
 After an illegal access a CUDA context is of no more use, and a crash or an endless kernel says nothing: whatever was
 being tried is recorded, and another process goes on.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_record import ALL, Identity, Record, Trying
-
-from mctune.cli._output import say
+from mctune.core.remark import say
+from mctune.measure.gpu.record import ALL, Identity, Record, Trying
 
 AGAIN = 75
 """Exit status of a process that has recorded a fault and cannot go on."""
@@ -24,11 +23,11 @@ HANG_S = 150.0
 _POLL_S, _PATIENCE_S = 0.2, 25.0
 
 
-def supervise(script: Path, budget: float | None, out: Path, made_by: Identity, small: bool) -> int:
-    """Have everything measured; the exit status of the last process."""
+def supervise(command: Sequence[str], budget: float | None, out: Path, made_by: Identity, small: bool) -> int:
+    """Have everything measured by processes of ``command``; the exit status of the last one."""
     deadline = None if budget is None else time.monotonic() + budget
     trying, record = Trying(out.with_suffix(".trying")), Record(out.with_suffix(".jsonl"), made_by)
-    arguments = [sys.executable, str(script), *sys.argv[1:], "--inside"]
+    arguments = [*command, "--inside"]
     while True:
         trying.end()
         left = [] if deadline is None else ["--budget", f"{max(deadline - time.monotonic(), 0.0):.0f}"]

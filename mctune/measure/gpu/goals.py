@@ -1,4 +1,4 @@
-"""The report of `benchmarks/gpu.py`: tables, fractions of the bound, figures against their targets, rows."""
+"""What `mctune bench` says of its figures: tables, fractions of the bound, what was wanted of them, rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gpu_contenders import NARROW, TORCH_ATTENTION
-from gpu_others import DISTRIBUTIONS
-from gpu_shapes import BASE_SEGMENT, Shape
-
 from mctune.core.config import Config
 from mctune.core.environment import environment, version
 from mctune.core.outcome import Timed
 from mctune.core.target import Target
 from mctune.core.work import bound, work
+from mctune.measure.gpu.contenders import NARROW, TORCH_ATTENTION
+from mctune.measure.gpu.others import DISTRIBUTIONS
+from mctune.measure.gpu.shapes import BASE_SEGMENT, Shape
 from mctune.report.rows import Row
 
 HEADS = 16

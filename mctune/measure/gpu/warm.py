@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` compares is compiled beforehand, side by side: each contender is run once in a process."""
+"""What `mctune bench` compares is compiled beforehand, side by side: each contender is run once in a process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gpu_contenders import Contender, contenders
-from gpu_record import this_target
-from gpu_shapes import Data, Shape
-from gpu_tuners import compile_part
-
-from mctune.cli._output import say
 from mctune.core.host import usable_cores
+from mctune.core.remark import say
+from mctune.measure.gpu.contenders import Contender, contenders
+from mctune.measure.gpu.record import this_target
+from mctune.measure.gpu.shapes import Data, Shape
+from mctune.measure.gpu.tuners import compile_part
 
-_MAIN = Path(__file__).with_name("gpu.py")
 _CHECKED, _REHEARSED_S = 2048, 20.0
 _PARTS = 8
 """Most processes among which the configurations of one contender's kernels are divided."""
@@ -81,7 +79,7 @@ def warm(
         try:
             if left <= 0:
                 raise subprocess.TimeoutExpired(arguments, limit_s)
-            command = [sys.executable, str(_MAIN), *arguments]
+            command = [sys.executable, "-m", "mctune.measure.gpu.run", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=left, env=env)
         except subprocess.TimeoutExpired:
             say(f"  {job.name} is not compiled after {limit_s:.0f} s at {job.shape}")

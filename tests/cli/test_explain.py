@@ -1,24 +1,23 @@
-"""benchmarks/compiled.py: what it prints of a kernel, and what it refuses."""
+"""`mctune explain`: what it prints of a kernel, and what it refuses."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.hazards import Hazard
+from mctune.measure import explain
 
-SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "compiled.py"
 SMALL = "T=512,H=2,Dk=32,Dv=32,segment_length=64,aggregation=mean,dtype=bfloat16"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "mctune", "explain", *arguments], capture_output=True, text=True, timeout=300
+    )
 
 
 def test_every_launch_has_a_line() -> None:
@@ -46,39 +45,29 @@ def test_what_ptxas_says_and_what_products_read_are_told() -> None:
     assert cycles == [8 * 32, 8 * 2048 // 128]
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compiled", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compiled", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rows_of_the_page(compiled: ModuleType) -> None:
+def test_rows_of_the_page() -> None:
     cells = (*"kbwrs", "84", "2", "4", *"1234567", "512", "384", "538", "issue", "C7515", "", "20")
     bare = ("c", "1", "4", "32", "0", "0", "8", *[""] * 11, "", "", "", "3")
     rows = [(*cells, "10", "96", "matrix units"), (*bare, "2", "4", "DRAM")]
-    assert compiled.markdown(rows, "forward").splitlines() == [
+    assert explain.markdown(rows, "forward").splitlines() == [
         "| k | b | w | r | s | 84 | 2 | 1, 2, 3, 4, 18 | 512, 384, 538 | C7515 | 20 | 10 | 96 (products) |",
         "| c | 1 | 4 | 32 | 0 | 0 | 8 | 0, 0, 0, 0, 0 | 0, 0, 0 | | 3 | 2 | 4 (DRAM) |",
         "| **forward** | | | | | | | | | | 23 | 12 | **100** |",
     ]
 
 
-def test_writes_that_come_too_early_are_counted(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch("k", (1, 1, 1), 8, 2, 32, 0, 64, 0, "", b"", (), (), ("C7507 'setmaxnreg' ignored",))
-    assert compiled.races(launch) == "" and list(compiled.remarks([launch])) == ["k: C7507 'setmaxnreg' ignored"]
+    assert explain.races(launch) == "" and list(explain.remarks([launch])) == ["k: C7507 'setmaxnreg' ignored"]
     found = [Hazard("cp.async", line, (0, 64), (32, 96), True) for line in (7, 7, 9)]
-    monkeypatch.setattr(compiled, "hazards", lambda asm, warps, serialized: tuple(found))
-    assert compiled.races(launch) == "2" and list(compiled.remarks([launch, launch]))[1:] == [f"k: {found[0]}"]
+    monkeypatch.setattr(explain, "hazards", lambda asm, warps, serialized: tuple(found))
+    assert explain.races(launch) == "2" and list(explain.remarks([launch, launch]))[1:] == [f"k: {found[0]}"]
 
     def maze(*given: object) -> None:
         raise ValueError("more than 20000 ways through the kernel")
 
-    monkeypatch.setattr(compiled, "hazards", maze)
-    assert compiled.races(launch) == "?" and len(list(compiled.remarks([launch]))) == 1
+    monkeypatch.setattr(explain, "hazards", maze)
+    assert explain.races(launch) == "?" and len(list(explain.remarks([launch]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -92,4 +81,4 @@ def test_writes_that_come_too_early_are_counted(compiled: ModuleType, monkeypatc
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str) -> None:
     done = run(*arguments)
-    assert done.returncode != 0 and done.stderr.startswith("compiled.py: error: ") and said in done.stderr
+    assert done.returncode != 0 and done.stderr.startswith("mctune: error: ") and said in done.stderr

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` compares at a shape, mctune's Triton kernels first.
+"""What `mctune bench` compares at a shape, mctune's Triton kernels first.
 
 A contender takes the tensors of a shape and returns the call that is timed. One that cannot run here raises.
 """
@@ -11,16 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import gpu_others as other
 import torch
-from gpu_shapes import Call, Data, Results, Shape, through_autograd, through_options
 from torch.nn.attention import SDPBackend
 
+import mctune.measure.gpu.others as other
 from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.problem import Problem
 from mctune.core.target import Target
+from mctune.measure.gpu.shapes import Call, Data, Results, Shape, through_autograd, through_options
 from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.kernels.triton.tables import DEVICE
 from mctune.runtime.memory import LayerMemory
@@ -161,8 +161,8 @@ class Kernels:
 def memory_after(shape: Shape, data: Data) -> LayerMemory:
     """What a layer remembers of all but the last token."""
     B, H, D, C, N = shape.B, shape.H, shape.D, shape.C, (shape.T - 1) // shape.C
-    rows = data.k[:, : N * C].float().unflatten(1, (N, C))
-    values = data.v[:, : N * C].float().unflatten(1, (N, C))
+    rows = data.k[:, : N * C].float().view(B, N, C, H, D)
+    values = data.v[:, : N * C].float().view(B, N, C, H, D)
     rest, rest_values = data.k[:, N * C : -1].float(), data.v[:, N * C : -1].float()
     states = torch.zeros(B, H, N + 1, D, D, device=data.k.device)
     states[:, :, :N] = torch.einsum("bnthk,bnthv->bhnkv", rows, values)

@@ -1,4 +1,4 @@
-"""The shapes that `benchmarks/gpu.py` measures, their tensors, and how a function of q, k, v, u is called at one."""
+"""The shapes that `mctune bench` measures, their tensors, and how a function of q, k, v, u is called at one."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def through_autograd(
     inputs = {name: getattr(data, name).detach().requires_grad_(name in names) for name in ("q", "k", "v", "u")}
 
     def step() -> Results:
-        y = function(**inputs)
+        y = function(inputs["q"], inputs["k"], inputs["v"], inputs["u"])
         grads = torch.autograd.grad(y, [inputs[name] for name in names], data.dy)
         return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` keeps from run to run: rows, what may not be tried again, and what is being tried."""
+"""What `mctune bench` keeps from run to run: rows, what may not be tried again, and what is being tried."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_others import DISTRIBUTIONS
-from gpu_report import Timing
-from gpu_shapes import KINDS, Shape
-
 from mctune.backends import get_backend
 from mctune.backends.presence import here, seen
 from mctune.core.environment import version
 from mctune.core.errors import DeviceError
 from mctune.core.outcome import Timed
 from mctune.core.target import Target, resolve
+from mctune.measure.gpu.goals import Timing
+from mctune.measure.gpu.others import DISTRIBUTIONS
+from mctune.measure.gpu.shapes import KINDS, Shape
 
 TRIES = 2
 ALL = "*"

@@ -1,4 +1,4 @@
-"""How `benchmarks/gpu.py` checks and times the contenders of a shape."""
+"""How `mctune bench` checks and times the contenders of a shape."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from gpu_contenders import Contender, eager
-from gpu_record import ALL, Trying
-from gpu_report import Rates, Timing
-from gpu_shapes import Call, Data, Results, Shape
 
-from mctune.cli._output import say
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import Timed
+from mctune.core.remark import say
 from mctune.measure.clocks import clock_and_heat
+from mctune.measure.gpu.contenders import Contender, eager
+from mctune.measure.gpu.goals import Rates, Timing
+from mctune.measure.gpu.record import ALL, Trying
+from mctune.measure.gpu.shapes import Call, Data, Results, Shape
 from mctune.measure.timing import host_ms, summary, time_rotated
 from mctune.reference import error_ratio
 from mctune.runtime.kernels.triton.tables import DEVICE

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` compares mctune with: torch's attention, FlashAttention 3, fla's kernels, torch.compile.
+"""What `mctune bench` sets mctune against: torch's attention, FlashAttention 3, fla's kernels, torch.compile.
 
 Each takes its tensors in the layout that it prefers, arranged beforehand: none is charged for a copy.
 """
@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from gpu_shapes import Call, Data, Results, Shape, Tensor, through_autograd, through_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mctune.measure.gpu.shapes import Call, Data, Results, Shape, Tensor, through_autograd, through_options
 from mctune.runtime.api.functional import memory_caching
 
 Make = Callable[[Shape, Data], Call]
@@ -40,8 +40,8 @@ def attention(backend: SDPBackend) -> Make:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                heads = (x.transpose(1, 2) for x in (q, k, v))
-                return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+                query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
         return through_autograd(shape, data, attend, routed=False)
 

@@ -7,7 +7,6 @@ to shared memory that may come too early, the bytes that it moves, and the time 
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import tempfile
@@ -27,14 +26,13 @@ from mctune.backends.triton.cost.predict import Demand, Part, demands, estimate
 from mctune.backends.triton.cost.trips import Source, source_of
 from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
-from mctune.cli._cases import parse_problem
-from mctune.cli._output import text_table
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
-from mctune.core.target import Target, resolve
+from mctune.core.target import Target
+from mctune.report.markdown import text_table
 
 CLASSES = {
     "product": ("HGMMA", "HMMA", "UTCHMMA", "QGMMA"),
@@ -127,13 +125,13 @@ def leaves(source: Source | None, entries: float = 1.0) -> Iterator[float]:
             yield entries * loop.trips
 
 
-class Aside(TorchDispatchMode):
+class Aside(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators of torch that launch something beside our kernels."""
 
     FREE = ("empty", "view", "expand", "select", "slice", "alias", "detach", "unsqueeze", "as_strided", "_to_cpu")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counted: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -221,8 +219,42 @@ def markdown(rows: Sequence[Sequence[str]], pass_: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  ", "| ")
 
 
-def table(problem: Problem, config: Config, target: Target, as_markdown: bool = False) -> str:
-    """Every launch of a pass, and the sums.
+@dataclass(frozen=True)
+class Explained:
+    """What the compiler says of one pass: a row of cells a launch, in the order of :data:`HEADER`."""
+
+    problem: Problem
+    config: Config
+    rows: tuple[tuple[str, ...], ...]
+    remarks: tuple[str, ...]
+    predicted_us: float
+    beside: Mapping[str, int]
+    """Launches of torch beside them, by operator."""
+
+    def text(self) -> str:
+        """For a terminal."""
+        beside = ", ".join(f"{name} x{count}" for name, count in self.beside.items()) or "none"
+        last = f"predicted {self.predicted_us:.0f} us; launches of torch beside them: {beside}"
+        return "\n".join((str(self.problem), text_table(HEADER, self.rows), *self.remarks, last))
+
+    def markdown(self) -> str:
+        """The rows of a page."""
+        return markdown(self.rows, self.problem.pass_)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "problem": self.problem.to_dict(),
+            "config": self.config.to_dict(),
+            "launches": [dict(zip(HEADER, cells, strict=True)) for cells in self.rows],
+            "remarks": list(self.remarks),
+            "predicted_us": self.predicted_us,
+            "beside": dict(self.beside),
+        }
+
+
+def explain(problem: Problem, config: Config, target: Target) -> Explained:
+    """Compile every launch of a pass and say what the compiler made of it.
 
     Raises:
         MctuneError: if the target cannot hold a kernel.
@@ -236,17 +268,12 @@ def table(problem: Problem, config: Config, target: Target, as_markdown: bool = 
     parameters, _ = calibration(target)
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
-    rows = [
+    rows = tuple(
         row(launch, demand, part, source_of(launch, problem, config, target), target)
         for launch, demand, part in zip(launches, asked, parts, strict=True)
-    ]
-    if as_markdown:
-        return markdown(rows, problem.pass_)
-    beside = ", ".join(f"{name} x{count}" for name, count in aside.counted.items()) or "none"
+    )
     total = sum(part.us for part in parts)
-    said = "".join(f"\n{remark}" for remark in remarks(launches))
-    last = f"predicted {total:.0f} us; launches of torch beside them: {beside}"
-    return f"{problem}\n{text_table(HEADER, rows)}{said}\n{last}"
+    return Explained(problem, config, rows, tuple(remarks(launches)), total, aside.counted)
 
 
 def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
@@ -258,30 +285,17 @@ def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
     return found[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gpu", default="h100-sxm", help="target (default h100-sxm)")
-    parser.add_argument(
-        "--problem",
-        default="T=16384,H=16,Dk=128,Dv=128,segment_length=256,aggregation=grm,dtype=bfloat16",
-        help="as `mctune search` takes it",
-    )
-    parser.add_argument("--set", default="", metavar="NAME=VALUE,..", help="parameters other than the default's")
-    parser.add_argument("--markdown", action="store_true", help="the rows of docs/performance.md instead")
-    options = parser.parse_args()
-    try:
-        target, problem = resolve(options.gpu)[0], Problem.from_dict(parse_problem(options.problem))
-        if backend_for(target) != "triton":
-            raise MctuneError(f"{target.name} is a CPU; give --gpu the name of a GPU (`mctune targets`)")
-        space = TritonBackend().space(problem)
-        typed = {name: value_of(space, name, text) for name, text in parse_problem(options.set).items()}
-        config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
-        if config is None:
-            raise MctuneError("no default of the space is valid with these parameters")
-        print(table(problem, config.replace(**typed), target, options.markdown))
-    except MctuneError as error:
-        raise SystemExit(f"compiled.py: error: {error}") from error
+def chosen_config(problem: Problem, target: Target, chosen: Mapping[str, Scalar]) -> Config:
+    """The first default of the problem's space that is valid with the parameters ``chosen``.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        MctuneError: for a CPU, a parameter or a value that the space does not have, or if no default is valid.
+    """
+    if backend_for(target) != "triton":
+        raise MctuneError(f"{target.name} is a CPU; give --gpu the name of a GPU (`mctune targets`)")
+    space = TritonBackend().space(problem)
+    typed = {name: value_of(space, name, text) for name, text in chosen.items()}
+    config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
+    if config is None:
+        raise MctuneError("no default of the space is valid with these parameters")
+    return config.replace(**typed)
