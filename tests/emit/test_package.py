@@ -51,7 +51,7 @@ def test_contents(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     names = {path.name for path in (winners[0].library, winners[0].source, winners[0].portable) if path}
     expected = {"__init__.py", "README.md", "tuned.json", "manifest.json", "kernels/threads.so", *runtime}
     assert emitted(out) == expected | {f"kernels/{name}" for name in names}
-    assert {"runtime/functional.py", "runtime/tvm_threads.c"} <= runtime
+    assert {"runtime/api/functional.py", "runtime/kernels/tvm/threads.c"} <= runtime
     for name in runtime:
         assert (out / name).read_bytes() == (emitter._RUNTIME / Path(name).name).read_bytes()
     files = json.loads((out / "manifest.json").read_text())["files"]
@@ -147,7 +147,7 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "tuned.json", "__init__.py", "README.md", "runtime/read.py", "runtime/tvm_threads.c", "kernels/threads.so",
+        "tuned.json", "__init__.py", "README.md", "runtime/eager/read.py", "runtime/kernels/tvm/threads.c", "kernels/threads.so",
         "{library}", "{source}", "{portable}",
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from mctune.core.config import Config
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
 from mctune.core.target import Target
+from mctune.runtime.kernels.tvm.arguments import ARGUMENTS
 
 OPERATIONS = {
     "forward": ("segment_states", "read_forward"),
@@ -45,6 +46,17 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def check_arguments(operation: str, function: Any) -> None:
+    """Hold a ``PrimFunc`` to the order in which launchers pass its arguments.
+
+    Raises:
+        TypeError: naming both orders.
+    """
+    takes = tuple(parameter.name for parameter in function.params)
+    if takes != ARGUMENTS[operation]:
+        raise TypeError(f"{operation} takes {', '.join(takes)}, and is passed {', '.join(ARGUMENTS[operation])}")
+
+
 def render(problem: Problem, config: Config, target: Target) -> Any:
     """The ``tvm.IRModule`` of a pass; ``problem`` has padded widths."""
     import tvm
@@ -55,5 +67,6 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
         template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")
         function = template.build(problem, config, target)
         if function is not None:  # an operation that this configuration fuses into another one
+            check_arguments(operation, function)
             functions[operation] = function
     return tvm.IRModule(functions)

@@ -5,20 +5,26 @@ In the reads everything stands as [feature, token], so that a gate's gradient is
 
 from tvm.script import tirx as T
 
+from .kernel import emit, inline
 from .tiles import LANES
 
 _LINE = 16  # floats of a cache line
 _INTO_L2, _DATA = 2, 1
 
 
-# Rows t, t + 1, ... of one head, on their way into the cache while something else is computed: a head's rows lie apart,
-# and the processor does not guess the next one. Those that would lie outside of the ``tokens`` rows are moved inside.
-@T.inline
-def prefetch(X, width, row0, t, count, tokens, stride, writes):
-    for r in range(count):
-        row: T.let = row0 + T.min(T.max(t + r, 0), tokens - 1) * stride
-        for e in range(width // _LINE):
-            T.evaluate(T.call_intrin("", "tirx.prefetch", T.address_of(X[row, e * _LINE]), writes, _INTO_L2, _DATA))
+def fetch(at, X, width, *, t, count, writes=0):
+    """Rows ``t``, ``t + 1``, ... of the head at work, on their way into the cache while something else is computed.
+
+    A head's rows lie apart, and the processor does not guess the next one. Rows outside of the row of tokens are moved
+    inside. ``writes``: 1 for rows that are to be written.
+    """
+
+    @emit
+    def lines():
+        for r in range(count):
+            row: T.let = at.row0 + T.min(T.max(t + r, 0), at.tokens - 1) * at.heads
+            for e in range(width // _LINE):
+                T.evaluate(T.call_intrin("", "tirx.prefetch", T.address_of(X[row, e * _LINE]), writes, _INTO_L2, _DATA))
 
 
 def read_state(rows, cols, unroll, width, weighs):
@@ -28,7 +34,7 @@ def read_state(rows, cols, unroll, width, weighs):
     latter left out without ``weighs``; ``first`` says that D is to be overwritten.
     """
 
-    @T.inline
+    @inline
     def tile(M, m0, Y, Q, dQ, G, D, i, d0, t0, first):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         part = T.alloc_buffer((1, cols), "float32", scope="local")
@@ -62,7 +68,7 @@ def read_online(rows, cols, unroll, width, weighs, decays):
     <q, M dy>. Without ``linked`` there is no M.
     """
 
-    @T.inline
+    @inline
     def tile(M, Y, K, E, steps, Q, dQ, G, D, d0, t0, linked, first):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         part = T.alloc_buffer((1, cols), "float32", scope="local")
@@ -111,7 +117,7 @@ def read_gathered(rows, cols, width):
     entry a token from ``x0`` on, of which ``count`` count; D is left to be summed up, and overwritten with ``first``.
     """
 
-    @T.inline
+    @inline
     def tile(Y, MT, Q, dQ, D, d0, index, gate, x0, count, origin, stride, scale, first):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):
@@ -139,7 +145,7 @@ def read_gathered(rows, cols, width):
 def outer(rows, cols):
     """A register tile of a state's gradient: C[c0 + d0 + r, n0 + n] += sum_{t < steps} A[t, d0 + r] B[t, n0 + n]."""
 
-    @T.inline
+    @inline
     def tile(A, B, steps, C, c0, d0, n0):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):

@@ -14,275 +14,204 @@ For a linear memory the soup of the states is their gated sum (Eq. 14-15), so so
 
 from tvm.script import tirx as T
 
-from .decode_tiles import LOW, advance, choose, dots, over_columns, read, softmax, tiles
-from .tiles import LANES, exp
-
-_DOTS = 8
-"""Descriptors whose inner products with u are in flight together."""
-_TOKENS = 4
-"""Tokens of a tile."""
+from .decode_tiles import advance, over_columns, read, tiles
+from .decode_token import Plan, gates, leave_empty, prepare, remember, take
+from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from .tiles import LANES
 
 
 def build(problem, config, target):
     """The PrimFunc ``decode_step`` for the widths of ``problem``; B, n, H, the capacity and C are run-time values.
 
-    Arguments of the kernel: q, u, k ``[B, n, H, Dk]``, v ``[B, n, H, Dv]``, g, beta, lam ``[B, n, H]`` (``[1, 1, 1]``
-    where the recurrence has none); of the cache, written in place, states ``[B, H, capacity, Dk, Dv]``, descriptors
-    ``[B, H, capacity, Dk]``, online ``[B, H, Dk, Dv]``, key_sum ``[B, H, Dk]``, last_key ``[B, H, Dk]`` and last_value
-    ``[B, H, Dv]`` (``[1, 1, 1]`` for linear); cached and filled ``[B]`` int32, which stay as they are; C, top_k, scale;
-    then the output y ``[B, n, H, Dv]``. Arrays need no alignment beyond that of a float.
+    Of the cache, all is written in place but ``cached`` and ``filled``, which stay as they are; last_key and last_value
+    are ``[1, 1, 1]`` for linear, as are the gates. ``length`` is C; the output is y. Arrays need no alignment beyond
+    that of a float.
     """
-    Dk, Dv = problem.Dk, problem.Dv
-    split, cols, rows, streams = config["split"], config["cols"], config["rows"], config["streams"]
-    ahead = -(-config["prefetch"] // (4 * Dv))
-    swla = problem.recurrence == "swla"
-    checkpoint = problem.state_init == "checkpoint"
-    routed = problem.routed
-    chooses = problem.aggregation == "ssc"
-    averages = problem.aggregation == "mean"
-    W = Dv // split
-    tile = 1 if chooses else _TOKENS
+    plan, n = Plan(problem, config, target), sizes("B", "n", "H", "capacity", "length", "top_k")
+    Dk, Dv, tokens, heads = plan.Dk, plan.Dv, (n.B, n.n, n.H), (n.B, n.H)
+    absent = (1, 1, 1)
+    gate, last_key, last_value = (tokens, (*heads, Dk), (*heads, Dv)) if plan.flags.gated else (absent,) * 3
+    arguments = dict(
+        q=f32(*tokens, Dk, align=4), u=f32(*tokens, Dk, align=4), k=f32(*tokens, Dk, align=4),
+        v=f32(*tokens, Dv, align=4), g=f32(*gate, align=4), beta=f32(*gate, align=4), lam=f32(*gate, align=4),
+        states=f32(*heads, n.capacity, Dk, Dv, align=4), descriptors=f32(*heads, n.capacity, Dk, align=4),
+        online=f32(*heads, Dk, Dv, align=4), key_sum=f32(*heads, Dk, align=4),
+        last_key=f32(*last_key, align=4), last_value=f32(*last_value, align=4),
+        cached=i32(n.B, align=4), filled=i32(n.B, align=4),
+        length=n.length, top_k=n.top_k, scale=T.float32, y=f32(*tokens, Dv, align=4),
+    )  # fmt: skip
+    return prim_func("decode_step", arguments, n, lambda x: every_head(plan, x))
 
-    # Of a tile of tokens: so narrow that its sums stay in 32 registers of 16 floats, or in 16 of 8.
-    few = min(cols, 64 if target.vector_floats == 16 else 16)
-    over, over_few = over_columns(W, cols), over_columns(W, few)
-    write_one = tiles(W, cols, lambda n: advance(1, rows, n, Dk, swla))
-    write_some = tiles(W, few, lambda n: advance(tile, 1, n, Dk, swla))
-    read_one = tiles(W, cols, lambda n: read(1, rows, 1, n, Dk, ahead, routed, chooses))
-    read_pair = tiles(W, cols, lambda n: read(1, rows, streams, n, Dk, ahead, routed, chooses))
-    read_some = tiles(W, few, lambda n: read(tile, 1, 1, n, Dk, ahead, routed, chooses))
 
-    @T.prim_func(s_tir=True)
-    def decode_step(
-        q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle, lam_: T.handle,
-        states_: T.handle, descriptors_: T.handle, online_: T.handle, key_sum_: T.handle,
-        last_key_: T.handle, last_value_: T.handle, cached_: T.handle, filled_: T.handle,
-        length: T.int32, top_k: T.int32, scale: T.float32, y_: T.handle,
-    ):  # fmt: skip
-        T.func_attr({"global_symbol": "decode_step", "tirx.noalias": True})
-        B, n, H, capacity = T.int32(), T.int32(), T.int32(), T.int32()
-        q = T.match_buffer(q_, (B, n, H, Dk), "float32", align=4)
-        u = T.match_buffer(u_, (B, n, H, Dk), "float32", align=4)
-        k = T.match_buffer(k_, (B, n, H, Dk), "float32", align=4)
-        v = T.match_buffer(v_, (B, n, H, Dv), "float32", align=4)
-        g = T.match_buffer(g_, (B, n, H) if swla else (1, 1, 1), "float32", align=4)
-        beta = T.match_buffer(beta_, (B, n, H) if swla else (1, 1, 1), "float32", align=4)
-        lam = T.match_buffer(lam_, (B, n, H) if swla else (1, 1, 1), "float32", align=4)
-        states = T.match_buffer(states_, (B, H, capacity, Dk, Dv), "float32", align=4)
-        descriptors = T.match_buffer(descriptors_, (B, H, capacity, Dk), "float32", align=4)
-        online = T.match_buffer(online_, (B, H, Dk, Dv), "float32", align=4)
-        key_sum = T.match_buffer(key_sum_, (B, H, Dk), "float32", align=4)
-        last_key = T.match_buffer(last_key_, (B, H, Dk) if swla else (1, 1, 1), "float32", align=4)
-        last_value = T.match_buffer(last_value_, (B, H, Dv) if swla else (1, 1, 1), "float32", align=4)
-        cached = T.match_buffer(cached_, (B,), "int32", align=4)
-        filled = T.match_buffer(filled_, (B,), "int32", align=4)
-        y = T.match_buffer(y_, (B, n, H, Dv), "float32", align=4)
-        own = T.alloc_buffer((B, H, n), "float32")
+def every_head(plan: Plan, x: Values) -> None:
+    """One task a head, or a group of its value columns."""
+    split, H, heads, gated = plan.split, x.H, x.B * x.H, plan.flags.gated
 
-        # What does not depend on the states: sums and means of keys, and the logits of the tokens' own segments.
-        @T.inline
-        def prepare(b, h):
-            place = T.alloc_buffer((2,), "int32", scope="local")
-            place[0] = filled[b]
-            place[1] = cached[b]
-            for t in range(n):
-                for d in T.vectorized(Dk):
-                    key_sum[b, h, d] = key_sum[b, h, d] + k[b, t, h, d]
-                place[0] = place[0] + 1
-                if routed:
-                    sums = T.alloc_buffer((1, LANES), "float32", scope="local")
-                    dots(1, Dk, lambda r, d: key_sum[b, h, d], lambda d: u[b, t, h, d])(sums)
-                    own[b, h, t] = sums[0, 0] / T.cast(place[0], "float32")
-                if place[0] == length:
-                    for d in T.vectorized(Dk):
-                        descriptors[b, h, place[1], d] = key_sum[b, h, d] / T.cast(length, "float32")
-                        key_sum[b, h, d] = T.float32(0)
-                    place[0] = 0
-                    place[1] = place[1] + 1
-
-        # The newest token, for the next call; nobody's previous one at an independent segment's start.
-        @T.inline
-        def remember(b, h):
-            for d in T.vectorized(Dk):
-                last_key[b, h, d] = k[b, n - 1, h, d]
-            for x in T.vectorized(Dv):
-                last_value[b, h, x] = v[b, n - 1, h, x]
-            if not checkpoint:
-                if (filled[b] + n) % length == 0:
-                    for d in T.vectorized(Dk):
-                        last_key[b, h, d] = T.float32(0)
-                    for x in T.vectorized(Dv):
-                        last_value[b, h, x] = T.float32(0)
-
+    @emit
+    def tasks():
+        shared = T.meta_var(scratch(own=f32(x.B, H, x.n)))  # logits of the tokens' own segments
+        c = T.meta_var(x.plus(shared))
         if split > 1:
             # Shared by the column groups: serial, because there are only a few heads where columns are split.
-            for bh in range(B * H):
-                prepare(bh // H, bh % H)
-        for task in T.parallel(B * H * split):
+            for bh in range(heads):
+                prepare(plan, c, b=bh // H, h=bh % H)
+        for task in T.parallel(heads * split):
             b: T.let = task // split // H
             h: T.let = task // split % H
-            c0: T.let = task % split * W
-            Q = T.alloc_buffer((tile, Dk), "float32")
-            K = T.alloc_buffer((tile, Dk), "float32")
-            P = T.alloc_buffer((tile if swla else 1, Dk), "float32")
-            V = T.alloc_buffer((tile + 1, W), "float32")
-            Y = T.alloc_buffer((tile, W), "float32")
-            decay = T.alloc_buffer((tile,), "float32")
-            share = T.alloc_buffer((tile,), "float32")
-            lanes = T.alloc_buffer((2, LANES), "float32", scope="local")
-            index = T.alloc_buffer((LANES,), "int32", scope="local")
-            if routed:
-                gamma = T.alloc_buffer((tile, capacity + LANES), "float32")
-            if chooses:
-                value = T.alloc_buffer((1, capacity + LANES), "float32")
-                chosen = T.alloc_buffer((capacity + LANES,), "int32")
+            c0: T.let = task % split * plan.W
+            at = T.meta_var(c.plus(scratch_of(plan, x), b=b, h=h, c0=c0))
             if split == 1:
-                prepare(b, h)
+                prepare(plan, c, b=b, h=h)
+            every_segment(plan, at)
+            if gated and split == 1:
+                remember(plan, x, b=b, h=h)
+        if gated and split > 1:
+            for bh in range(heads):
+                remember(plan, x, b=bh // H, h=bh % H)
 
-            # Row t of the tile: token ``at`` of the call, or nothing at all.
-            @T.inline
-            def take(t, at, linked):
-                for d in T.vectorized(Dk):
-                    Q[t, d] = scale * q[b, at, h, d]
-                for x in T.vectorized(W):
-                    V[t + 1, x] = v[b, at, h, c0 + x]
-                if swla:
-                    decay[t] = exp(g[b, at, h])
-                    for d in T.vectorized(Dk):
-                        K[t, d] = lam[b, at, h] * k[b, at, h, d]
-                        P[t, d] = T.float32(0)
-                    if linked:
-                        if at > 0:
-                            for d in T.vectorized(Dk):
-                                P[t, d] = beta[b, at, h] * k[b, at - 1, h, d]
-                        else:
-                            for d in T.vectorized(Dk):
-                                P[t, d] = beta[b, at, h] * last_key[b, h, d]
+
+def scratch_of(plan: Plan, x: Values) -> Values:
+    """What one task keeps to itself."""
+    Dk, W, tile, flags = plan.Dk, plan.W, plan.tile, plan.flags
+    w = scratch(
+        Q=f32(tile, Dk),
+        K=f32(tile, Dk),
+        P=f32(tile if flags.gated else 1, Dk),  # beta times the key before
+        V=f32(tile + 1, W),  # from the value before the first token on
+        Y=f32(tile, W),
+        decay=f32(tile),
+        share=f32(tile),  # the gate of the own segment
+        lanes=f32(2, LANES, scope="local"),
+        index=i32(LANES, scope="local"),
+    )
+    if flags.routed:
+        w = w.plus(scratch(gamma=f32(tile, x.capacity + LANES)))
+    if flags.sparse:
+        w = w.plus(scratch(value=f32(1, x.capacity + LANES), chosen=i32(x.capacity + LANES)))
+    return w
+
+
+def every_segment(plan: Plan, at: Values) -> None:
+    """The call's tokens, from one segment boundary to the next; at a boundary the state goes into the cache."""
+    tile, length, n = plan.tile, at.length, at.n
+    filled, cached, b = at.filled, at.cached, at.b
+
+    @emit
+    def pieces():
+        for piece in range((filled[b] + n + length - 1) // length):
+            begin: T.let = T.max(piece * length - filled[b], 0)
+            end: T.let = T.min((piece + 1) * length - filled[b], n)
+            past: T.let = cached[b] + piece
+            for j in range((end - begin + tile - 1) // tile):
+                token: T.let = begin + j * tile
+                if tile > 1:
+                    if end - token > 1:
+                        count: T.let = T.min(tile, end - token)
+                        walk(plan, at, size=tile, token=token, count=count, begin=begin, past=past)
+                    else:
+                        walk(plan, at, size=1, token=token, count=1, begin=begin, past=past)
                 else:
-                    for d in T.vectorized(Dk):
-                        K[t, d] = k[b, at, h, d]
+                    walk(plan, at, size=1, token=token, count=1, begin=begin, past=past)
+            if filled[b] + end == (piece + 1) * length:
+                append(plan, at, past=past)
 
-            @T.inline
-            def leave_empty(t, past):
-                decay[t] = T.float32(1)
-                share[t] = T.float32(0)
-                if routed:
-                    for i in range(past):
-                        gamma[t, i] = T.float32(0)
-                for d in T.vectorized(Dk):
-                    Q[t, d] = T.float32(0)
-                    K[t, d] = T.float32(0)
-                if swla:
-                    for d in T.vectorized(Dk):
-                        P[t, d] = T.float32(0)
+
+def append(plan: Plan, at: Values, *, past) -> None:
+    """The online state becomes the cache's next; it starts again from nothing, or goes on under ``checkpoint``."""
+    Dk, W, b, h, c0, online, states = plan.Dk, plan.W, at.b, at.h, at.c0, at.online, at.states
+
+    @emit
+    def rows():
+        for d in range(Dk):
+            for x in T.vectorized(W):
+                states[b, h, past, d, c0 + x] = online[b, h, d, c0 + x]
+        if not plan.flags.checkpoint:
+            for d in range(Dk):
                 for x in T.vectorized(W):
-                    V[t + 1, x] = T.float32(0)
+                    online[b, h, d, c0 + x] = T.float32(0)
 
-            @T.inline
-            def logits(t, at, past):
-                for i in range((past + _DOTS - 1) // _DOTS):
-                    sums = T.alloc_buffer((_DOTS, LANES), "float32", scope="local")
-                    dots(
-                        _DOTS,
-                        Dk,
-                        lambda r, d: descriptors[b, h, T.min(i * _DOTS + r, past - 1), d],
-                        lambda d: u[b, at, h, d],
-                    )(sums)
-                    for r in T.unroll(_DOTS):
-                        gamma[t, i * _DOTS + r] = sums[r, 0]
-                for x in T.vectorized(LANES):
-                    gamma[t, past + x] = T.float32(LOW)
 
-            @T.inline
-            def gates(t, at, past):
-                if routed:
-                    logits(t, at, past)
-                    share[t] = own[b, h, at]
-                    if chooses:
-                        choose(gamma, past, T.min(top_k, past), lanes, index, chosen, value)
-                        softmax(value, 0, T.min(top_k, past), share, t, lanes)
-                    else:
-                        softmax(gamma, t, past, share, t, lanes)
-                else:
-                    share[t] = T.float32(1) / T.cast(past + 1, "float32") if averages else T.float32(1)
+def walk(plan: Plan, at: Values, *, size, token, count, begin, past) -> None:
+    """``count`` tokens from ``token`` on, of one segment, which began with token ``begin`` of the call or before.
 
-            # ``count`` tokens from ``at`` on, of one segment, which began with token ``begin`` of the call or before.
-            @T.inline
-            def walk(size, at, count, begin, past, columns, written, reads, together, rest):
-                if swla:
-                    for x in T.vectorized(W):
-                        V[0, x] = T.float32(0)
-                    if T.Or(at > begin, T.And(checkpoint, at > 0)):
-                        for x in T.vectorized(W):
-                            V[0, x] = v[b, at - 1, h, c0 + x]
-                    if at == 0:
-                        for x in T.vectorized(W):
-                            V[0, x] = last_value[b, h, c0 + x]
-                for t in range(size):
-                    if t < count:
-                        take(t, at + t, T.Or(T.Or(at + t > begin, checkpoint), at + t == 0))
-                        gates(t, at + t, past)
-                    else:
-                        leave_empty(t, past)
+    Together, ``size`` of them: then those after ``count`` are empty.
+    """
+    W, flags, b, h, c0, y, Y = plan.W, plan.flags, at.b, at.h, at.c0, at.y, at.Y
 
-                @T.inline
-                def write_columns(tile, y0, n0):
-                    tile(online, b, h, Q, K, P, V, decay, share, Y, y0, n0)
+    @emit
+    def tokens():
+        if flags.gated:
+            value_before(plan, at, token=token, begin=begin)
+        for t in range(size):
+            if t < count:
+                linked = T.meta_var(T.Or(T.Or(token + t > begin, flags.checkpoint), token + t == 0))
+                take(plan, at, t=t, token=token + t, linked=linked)
+                gates(plan, at, t=t, token=token + t, past=past)
+            else:
+                leave_empty(plan, at, t=t, past=past)
+        write_online(plan, at, size=size)
+        read_cached(plan, at, size=size, past=past)
+        for t in range(size):
+            if t < count:
+                for x in T.vectorized(W):
+                    y[b, token + t, h, c0 + x] = Y[t, x]
 
-                columns(written, write_columns, c0)
-                count_read: T.let = T.min(top_k, past) if chooses else past
-                for i in range(count_read // together):
 
-                    @T.inline
-                    def read_columns(tile, y0, n0):
-                        tile(
-                            states, b, h, i * together, chosen if chooses else Q, Q,
-                            value if chooses else gamma if routed else share, Y, y0, n0,
-                        )  # fmt: skip
+def value_before(plan: Plan, at: Values, *, token, begin) -> None:
+    """The value before ``token`` into row 0 of V: of this call, of the last one, or nobody's."""
+    W, V, v, b, h, c0 = plan.W, at.V, at.v, at.b, at.h, at.c0
 
-                    columns(reads, read_columns, c0)
-                if together > 1:
-                    for i in range(count_read % together):
+    @emit
+    def row():
+        for x in T.vectorized(W):
+            V[0, x] = T.float32(0)
+        if T.Or(token > begin, T.And(plan.flags.checkpoint, token > 0)):
+            for x in T.vectorized(W):
+                V[0, x] = v[b, token - 1, h, c0 + x]
+        if token == 0:
+            for x in T.vectorized(W):
+                V[0, x] = at.last_value[b, h, c0 + x]
 
-                        @T.inline
-                        def read_rest_columns(tile, y0, n0):
-                            tile(
-                                states, b, h, count_read // together * together + i, chosen if chooses else Q, Q,
-                                value if chooses else gamma if routed else share, Y, y0, n0,
-                            )  # fmt: skip
 
-                        columns(rest, read_rest_columns, c0)
-                for t in range(size):
-                    if t < count:
-                        for x in T.vectorized(W):
-                            y[b, at + t, h, c0 + x] = Y[t, x]
+def write_online(plan: Plan, at: Values, *, size) -> None:
+    """Write the tokens to the online state, and read it after each: Y is overwritten."""
+    Dk, W, gated = plan.Dk, plan.W, plan.flags.gated
+    cols, rows = (plan.few, 1) if size > 1 else (plan.cols, plan.rows)
 
-            for piece in range((filled[b] + n + length - 1) // length):
-                begin: T.let = T.max(piece * length - filled[b], 0)
-                end: T.let = T.min((piece + 1) * length - filled[b], n)
-                past: T.let = cached[b] + piece
-                for j in range((end - begin + tile - 1) // tile):
-                    at: T.let = begin + j * tile
-                    if tile > 1:
-                        if end - at > 1:
-                            count: T.let = T.min(tile, end - at)
-                            walk(tile, at, count, begin, past, over_few, write_some, read_some, 1, read_some)
-                        else:
-                            walk(1, at, 1, begin, past, over, write_one, read_pair, streams, read_one)
-                    else:
-                        walk(1, at, 1, begin, past, over, write_one, read_pair, streams, read_one)
-                if filled[b] + end == (piece + 1) * length:
-                    for d in range(Dk):
-                        for x in T.vectorized(W):
-                            states[b, h, past, d, c0 + x] = online[b, h, d, c0 + x]
-                    if not checkpoint:
-                        for d in range(Dk):
-                            for x in T.vectorized(W):
-                                online[b, h, d, c0 + x] = T.float32(0)
-            if swla and split == 1:
-                remember(b, h)
-        if swla and split > 1:
-            for bh in range(B * H):
-                remember(bh // H, bh % H)
+    def columns(tile, y0, n0):
+        tile(
+            online=at.online, b=at.b, h=at.h, Q=at.Q, K=at.K, P=at.P, V=at.V, decay=at.decay, share=at.share, Y=at.Y,
+            y0=y0, n0=n0,
+        )  # fmt: skip
 
-    return decode_step
+    over_columns(W, cols)(tiles(W, cols, lambda n: advance(size, rows, n, Dk, gated)), columns, at.c0)
+
+
+def read_cached(plan: Plan, at: Values, *, size, past) -> None:
+    """Add to Y what the tokens read of the ``past`` cached states, ``streams`` of them side by side for one token."""
+    flags, streams = plan.flags, plan.streams if size == 1 else 1
+
+    @emit
+    def groups():
+        count: T.let = T.min(at.top_k, past) if flags.sparse else past
+        for i in range(count // streams):
+            read_states(plan, at, size=size, first=i * streams, streams=streams)
+        if streams > 1:
+            for i in range(count % streams):
+                read_states(plan, at, size=size, first=count // streams * streams + i, streams=1)
+
+
+def read_states(plan: Plan, at: Values, *, size, first, streams) -> None:
+    """Add to Y what the tokens read of ``streams`` states from the ``first`` on, or of the first chosen ones."""
+    Dk, W, ahead, flags = plan.Dk, plan.W, plan.ahead, plan.flags
+    cols, rows = (plan.few, 1) if size > 1 else (plan.cols, plan.rows)
+    chosen = at.chosen if flags.sparse else at.Q
+    read_gates = at.value if flags.sparse else at.gamma if flags.routed else at.share
+
+    def columns(tile, y0, n0):
+        tile(
+            states=at.states, b=at.b, h=at.h, first=first, chosen=chosen, Q=at.Q, gates=read_gates, Y=at.Y, y0=y0, n0=n0
+        )
+
+    made = tiles(W, cols, lambda n: read(size, rows, streams, n, Dk, ahead, flags.routed, flags.sparse))
+    over_columns(W, cols)(made, columns, at.c0)

@@ -2,6 +2,7 @@
 
 from tvm.script import tirx as T
 
+from .kernel import inline
 from .tiles import LANES, exp
 
 LOW = -3.0e38
@@ -17,7 +18,7 @@ def over_columns(width, cols):
     """Call ``body(tile, y0, c0 + y0)`` with each of the tiles of ``tiles`` in its place."""
     full, middle, tail = width // cols, width % cols // LANES * LANES, width % LANES
 
-    @T.inline
+    @inline
     def over(tiles, body, c0):
         if full > 0:
             for j in range(full):
@@ -33,7 +34,7 @@ def over_columns(width, cols):
 def advance(tokens, rows, lanes, Dk, swla):
     """Write ``tokens`` to the columns n0 to n0 + lanes of the online state and read it after each: Y = share (Q M)."""
 
-    @T.inline
+    @inline
     def row(online, b, h, Q, K, P, V, decay, m, acc, r, d, y0, n0):
         for x in T.vectorized(lanes):
             m[r, x] = online[b, h, d, n0 + x]
@@ -48,7 +49,7 @@ def advance(tokens, rows, lanes, Dk, swla):
         for x in T.vectorized(lanes):
             online[b, h, d, n0 + x] = m[r, x]
 
-    @T.inline
+    @inline
     def tile(online, b, h, Q, K, P, V, decay, share, Y, y0, n0):
         m = T.alloc_buffer((rows, lanes), "float32", scope="local")
         acc = T.alloc_buffer((rows * tokens, lanes), "float32", scope="local")
@@ -78,7 +79,7 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
     ``ahead`` rows further on is fetched meanwhile.
     """
 
-    @T.inline
+    @inline
     def row(states, b, h, first, chosen, Q, acc, r, d, n0):
         for s in T.unroll(streams):
             slot: T.let = chosen[first + s] if chooses else first + s
@@ -100,7 +101,7 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
                         acc[(s * tokens + t) * rows + r, x] + Q[t, d] * states[b, h, slot, d, n0 + x]
                     )
 
-    @T.inline
+    @inline
     def tile(states, b, h, first, chosen, Q, gates, Y, y0, n0):
         acc = T.alloc_buffer((streams * tokens * rows, lanes), "float32", scope="local")
         for a in T.unroll(streams * tokens * rows):
@@ -132,7 +133,7 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
 def dots(count, width, row, vector):
     """sums[r, 0] = sum_d row(r, d) vector(d) for ``count`` rows together; sums ``[count, LANES]`` is overwritten."""
 
-    @T.inline
+    @inline
     def product(sums):
         for r in T.unroll(count):
             for x in T.vectorized(LANES):
@@ -151,7 +152,7 @@ def dots(count, width, row, vector):
     return product
 
 
-@T.inline
+@inline
 def fold(w, r):
     # w[r, 0] = the sum of the LANES of row r.
     for x in T.vectorized(8):
@@ -163,7 +164,7 @@ def fold(w, r):
     w[r, 0] = w[r, 0] + w[r, 1]
 
 
-@T.inline
+@inline
 def softmax(logits, t, count, own, at, lanes):
     # Gates in place of own[at] and of the ``count`` logits [t, :]; the LANES after them are LOW.
     for x in T.vectorized(LANES):
@@ -188,7 +189,7 @@ def softmax(logits, t, count, own, at, lanes):
             logits[t, i * LANES + x] = logits[t, i * LANES + x] * lanes[1, 0]
 
 
-@T.inline
+@inline
 def choose(logits, past, picks, lanes, index, chosen, value):
     # The ``picks`` largest of ``past`` logits [0, :], largest first, the earlier in a tie: which, and how large.
     for p in range(picks):

@@ -5,6 +5,7 @@ Logits and gates stand as [segment, token], so that LANES tokens go through each
 
 from tvm.script import tirx as T
 
+from .kernel import inline
 from .tiles import LANES, exp
 
 _LOW = -3.0e38
@@ -12,7 +13,7 @@ _LOW = -3.0e38
 
 # Gates of the LANES tokens from t on, times scale, in place: ``own`` holds the logit of each token's own segment,
 # ``logits`` those of ``count`` others, whose columns start at ``at``. ``lanes`` is scratch.
-@T.inline
+@inline
 def softmax(own, logits, count, at, t, scale, lanes):
     for x in T.vectorized(LANES):
         lanes[0, x] = own[0, t + x]
@@ -36,7 +37,7 @@ def softmax(own, logits, count, at, t, scale, lanes):
 
 # The ``picks`` largest of ``past`` logits for the LANES tokens from t on, the earlier segment in a tie: which, and
 # their logits, at the columns from ``at`` on. A chosen logit is overwritten. ``lanes`` and ``best`` are scratch.
-@T.inline
+@inline
 def choose(logits, past, picks, t, lanes, best, chosen, value, at):
     for p in range(picks):
         for x in T.vectorized(LANES):
@@ -53,7 +54,7 @@ def choose(logits, past, picks, t, lanes, best, chosen, value, at):
 
 
 # A counting sort of the choices of ``length`` tokens: segment i's tokens and gates stand from where[i] to where[i + 1].
-@T.inline
+@inline
 def sort_by_segment(chosen, value, picks, length, past, where, tokens, gates):
     for i in range(past + 2):
         where[i] = 0

@@ -14,370 +14,239 @@ gates are equal (residual, mean); ``gather``, each state times just the tokens t
 
 from tvm.script import tirx as T
 
-from .backward_tiles import prefetch, read_gathered, read_online, read_state
-from .gates import choose, softmax, sort_by_segment
-from .tiles import BLOCK, LANES, columns, dot_rows, exp, multiply, transpose
+from .backward_tiles import read_gathered
+from .gates import sort_by_segment
+from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from .read_backward_chunk import Plan, advance, connectors, gates, read, weigh
+from .tiles import BLOCK, LANES, clear, columns, copy_state, exp, sum_states, transpose
 
 
 def build(problem, config, target):
     """The PrimFunc ``read_backward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
-    Arguments of the kernel: dy ``[B*T*H, Dv]``, q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]``
-    (one element each where the recurrence has none); states ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` of
-    ``segment_states``; begin, end, first ``[N]`` int32; T, H, the longest segment, top_k, scale; then the outputs:
+    Rows are tokens, ``[B*T*H, D]``; g, beta and lam have one element where the recurrence has none; states
+    ``[B*H*N*Dk, Dv]`` and means ``[B*H*N, Dk]`` are those of ``segment_states``. The outputs are
 
     gamma, dr ``[B*H*T*N]``: gates and logits' gradients of the cached segments, [i, t] within a segment's part, which
     starts at (bh * T + begin) * N; own ``[B*H*3, T]``: of the online segment gamma, dr and gamma * <q_t, X dy_t>;
     entering ``[B*H*(T//BT+N)*Dk, Dv]``: X of the chunks (swla), chunk c of segment s at begin // BT + s + c; dq, du
     ``[B*T*H, Dk]``. gamma, dr and du are left alone where there are no logits.
     """
-    Dk, Dv = problem.Dk, problem.Dv
-    BT, NK = config["chunk"], config["key_cols"]
-    MR, RR, RL = config["rows"], config["read_rows"], config["read_lanes"]
-    JR, TL, unroll = config["score_rows"], config["score_lanes"], config["unroll"]
-    SR, SC = config["state_rows"], config["state_cols"]
-    formulation = config["formulation"]
-    swla = problem.recurrence == "swla"
-    checkpoint = problem.state_init == "checkpoint"
-    routed = problem.routed
-    chooses = problem.aggregation == "ssc"
-    averages = problem.aggregation == "mean"
+    plan = Plan(problem, config)
+    n = sizes("R", "N", "S", "G", "X", "J", "P", "tokens", "heads", "longest", "top_k")
+    Dk, Dv = plan.Dk, plan.Dv
+    arguments = dict(
+        dy=f32(n.R, Dv), q=f32(n.R, Dk), u=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv),
+        g=f32(n.G), beta=f32(n.G), lam=f32(n.G), states=f32(n.S * Dk, Dv), means=f32(n.S, Dk),
+        begin=i32(n.N), end=i32(n.N), first=i32(n.N),
+        tokens=n.tokens, heads=n.heads, longest=n.longest, top_k=n.top_k, scale=T.float32,
+        gamma=f32(n.X), dr=f32(n.X), own=f32(n.J, n.tokens), entering=f32(n.P, Dv), dq=f32(n.R, Dk), du=f32(n.R, Dk),
+    )  # fmt: skip
+    return prim_func("read_backward", arguments, n, lambda x: every_segment(plan, x))
 
-    logits = dot_rows(JR, TL, unroll, Dk)
-    scores = dot_rows(JR, TL, unroll, Dv)
-    from_cached = read_state(RR, RL, unroll, Dv, routed)
-    from_online = read_online(RR, RL, unroll, Dv, routed, swla)
-    from_chosen = read_gathered(MR, NK, Dv)
-    connect = multiply(MR, NK, 1)
-    write = multiply(SR, SC, 1)
 
-    @T.prim_func(s_tir=True)
-    def read_backward(
-        dy_: T.handle, q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle,
-        lam_: T.handle, states_: T.handle, means_: T.handle, begin_: T.handle, end_: T.handle, first_: T.handle,
-        tokens: T.int32, heads: T.int32, longest: T.int32, top_k: T.int32, scale: T.float32,
-        gamma_: T.handle, dr_: T.handle, own_: T.handle, entering_: T.handle, dq_: T.handle, du_: T.handle,
-    ):  # fmt: skip
-        T.func_attr({"global_symbol": "read_backward", "tirx.noalias": True})
-        R, N, S, G, X, J, P = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        dy = T.match_buffer(dy_, (R, Dv), "float32")
-        q = T.match_buffer(q_, (R, Dk), "float32")
-        u = T.match_buffer(u_, (R, Dk), "float32")
-        k = T.match_buffer(k_, (R, Dk), "float32")
-        v = T.match_buffer(v_, (R, Dv), "float32")
-        g = T.match_buffer(g_, (G,), "float32")
-        beta = T.match_buffer(beta_, (G,), "float32")
-        lam = T.match_buffer(lam_, (G,), "float32")
-        states = T.match_buffer(states_, (S * Dk, Dv), "float32")
-        means = T.match_buffer(means_, (S, Dk), "float32")
-        begin = T.match_buffer(begin_, (N,), "int32")
-        end = T.match_buffer(end_, (N,), "int32")
-        first = T.match_buffer(first_, (N,), "int32")
-        gammas = T.match_buffer(gamma_, (X,), "float32")
-        drs = T.match_buffer(dr_, (X,), "float32")
-        owns = T.match_buffer(own_, (J, tokens), "float32")
-        entering = T.match_buffer(entering_, (P, Dv), "float32")
-        dq = T.match_buffer(dq_, (R, Dk), "float32")
-        du = T.match_buffer(du_, (R, Dk), "float32")
+def scratch_of(plan: Plan, x: Values) -> Values:
+    """What one task keeps to itself."""
+    Dk, Dv, BT, JR = plan.Dk, plan.Dv, plan.BT, plan.JR
+    w = scratch(
+        QT=f32(Dk, BT),
+        UT=f32(Dk, BT),
+        YT=f32(Dv, BT),  # scale * dy
+        dQT=f32(Dk, BT),
+        K=f32(BT, Dk),
+        V=f32(BT, Dv),
+        E=f32(BT, BT),
+        M=f32(Dk, Dv),
+        rows_of=f32(BT, Dk),
+        total=f32(2, Dk),
+        gate=f32(2, BT),  # the own segment's gate; decay of X
+        down=f32(3, BT),  # gradients of the gate and of the logit; <q, X dy>
+        gates=f32(x.N + JR, BT),  # of the cached segments
+        dgates=f32(x.N + JR, BT),
+        lanes=f32(3, LANES),
+        token_gates=f32(3, BT + LANES),  # of the chunk's tokens: e^g, beta, lam
+    )
+    if not plan.flags.sparse:
+        return w
+    kept = x.longest + BT if plan.formulation == "gather" else BT
+    return w.plus(scratch(best=i32(LANES), chosen=i32(x.top_k + 1, kept), value=f32(x.top_k + 1, kept)))
 
-        for task in T.parallel(S):
-            bh: T.let = task // N
-            turn: T.let = task % N
+
+def every_segment(plan: Plan, x: Values) -> None:
+    """One task a segment of a head."""
+    BT, gather = plan.BT, plan.formulation == "gather"
+
+    @emit
+    def tasks():
+        for task in T.parallel(x.S):
+            bh: T.let = task // x.N
+            turn: T.let = task % x.N
             # Late segments read more: pairing early with late ones balances contiguous shares of the tasks.
-            s: T.let = T.if_then_else(turn % 2 == 0, turn // 2, N - 1 - turn // 2)
-            row0: T.let = bh // heads * tokens * heads + bh % heads
-            past: T.let = s - first[s]
-            base: T.let = bh * N + first[s]
-            length: T.let = end[s] - begin[s]
-            picks: T.let = T.min(top_k, past)
-            saved: T.let = (bh * tokens + begin[s]) * N + first[s] * length
-            QT = T.alloc_buffer((Dk, BT), "float32")
-            UT = T.alloc_buffer((Dk, BT), "float32")
-            YT = T.alloc_buffer((Dv, BT), "float32")  # scale * dy
-            dQT = T.alloc_buffer((Dk, BT), "float32")
-            K = T.alloc_buffer((BT, Dk), "float32")
-            V = T.alloc_buffer((BT, Dv), "float32")
-            E = T.alloc_buffer((BT, BT), "float32")
-            M = T.alloc_buffer((Dk, Dv), "float32")
-            rows_of = T.alloc_buffer((BT, Dk), "float32")
-            total = T.alloc_buffer((2, Dk), "float32")
-            own = T.alloc_buffer((2, BT), "float32")  # the own segment's gate; decay of X
-            down = T.alloc_buffer((3, BT), "float32")  # gradients of the gate and of the logit; <q, X dy>
-            gamma = T.alloc_buffer((N + JR, BT), "float32")
-            dgamma = T.alloc_buffer((N + JR, BT), "float32")
-            lanes = T.alloc_buffer((3, LANES), "float32")
-            token_gates = T.alloc_buffer((3, BT + LANES), "float32")  # of the chunk's tokens: e^g, beta, lam
-            if chooses:
-                best = T.alloc_buffer((LANES,), "int32")
-                chosen = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "int32")
-                value = T.alloc_buffer((top_k + 1, longest + BT if formulation == "gather" else BT), "float32")
-
-            @T.inline
-            def fetch(X, width, t, count):
-                prefetch(X, width, row0, t, count, tokens, heads, 0)
-
-            @T.inline
-            def own_logits(t0, rows, seen):
-                for t in T.vectorized(BT):
-                    own[0, t] = T.float32(0)
-                for t in range(rows):
-                    for x in T.vectorized(LANES):
-                        lanes[0, x] = T.float32(0)
-                    for e in T.unroll(Dk // LANES):
-                        for x in T.vectorized(LANES):
-                            total[0, e * LANES + x] = total[0, e * LANES + x] + K[t, e * LANES + x]
-                            lanes[0, x] = (
-                                lanes[0, x] + total[0, e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
-                            )
-                    for x in T.unroll(LANES):
-                        own[0, t] = own[0, t] + lanes[0, x]
-                    own[0, t] = own[0, t] / T.cast(seen + t + 1, "float32")
-
-            @T.inline
-            def gates(t0, rows, seen):
-                if routed:
-                    columns(u, Dk, row0, heads, t0, rows, UT)
-                    own_logits(t0, rows, seen)
-                    for ii in range((past + JR - 1) // JR):
-                        for tt in range((rows + TL - 1) // TL):
-                            logits(means, base + ii * JR, base + past - 1, UT, gamma, ii * JR, tt * TL)
-                    for tb in range((rows + LANES - 1) // LANES):
-                        if chooses:
-                            at: T.let = seen + tb * LANES if formulation == "gather" else tb * LANES
-                            choose(gamma, past, picks, tb * LANES, lanes, best, chosen, value, at)
-                            softmax(own, value, picks, at, tb * LANES, T.float32(1), lanes)
-                            if formulation != "gather":
-                                for i in range(past):
-                                    for x in T.vectorized(LANES):
-                                        gamma[i, tb * LANES + x] = T.float32(0)
-                                for p in range(picks):
-                                    for x in range(LANES):
-                                        gamma[chosen[p, tb * LANES + x], tb * LANES + x] = value[p, tb * LANES + x]
-                        else:
-                            softmax(own, gamma, past, tb * LANES, tb * LANES, T.float32(1), lanes)
-                else:
-                    for t in T.vectorized(BT):
-                        own[0, t] = T.float32(1) / T.cast(past + 1, "float32") if averages else T.float32(1)
-
-            # E[j, t] = (v_j . dy_t) * the weight of token j in the memory of token t.
-            @T.inline
-            def weigh(t0, rows):
-                for jj in range((rows + JR - 1) // JR):
-                    fetch(q, Dk, t0 + BT + jj * JR, JR)
-                    fetch(dy, Dv, t0 + BT + jj * JR, JR)
-                    fetch(k, Dk, t0 + BT + jj * JR, JR)
-                    fetch(v, Dv, t0 + BT + jj * JR, JR)
-                    if routed:
-                        fetch(u, Dk, t0 + BT + jj * JR, JR)
-                    for tt in range((rows + TL - 1) // TL):
-                        if jj * JR < (tt + 1) * TL:
-                            scores(V, jj * JR, rows - 1, YT, E, jj * JR, tt * TL)
-                if swla:
-                    for j in T.vectorized(BT + LANES):
-                        token_gates[0, j] = T.float32(1)
-                        token_gates[1, j] = T.float32(0)
-                        token_gates[2, j] = T.float32(0)
-                    # The next chunk's first token too: advance() ends there.
-                    for j in range(T.min(rows + 1, end[s] - t0)):
-                        token_gates[0, j] = exp(g[row0 + (t0 + j) * heads])
-                        token_gates[1, j] = beta[row0 + (t0 + j) * heads]
-                        token_gates[2, j] = lam[row0 + (t0 + j) * heads]
-                for tb in range((rows + LANES - 1) // LANES):
-                    if swla:
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = T.float32(0)
-                        for i in range(rows):
-                            j: T.let = rows - 1 - i
-                            for x in T.vectorized(LANES):
-                                lanes[1, x] = lanes[0, x]
-                                lanes[0, x] = T.Select(
-                                    tb * LANES + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1]
-                                )
-                                E[j, tb * LANES + x] = T.Select(
-                                    tb * LANES + x >= j,
-                                    E[j, tb * LANES + x]
-                                    * (token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]),
-                                    T.float32(0),
-                                )
-                        for x in T.vectorized(LANES):
-                            own[1, tb * LANES + x] = lanes[0, x]
-                    else:
-                        for j in range(rows):
-                            for x in T.vectorized(LANES):
-                                E[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, E[j, tb * LANES + x], T.float32(0))
-
-            @T.inline
-            def keep(c):
-                slot: T.let = bh * (tokens // BT + N) + begin[s] // BT + s + c
-                for d in range(Dk):
-                    for n in T.vectorized(Dv):
-                        entering[slot * Dk + d, n] = M[d, n]
-
-            # X of the next chunk; this one is BT tokens long.
-            @T.inline
-            def advance():
-                if swla:
-                    lanes[0, 0] = T.float32(1)
-                    for i in range(BT):
-                        j: T.let = BT - 1 - i
-                        lanes[0, 1] = lanes[0, 0]
-                        lanes[0, 0] = lanes[0, 0] * token_gates[0, j + 1]
-                        for d in T.vectorized(Dk):
-                            K[j, d] = K[j, d] * (token_gates[2, j] * lanes[0, 0] + token_gates[1, j + 1] * lanes[0, 1])
-                    for d in range(Dk):
-                        for n in T.vectorized(Dv):
-                            M[d, n] = M[d, n] * lanes[0, 0]
-                for dd in range(Dk // SR):
-                    for nn in range(Dv // SC):
-                        write(K, 0, V, 0, BT, M, dd * SR, nn * SC, own, 0, False, False)
-
-            # dr of the chunk's tokens, and du.
-            @T.inline
-            def connectors(t0, rows, seen):
-                for tb in range((rows + LANES - 1) // LANES):
-                    for x in T.vectorized(LANES):
-                        lanes[0, x] = own[0, tb * LANES + x] * down[0, tb * LANES + x]
-                    for i in range(past):
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = lanes[0, x] + gamma[i, tb * LANES + x] * dgamma[i, tb * LANES + x]
-                    for x in T.vectorized(LANES):
-                        down[1, tb * LANES + x] = own[0, tb * LANES + x] * (down[0, tb * LANES + x] - lanes[0, x])
-                    for i in range(past):
-                        for x in T.vectorized(LANES):
-                            dgamma[i, tb * LANES + x] = gamma[i, tb * LANES + x] * (
-                                dgamma[i, tb * LANES + x] - lanes[0, x]
-                            )
-                for tt in range((rows + MR - 1) // MR):
-                    for dd in range(Dk // NK):
-                        connect(dgamma, 0, means, base, past, rows_of, tt * MR, dd * NK, own, 0, False, True)
-                for t in range(rows):
-                    lanes[1, 0] = down[1, t] / T.cast(seen + t + 1, "float32")
-                    for d in T.vectorized(Dk):
-                        total[1, d] = total[1, d] + k[row0 + (t0 + t) * heads, d]
-                        du[row0 + (t0 + t) * heads, d] = rows_of[t, d] + lanes[1, 0] * total[1, d]
-                for t in range(rows):
-                    owns[bh * 3 + 1, t0 + t] = down[1, t]
-                for i in range(past):
-                    for t in range(rows):
-                        gammas[saved + i * length + seen + t] = gamma[i, t]
-                        drs[saved + i * length + seen + t] = dgamma[i, t]
-
-            for d in range(Dk):
-                for n in T.vectorized(Dv):
-                    M[d, n] = T.float32(0)
-            for d in T.vectorized(Dk):
-                total[0, d] = T.float32(0)
-                total[1, d] = T.float32(0)
-            if checkpoint:
-                if past > 0:
-                    for d in range(Dk):
-                        for n in T.vectorized(Dv):
-                            M[d, n] = states[(base + past - 1) * Dk + d, n]
-                    if swla:
-                        b: T.let = row0 + begin[s] * heads
-                        for d in range(Dk):
-                            for n in T.vectorized(Dv):
-                                M[d, n] = exp(g[b]) * M[d, n] + beta[b] * k[b - heads, d] * v[b - heads, n]
-                        keep(0)
-            if formulation == "summed":
-                summed = T.alloc_buffer((Dk, Dv), "float32")
-                for d in range(Dk):
-                    for n in T.vectorized(Dv):
-                        summed[d, n] = T.float32(0)
-                for i in range(past):
-                    for d in range(Dk):
-                        for n in T.vectorized(Dv):
-                            summed[d, n] = summed[d, n] + states[(base + i) * Dk + d, n]
+            s: T.let = T.if_then_else(turn % 2 == 0, turn // 2, x.N - 1 - turn // 2)
+            row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
+            past: T.let = s - x.first[s]
+            base: T.let = bh * x.N + x.first[s]
+            length: T.let = x.end[s] - x.begin[s]
+            picks: T.let = T.min(x.top_k, past)
+            saved: T.let = (bh * x.tokens + x.begin[s]) * x.N + x.first[s] * length
+            w = T.meta_var(scratch_of(plan, x))
+            place = T.meta_var(
+                Values(bh=bh, s=s, row0=row0, past=past, base=base, length=length, picks=picks, saved=saved)
+            )
+            start(plan, x.plus(w, place))
+            summed = T.meta_var(scratch(summed=f32(plan.Dk, plan.Dv)) if plan.formulation == "summed" else Values())
+            at = T.meta_var(x.plus(w, place, summed))
+            if plan.formulation == "summed":
+                sum_states(x.states, base, past, at.summed, plan.Dk, plan.Dv)
             for c in range((length + BT - 1) // BT):
-                t0: T.let = begin[s] + c * BT
-                rows: T.let = T.min(BT, end[s] - t0)
-                linked: T.let = T.Or(c > 0, T.And(checkpoint, past > 0))
-                columns(q, Dk, row0, heads, t0, rows, QT)
-                columns(dy, Dv, row0, heads, t0, rows, YT)
-                for n in range(Dv):
-                    for t in T.vectorized(BT):
-                        YT[n, t] = YT[n, t] * scale
-                for t in range(rows):
-                    for d in T.vectorized(Dk):
-                        K[t, d] = k[row0 + (t0 + t) * heads, d]
-                    for n in T.vectorized(Dv):
-                        V[t, n] = v[row0 + (t0 + t) * heads, n]
-                gates(t0, rows, c * BT)
-                weigh(t0, rows)
-                for tt in range((rows + RL - 1) // RL):
-                    for dd in range(Dk // RR):
-                        from_online(
-                            M, YT, K, E, T.min((tt + 1) * RL, rows), QT, dQT, own, down, dd * RR, tt * RL, linked,
-                            dd == 0,
-                        )  # fmt: skip
-                    if formulation == "summed":
-                        if past > 0:
-                            for dd in range(Dk // RR):
-                                from_cached(summed, 0, YT, QT, dQT, own, down, 0, dd * RR, tt * RL, dd == 0)
-                    if formulation == "per_segment":
-                        for i in range(past):
-                            for dd in range(Dk // RR):
-                                from_cached(
-                                    states, (base + i) * Dk, YT, QT, dQT, gamma, dgamma, i, dd * RR, tt * RL, dd == 0
-                                )
-                if routed and formulation != "gather":
-                    connectors(t0, rows, c * BT)
-                for t in range(rows):
-                    owns[bh * 3, t0 + t] = own[0, t]
-                    if formulation == "gather":
-                        owns[bh * 3 + 1, t0 + t] = down[0, t]
-                    if swla:
-                        owns[bh * 3 + 2, t0 + t] = own[0, t] * down[2, t]
-                for tb in range((rows + BLOCK - 1) // BLOCK):
-                    for db in range(Dk // BLOCK):
-                        transpose(dQT, db * BLOCK, 1, BLOCK - 1, rows_of, tb * BLOCK, db * BLOCK)
-                for t in range(rows):
-                    for d in T.vectorized(Dk):
-                        dq[row0 + (t0 + t) * heads, d] = rows_of[t, d]
+                t0: T.let = x.begin[s] + c * BT
+                rows: T.let = T.min(BT, x.end[s] - t0)
+                linked: T.let = T.Or(c > 0, T.And(plan.flags.checkpoint, past > 0))
+                one_chunk(plan, at, c=c, t0=t0, rows=rows, linked=linked)
                 if (c + 1) * BT < length:
-                    advance()
-                    if swla:
-                        keep(c + 1)
-
-            if formulation == "gather":
-                where = T.alloc_buffer((N + 2,), "int32")
-                tokens_of = T.alloc_buffer((top_k * longest + 1,), "int32")
-                gates_of = T.alloc_buffer((top_k * longest + 1,), "float32")
-                MT = T.alloc_buffer((Dv, Dk), "float32")
-                parts = T.alloc_buffer((MR, LANES), "float32")
-                sort_by_segment(chosen, value, picks, length, past, where, tokens_of, gates_of)
-                for x in range(past * length):
-                    gammas[saved + x] = T.float32(0)
-                    drs[saved + x] = T.float32(0)
-                for i in range(past):
-                    for nn in range(Dv // BLOCK):
-                        for dd in range(Dk // BLOCK):
-                            transpose(states, (base + i) * Dk + dd * BLOCK, 1, BLOCK - 1, MT, nn * BLOCK, dd * BLOCK)
-                    for xx in range((where[i + 1] - where[i] + MR - 1) // MR):
-                        x0: T.let = where[i] + xx * MR
-                        count: T.let = T.min(MR, where[i + 1] - x0)
-                        for dd in range(Dk // NK):
-                            from_chosen(
-                                dy, MT, q, dq, parts, dd * NK, tokens_of, gates_of, x0, count,
-                                row0 + begin[s] * heads, heads, scale, dd == 0,
-                            )  # fmt: skip
-                        for r in range(count):
-                            at: T.let = saved + i * length + tokens_of[x0 + r]
-                            gammas[at] = gates_of[x0 + r]
-                            for x in T.vectorized(LANES // 2):
-                                parts[r, x] = parts[r, x] + parts[r, x + LANES // 2]
-                            for x in T.unroll(LANES // 2):
-                                drs[at] = drs[at] + scale * parts[r, x]
+                    advance(plan, at)
+                    if plan.flags.gated:
+                        keep(plan, at, c=c + 1)
+            if gather:
+                read_chosen(plan, at)
                 for c in range((length + BT - 1) // BT):
-                    t0: T.let = begin[s] + c * BT
-                    rows: T.let = T.min(BT, end[s] - t0)
-                    for t in range(rows):
-                        own[0, t] = owns[bh * 3, t0 + t]
-                        down[0, t] = owns[bh * 3 + 1, t0 + t]
-                    for i in range(past):
-                        for t in range(rows):
-                            gamma[i, t] = gammas[saved + i * length + c * BT + t]
-                            dgamma[i, t] = drs[saved + i * length + c * BT + t]
-                    connectors(t0, rows, c * BT)
+                    t0: T.let = x.begin[s] + c * BT
+                    rows: T.let = T.min(BT, x.end[s] - t0)
+                    gates_again(at, seen=c * BT, t0=t0, rows=rows)
+                    connectors(plan, at, t0=t0, rows=rows, seen=c * BT)
 
-    return read_backward
+
+def start(plan: Plan, at: Values) -> None:
+    """X of the first chunk, and sums of no keys."""
+    Dk, Dv, flags = plan.Dk, plan.Dv, plan.flags
+    M, total, states, g, beta, k, v = at.M, at.total, at.states, at.g, at.beta, at.k, at.v
+    row0, base, past, heads = at.row0, at.base, at.past, at.heads
+
+    @emit
+    def running_state():
+        clear(M, 0, Dk, Dv)
+        for d in T.vectorized(Dk):
+            total[0, d] = T.float32(0)
+            total[1, d] = T.float32(0)
+        if flags.checkpoint:
+            if past > 0:
+                copy_state(states, (base + past - 1) * Dk, M, Dk, Dv)
+                if flags.gated:
+                    b: T.let = row0 + at.begin[at.s] * heads
+                    for d in range(Dk):
+                        for n in T.vectorized(Dv):
+                            M[d, n] = exp(g[b]) * M[d, n] + beta[b] * k[b - heads, d] * v[b - heads, n]
+                    keep(plan, at, c=0)
+
+
+def keep(plan: Plan, at: Values, *, c) -> None:
+    """Leave X of chunk ``c`` to ``write_backward``."""
+    Dk, Dv, BT = plan.Dk, plan.Dv, plan.BT
+
+    @emit
+    def entering():
+        slot: T.let = at.bh * (at.tokens // BT + at.N) + at.begin[at.s] // BT + at.s + c
+        for d in range(Dk):
+            for n in T.vectorized(Dv):
+                at.entering[slot * Dk + d, n] = at.M[d, n]
+
+
+def one_chunk(plan: Plan, at: Values, *, c, t0, rows, linked) -> None:
+    """dq of one chunk; and unless states are gathered, of its gates and connectors too."""
+    Dk, BT, gather = plan.Dk, plan.BT, plan.formulation == "gather"
+    own, gate, down, rows_of, bh, row0, heads = at.own, at.gate, at.down, at.rows_of, at.bh, at.row0, at.heads
+
+    @emit
+    def chunk():
+        pack(plan, at, t0=t0, rows=rows)
+        gates(plan, at, t0=t0, rows=rows, seen=c * BT)
+        weigh(plan, at, t0=t0, rows=rows)
+        read(plan, at, rows=rows, linked=linked)
+        if plan.flags.routed and not gather:
+            connectors(plan, at, t0=t0, rows=rows, seen=c * BT)
+        for t in range(rows):
+            own[bh * 3, t0 + t] = gate[0, t]
+            if gather:
+                own[bh * 3 + 1, t0 + t] = down[0, t]
+            if plan.flags.gated:
+                own[bh * 3 + 2, t0 + t] = gate[0, t] * down[2, t]
+        for tb in range((rows + BLOCK - 1) // BLOCK):
+            for db in range(Dk // BLOCK):
+                transpose(at.dQT, db * BLOCK, 1, BLOCK - 1, rows_of, tb * BLOCK, db * BLOCK)
+        for t in range(rows):
+            for d in T.vectorized(Dk):
+                at.dq[row0 + (t0 + t) * heads, d] = rows_of[t, d]
+
+
+def pack(plan: Plan, at: Values, *, t0, rows) -> None:
+    """The chunk's q and dy as columns, its k and v as rows."""
+    Dk, Dv, BT = plan.Dk, plan.Dv, plan.BT
+    k, v, K, V, YT, row0, heads = at.k, at.v, at.K, at.V, at.YT, at.row0, at.heads
+
+    @emit
+    def columns_and_rows():
+        columns(at.q, Dk, row0, heads, t0, rows, at.QT)
+        columns(at.dy, Dv, row0, heads, t0, rows, YT)
+        for n in range(Dv):
+            for t in T.vectorized(BT):
+                YT[n, t] = YT[n, t] * at.scale
+        for t in range(rows):
+            for d in T.vectorized(Dk):
+                K[t, d] = k[row0 + (t0 + t) * heads, d]
+            for n in T.vectorized(Dv):
+                V[t, n] = v[row0 + (t0 + t) * heads, n]
+
+
+def read_chosen(plan: Plan, at: Values) -> None:
+    """Each cached state with the tokens that chose it: their dq, gates and logits' gradients."""
+    Dk, Dv, MR, NK = plan.Dk, plan.Dv, plan.MR, plan.NK
+    gamma, dr, begin, states, scale = at.gamma, at.dr, at.begin, at.states, at.scale
+    row0, past, base, length, saved, heads = at.row0, at.past, at.base, at.length, at.saved, at.heads
+    tile = read_gathered(MR, NK, Dv)
+
+    @emit
+    def segments():
+        w = T.meta_var(
+            scratch(
+                where=i32(at.N + 2), tokens_of=i32(at.top_k * at.longest + 1), gates_of=f32(at.top_k * at.longest + 1),
+                MT=f32(Dv, Dk), parts=f32(MR, LANES),
+            )
+        )  # fmt: skip
+        where, parts = T.meta_var(w.where), T.meta_var(w.parts)
+        sort_by_segment(at.chosen, at.value, at.picks, length, past, where, w.tokens_of, w.gates_of)
+        for x in range(past * length):
+            gamma[saved + x] = T.float32(0)
+            dr[saved + x] = T.float32(0)
+        for i in range(past):
+            for nn in range(Dv // BLOCK):
+                for dd in range(Dk // BLOCK):
+                    transpose(states, (base + i) * Dk + dd * BLOCK, 1, BLOCK - 1, w.MT, nn * BLOCK, dd * BLOCK)
+            for xx in range((where[i + 1] - where[i] + MR - 1) // MR):
+                x0: T.let = where[i] + xx * MR
+                count: T.let = T.min(MR, where[i + 1] - x0)
+                for dd in range(Dk // NK):
+                    tile(
+                        Y=at.dy, MT=w.MT, Q=at.q, dQ=at.dq, D=parts, d0=dd * NK, index=w.tokens_of, gate=w.gates_of,
+                        x0=x0, count=count, origin=row0 + begin[at.s] * heads, stride=heads, scale=scale, first=dd == 0,
+                    )  # fmt: skip
+                for r in range(count):
+                    to: T.let = saved + i * length + w.tokens_of[x0 + r]
+                    gamma[to] = w.gates_of[x0 + r]
+                    for x in T.vectorized(LANES // 2):
+                        parts[r, x] = parts[r, x] + parts[r, x + LANES // 2]
+                    for x in T.unroll(LANES // 2):
+                        dr[to] = dr[to] + scale * parts[r, x]
+
+
+def gates_again(at: Values, *, seen, t0, rows) -> None:
+    """What ``read_chosen`` and ``one_chunk`` left of a chunk's gates and their gradients."""
+
+    @emit
+    def from_saved():
+        for t in range(rows):
+            at.gate[0, t] = at.own[at.bh * 3, t0 + t]
+            at.down[0, t] = at.own[at.bh * 3 + 1, t0 + t]
+        for i in range(at.past):
+            for t in range(rows):
+                at.gates[i, t] = at.gamma[at.saved + i * at.length + seen + t]
+                at.dgates[i, t] = at.dr[at.saved + i * at.length + seen + t]

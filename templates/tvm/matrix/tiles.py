@@ -2,6 +2,8 @@
 
 from tvm.script import tirx as T
 
+from .kernel import inline
+
 LANES = 16
 """Widths are padded to a multiple of this many floats: one AVX-512 vector, two AVX2 vectors."""
 
@@ -25,6 +27,32 @@ def exp(x):
     return value * T.reinterpret("float32", (T.cast(whole, "int32") + T.int32(127)) << T.int32(23))
 
 
+# Zeros in the first ``width`` columns of ``rows`` rows from ``row`` on.
+@inline
+def clear(target, row, rows, width):
+    for d in range(rows):
+        for n in T.vectorized(width):
+            target[row + d, n] = T.float32(0)
+
+
+# A state, which begins at row ``row`` of ``states``, into M.
+@inline
+def copy_state(states, row, M, Dk, Dv):
+    for d in range(Dk):
+        for n in T.vectorized(Dv):
+            M[d, n] = states[row + d, n]
+
+
+# The sum of ``count`` states from ``base`` on.
+@inline
+def sum_states(states, base, count, summed, Dk, Dv):
+    clear(summed, 0, Dk, Dv)
+    for i in range(count):
+        for d in range(Dk):
+            for n in T.vectorized(Dv):
+                summed[d, n] = summed[d, n] + states[(base + i) * Dk + d, n]
+
+
 def multiply(rows, cols, unroll):
     """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate_r sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
 
@@ -32,7 +60,7 @@ def multiply(rows, cols, unroll):
     ``unroll``. ``gate`` is row ``g0`` of G, or absent (``gated=False``); ``fresh`` overwrites C instead of adding.
     """
 
-    @T.inline
+    @inline
     def tile(A, a0, B, b0, steps, C, r0, n0, G, g0, gated, fresh):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):
@@ -58,7 +86,7 @@ def multiply(rows, cols, unroll):
 def dot_rows(rows, cols, unroll, width):
     """A register tile of inner products: C[c0 + r, t0 + n] = sum_{d < width} A[min(a0 + r, a1), d] B[d, t0 + n]."""
 
-    @T.inline
+    @inline
     def tile(A, a0, a1, B, C, c0, t0):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):
@@ -82,7 +110,7 @@ def gather(rows, cols, width):
     ``index`` and ``weight`` hold one entry a row from ``x0`` on; ``row(i)`` maps an entry to a row of A and C.
     """
 
-    @T.inline
+    @inline
     def tile(A, B, b0, C, n0, index, weight, x0, count, origin, stride):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):
@@ -112,7 +140,7 @@ LOW2, HIGH2 = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
 LOW1, HIGH1 = [0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15]
 
 
-@T.inline
+@inline
 def transpose(source, first, stride, last, target, d0, t0):
     # target[d0 + d, t0 + t] = source[first + min(t, last) * stride, d0 + d] for a block of BLOCK tokens and widths, in
     # three butterfly steps of vector shuffles: element by element, LLVM makes scatters of it, eight times slower.
@@ -142,7 +170,7 @@ def transpose(source, first, stride, last, target, d0, t0):
 
 
 # Tokens t0 to t0 + rows of one head into columns: target[d, t] = source[row0 + (t0 + t) * heads, d].
-@T.inline
+@inline
 def columns(source, width, row0, heads, t0, rows, target):
     for tb in range((rows + BLOCK - 1) // BLOCK):
         for db in range(width // BLOCK):

@@ -14,352 +14,217 @@ dg_t = e^{g_t} <M_{t-1}, Z_t>.
 
 from tvm.script import tirx as T
 
-from .backward_tiles import prefetch
-from .tiles import BLOCK, LANES, columns, dot_rows, exp, multiply, transpose
+from .backward_tiles import fetch
+from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from .tiles import LANES, clear, columns, copy_state, multiply
+from .write_backward_chunk import Plan, products, rows_of_state
+from .write_backward_gates import gradients_of_gates, lead
 
 
 def build(problem, config, target):
     """The PrimFunc ``write_backward`` for the widths of ``problem``; B, T, H and the segments are run-time values.
 
-    Arguments of the kernel: dy ``[B*T*H, Dv]``, q, u, k ``[B*T*H, Dk]``, v ``[B*T*H, Dv]``, g, beta, lam ``[B*T*H]``;
-    own and entering of ``read_backward``; states of ``segment_states`` and the gradients of states and descriptors from
-    ``state_backward``; begin, end, first ``[N]`` int32; T, H, scale; scratch ``[B*H*N, Dk]`` and ``[B*H*N, Dv]``; then
-    the outputs dk ``[B*T*H, Dk]``, dv ``[B*T*H, Dv]`` and dg, dbeta, dlam, shaped as the gates.
+    Rows are tokens, ``[B*T*H, D]``; g, beta and lam have one element where the recurrence has none; own and entering
+    are those of ``read_backward``, states of ``segment_states``, dstates and dmeans of ``state_backward``; lead_key
+    ``[B*H*N, Dk]`` and lead_value ``[B*H*N, Dv]`` are scratch; what follows is output, shaped as what it is of.
     """
-    Dk, Dv = problem.Dk, problem.Dv
-    BT, MR, NV, NK = config["chunk"], config["rows"], config["cols"], config["key_cols"]
-    JR, TL, unroll = config["score_rows"], config["score_lanes"], config["unroll"]
-    SR, SC = config["state_rows"], config["state_cols"]
-    swla = problem.recurrence == "swla"
-    checkpoint = problem.state_init == "checkpoint"
-    routed = problem.routed
+    plan, n = Plan(problem, config), sizes("R", "N", "S", "G", "J", "P", "tokens", "heads")
+    Dk, Dv = plan.Dk, plan.Dv
+    arguments = dict(
+        dy=f32(n.R, Dv), q=f32(n.R, Dk), u=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv),
+        g=f32(n.G), beta=f32(n.G), lam=f32(n.G), own=f32(n.J, n.tokens), entering=f32(n.P, Dv),
+        states=f32(n.S * Dk, Dv), dstates=f32(n.S * Dk, Dv), dmeans=f32(n.S, Dk),
+        begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, scale=T.float32,
+        lead_key=f32(n.S, Dk), lead_value=f32(n.S, Dv),
+        dk=f32(n.R, Dk), dv=f32(n.R, Dv), dg=f32(n.G), dbeta=f32(n.G), dlam=f32(n.G),
+    )  # fmt: skip
 
-    by_key = dot_rows(JR, TL, unroll, Dk)
-    by_value = dot_rows(JR, TL, unroll, Dv)
-    to_values = multiply(MR, NV, unroll)
-    to_keys = multiply(MR, NK, unroll)
-    from_values = multiply(MR, NV, 1)
-    from_keys = multiply(MR, NK, 1)
-    update = multiply(SR, SC, 1)
+    def body(x: Values) -> None:
+        every_segment(plan, x)
+        if plan.flags.gated and plan.flags.checkpoint:
+            add_leads(plan, x)
 
-    @T.prim_func(s_tir=True)
-    def write_backward(
-        dy_: T.handle, q_: T.handle, u_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, beta_: T.handle,
-        lam_: T.handle, own_: T.handle, entering_: T.handle, states_: T.handle, dstates_: T.handle, dmeans_: T.handle,
-        begin_: T.handle, end_: T.handle, first_: T.handle, tokens: T.int32, heads: T.int32, scale: T.float32,
-        lead_key_: T.handle, lead_value_: T.handle,
-        dk_: T.handle, dv_: T.handle, dg_: T.handle, dbeta_: T.handle, dlam_: T.handle,
-    ):  # fmt: skip
-        T.func_attr({"global_symbol": "write_backward", "tirx.noalias": True})
-        R, N, S, G, J, P = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        dy = T.match_buffer(dy_, (R, Dv), "float32")
-        q = T.match_buffer(q_, (R, Dk), "float32")
-        u = T.match_buffer(u_, (R, Dk), "float32")
-        k = T.match_buffer(k_, (R, Dk), "float32")
-        v = T.match_buffer(v_, (R, Dv), "float32")
-        g = T.match_buffer(g_, (G,), "float32")
-        beta = T.match_buffer(beta_, (G,), "float32")
-        lam = T.match_buffer(lam_, (G,), "float32")
-        owns = T.match_buffer(own_, (J, tokens), "float32")
-        entering = T.match_buffer(entering_, (P, Dv), "float32")
-        states = T.match_buffer(states_, (S * Dk, Dv), "float32")
-        dstates = T.match_buffer(dstates_, (S * Dk, Dv), "float32")
-        dmeans = T.match_buffer(dmeans_, (S, Dk), "float32")
-        begin = T.match_buffer(begin_, (N,), "int32")
-        end = T.match_buffer(end_, (N,), "int32")
-        first = T.match_buffer(first_, (N,), "int32")
-        lead_key = T.match_buffer(lead_key_, (S, Dk), "float32")
-        lead_value = T.match_buffer(lead_value_, (S, Dv), "float32")
-        dk = T.match_buffer(dk_, (R, Dk), "float32")
-        dv = T.match_buffer(dv_, (R, Dv), "float32")
-        dg = T.match_buffer(dg_, (G,), "float32")
-        dbeta = T.match_buffer(dbeta_, (G,), "float32")
-        dlam = T.match_buffer(dlam_, (G,), "float32")
+    return prim_func("write_backward", arguments, n, body)
 
-        for task in T.parallel(S):
-            bh: T.let = task // N
+
+def scratch_of(plan: Plan) -> Values:
+    """What one task keeps to itself."""
+    Dk, Dv, BT = plan.Dk, plan.Dv, plan.BT
+    return scratch(
+        Q=f32(BT, Dk),
+        Y=f32(BT, Dv),
+        KT=f32(Dk, BT),
+        VT=f32(Dv, BT),
+        W1=f32(BT, BT),
+        W2=f32(BT, BT),
+        Z=f32(Dk, Dv),
+        ZT=f32(Dv, Dk),
+        C=f32(BT, Dv),
+        CK=f32(BT, Dk),
+        through=f32(Dk),  # of the descriptors: dp / length and the later tokens' sum
+        lanes=f32(4, LANES),
+        token_gates=f32(2, BT + LANES),  # of the chunk's tokens and the next: e^g, beta
+        # By row: lam, the next beta, k_j Z v_j, their gradients dlam and the next dbeta; decay of X.
+        of_row=f32(6, BT + LANES),
+        W=f32(BT + 1, BT),  # w_jt at [t, j], up to the token after the chunk
+        forgotten=f32(BT + 1, LANES),  # by token, lanes to be summed: what its decay scales
+        none=f32(1, 1),
+    )
+
+
+def every_segment(plan: Plan, x: Values) -> None:
+    """One task a segment of a head."""
+    BT, flags = plan.BT, plan.flags
+
+    @emit
+    def tasks():
+        for task in T.parallel(x.S):
+            bh: T.let = task // x.N
             # Backwards, so that the chunk before the one at work is the next one, whose rows are fetched meanwhile.
-            s: T.let = N - 1 - task % N
-            row0: T.let = bh // heads * tokens * heads + bh % heads
-            length: T.let = end[s] - begin[s]
+            s: T.let = x.N - 1 - task % x.N
+            row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
+            length: T.let = x.end[s] - x.begin[s]
             chunks: T.let = (length + BT - 1) // BT
             # Something later reads the segment's end state.
-            ends_linked: T.let = T.And(s + 1 < N, first[T.min(s + 1, N - 1)] == first[s])
-            Q = T.alloc_buffer((BT, Dk), "float32")
-            Y = T.alloc_buffer((BT, Dv), "float32")
-            KT = T.alloc_buffer((Dk, BT), "float32")
-            VT = T.alloc_buffer((Dv, BT), "float32")
-            W1 = T.alloc_buffer((BT, BT), "float32")
-            W2 = T.alloc_buffer((BT, BT), "float32")
-            Z = T.alloc_buffer((Dk, Dv), "float32")
-            ZT = T.alloc_buffer((Dv, Dk), "float32")
-            C = T.alloc_buffer((BT, Dv), "float32")
-            CK = T.alloc_buffer((BT, Dk), "float32")
-            through = T.alloc_buffer((Dk,), "float32")  # of the descriptors: dp / length and the later tokens' sum
-            lanes = T.alloc_buffer((4, LANES), "float32")
-            token_gates = T.alloc_buffer((2, BT + LANES), "float32")  # of the chunk's tokens and the next: e^g, beta
-            # By row: lam, the next beta, k_j Z v_j, their gradients dlam and the next dbeta; decay of X.
-            of_row = T.alloc_buffer((6, BT + LANES), "float32")
-            W = T.alloc_buffer((BT + 1, BT), "float32")  # w_jt at [t, j], up to the token after the chunk
-            forgotten = T.alloc_buffer(
-                (BT + 1, LANES), "float32"
-            )  # by token, lanes to be summed: what its decay scales
-            none = T.alloc_buffer((1, 1), "float32")
+            ends_linked: T.let = T.And(s + 1 < x.N, x.first[T.min(s + 1, x.N - 1)] == x.first[s])
+            at = T.meta_var(x.plus(scratch_of(plan), bh=bh, s=s, row0=row0, length=length, ends_linked=ends_linked))
+            start(plan, at)
+            for turn in range(chunks):
+                t0: T.let = x.begin[s] + (chunks - 1 - turn) * BT
+                rows: T.let = T.min(BT, x.end[s] - t0)
+                linked: T.let = T.Or(turn > 0, ends_linked)
+                pack(plan, at, t0=t0, rows=rows)
+                products(plan, at, t0=t0, rows=rows)
+                rows_of_state(plan, at, t0=t0, rows=rows, linked=linked)
+                if flags.gated:
+                    gradients_of_gates(plan, at, t0=t0, rows=rows, turn=turn, c=chunks - 1 - turn)
+                rows_of_chunk(plan, at, t0=t0, rows=rows)
+                finish(plan, at, t0=t0, rows=rows)
+                if T.Or(flags.gated and flags.checkpoint, turn + 1 < chunks):
+                    retreat(plan, at, rows=rows)
+            if flags.gated:
+                lead(plan, at)
 
-            @T.inline
-            def fetch(X, width, t, count, writes):
-                prefetch(X, width, row0, t, count, tokens, heads, writes)
 
-            # W1[t, j] = w_jt (Q_t . k_j), W2[t, j] = w_jt (dy_t . v_j), 0 for t < j; swla's w_jt comes later.
-            @T.inline
-            def weigh(t0, rows):
-                for tt in range((rows + JR - 1) // JR):
-                    fetch(k, Dk, t0 - BT + tt * JR, JR, 0)
-                    fetch(v, Dv, t0 - BT + tt * JR, JR, 0)
-                    for jj in range((rows + TL - 1) // TL):
-                        if jj * TL < (tt + 1) * JR:
-                            by_key(Q, tt * JR, rows - 1, KT, W1, tt * JR, jj * TL)
-                            by_value(Y, tt * JR, rows - 1, VT, W2, tt * JR, jj * TL)
-                if not swla:
-                    for jb in range((rows + LANES - 1) // LANES):
-                        # Below the diagonal nothing changes.
-                        for i in range(T.min(LANES, rows - jb * LANES)):
-                            for x in T.vectorized(LANES):
-                                W1[jb * LANES + i, jb * LANES + x] = T.Select(
-                                    i >= x, W1[jb * LANES + i, jb * LANES + x], T.float32(0)
-                                )
-                                W2[jb * LANES + i, jb * LANES + x] = T.Select(
-                                    i >= x, W2[jb * LANES + i, jb * LANES + x], T.float32(0)
-                                )
+def start(plan: Plan, at: Values) -> None:
+    """The gradient of the memory after the segment's last token, and of the keys through the descriptor."""
+    Dk, Dv = plan.Dk, plan.Dv
 
-            # C = dv, CK = dk of the chunk's rows, without the descriptors' part.
-            @T.inline
-            def rows_of_chunk(t0, rows, linked):
-                if linked:
-                    for nn in range(Dv // BLOCK):
-                        for dd in range(Dk // BLOCK):
-                            transpose(Z, dd * BLOCK, 1, BLOCK - 1, ZT, nn * BLOCK, dd * BLOCK)
-                    for jj in range((rows + MR - 1) // MR):
-                        fetch(q, Dk, t0 - BT + jj * MR, MR, 0)
-                        fetch(dy, Dv, t0 - BT + jj * MR, MR, 0)
-                        for nn in range(Dv // NV):
-                            to_values(KT, 0, Z, 0, Dk, C, jj * MR, nn * NV, none, 0, False, True)
-                        for dd in range(Dk // NK):
-                            to_keys(VT, 0, ZT, 0, Dv, CK, jj * MR, dd * NK, none, 0, False, True)
-                else:
-                    for j in range(BT):
-                        for n in T.vectorized(Dv):
-                            C[j, n] = T.float32(0)
-                        for d in T.vectorized(Dk):
-                            CK[j, d] = T.float32(0)
+    @emit
+    def from_later_segments():
+        clear(at.Z, 0, Dk, Dv)
+        for d in T.vectorized(Dk):
+            at.through[d] = T.float32(0)
+        if at.ends_linked:
+            copy_state(at.dstates, (at.bh * at.N + at.s) * Dk, at.Z, Dk, Dv)
+            if plan.flags.routed:
+                for d in T.vectorized(Dk):
+                    at.through[d] = at.dmeans[at.bh * at.N + at.s, d] / T.cast(at.length, "float32")
 
-            # swla's w_jt, and the gradients of its gates: with h_jt = k_j Z_t v_j, which is (Q_t . k_j) (dy_t . v_j) +
-            # e^{g_{t+1}} h_j,t+1, dg_t = e^{g_t} sum_{j < t} w_j,t-1 h_jt. X enters the chunk like one more write.
-            @T.inline
-            def weigh_gated(t0, rows, turn, c):
-                for x in T.vectorized(BT + LANES):
-                    token_gates[0, x] = T.float32(1)
-                    token_gates[1, x] = T.float32(0)
-                    of_row[0, x] = T.float32(0)
-                    of_row[2, x] = T.float32(0)
-                # The token after the chunk too; none after the segment, whose last memory is kept as it is.
-                for j in range(T.min(rows + 1, end[s] - t0)):
-                    token_gates[0, j] = exp(g[row0 + (t0 + j) * heads])
-                    token_gates[1, j] = beta[row0 + (t0 + j) * heads]
-                    of_row[0, j] = lam[row0 + (t0 + j) * heads]
-                for j in range(BT):
-                    of_row[1, j] = token_gates[1, j + 1]
-                for j in range(rows):
-                    for x in T.vectorized(LANES):
-                        lanes[0, x] = T.float32(0)
-                    for e in T.unroll(Dv // LANES):
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = lanes[0, x] + C[j, e * LANES + x] * v[row0 + (t0 + j) * heads, e * LANES + x]
-                    for x in T.unroll(LANES):
-                        of_row[2, j] = of_row[2, j] + lanes[0, x]
-                for t in range(rows + 1):
-                    for x in T.vectorized(LANES):
-                        forgotten[t, x] = T.float32(0)
-                for jb in range((rows + LANES - 1) // LANES):
-                    for x in T.vectorized(LANES):
-                        lanes[0, x] = T.float32(0)
-                        lanes[1, x] = T.float32(0)
-                        lanes[2, x] = of_row[2, jb * LANES + x]
-                    for i in range(rows + 1 - jb * LANES):
-                        t: T.let = jb * LANES + i
-                        for x in T.vectorized(LANES):
-                            lanes[0, x] = T.Select(i == x, T.float32(1), lanes[0, x] * token_gates[0, t])
-                            lanes[1, x] = T.Select(i == x + 1, T.float32(1), lanes[1, x] * token_gates[0, t])
-                            W[t, jb * LANES + x] = (
-                                of_row[0, jb * LANES + x] * lanes[0, x] + of_row[1, jb * LANES + x] * lanes[1, x]
-                            )
-                    for turned in range(rows + 1 - jb * LANES):
-                        t: T.let = rows - turned
-                        i: T.let = t - jb * LANES
-                        if t < rows:
-                            for x in T.vectorized(LANES):
-                                # Beyond the chunk's rows there may be anything.
-                                lanes[2, x] = token_gates[0, t + 1] * lanes[2, x] + T.Select(
-                                    i >= x, W1[t, jb * LANES + x] * W2[t, jb * LANES + x], T.float32(0)
-                                )
-                                W1[t, jb * LANES + x] = W1[t, jb * LANES + x] * W[t, jb * LANES + x]
-                                W2[t, jb * LANES + x] = W2[t, jb * LANES + x] * W[t, jb * LANES + x]
-                        for x in T.vectorized(LANES):
-                            of_row[3, jb * LANES + x] = T.Select(i == x, lanes[2, x], of_row[3, jb * LANES + x])
-                            of_row[4, jb * LANES + x] = T.Select(i == x + 1, lanes[2, x], of_row[4, jb * LANES + x])
-                        if i > 0:
-                            for x in T.vectorized(LANES):
-                                forgotten[t, x] = forgotten[t, x] + W[t - 1, jb * LANES + x] * lanes[2, x]
-                for j in range(rows):
-                    dlam[row0 + (t0 + j) * heads] = of_row[3, j]
-                    if t0 + j + 1 < end[s]:
-                        dbeta[row0 + (t0 + j + 1) * heads] = of_row[4, j]
-                    for n in T.vectorized(Dv):
-                        C[j, n] = C[j, n] * W[rows, j]
-                    for d in T.vectorized(Dk):
-                        CK[j, d] = CK[j, d] * W[rows, j]
 
-                # X, in lane 0.
-                lanes[0, 0] = T.float32(0)
-                if T.And(T.Or(turn > 0, ends_linked), T.Or(c > 0, T.And(checkpoint, s != first[s]))):
-                    slot: T.let = bh * (tokens // BT + N) + begin[s] // BT + s + c
-                    for x in T.vectorized(LANES):
-                        lanes[1, x] = T.float32(0)
-                    for d in range(Dk):
-                        for e in T.unroll(Dv // LANES):
-                            for x in T.vectorized(LANES):
-                                lanes[1, x] = lanes[1, x] + entering[slot * Dk + d, e * LANES + x] * Z[d, e * LANES + x]
-                    for x in T.unroll(LANES):
-                        lanes[0, 0] = lanes[0, 0] + lanes[1, x]
-                of_row[5, 0] = T.float32(1)
-                for t in range(rows):
-                    of_row[5, t + 1] = of_row[5, t] * token_gates[0, t + 1]
-                for turned in range(rows):
-                    t: T.let = rows - turned
-                    if t < rows:
-                        lanes[0, 0] = owns[bh * 3 + 2, t0 + t] + token_gates[0, t + 1] * lanes[0, 0]
-                    lanes[0, 1] = of_row[5, t - 1] * lanes[0, 0]
-                    for x in T.unroll(LANES):
-                        lanes[0, 1] = lanes[0, 1] + forgotten[t, x]
-                    if t0 + t < end[s]:
-                        dg[row0 + (t0 + t) * heads] = token_gates[0, t] * lanes[0, 1]
+def pack(plan: Plan, at: Values, *, t0, rows) -> None:
+    """The chunk's k and v as columns, its scale * gamma * q and dy as rows."""
+    Dk, Dv = plan.Dk, plan.Dv
+    Q, Y, lanes, row0, heads = at.Q, at.Y, at.lanes, at.row0, at.heads
 
-            # Z at the chunk's own first token.
-            @T.inline
-            def retreat(rows):
-                if swla:
-                    lanes[0, 0] = T.float32(1)
-                    for t in range(rows):
-                        if t > 0:
-                            lanes[0, 0] = lanes[0, 0] * token_gates[0, t]
-                        for d in T.vectorized(Dk):
-                            Q[t, d] = Q[t, d] * lanes[0, 0]
-                    lanes[0, 0] = lanes[0, 0] * token_gates[0, rows]
-                    for d in range(Dk):
-                        for n in T.vectorized(Dv):
-                            Z[d, n] = Z[d, n] * lanes[0, 0]
-                for dd in range(Dk // SR):
-                    for nn in range(Dv // SC):
-                        update(Q, 0, Y, 0, rows, Z, dd * SR, nn * SC, none, 0, False, False)
+    @emit
+    def columns_and_rows():
+        columns(at.k, Dk, row0, heads, t0, rows, at.KT)
+        columns(at.v, Dv, row0, heads, t0, rows, at.VT)
+        for t in range(rows):
+            lanes[0, 0] = at.scale * at.own[at.bh * 3, t0 + t]
+            for d in T.vectorized(Dk):
+                Q[t, d] = lanes[0, 0] * at.q[row0 + (t0 + t) * heads, d]
+            for n in T.vectorized(Dv):
+                Y[t, n] = at.dy[row0 + (t0 + t) * heads, n]
 
+
+def rows_of_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
+    """Add to C and CK what the chunk's own tokens read."""
+    Dk, Dv, MR, NV, NK = plan.Dk, plan.Dv, plan.MR, plan.NV, plan.NK
+    from_values, from_keys = multiply(MR, NV, 1), multiply(MR, NK, 1)
+
+    @emit
+    def tiles():
+        for jj in range((rows + MR - 1) // MR):
+            fetch(at, at.dk, Dk, t=t0 + jj * MR, count=MR, writes=1)
+            fetch(at, at.dv, Dv, t=t0 + jj * MR, count=MR, writes=1)
+            if plan.flags.routed:
+                fetch(at, at.u, Dk, t=t0 + jj * MR, count=MR)
+            for nn in range(Dv // NV):
+                from_values(
+                    A=at.W1, a0=jj * MR, B=at.Y, b0=jj * MR, steps=rows - jj * MR, C=at.C, r0=jj * MR, n0=nn * NV,
+                    G=at.none, g0=0, gated=False, fresh=False,
+                )  # fmt: skip
+            for dd in range(Dk // NK):
+                from_keys(
+                    A=at.W2, a0=jj * MR, B=at.Q, b0=jj * MR, steps=rows - jj * MR, C=at.CK, r0=jj * MR, n0=dd * NK,
+                    G=at.none, g0=0, gated=False, fresh=False,
+                )  # fmt: skip
+
+
+def finish(plan: Plan, at: Values, *, t0, rows) -> None:
+    """The rows of dk, with what comes through the descriptors, and of dv."""
+    Dk, Dv = plan.Dk, plan.Dv
+    u, dk, through, lanes, CK = at.u, at.dk, at.through, at.lanes, at.CK
+
+    @emit
+    def from_the_last_row():
+        for i in range(rows):
+            j: T.let = rows - 1 - i
+            row: T.let = at.row0 + (t0 + j) * at.heads
+            if plan.flags.routed:
+                lanes[0, 0] = at.own[at.bh * 3 + 1, t0 + j] / T.cast(t0 + j + 1 - at.begin[at.s], "float32")
+                for d in T.vectorized(Dk):
+                    through[d] = through[d] + lanes[0, 0] * u[row, d]
+                    dk[row, d] = CK[j, d] + through[d]
+            else:
+                for d in T.vectorized(Dk):
+                    dk[row, d] = CK[j, d]
+            for n in T.vectorized(Dv):
+                at.dv[row, n] = at.C[j, n]
+
+
+def retreat(plan: Plan, at: Values, *, rows) -> None:
+    """Z at the chunk's own first token."""
+    Dk, Dv, SR, SC = plan.Dk, plan.Dv, plan.SR, plan.SC
+    Q, Z, lanes, token_gates = at.Q, at.Z, at.lanes, at.token_gates
+    update = multiply(SR, SC, 1)
+
+    @emit
+    def reads():
+        if plan.flags.gated:
+            lanes[0, 0] = T.float32(1)
+            for t in range(rows):
+                if t > 0:
+                    lanes[0, 0] = lanes[0, 0] * token_gates[0, t]
+                for d in T.vectorized(Dk):
+                    Q[t, d] = Q[t, d] * lanes[0, 0]
+            lanes[0, 0] = lanes[0, 0] * token_gates[0, rows]
             for d in range(Dk):
                 for n in T.vectorized(Dv):
-                    Z[d, n] = T.float32(0)
-            for d in T.vectorized(Dk):
-                through[d] = T.float32(0)
-            if ends_linked:
-                for d in range(Dk):
-                    for n in T.vectorized(Dv):
-                        Z[d, n] = dstates[(bh * N + s) * Dk + d, n]
-                if routed:
-                    for d in T.vectorized(Dk):
-                        through[d] = dmeans[bh * N + s, d] / T.cast(length, "float32")
-            for turn in range(chunks):
-                t0: T.let = begin[s] + (chunks - 1 - turn) * BT
-                rows: T.let = T.min(BT, end[s] - t0)
-                linked: T.let = T.Or(turn > 0, ends_linked)
-                columns(k, Dk, row0, heads, t0, rows, KT)
-                columns(v, Dv, row0, heads, t0, rows, VT)
-                for t in range(rows):
-                    lanes[0, 0] = scale * owns[bh * 3, t0 + t]
-                    for d in T.vectorized(Dk):
-                        Q[t, d] = lanes[0, 0] * q[row0 + (t0 + t) * heads, d]
-                    for n in T.vectorized(Dv):
-                        Y[t, n] = dy[row0 + (t0 + t) * heads, n]
-                weigh(t0, rows)
-                rows_of_chunk(t0, rows, linked)
-                if swla:
-                    weigh_gated(t0, rows, turn, chunks - 1 - turn)
-                for jj in range((rows + MR - 1) // MR):
-                    fetch(dk, Dk, t0 + jj * MR, MR, 1)
-                    fetch(dv, Dv, t0 + jj * MR, MR, 1)
-                    if routed:
-                        fetch(u, Dk, t0 + jj * MR, MR, 0)
-                    for nn in range(Dv // NV):
-                        from_values(W1, jj * MR, Y, jj * MR, rows - jj * MR, C, jj * MR, nn * NV, none, 0, False, False)
-                    for dd in range(Dk // NK):
-                        from_keys(W2, jj * MR, Q, jj * MR, rows - jj * MR, CK, jj * MR, dd * NK, none, 0, False, False)
-                for i in range(rows):
-                    j: T.let = rows - 1 - i
-                    row: T.let = row0 + (t0 + j) * heads
-                    if routed:
-                        lanes[0, 0] = owns[bh * 3 + 1, t0 + j] / T.cast(t0 + j + 1 - begin[s], "float32")
-                        for d in T.vectorized(Dk):
-                            through[d] = through[d] + lanes[0, 0] * u[row, d]
-                            dk[row, d] = CK[j, d] + through[d]
-                    else:
-                        for d in T.vectorized(Dk):
-                            dk[row, d] = CK[j, d]
-                    for n in T.vectorized(Dv):
-                        dv[row, n] = C[j, n]
-                if T.Or(swla and checkpoint, turn + 1 < chunks):
-                    retreat(rows)
+                    Z[d, n] = Z[d, n] * lanes[0, 0]
+        for dd in range(Dk // SR):
+            for nn in range(Dv // SC):
+                update(
+                    A=Q, a0=0, B=at.Y, b0=0, steps=rows, C=Z, r0=dd * SR, n0=nn * SC, G=at.none, g0=0, gated=False,
+                    fresh=False,
+                )  # fmt: skip
 
-            if swla:
-                # The token before the segment, through the segment's first.
-                b: T.let = row0 + begin[s] * heads
-                dbeta[b] = T.float32(0)
-                dg[b] = T.float32(0)
-                if checkpoint:
-                    if s != first[s]:
-                        for x in T.vectorized(LANES):
-                            lanes[2, x] = T.float32(0)
-                        for d in range(Dk):
-                            for e in T.unroll(Dv // LANES):
-                                for x in T.vectorized(LANES):
-                                    lanes[2, x] = lanes[2, x] + (
-                                        states[(bh * N + s - 1) * Dk + d, e * LANES + x] * Z[d, e * LANES + x]
-                                    )
-                        for x in T.unroll(LANES):
-                            dg[b] = dg[b] + exp(g[b]) * lanes[2, x]
-                        for n in T.vectorized(Dv):
-                            lead_value[bh * N + s, n] = T.float32(0)
-                        for d in range(Dk):
-                            for x in T.vectorized(LANES):
-                                lanes[0, x] = T.float32(0)
-                            for e in T.unroll(Dv // LANES):
-                                for x in T.vectorized(LANES):
-                                    lanes[0, x] = lanes[0, x] + Z[d, e * LANES + x] * v[b - heads, e * LANES + x]
-                            lanes[1, 0] = T.float32(0)
-                            for x in T.unroll(LANES):
-                                lanes[1, 0] = lanes[1, 0] + lanes[0, x]
-                            dbeta[b] = dbeta[b] + k[b - heads, d] * lanes[1, 0]
-                            lead_key[bh * N + s, d] = beta[b] * lanes[1, 0]
-                            for n in T.vectorized(Dv):
-                                lead_value[bh * N + s, n] = (
-                                    lead_value[bh * N + s, n] + beta[b] * k[b - heads, d] * Z[d, n]
-                                )
 
-        if swla:
-            if checkpoint:
-                for task in T.parallel(S):
-                    if task % N != first[task % N]:
-                        row: T.let = (
-                            task // N // heads * tokens * heads + task // N % heads + (begin[task % N] - 1) * heads
-                        )
-                        for d in T.vectorized(Dk):
-                            dk[row, d] = dk[row, d] + lead_key[task, d]
-                        for n in T.vectorized(Dv):
-                            dv[row, n] = dv[row, n] + lead_value[task, n]
+def add_leads(plan: Plan, x: Values) -> None:
+    """Add to the last row of a segment what the next one leaves it: it takes part in that one's first write."""
+    Dk, Dv = plan.Dk, plan.Dv
+    begin, tokens, heads, dk, dv = x.begin, x.tokens, x.heads, x.dk, x.dv
 
-    return write_backward
+    @emit
+    def tasks():
+        for task in T.parallel(x.S):
+            if task % x.N != x.first[task % x.N]:
+                row: T.let = (
+                    task // x.N // heads * tokens * heads + task // x.N % heads + (begin[task % x.N] - 1) * heads
+                )
+                for d in T.vectorized(Dk):
+                    dk[row, d] = dk[row, d] + x.lead_key[task, d]
+                for n in T.vectorized(Dv):
+                    dv[row, n] = dv[row, n] + x.lead_value[task, n]

@@ -11,10 +11,9 @@ import torch
 from ...segments import Segments
 from ...traits import AGGREGATIONS, RECURRENCES
 from ..kept import wanted
-from .forward import flat_gates, flat_rows, padded
-from .loader import KernelError, load_library, runnable
-
-_INT32 = 2**31 - 1
+from .arguments import launch
+from .forward import check_reach, flat_gates, flat_rows, padded
+from .loader import load_library, runnable
 
 
 class Gradients(NamedTuple):
@@ -92,53 +91,79 @@ class TvmBackward:
         """
         B, T, H, Dv = v.shape
         Dk, N = q.shape[-1], segments.count
-        rows, count = B * T * H, B * H * segments.count
-        parts = count * ((not self.routed) + self.checkpoint)
-        largest = max(rows * max(self.Dk, self.Dv), max(parts, count) * self.Dk * self.Dv)
-        largest = max(largest, rows * N if self.routed else 3 * rows)
-        # The memory that enters each chunk, for the gradient of g.
-        entering_rows = B * H * (T // self.chunk + N) * self.Dk if self.gated else 1
-        largest = max(largest, entering_rows * self.Dv)
-        if largest > _INT32:
-            raise KernelError(
-                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
-            )
+        room = self._room(B, T, H, N)
         q, k, u = (flat_rows(x, self.Dk) for x in (q, k, u))
         dy, v = (flat_rows(x, self.Dv) for x in (dy, v))
-        gates = flat_gates(q, rows, g, beta, lam) if self.gated else (q.new_zeros(1),) * 3
-        spans, sizes = (segments.begin, segments.end, segments.first), (T, H)
-        # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
-        top_k = min(max(top_k, 1), N)
-        scale = float(scale)
-        if kept:
-            states, means = kept["states"], kept["means"]
-        else:
-            states, means = q.new_empty(count * self.Dk, self.Dv), q.new_empty(count, self.Dk)
-            self.segment_states(k, v, *gates, *spans, *sizes, states, means)
-        states = states.view(count * self.Dk, self.Dv)
-
-        gamma, dr = (q.new_empty(rows * N if self.routed else 1) for _ in range(2))
-        own, entering = q.new_empty(B * H * 3, T), q.new_empty(entering_rows, self.Dv)
-        dq, du = torch.empty_like(q), torch.empty_like(q) if self.routed else torch.zeros_like(q)
-        self.read_backward(
-            dy, q, u, k, v, *gates, states, means, *spans, *sizes, segments.longest, top_k, scale, gamma, dr, own,
-            entering, dq, du,
-        )  # fmt: skip
-        dstates, dmeans = torch.empty_like(states), q.new_empty(count, self.Dk)
-        scratch = q.new_empty(max(parts, 1) * self.Dk, self.Dv)
-        self.state_backward(
-            dy, q, u, gates[0], gamma, dr, own, *spans, *sizes, scale, scratch, dstates, dmeans
-        )  # fmt: skip
-        del gamma, dr, scratch
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        lead_key, lead_value = q.new_empty(count, self.Dk), q.new_empty(count, self.Dv)
-        dgates = tuple(torch.empty_like(gate) for gate in gates)
-        self.write_backward(
-            dy, q, u, k, v, *gates, own, entering, states, dstates, dmeans, *spans, *sizes, scale, lead_key,
-            lead_value, dk, dv, *dgates,
-        )  # fmt: skip
-        dq, dk, du = (x.view(B, T, H, self.Dk)[..., :Dk].contiguous() for x in (dq, dk, du))
-        dv = dv.view(B, T, H, self.Dv)[..., :Dv].contiguous()
+        x: dict[str, Any] = {
+            "dy": dy, "q": q, "u": u, "k": k, "v": v, **flat_gates(q, room.rows if self.gated else None, g, beta, lam),
+            "begin": segments.begin, "end": segments.end, "first": segments.first, "tokens": T, "heads": H,
+            # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
+            "longest": segments.longest, "top_k": min(max(top_k, 1), N), "scale": float(scale),
+        }  # fmt: skip
+        self._states(x, room, kept)
+        self._read(x, room, B * H)
+        self._writes(x, room)
+        dq, dk, du = (x[name].view(B, T, H, self.Dk)[..., :Dk].contiguous() for name in ("dq", "dk", "du"))
+        dv = x["dv"].view(B, T, H, self.Dv)[..., :Dv].contiguous()
         if not self.gated:
             return Gradients(dq, dk, dv, du, None, None, None)
-        return Gradients(dq, dk, dv, du, *(x.view(B, T, H) for x in dgates))
+        return Gradients(dq, dk, dv, du, *(x[name].view(B, T, H) for name in ("dg", "dbeta", "dlam")))
+
+    def _room(self, B: int, T: int, H: int, N: int) -> _Room:
+        """How large the arrays of a call are.
+
+        Raises:
+            KernelError: if one has more elements than the kernels' 32-bit indices reach.
+        """
+        rows, states = B * T * H, B * H * N
+        parts = states * ((not self.routed) + self.checkpoint)
+        # The memory that enters each chunk, for the gradient of g.
+        entering = B * H * (T // self.chunk + N) * self.Dk if self.gated else 1
+        check_reach(
+            rows * max(self.Dk, self.Dv),
+            max(parts, states) * self.Dk * self.Dv,
+            rows * N if self.routed else 3 * rows,
+            entering * self.Dv,
+        )
+        return _Room(rows, states, gates=rows * N if self.routed else 1, parts=max(parts, 1), entering=entering)
+
+    def _states(self, x: dict[str, Any], room: _Room, kept: Mapping[str, torch.Tensor] | None) -> None:
+        """The segments' states and descriptors, those of the forward where it kept them."""
+        new = x["q"].new_empty
+        if kept:
+            states, x["means"] = kept["states"], kept["means"]
+            x["states"] = states.view(room.states * self.Dk, self.Dv)
+            return
+        x["states"], x["means"] = new(room.states * self.Dk, self.Dv), new(room.states, self.Dk)
+        launch("segment_states", self.segment_states, x)
+
+    def _read(self, x: dict[str, Any], room: _Room, heads: int) -> None:
+        """Gradients of the read: dq, du; of the cached states and descriptors; and what ``_writes`` needs."""
+        q, new = x["q"], x["q"].new_empty
+        x["gamma"], x["dr"] = new(room.gates), new(room.gates)
+        x["own"], x["entering"] = new(heads * 3, x["tokens"]), new(room.entering, self.Dv)
+        x["dq"], x["du"] = torch.empty_like(q), torch.empty_like(q) if self.routed else torch.zeros_like(q)
+        launch("read_backward", self.read_backward, x)
+        x["dstates"], x["dmeans"] = torch.empty_like(x["states"]), new(room.states, self.Dk)
+        x["parts"] = new(room.parts * self.Dk, self.Dv)
+        launch("state_backward", self.state_backward, x)
+        for name in ("gamma", "dr", "parts"):  # nothing reads them any more
+            del x[name]
+
+    def _writes(self, x: dict[str, Any], room: _Room) -> None:
+        """Gradients of the writes: dk, dv and those of the gates."""
+        for name in ("k", "v", "g", "beta", "lam"):
+            x[f"d{name}"] = torch.empty_like(x[name])
+        new = x["q"].new_empty
+        x["lead_key"], x["lead_value"] = new(room.states, self.Dk), new(room.states, self.Dv)
+        launch("write_backward", self.write_backward, x)
+
+
+class _Room(NamedTuple):
+    """Sizes of a call's arrays: rows of tokens, states; gates of cached states; states of scratch; rows of entering."""
+
+    rows: int
+    states: int
+    gates: int
+    parts: int
+    entering: int

@@ -10,9 +10,9 @@ import torch
 
 from ...memory import LayerMemory
 from ...traits import RECURRENCES
+from .arguments import launch
+from .forward import check_reach
 from .loader import KernelError, load_library, runnable
-
-_INT32 = 2**31 - 1
 
 
 class TvmDecode:
@@ -58,54 +58,50 @@ class TvmDecode:
             KernelError: if the cached states are of 16 bits, the memory has no room for those of the tokens, or an
                 array has more elements than the kernel's 32-bit indices reach.
         """
-        B, n, H, Dk = q.shape
-        (states,), (online,), descriptors = memory.states, memory.online, memory.descriptors
-        cached, filled = memory.cached, memory.filled
+        needed = self._check(v, memory, segment_length)
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        nothing = self._nothing
+        launch(
+            "decode_step",
+            self.decode_step,
+            {
+                "q": q.contiguous(), "u": u.contiguous(), "k": k.contiguous(), "v": v.contiguous(),
+                "g": self._gate(g, v, 0.0), "beta": self._gate(beta, v, 0.0), "lam": self._gate(lam, v, 1.0),
+                "states": memory.states[0], "descriptors": memory.descriptors, "online": memory.online[0],
+                "key_sum": memory.key_sum, "last_key": memory.last_key if self.gated else nothing,
+                "last_value": memory.last_value if self.gated else nothing,
+                "cached": memory.cached, "filled": memory.filled,
+                # Both are 32-bit arguments; beyond these bounds they change nothing.
+                "length": min(segment_length, 2**30), "top_k": min(max(top_k, 1), needed + 1),
+                "scale": scale, "y": y,
+            },
+        )  # fmt: skip
+        return y
+
+    def _gate(self, gate: torch.Tensor | None, v: torch.Tensor, absent: float) -> torch.Tensor:
+        """``[B, n, H]``, of one value where there is none; of a recurrence without gates, nothing."""
+        if not self.gated:
+            return self._nothing
+        return v.new_full(v.shape[:3], absent) if gate is None else gate.contiguous()
+
+    def _check(self, v: torch.Tensor, memory: LayerMemory, segment_length: int) -> int:
+        """How many states there may be at the end of the call.
+
+        Raises:
+            KernelError: if the kernel cannot serve the memory, or the memory has no room for them.
+        """
+        n, (states,), (online,), descriptors = v.shape[1], memory.states, memory.online, memory.descriptors
         if states.dtype != torch.float32:
             raise KernelError(
                 f"cached states of {states.dtype}, and kernels of the CPU read torch.float32; use "
                 "MemoryCache(state_dtype=None)"
             )
-        needed = max(
-            used + (begun + n) // segment_length for used, begun in zip(cached.tolist(), filled.tolist(), strict=True)
-        )
+        cached, filled = memory.cached.tolist(), memory.filled.tolist()
+        needed: int = max(used + (begun + n) // segment_length for used, begun in zip(cached, filled, strict=True))
         if needed > descriptors.shape[2]:
             raise KernelError(
                 f"{n} more tokens need room for {needed} states and the memory has room for {descriptors.shape[2]}; "
                 f"call memory.reserve({n}) first"
             )
-        largest = max(states.numel(), n * (online.numel() // min(Dk, v.shape[3])))
-        if largest > _INT32:
-            raise KernelError(
-                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
-            )
-        y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        nothing = self._nothing
-        if self.gated:
-            gates = tuple(
-                q.new_full((B, n, H), absent) if gate is None else gate.contiguous()
-                for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
-            )
-            last = (memory.last_key, memory.last_value)
-        else:
-            gates, last = (nothing, nothing, nothing), (nothing, nothing)
-        self.decode_step(
-            q.contiguous(),
-            u.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            *gates,
-            states,
-            descriptors,
-            online,
-            memory.key_sum,
-            *last,
-            cached,
-            filled,
-            # Both are 32-bit arguments; beyond these bounds they change nothing.
-            min(segment_length, 2**30),
-            min(max(top_k, 1), needed + 1),
-            scale,
-            y,
-        )
-        return y
+        check_reach(states.numel(), n * (online.numel() // min(online.shape[2:])))
+        return needed

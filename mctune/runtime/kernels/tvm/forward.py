@@ -10,6 +10,7 @@ import torch
 
 from ...segments import Segments
 from ...traits import RECURRENCES
+from .arguments import launch
 from .loader import KernelError, load_library, runnable
 
 LANES = 16
@@ -82,36 +83,49 @@ class TvmForward:
         """
         B, T, H, Dv = v.shape
         N = segments.count
-        largest = max(B * T * H * max(self.Dk, self.Dv), B * H * N * self.Dk * self.Dv)
-        if largest > _INT32:
-            raise KernelError(
-                f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
-            )
+        check_reach(B * T * H * max(self.Dk, self.Dv), B * H * N * self.Dk * self.Dv)
         q, k, u = (flat_rows(x, self.Dk) for x in (q, k, u))
         v = flat_rows(v, self.Dv)
-        gates = flat_gates(q, B * T * H, g, beta, lam) if self.gated else (q.new_zeros(1),) * 3
         states = q.new_empty(B * H * N * self.Dk, self.Dv)
         means = q.new_empty(B * H * N, self.Dk)
         y = q.new_empty(B * T * H, self.Dv)
-        spans = (segments.begin, segments.end, segments.first)
-        # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
-        top_k = min(max(top_k, 1), N)
+        values = {
+            "q": q, "u": u, "k": k, "v": v, **flat_gates(q, B * T * H if self.gated else None, g, beta, lam),
+            "states": states, "means": means, "begin": segments.begin, "end": segments.end, "first": segments.first,
+            "tokens": T, "heads": H, "longest": segments.longest,
+            # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
+            "top_k": min(max(top_k, 1), N), "scale": float(scale), "y": y,
+        }  # fmt: skip
         if self.segment_states is not None:
-            self.segment_states(k, v, *gates, *spans, T, H, states, means)
-        self.read_forward(q, u, k, v, *gates, states, means, *spans, T, H, segments.longest, top_k, float(scale), y)
+            launch("segment_states", self.segment_states, values)
+        launch("read_forward", self.read_forward, values)
         y = y.view(B, T, H, self.Dv)[..., :Dv].contiguous()
         made = {"states": states.view(B * H * N, self.Dk, self.Dv), "means": means}
         return Forward(y, {name: made[name] for name in keep})
 
 
+def check_reach(*sizes: int) -> None:
+    """Refuse arrays of more elements than the kernels' 32-bit indices reach.
+
+    Raises:
+        KernelError: naming the largest.
+    """
+    if max(sizes) > _INT32:
+        raise KernelError(
+            f"an array of {max(sizes)} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
+        )
+
+
 def flat_gates(
-    like: torch.Tensor, rows: int, g: torch.Tensor | None, beta: torch.Tensor | None, lam: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """g, beta, lam as ``[rows]``; absent ones are 0, 0, 1."""
-    return tuple(
-        like.new_full((rows,), absent) if gate is None else gate.to(torch.float32).reshape(rows).contiguous()
-        for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
-    )
+    like: torch.Tensor, rows: int | None, g: torch.Tensor | None, beta: torch.Tensor | None, lam: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """g, beta, lam as ``[rows]``; absent ones are 0, 0, 1. Without ``rows``, for a recurrence that has none, one 0."""
+    if rows is None:
+        return dict.fromkeys(("g", "beta", "lam"), like.new_zeros(1))
+    return {
+        name: like.new_full((rows,), absent) if gate is None else gate.to(torch.float32).reshape(rows).contiguous()
+        for name, gate, absent in (("g", g, 0.0), ("beta", beta, 0.0), ("lam", lam, 1.0))
+    }
 
 
 def flat_rows(x: torch.Tensor, width: int) -> torch.Tensor:

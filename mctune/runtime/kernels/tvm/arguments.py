@@ -1,0 +1,39 @@
+"""The arguments of the TVM kernels, by name: a build is held to this order, and launchers pass values by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_GATES = ("g", "beta", "lam")
+_SEGMENTS = ("begin", "end", "first", "tokens", "heads")
+_LIMITS = ("longest", "top_k", "scale")
+_CACHE = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "cached", "filled")
+
+ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "segment_states": ("k", "v", *_GATES, *_SEGMENTS, "states", "means"),
+    "read_forward": ("q", "u", "k", "v", *_GATES, "states", "means", *_SEGMENTS, *_LIMITS, "y"),
+    "read_backward": (
+        *("dy", "q", "u", "k", "v", *_GATES, "states", "means", *_SEGMENTS, *_LIMITS),
+        *("gamma", "dr", "own", "entering", "dq", "du"),
+    ),
+    "state_backward": (
+        *("dy", "q", "u", "g", "gamma", "dr", "own", *_SEGMENTS, "scale"),
+        *("parts", "dstates", "dmeans"),
+    ),
+    "write_backward": (
+        *("dy", "q", "u", "k", "v", *_GATES, "own", "entering", "states", "dstates", "dmeans", *_SEGMENTS, "scale"),
+        *("lead_key", "lead_value", "dk", "dv", "dg", "dbeta", "dlam"),
+    ),
+    "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
+}
+"""The names of each kernel's arguments in their order; a name means the same in all kernels of a pass."""
+
+
+def launch(kernel: str, function: Callable[..., None], values: Mapping[str, Any]) -> None:
+    """Call the function of ``kernel`` with those of ``values`` that it takes; ``values`` may hold more.
+
+    Raises:
+        KeyError: naming an argument that is missing.
+    """
+    function(*map(values.__getitem__, ARGUMENTS[kernel]))

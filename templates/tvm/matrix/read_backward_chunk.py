@@ -1,0 +1,271 @@
+"""What ``read_backward`` does with one chunk of tokens: gates, weights, products with the states, gradients of gates.
+
+Everything stands as [feature, token] or [segment, token], so that LANES tokens go through each step side by side.
+"""
+
+from tvm.script import tirx as T
+
+from .backward_tiles import fetch, read_online, read_state
+from .flags import flags_of
+from .gates import choose, softmax
+from .kernel import Values, emit
+from .tiles import LANES, columns, dot_rows, exp, multiply
+
+
+class Plan:
+    """Sizes and flags of one ``read_backward``."""
+
+    def __init__(self, problem, config) -> None:
+        self.Dk, self.Dv = problem.Dk, problem.Dv
+        self.BT, self.NK = config["chunk"], config["key_cols"]
+        self.MR, self.RR, self.RL = config["rows"], config["read_rows"], config["read_lanes"]
+        self.JR, self.TL, self.unroll = config["score_rows"], config["score_lanes"], config["unroll"]
+        self.SR, self.SC = config["state_rows"], config["state_cols"]
+        self.formulation = config["formulation"]
+        self.flags = flags_of(problem)
+
+
+def gates(plan: Plan, at: Values, *, t0, rows, seen) -> None:
+    """Gates of the chunk's tokens, of which the segment has ``seen`` before."""
+    BT, JR, TL, flags = plan.BT, plan.JR, plan.TL, plan.flags
+    base, past, gate, gates = at.base, at.past, at.gate, at.gates
+    logits = dot_rows(JR, TL, plan.unroll, plan.Dk)
+
+    @emit
+    def softmaxes():
+        if flags.routed:
+            columns(at.u, plan.Dk, at.row0, at.heads, t0, rows, at.UT)
+            own_logits(plan, at, t0=t0, rows=rows, seen=seen)
+            for ii in range((past + JR - 1) // JR):
+                for tt in range((rows + TL - 1) // TL):
+                    logits(
+                        A=at.means, a0=base + ii * JR, a1=base + past - 1, B=at.UT, C=gates, c0=ii * JR, t0=tt * TL
+                    )  # fmt: skip
+            for tb in range((rows + LANES - 1) // LANES):
+                if flags.sparse:
+                    choices(plan, at, t=tb * LANES, seen=seen)
+                else:
+                    softmax(
+                        own=gate, logits=gates, count=past, at=tb * LANES, t=tb * LANES, scale=T.float32(1),
+                        lanes=at.lanes,
+                    )  # fmt: skip
+        else:
+            for t in T.vectorized(BT):
+                gate[0, t] = T.float32(1) / T.cast(past + 1, "float32") if flags.averages else T.float32(1)
+
+
+def own_logits(plan: Plan, at: Values, *, t0, rows, seen) -> None:
+    """Logits of the tokens' own segment, whose mean key goes up to the token itself."""
+    Dk, BT = plan.Dk, plan.BT
+    u, K, gate, lanes, total, row0, heads = at.u, at.K, at.gate, at.lanes, at.total, at.row0, at.heads
+
+    @emit
+    def means_times_u():
+        for t in T.vectorized(BT):
+            gate[0, t] = T.float32(0)
+        for t in range(rows):
+            for x in T.vectorized(LANES):
+                lanes[0, x] = T.float32(0)
+            for e in T.unroll(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    total[0, e * LANES + x] = total[0, e * LANES + x] + K[t, e * LANES + x]
+                    lanes[0, x] = lanes[0, x] + total[0, e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
+            for x in T.unroll(LANES):
+                gate[0, t] = gate[0, t] + lanes[0, x]
+            gate[0, t] = gate[0, t] / T.cast(seen + t + 1, "float32")
+
+
+def choices(plan: Plan, at: Values, *, t, seen) -> None:
+    """Gates of the LANES tokens from ``t`` on, and which segments they read; 0 for the others unless gathered."""
+    gather = plan.formulation == "gather"
+    gates, chosen, value, picks = at.gates, at.chosen, at.value, at.picks
+
+    @emit
+    def largest():
+        to: T.let = seen + t if gather else t
+        choose(
+            logits=gates, past=at.past, picks=picks, t=t, lanes=at.lanes, best=at.best, chosen=chosen, value=value,
+            at=to,
+        )  # fmt: skip
+        softmax(own=at.gate, logits=value, count=picks, at=to, t=t, scale=T.float32(1), lanes=at.lanes)
+        if not gather:
+            for i in range(at.past):
+                for x in T.vectorized(LANES):
+                    gates[i, t + x] = T.float32(0)
+            for p in range(picks):
+                for x in range(LANES):
+                    gates[chosen[p, t + x], t + x] = value[p, t + x]
+
+
+def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
+    """E[j, t] = (v_j . dy_t) * the weight of token j in the memory of token t; the next chunk's rows on their way."""
+    Dk, Dv, BT, JR, TL, flags = plan.Dk, plan.Dv, plan.BT, plan.JR, plan.TL, plan.flags
+    E = at.E
+    scores = dot_rows(JR, TL, plan.unroll, Dv)
+
+    @emit
+    def products():
+        for jj in range((rows + JR - 1) // JR):
+            fetch(at, at.q, Dk, t=t0 + BT + jj * JR, count=JR)
+            fetch(at, at.dy, Dv, t=t0 + BT + jj * JR, count=JR)
+            fetch(at, at.k, Dk, t=t0 + BT + jj * JR, count=JR)
+            fetch(at, at.v, Dv, t=t0 + BT + jj * JR, count=JR)
+            if flags.routed:
+                fetch(at, at.u, Dk, t=t0 + BT + jj * JR, count=JR)
+            for tt in range((rows + TL - 1) // TL):
+                if jj * JR < (tt + 1) * TL:
+                    scores(A=at.V, a0=jj * JR, a1=rows - 1, B=at.YT, C=E, c0=jj * JR, t0=tt * TL)
+        if flags.gated:
+            take_gates(plan, at, t0=t0, rows=rows)
+        for tb in range((rows + LANES - 1) // LANES):
+            if flags.gated:
+                weigh_gated(at, t=tb * LANES, rows=rows)
+            else:
+                for j in range(rows):
+                    for x in T.vectorized(LANES):
+                        E[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, E[j, tb * LANES + x], T.float32(0))
+
+
+def take_gates(plan: Plan, at: Values, *, t0, rows) -> None:
+    """Gates of the chunk's writes, and of the next chunk's first token: ``advance`` ends there."""
+    token_gates, row0, heads = at.token_gates, at.row0, at.heads
+
+    @emit
+    def e_to_the_g_beta_lam():
+        for j in T.vectorized(plan.BT + LANES):
+            token_gates[0, j] = T.float32(1)
+            token_gates[1, j] = T.float32(0)
+            token_gates[2, j] = T.float32(0)
+        for j in range(T.min(rows + 1, at.end[at.s] - t0)):
+            token_gates[0, j] = exp(at.g[row0 + (t0 + j) * heads])
+            token_gates[1, j] = at.beta[row0 + (t0 + j) * heads]
+            token_gates[2, j] = at.lam[row0 + (t0 + j) * heads]
+
+
+def weigh_gated(at: Values, *, t, rows) -> None:
+    """The weights of E in the LANES columns from ``t`` on, and the decay of X up to each."""
+    E, lanes, token_gates = at.E, at.lanes, at.token_gates
+
+    @emit
+    def from_the_last_row():
+        for x in T.vectorized(LANES):
+            lanes[0, x] = T.float32(0)
+        for i in range(rows):
+            j: T.let = rows - 1 - i
+            for x in T.vectorized(LANES):
+                lanes[1, x] = lanes[0, x]
+                lanes[0, x] = T.Select(t + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1])
+                E[j, t + x] = T.Select(
+                    t + x >= j,
+                    E[j, t + x] * (token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]),
+                    T.float32(0),
+                )
+        for x in T.vectorized(LANES):
+            at.gate[1, t + x] = lanes[0, x]
+
+
+def read(plan: Plan, at: Values, *, rows, linked) -> None:
+    """dQT of the chunk and the gates' gradients: from the online memory and, unless gathered, from cached states."""
+    Dk, RR, RL, routed, formulation = plan.Dk, plan.RR, plan.RL, plan.flags.routed, plan.formulation
+    base, past = at.base, at.past
+    cached = read_state(RR, RL, plan.unroll, plan.Dv, routed)
+    online = read_online(RR, RL, plan.unroll, plan.Dv, routed, plan.flags.gated)
+
+    @emit
+    def tiles():
+        for tt in range((rows + RL - 1) // RL):
+            for dd in range(Dk // RR):
+                online(
+                    M=at.M, Y=at.YT, K=at.K, E=at.E, steps=T.min((tt + 1) * RL, rows), Q=at.QT, dQ=at.dQT, G=at.gate,
+                    D=at.down, d0=dd * RR, t0=tt * RL, linked=linked, first=dd == 0,
+                )  # fmt: skip
+            if formulation == "summed":
+                if past > 0:
+                    for dd in range(Dk // RR):
+                        cached(
+                            M=at.summed, m0=0, Y=at.YT, Q=at.QT, dQ=at.dQT, G=at.gate, D=at.down, i=0, d0=dd * RR,
+                            t0=tt * RL, first=dd == 0,
+                        )  # fmt: skip
+            if formulation == "per_segment":
+                for i in range(past):
+                    for dd in range(Dk // RR):
+                        cached(
+                            M=at.states, m0=(base + i) * Dk, Y=at.YT, Q=at.QT, dQ=at.dQT, G=at.gates, D=at.dgates, i=i,
+                            d0=dd * RR, t0=tt * RL, first=dd == 0,
+                        )  # fmt: skip
+
+
+def advance(plan: Plan, at: Values) -> None:
+    """X of the next chunk; this one is BT tokens long."""
+    Dk, Dv, BT, SR, SC = plan.Dk, plan.Dv, plan.BT, plan.SR, plan.SC
+    K, M, lanes, token_gates = at.K, at.M, at.lanes, at.token_gates
+    write = multiply(SR, SC, 1)
+
+    @emit
+    def writes():
+        if plan.flags.gated:
+            lanes[0, 0] = T.float32(1)
+            for i in range(BT):
+                j: T.let = BT - 1 - i
+                lanes[0, 1] = lanes[0, 0]
+                lanes[0, 0] = lanes[0, 0] * token_gates[0, j + 1]
+                for d in T.vectorized(Dk):
+                    K[j, d] = K[j, d] * (token_gates[2, j] * lanes[0, 0] + token_gates[1, j + 1] * lanes[0, 1])
+            for d in range(Dk):
+                for n in T.vectorized(Dv):
+                    M[d, n] = M[d, n] * lanes[0, 0]
+        for dd in range(Dk // SR):
+            for nn in range(Dv // SC):
+                write(
+                    A=K, a0=0, B=at.V, b0=0, steps=BT, C=M, r0=dd * SR, n0=nn * SC, G=at.gate, g0=0, gated=False,
+                    fresh=False,
+                )  # fmt: skip
+
+
+def connectors(plan: Plan, at: Values, *, t0, rows, seen) -> None:
+    """dr of the chunk's tokens, and du; what later kernels read of the gates."""
+    Dk, MR, NK = plan.Dk, plan.MR, plan.NK
+    k, du, rows_of, total, lanes, down = at.k, at.du, at.rows_of, at.total, at.lanes, at.down
+    row0, heads, past, saved, length = at.row0, at.heads, at.past, at.saved, at.length
+    connect = multiply(MR, NK, 1)
+
+    @emit
+    def logits_then_u():
+        softmax_backward(at, rows=rows)
+        for tt in range((rows + MR - 1) // MR):
+            for dd in range(Dk // NK):
+                connect(
+                    A=at.dgates, a0=0, B=at.means, b0=at.base, steps=past, C=rows_of, r0=tt * MR, n0=dd * NK, G=at.gate,
+                    g0=0, gated=False, fresh=True,
+                )  # fmt: skip
+        for t in range(rows):
+            lanes[1, 0] = down[1, t] / T.cast(seen + t + 1, "float32")
+            for d in T.vectorized(Dk):
+                total[1, d] = total[1, d] + k[row0 + (t0 + t) * heads, d]
+                du[row0 + (t0 + t) * heads, d] = rows_of[t, d] + lanes[1, 0] * total[1, d]
+        for t in range(rows):
+            at.own[at.bh * 3 + 1, t0 + t] = down[1, t]
+        for i in range(past):
+            for t in range(rows):
+                at.gamma[saved + i * length + seen + t] = at.gates[i, t]
+                at.dr[saved + i * length + seen + t] = at.dgates[i, t]
+
+
+def softmax_backward(at: Values, *, rows) -> None:
+    """Gradients of the gates into those of the logits."""
+    gate, down, gates, dgates, lanes, past = at.gate, at.down, at.gates, at.dgates, at.lanes, at.past
+
+    @emit
+    def by_lanes():
+        for tb in range((rows + LANES - 1) // LANES):
+            t = T.meta_var(tb * LANES)
+            for x in T.vectorized(LANES):
+                lanes[0, x] = gate[0, t + x] * down[0, t + x]
+            for i in range(past):
+                for x in T.vectorized(LANES):
+                    lanes[0, x] = lanes[0, x] + gates[i, t + x] * dgates[i, t + x]
+            for x in T.vectorized(LANES):
+                down[1, t + x] = gate[0, t + x] * (down[0, t + x] - lanes[0, x])
+            for i in range(past):
+                for x in T.vectorized(LANES):
+                    dgates[i, t + x] = gates[i, t + x] * (dgates[i, t + x] - lanes[0, x])

@@ -1,0 +1,46 @@
+"""Kernels and launchers agree on the arguments: one table of names, which builds are held to."""
+
+from __future__ import annotations
+
+import pytest
+from drawn import host
+from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
+
+from mctune.backends.spaces import load_space
+from mctune.backends.tvm import templates
+from mctune.core.problem import Problem
+
+
+def problem(pass_: str, recurrence: str = "linear") -> Problem:
+    return Problem(pass_=pass_, recurrence=recurrence, aggregation="ssc", T=64, H=1, Dk=16, Dv=16, segment_length=16)
+
+
+@pytest.mark.parametrize("pass_", templates.OPERATIONS)
+def test_a_build_is_refused_whose_arguments_are_in_another_order(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = problem(pass_)
+    space = load_space("tvm", pass_)
+    config = space.first_valid(lambda c: space.valid(c, one, host()))
+    assert config is not None
+    built = templates.render(one, config, host())
+    for operation in (variable.name_hint for variable in built.functions):
+        first, second, *rest = ARGUMENTS[operation]
+        monkeypatch.setitem(ARGUMENTS, operation, (second, first, *rest))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"{operation} takes {first}, {second}, .* is passed {second}, {first}, "):
+            templates.render(one, config, host())
+        monkeypatch.undo()
+
+
+def test_values_are_passed_by_name_in_the_kernels_order() -> None:
+    names = ARGUMENTS["decode_step"]
+    values = {name: name.upper() for name in sorted(names)} | {"more": "than it takes"}
+    passed: list[str] = []
+    launch("decode_step", lambda *arguments: passed.extend(arguments), values)
+    assert passed == [name.upper() for name in names]
+    del values["key_sum"]
+    with pytest.raises(KeyError, match="key_sum"):
+        launch("decode_step", lambda *arguments: None, values)
+
+
+def test_a_name_is_taken_once() -> None:
+    for names in ARGUMENTS.values():
+        assert len(set(names)) == len(names)
