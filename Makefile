@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS_READY := $(VENV)/docs-ready
 TUNED := build/mctune_cpu
 
 PYTEST := $(BIN)/pytest -n $(shell nproc) --maxprocesses 8 --dist loadgroup
@@ -22,7 +23,7 @@ WHEELS := numpy click rich markdown-it-py mdurl pygments libcst pyyaml optuna sq
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
 	einops fla-core==0.6.0
 
-.PHONY: search test test-all bench contact gpu wheelhouse lint types wheel wheel-check clean setup
+.PHONY: search test test-all bench contact gpu wheelhouse lint types docs wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
@@ -71,6 +72,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The pages and the API reference, in build/site/index.html. A warning is an error: a link that leads nowhere, a parameter
+# that a docstring forgets or invents.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+
 wheel: $(READY)
 	rm -rf dist
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
@@ -93,6 +99,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

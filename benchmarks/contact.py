@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Whoever only asks torch whether there is a GPU must not touch it: steps are forked from this process.
+# Asking torch whether there is a GPU must not initialise CUDA: steps are forked from this process.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -115,7 +115,7 @@ class Contact:
         lost = outcome.startswith(("killed", "not done"))
         wrong = [f for f in self.facts.of("compared", step=name) if not f["right"]]
         wrong += [f for f in self.facts.of("repeats", step=name) if not f["equal"]]
-        # An illegal access, for example; what else a step raises is no matter of the compiler.
+        # An illegal access, for example; other errors are not the compiler's fault.
         wrong += [f for f in self.facts.of("raised", step=name) if any(text in f["error"] for text in OF_THE_GPU)]
         if lost or wrong:
             self.diagnose(aggregation)
@@ -135,7 +135,7 @@ class Contact:
         self.step("variant", lambda: self.steps.variants("variant", problem, configs), 40)
         special = self.specialized(problem, configs[0])
         if special:
-            # One that waits for itself would take the others along.
+            # A kernel that deadlocks would take the others with it.
             self.prepare("specialized", 20)
             self.step("specialized", lambda: self.steps.variants("specialized", problem, [configs[0], *special]), 30)
 
@@ -148,7 +148,7 @@ class Contact:
     # --- before anything runs
 
     def missing(self) -> None:
-        """What this python lacks out of the wheelhouse; what is not there either is a fact."""
+        """Take what this Python lacks from the wheelhouse; record what is missing there too."""
         try:
             unpack_missing(self.options.wheels, self.work / "site")
         except (SystemExit, OSError) as error:
@@ -158,7 +158,7 @@ class Contact:
             self.facts.add("machine", "rehearsal", why="Triton's interpreter, tiny sizes: no time means anything")
 
     def guess(self) -> Any:
-        """The registry's entry for this GPU, from its name: nobody has asked the GPU itself yet."""
+        """The registry's entry for this GPU, from its name, without touching the GPU."""
         from mctune.backends.presence import Seen, here
         from mctune.core.target import resolve
 
@@ -169,7 +169,7 @@ class Contact:
         return target
 
     def same_target(self) -> None:
-        """The entry by the GPU's own words; kernels are the same on all of an architecture."""
+        """The entry by the properties that the GPU reports; kernels are the same for all GPUs of an architecture."""
         from mctune.backends.presence import Seen, here
 
         for fact in self.facts.of("properties")[-1:]:
@@ -191,7 +191,7 @@ class Contact:
             self.facts.add("machine", "not preloaded", error=repr(error))
 
     def again_if_touched(self) -> None:
-        """If something that is imported has touched the GPU after all, no child can use it: once more without."""
+        """If an import has touched the GPU after all, no child can use it: start again without that import."""
         lost = [fact for fact in self.facts.of("raised", step="device") if "forked subprocess" in fact["error"]]
         if lost and not self.options.bare:
             self.stop(self.compiling, "begun again")
@@ -223,7 +223,7 @@ class Contact:
         jobs += [Job(f"variant {number}", problem, config) for number, config in enumerate(configs)]
         special = self.specialized(problem, configs[0])
         jobs += [Job(f"specialized {number}", problem, config) for number, config in enumerate(special)]
-        # Those of a rehearsal are compiled for a GPU as well, but nobody waits for all of them.
+        # A rehearsal compiles for a GPU too, but only a few.
         few = ("grm forward", "decode grm float32")
         return [job for job in jobs if job.name.startswith(few)] if self.rehearse else jobs
 
@@ -326,7 +326,7 @@ class Contact:
     # --- the end
 
     def stop(self, running: list[Background], why: str) -> None:
-        """What still runs aside."""
+        """End what still runs in the background."""
         for one in running:
             one.stop(why)
         running.clear()
@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true", help="no GPU: Triton's interpreter, tiny sizes")
     options = parser.parse_args()
-    # In the background a shell has Ctrl-C ignored; whoever ends this wants the table.
+    # A shell ignores Ctrl-C for background jobs; here it must still print the table.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     contact = Contact(options)

@@ -54,7 +54,7 @@ class Claims:
     mine: dict[str, float] = field(default_factory=dict)
 
     def take(self, what: str) -> bool:
-        """Whether this is for this process to do: nobody who lives has begun it."""
+        """Whether this process should do it: no living process has begun it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self._place(what)
         own = place.with_suffix(f".{os.getpid()}")
@@ -95,7 +95,7 @@ class Claims:
 
     @staticmethod
     def _in_hand(place: Path) -> bool:
-        """Whether it is done, or whoever has claimed it lives."""
+        """Whether it is done, or the process that claimed it lives."""
         try:
             os.kill(int(place.read_text()), 0)
         except (OSError, ValueError):
@@ -118,7 +118,7 @@ def _finished(place: Path) -> Path:
 
 
 def compile_all(jobs: Sequence[Job], kernels: Kernels, claims: Claims) -> None:
-    """Compile what nobody has claimed. A job that fails is a fact, and the others go on.
+    """Compile what no process has claimed. A failed job is recorded, and the others go on.
 
     One that another process is rendering waits until the others have been looked at.
     """
@@ -178,7 +178,7 @@ def make_launcher(src: Any, metadata: Any) -> None:
 
 
 def prepared(jobs: Sequence[Job], kernels: Kernels, folder: Path, facts: Facts, step: str, limit_s: float) -> None:
-    """Wait until these are compiled, or compile what nobody does."""
+    """Wait until these are compiled; compile what no process has claimed."""
     claims = Claims(folder, facts, step, time.monotonic() + limit_s)
     compile_all(jobs, kernels, claims)
 

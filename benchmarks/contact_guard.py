@@ -97,7 +97,7 @@ class Background:
         self._kill_group()
         until = time.monotonic() + _REAP_S
         while time.monotonic() < until and not os.waitpid(self._pid, os.WNOHANG)[0]:
-            # One that waits for a GPU in the kernel may not end even so, and is left behind.
+            # A process that waits in the GPU's driver may survive even this, and is left behind.
             time.sleep(_POLL_S)
         self._end(why)
 
@@ -167,12 +167,12 @@ class Guard:
         try:
             os.setsid()
             _die_with(parent)
-            # Whoever waits for this process decides when it ends.
+            # The parent decides when this process ends.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(log, stream)
-            # A line at a time: a process that is killed leaves what it has said.
+            # Line-buffered, so that a killed process leaves what it printed.
             sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8", errors="replace")
             function()
             status = 0

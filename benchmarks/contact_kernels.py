@@ -46,7 +46,7 @@ class Sizes:
     dtype: str = "bfloat16"
 
     def problem(self, pass_: str, aggregation: str, T: int | None = None) -> Problem:
-        """Of one pass; a kernel does not depend on T."""
+        """The problem of one pass; a kernel does not depend on T."""
         from mctune.core.problem import Problem
 
         decode = pass_ == "decode"
@@ -76,14 +76,14 @@ class Kernels:
         return default(problem, self.target)
 
     def is_built(self, problem: Problem, config: Config) -> bool:
-        """Whether somebody has."""
+        """Whether the files exist."""
         return self._note(problem, config).is_file()
 
     def _note(self, problem: Problem, config: Config) -> Path:
         return self.folder / f"{problem.pass_}_{problem.aggregation}_{problem.key}_{config.key}.built"
 
     def built(self, problem: Problem, config: Config) -> Built:
-        """The files of a configuration: rendered, or taken from whoever has rendered them."""
+        """The files of a configuration: rendered here, or by another process before."""
         from mctune.backends.protocol import Built
 
         note = self._note(problem, config)
@@ -101,7 +101,7 @@ class Kernels:
         from mctune.backends import get_backend
 
         try:
-            # Any of what a device may measure.
+            # From the space of measured searches, which has more than a predicted one's.
             return get_backend("triton").measuring().build(problem, config, self.target, self.folder)
         except ModuleNotFoundError as error:
             if error.name != "libcst":
@@ -189,7 +189,7 @@ class Leaves:
 
     @classmethod
     def of(cls, data: Any, aggregation: str, dtype: torch.dtype | None = None) -> Leaves:
-        """Of random tensors, in ``dtype`` if one is given."""
+        """From random tensors, in ``dtype`` if one is given."""
         names = ("q", "k", "v") if aggregation == BASE else ("q", "k", "v", "u")
         found = {name: getattr(data, name).to(dtype or data.q.dtype) for name in ("q", "k", "v", "u", "dy")}
         return cls(**{name: x.detach().requires_grad_(name in names) for name, x in found.items()}, names=names)
@@ -212,7 +212,7 @@ def step_of(leaves: Leaves, sizes: Sizes, aggregation: str, backend: str) -> Cal
 
 
 UNDECIDED = 1e-3
-"""Of ssc's tokens: two logits may be closer than rounding, and a right result may come from the other segment."""
+"""Share of ssc's tokens that may differ: where two logits are closer than rounding, the other segment is right too."""
 
 
 def error_of(found: Tensor, wanted: Tensor, aggregation: str) -> float:

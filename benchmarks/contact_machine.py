@@ -1,4 +1,4 @@
-"""What `benchmarks/contact.py` notes of the machine, and the two rates that everything is set against."""
+"""What `benchmarks/contact.py` records about the machine, and the two rates that times are compared with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def machine(facts: Facts) -> None:
         "machine", "versions", python=platform.python_version(), system=platform.platform(), packages=found,
         cores=os.cpu_count(), torch_cuda=torch.version.cuda,
     )  # fmt: skip
-    # One field at a time where all together are refused: older drivers know fewer.
+    # One field at a time where all together are refused: older drivers know fewer fields.
     lines = said(["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"])
     facts.add("machine", "nvidia-smi", said=dict(zip(_SMI, lines.split(", "), strict=False)), line=lines)
     for tool, arguments in (("nvcc", ["--version"]), ("gcc", ["--version"]), ("ptxas", ["--version"])):
@@ -39,7 +39,7 @@ def machine(facts: Facts) -> None:
 
 
 def gpu_name(facts: Facts) -> str:
-    """As nvidia-smi told; empty where it did not."""
+    """A value as nvidia-smi reported it; empty where it did not."""
     return next((str(line["said"].get("name", "")) for line in facts.of("nvidia-smi")), "")
 
 

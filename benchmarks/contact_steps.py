@@ -156,7 +156,7 @@ class Steps:
         found = {}
         for (name, call), some in zip(calls.items(), samples, strict=True):
             values = dict(zip(("ms", "low", "high"), summary(some), strict=True))
-            # An interpreter is the host.
+            # Interpreted kernels run on the host.
             host = host_ms(call) if DEVICE == "cuda" else values["ms"]
             found[name] = ({**values, "repeats": len(some), "sm_mhz": mhz, "celsius": celsius}, host)
         return found
@@ -265,7 +265,7 @@ def profiled(call: Callable[[], Any]) -> tuple[list[tuple[str, float]], str]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(PROFILED):
             call()
-            # Pushes what the call left out of the L2, and marks its end.
+            # Evicts from L2 what the call left there, and marks the call's end.
             scratch.sum()
         torch.cuda.synchronize()
     from torch.autograd import DeviceType

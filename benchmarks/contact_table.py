@@ -1,4 +1,4 @@
-"""What the facts of `benchmarks/contact.py` say, for a person, and its times as rows for `mctune calibrate`."""
+"""The facts of `benchmarks/contact.py` as a table for people, and its times as rows for `mctune calibrate`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def fraction(fact: Fact, facts: Facts) -> float | None:
     if "sdpa" in fact["name"] or "attention" in fact["name"]:
         if fact["part"] == "decode":
             return None
-        # A backward is two and a half forwards: five products for two.
+        # A backward is two and a half forwards: five products instead of two.
         return attention_operations(problem) * (3.5 if fact["part"] == "training" else 1.0) / matrix * 1e3 / fact["ms"]
     if problem.aggregation == "residual" and fact["part"] != "decode":
         problem = problem.replace(segment_length=problem.T)  # what is computed has no segments
@@ -118,7 +118,7 @@ def fraction(fact: Fact, facts: Facts) -> float | None:
     parts = {"forward": [forward], "backward": [backward], "training": [forward, backward]}.get(fact["part"], [problem])
     seconds = sum(bound(work(part), matrix, copy) for part in parts)
     if fact.get("state_dtype", "torch.float32") != "torch.float32":
-        seconds *= 0.5  # nearly all that is read are states
+        seconds *= 0.5  # nearly all of the bytes are states
     return seconds * 1e3 / fact["ms"]
 
 

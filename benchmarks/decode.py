@@ -45,7 +45,7 @@ from mctune.verify.package import load_package
 from mctune.verify.passes import memory_of
 
 STATES = 64
-# What a step costs does not depend on the segment length: short ones keep the oracle cheap.
+# A step's time does not depend on the segment length: short ones keep the oracle cheap.
 SMALL = Problem(pass_="decode", aggregation="grm", T=4 * STATES + 2, H=4, Dk=64, Dv=64, segment_length=4)
 LARGE = SMALL.replace(H=16, Dk=128, Dv=128)
 PROBLEMS = tuple(p.replace(**ssc) for ssc in ({}, {"aggregation": "ssc", "top_k": 8}) for p in (SMALL, LARGE))

@@ -46,7 +46,7 @@ NEEDED = {
 """Modules, and the wheels that have them; "" for what is the machine's own."""
 STAGES = ("faults", "verify", "benchmark", "search", "paper", "report")
 SHARES = {"verify": 0.25, "benchmark": 0.3, "search": 0.3, "paper": 0.15}
-"""Of the time that is left, in proportion to the stages to come."""
+"""Shares of the remaining time, in proportion to the stages to come."""
 FAULTS_S, LATE_S = 150.0, 40.0
 """Most seconds for the faults, and that a stage may take beyond its share."""
 LEAST_S, SHIP_S, FINISH_S = 60.0, 30.0, 25.0
@@ -117,7 +117,7 @@ class Run:
         paths = [str(ROOT), *(path for path in sys.path if path)]
         self.env = {
             **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1",
-            # What one stage compiles, the others find.
+            # Stages share what they compile.
             "TRITON_CACHE_DIR": str((out / "triton").resolve()),
             "TORCHINDUCTOR_CACHE_DIR": str((out / "inductor").resolve()),
         }  # fmt: skip
@@ -159,7 +159,7 @@ class Run:
             _end(process)
             raise
         code = process.wait()
-        # Whatever it has started may still hold the pipe.
+        # A grandchild may still hold the pipe.
         reader.join(5.0)
         self.say(f"== {name}: exit {code} after {time.monotonic() - began:.0f} s")
         if code:
@@ -179,7 +179,7 @@ class Run:
             with tarfile.open(scratch, "w:gz") as archive:
                 for path in sorted(path for pattern in KEPT for path in self.out.glob(pattern)):
                     archive.add(path, path.name, filter=lambda entry: None if "/search" in entry.name else entry)
-        except OSError as error:  # no room, for example
+        except OSError as error:  # a full disk, for example
             self.say(f"{ARCHIVE} is not up to date: {error}")
         else:
             scratch.replace(self.out / ARCHIVE)
@@ -216,7 +216,7 @@ class Copies:
         self.to.mkdir(parents=True, exist_ok=True)
         try:
             if name == DATABASE:
-                # Somebody may be writing to it.
+                # A search may be writing to it.
                 with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=2.0)) as one:
                     with contextlib.closing(sqlite3.connect(scratch)) as other:
                         one.backup(other)
@@ -334,7 +334,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
-    # In the background a shell has Ctrl-C ignored, which the stages would inherit.
+    # A shell ignores Ctrl-C for background jobs, and the stages would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     unpack_missing(options.wheels, options.out / "site")

@@ -44,7 +44,7 @@ PROMPTS = ("def read(self, ", "import os\nimport ")
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and its training. Heads are 64 wide, as the kernels of ``mctune search --workload quick``."""
+    """Model and training sizes. Heads are 64 wide, as the kernels of ``mctune search --workload quick``."""
 
     context: int = 1024
     batch: int = 4

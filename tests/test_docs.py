@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from test_imports import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 QUOTES = [
     (page.name, path, quoted)
     for page in PAGES
@@ -42,3 +44,14 @@ def test_files_that_are_named_exist(page: Path) -> None:
     )
     gone = [name for name in named if not (ROOT / name).exists() and not name.endswith("/mine.toml")]
     assert not gone
+
+
+def test_the_table_of_rooms_is_the_one_that_imports_are_held_to() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| room |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    said = {room.strip("`"): set(re.findall(r"`([\w.]+)`", imports)) for room, _, imports in rows}
+    assert said == {room: set(imports) for room, imports in ROOMS.items() if room}
+    # templates and search_spaces are beside mctune, all others within.
+    folders = {path.name for path in (ROOT / "mctune").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(said) - {"templates", "search_spaces"}

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Room -> the rooms of ours that it may import; every room may import itself.
+# Room -> the rooms that it may import; every room may import itself.
 ROOMS: dict[str, tuple[str, ...]] = {
     # The axes, which the copied runtime must have and which import nothing.
     "core": ("runtime.traits",),
@@ -91,7 +91,7 @@ def imports_of(path: Path) -> list[Import]:
             found.extend(Import(path, node.lineno, alias.name, 0, top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            # ``from mctune.core import space`` names a module too: each name is looked at as one.
+            # ``from mctune.core import space`` names a module too, so each name counts as one.
             names = [f"{module}.{a.name}" if module else a.name for a in node.names]
             found.extend(Import(path, node.lineno, name, node.level, top) for name in names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):

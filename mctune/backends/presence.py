@@ -1,4 +1,4 @@
-"""Which of the registry's machines this is."""
+"""Which target of the registry this machine is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mctune.core.target import Target, targets
 
 @dataclass(frozen=True)
 class Seen:
-    """The GPU that kernels run on, as its driver tells: its name, and its multiprocessors."""
+    """The GPU that kernels run on, as its driver reports it: its name, and its number of multiprocessors."""
 
     name: str
     cores: int

@@ -26,7 +26,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a compiled kernel, and what the kernel takes of the target.
+    """One launch of a compiled kernel, and the resources that the kernel needs.
 
     Attributes:
         name: the jitted function's.
@@ -99,13 +99,13 @@ class Backend(Protocol):
         """The parameters that the templates of ``problem`` take, without the segment length."""
 
     def measuring(self) -> Backend:
-        """The same with spaces that also have what nothing but a run on the device verifies."""
+        """The same backend, with spaces that also have what only a run on the device can verify."""
 
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
         """Render and compile into ``folder``; files are named by the configuration, the same one twice is kept."""
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
-        """What one call launches on a machine that need not be here, or why the target cannot hold it."""
+        """What one call launches on the target, present or absent, or why the target cannot hold it."""
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate as a function of torch tensors."""

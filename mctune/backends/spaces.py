@@ -16,7 +16,7 @@ def load_space(backend: str, family: str, pass_: str, measured: bool = False) ->
     """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``measured``: its ``MEASURED``, if it has one."""
     package = f"mctune_spaces_{backend}_{family}"
     if package not in sys.modules:
-        # A package of its own, so that its files find each other.
+        # Loaded as a package, so that its files can import each other.
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [str(search_spaces_dir() / backend / family)]
     module = importlib.import_module(f"{package}.{pass_}")

@@ -20,7 +20,7 @@ def default_out(target: Target) -> Path:
 
 
 def measured(target: Target, insist: bool) -> bool:
-    """Whether candidates are timed: the target is here, or the user insists, which the search then refuses."""
+    """Whether to time candidates: the target is on this machine, or the user insists and the search will refuse."""
     if target.on_cpu or insist:
         return True
     from mctune.backends.presence import present

@@ -126,13 +126,13 @@ def check_compilers(environ: Mapping[str, str]) -> Iterator[Check]:
 
 
 def check_cpu(cpu: Target) -> Check:
-    """The device that is always there."""
+    """The CPU, the device that is always there."""
     cores = f"{cpu.cores} core{'s' * (cpu.cores != 1)}"
     return Check("cpu", OK, f"{cpu.title}, {cores}, {cpu.arch}, {cpu.vector_floats} float32 lanes")
 
 
 def check_gpus() -> Iterator[Check]:
-    """GPUs as their drivers name them."""
+    """GPUs, by the names that their drivers report."""
     listed = nvidia_gpus()
     for index, name in enumerate(listed):
         yield Check(f"gpu {index}", OK, name)

@@ -113,5 +113,5 @@ class SearchProgress:
 
 
 def _how(outcome: Outcome) -> str:
-    """A time that was not measured is never shown without this word."""
+    """A predicted time is never shown without this word."""
     return "predicted " if isinstance(outcome, Predicted) else ""

@@ -29,7 +29,7 @@ def command(
 
     A grid of problems with odd sizes and fresh random inputs; memory that a kernel forgets to write holds NaN. With
     --gpu every template is held to it instead, in every dtype, with configurations drawn from all over its search
-    space: on that GPU, or, where it is not here, in Triton's interpreter, bfloat16 in float16. Exit code 1 if any
+    space: on that GPU, or, where it is absent, in Triton's interpreter, bfloat16 in float16. Exit code 1 if any
     result is wrong.
     """
     if target_name is not None:
@@ -44,7 +44,7 @@ def command(
     if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
         check_interpreter()
         say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
-        # Triton reads it when it is imported, as torch was.
+        # Triton reads the variable when it is imported, which torch has done already: start another process.
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         return subprocess.run([sys.executable, "-m", "mctune", "verify", *arguments], env=environment).returncode

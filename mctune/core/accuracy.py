@@ -7,18 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEAST = 3
-"""Fewer candidates have no ranking worth the name."""
+"""A ranking of fewer candidates says nothing."""
 TOP = 10
+"""How many of the best predicted candidates :func:`regret` looks at."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of ``count`` candidates that were measured and predicted.
+    """How predicted and measured times of the same candidates compare.
 
     Attributes:
+        count: candidates that were both measured and predicted.
         spearman: rank correlation, 1 to -1; ``None`` where all of one side are equal.
         regret: best measured among the ``TOP`` best predicted, over the best measured; 1 is perfect.
-        factor: median of measured over predicted, or its inverse where that is greater: what a time is wrong by.
+        factor: median of measured over predicted, or its inverse where that is greater: how far off a time is.
     """
 
     count: int
@@ -28,7 +30,19 @@ class Accuracy:
 
 
 def accuracy(pairs: Iterable[tuple[float, float]]) -> Accuracy | None:
-    """Of (measured, predicted) times of the candidates for one problem; ``None`` for fewer than ``LEAST``."""
+    """Compare the candidates for one problem.
+
+    Args:
+        pairs: (measured, predicted) times, both positive and in the same unit.
+
+    Returns:
+        ``None`` for fewer than ``LEAST`` candidates.
+
+    Examples:
+        >>> found = accuracy([(1.0, 2.0), (2.0, 3.0), (4.0, 8.0)])
+        >>> found.spearman, found.regret, found.factor
+        (1.0, 1.0, 2.0)
+    """
     known = list(pairs)
     if len(known) < LEAST:
         return None
@@ -40,10 +54,17 @@ def accuracy(pairs: Iterable[tuple[float, float]]) -> Accuracy | None:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Pearson's correlation of the ranks, equals sharing their mean rank; ``None`` where one side has one rank.
+    """Spearman's rank correlation, from -1 to 1: Pearson's of the ranks, where equal values share their mean rank.
+
+    Returns:
+        ``None`` where all values of one side are equal.
 
     Raises:
         ValueError: if the lengths differ.
+
+    Examples:
+        >>> spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
+        0.5
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} values against {len(second)}")
@@ -55,7 +76,12 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """1 for the least; equal values have the mean of their ranks."""
+    """Rank 1 for the least; equal values have the mean of their ranks.
+
+    Examples:
+        >>> ranks([0.5, 0.1, 0.5])
+        [2.5, 1.0, 2.5]
+    """
     order = sorted(range(len(values)), key=lambda i: values[i])
     found = [0.0] * len(values)
     start = 0
@@ -70,13 +96,25 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def regret(measured: Sequence[float], predicted: Sequence[float], top: int = TOP) -> float:
-    """The best measured of the ``top`` best predicted, over the best measured; of equal predictions the slowest count.
+    """What trusting the predictions costs: best measured time of the ``top`` best predicted, over the best of all.
+
+    Args:
+        measured, predicted: times of the same candidates, positive; candidates with equal predictions count as if the
+            slowest of them were chosen first.
+        top: how many candidates one would measure.
+
+    Returns:
+        At least 1, where nothing is lost.
 
     Raises:
         ValueError: if there are none, or the lengths differ.
+
+    Examples:
+        >>> regret([1.0, 2.0, 4.0], [3.0, 2.0, 1.0], top=1)
+        4.0
     """
     if len(measured) != len(predicted) or not measured:
         raise ValueError(f"{len(measured)} measured against {len(predicted)} predicted")
-    # What the model cannot tell apart it may choose at its worst.
+    # Among equal predictions the model may as well pick the worst.
     chosen = sorted(zip(predicted, measured, strict=True), key=lambda pair: (pair[0], -pair[1]))[:top]
     return min(time for _, time in chosen) / min(measured)

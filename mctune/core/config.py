@@ -12,7 +12,15 @@ Scalar = int | str | bool
 
 @dataclass(frozen=True)
 class Config:
-    """Names and values of a configuration, sorted by name; ``config["BT"]`` reads one."""
+    """Names and values of a configuration, sorted by name; ``config["BT"]`` reads one.
+
+    Examples:
+        >>> config = Config.of({"warps": 4, "BT": 64})
+        >>> config["BT"], config.to_json()
+        (64, '{"BT":64,"warps":4}')
+        >>> print(config.replace(warps=8))
+        BT=64 warps=8
+    """
 
     items: tuple[tuple[str, Scalar], ...]
 
@@ -39,7 +47,12 @@ class Config:
         return any(key == name for key, _ in self.items)
 
     def integer(self, name: str) -> int:
-        """The value of an integer parameter."""
+        """The value of an integer parameter.
+
+        Raises:
+            KeyError: for an unknown name.
+            TypeError: if the value is not an integer.
+        """
         value = self[name]
         if not isinstance(value, int):
             raise TypeError(f"parameter {name!r} is {value!r}, not an integer")

@@ -18,7 +18,12 @@ TVM_PAIR = ("0.27.0.post1", "0.1.14.post1")
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or ``None``."""
+    """The installed version of a distribution, or ``None``.
+
+    Examples:
+        >>> version("no-such-distribution") is None
+        True
+    """
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -26,13 +31,20 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and every installed one of :data:`PACKAGES`."""
+    """Version of Python and of every distribution of :data:`PACKAGES` that is installed, by name."""
     found = {package: version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
 
 
 def environment(target: Target) -> dict[str, Any]:
-    """A JSON-able account of where a row was measured; it names neither the user nor the machine."""
+    """A JSON-able account of where a row was measured; it names neither the user nor the machine.
+
+    Args:
+        target: what the row was measured on.
+
+    Returns:
+        ``target``, ``system``, ``machine`` and ``versions``; clocks in GHz, caches in MiB.
+    """
     return {
         "target": {
             "name": target.name,

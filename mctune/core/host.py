@@ -1,4 +1,4 @@
-"""The CPU that this runs on, as far as the operating system tells: flags, cores, cache, a safe LLVM name."""
+"""The CPU that this runs on, as the operating system describes it: flags, cores, cache, a safe LLVM name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from mctune.core.errors import UsageError
 
 CPU_ARCH = "MCTUNE_CPU_ARCH"
-"""The environment variable that names a lesser level than the CPU's own, to tune for."""
+"""The environment variable that names a lower level than the CPU's own to tune for."""
 
-# The levels of the x86-64 psABI, as the flags of /proc/cpuinfo, widest first. LLVM knows each by this name. The host's
-# own name is no guide: a hypervisor may mask AVX-512 on a CPU whose LLVM name implies it (illegal instruction).
+# The levels of the x86-64 psABI, as the flags of /proc/cpuinfo, highest first. LLVM knows each by this name. The CPU's
+# LLVM name is not safe: a hypervisor may mask AVX-512 on a CPU whose name implies it (illegal instruction).
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"})
 _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -22,9 +22,16 @@ _LEVELS = (("x86-64-v4", _V4, 16), ("x86-64-v3", _V3, 8), ("x86-64-v2", _V2, 4))
 
 @dataclass(frozen=True)
 class Host:
-    """``arch`` is an LLVM ``mcpu``, the widest that the CPU can be or the one that ``MCTUNE_CPU_ARCH`` asks for;
-    ``vector_floats`` the float32 lanes of its widest registers; ``clock_ghz`` and ``cache_mb`` (the last-level cache)
-    are ``None`` where the system does not say."""
+    """The CPU as the operating system describes it.
+
+    Attributes:
+        model: its name.
+        arch: an LLVM ``mcpu``: the highest level that the CPU supports, or the one that ``MCTUNE_CPU_ARCH`` asks for.
+        vector_floats: float32 lanes of the widest registers of that level.
+        cores: logical CPUs that this process may run on.
+        clock_ghz: clock in GHz; ``None`` where the system does not say.
+        cache_mb: last-level cache in MiB; ``None`` where the system does not say.
+    """
 
     model: str
     arch: str
@@ -41,7 +48,7 @@ def read_host(cpuinfo: Path = _CPUINFO, caches: Path = Path("/sys/devices/system
     """Read the host; every file may be absent (macOS), which leaves the baseline architecture and ``None``.
 
     Raises:
-        UsageError: if ``MCTUNE_CPU_ARCH`` names what this CPU cannot be.
+        UsageError: if ``MCTUNE_CPU_ARCH`` names a level that this CPU does not support.
     """
     fields = _cpuinfo(cpuinfo)
     arch, vector_floats = _chosen(archs(cpuinfo))
@@ -57,19 +64,28 @@ def read_host(cpuinfo: Path = _CPUINFO, caches: Path = Path("/sys/devices/system
 
 
 def archs(cpuinfo: Path = _CPUINFO) -> tuple[tuple[str, int], ...]:
-    """What this CPU can be, the widest first: LLVM ``mcpu`` and float32 lanes."""
+    """The levels that this CPU supports, the highest first: LLVM ``mcpu`` and float32 lanes."""
     return llvm_archs(platform.machine(), frozenset(_cpuinfo(cpuinfo).get("flags", "").split()))
 
 
 def llvm_archs(machine: str, flags: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """Every LLVM ``mcpu`` all of whose features are in ``flags``, with its float32 lanes, the widest first."""
+    """Every LLVM ``mcpu`` all of whose features are in ``flags``, with its float32 lanes, the highest first.
+
+    Args:
+        machine: as ``platform.machine()`` says it.
+        flags: as /proc/cpuinfo names them.
+
+    Examples:
+        >>> llvm_archs("aarch64", frozenset())
+        (('generic', 4),)
+    """
     if machine.lower() not in ("x86_64", "amd64"):
         return (("generic", 4),)
     return (*((name, lanes) for name, needed, lanes in _LEVELS if needed <= flags), ("x86-64", 4))
 
 
 def _chosen(possible: tuple[tuple[str, int], ...]) -> tuple[str, int]:
-    """The one that the environment asks for, else the widest."""
+    """The level that the environment asks for, else the highest."""
     wanted = os.environ.get(CPU_ARCH)
     for arch, lanes in possible:
         if not wanted or arch == wanted:

@@ -1,7 +1,7 @@
-"""Ctrl-C where it may come, and held back where it would leave something half done.
+"""Ctrl-C, held back where it would leave something half done.
 
-Python raises ``KeyboardInterrupt`` between any two bytecodes, in the middle of a database's transaction too: what that
-leaves behind (a cursor that nobody closes, a lock) is not what its library was written for.
+Python raises ``KeyboardInterrupt`` between any two bytecodes, so also in the middle of a database transaction, and may
+leave an open cursor or a lock behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 class Held:
-    """Ctrl-C within :func:`held`: what has come, and whether it may come now."""
+    """Ctrl-C within :func:`held`: whether it was pressed, and whether it may act now."""
 
     def __init__(self, handler: _Handler | None) -> None:
         self._handler = handler
@@ -25,7 +25,7 @@ class Held:
 
     @contextmanager
     def let_in(self) -> Iterator[None]:
-        """Let Ctrl-C in for the block; one that came before comes at its beginning."""
+        """Let Ctrl-C act within the block; one that was held back acts at its beginning."""
         self.check()
         self._open = True
         try:
@@ -34,7 +34,7 @@ class Held:
             self._open = False
 
     def check(self) -> None:
-        """Where Ctrl-C has come, act on it now."""
+        """Act now on a Ctrl-C that was held back."""
         if self._pending and self._handler is not None:
             self._pending = False
             self._handler(signal.SIGINT, None)
@@ -43,7 +43,7 @@ class Held:
         if not self._open or self._handler is None:
             self._pending = True
             return
-        # It raises, as a rule, and what the exception passes on its way out must not be interrupted again.
+        # The handler usually raises, and what the exception unwinds must not be interrupted again.
         self._open = False
         self._handler(number, frame)
         self._open = True
@@ -51,15 +51,15 @@ class Held:
 
 @contextmanager
 def held() -> Iterator[Held]:
-    """Hold Ctrl-C back for the block, but where :meth:`Held.let_in` lets it in; what is left comes at its end.
+    """Hold Ctrl-C back for the block, except within :meth:`Held.let_in`; one that was held back acts at the end.
 
-    Only the main thread gets Ctrl-C: in others, and where a program ignores it, there is nothing to hold.
+    Only the main thread receives Ctrl-C: other threads, and programs that ignore it, have nothing to hold back.
 
-    Example:
+    Examples:
         >>> with held() as ctrl_c:
-        ...     row = 1  # ... written to a database: whole, whatever is pressed
+        ...     row = 1  # written to a database: finished whatever is pressed
         ...     with ctrl_c.let_in():
-        ...         time = 2.0  # ... measured: may be interrupted
+        ...         time = 2.0  # measured: may be interrupted
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

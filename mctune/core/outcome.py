@@ -29,14 +29,14 @@ class TooLarge:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The process that ran the candidate died or raised."""
+    """The process that ran the candidate died, or the candidate raised an exception."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class TimedOut:
-    """The candidate did not finish ``stage`` (build, verify, time) within ``seconds``."""
+    """The candidate did not finish ``stage`` (build, verify or time) within ``seconds``."""
 
     seconds: float
     stage: str
@@ -55,8 +55,8 @@ class Wrong:
 class Timed:
     """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle.
 
-    ``sm_mhz`` and ``celsius`` are a GPU's clock and temperature right after, where its driver tells; ``notes`` what the
-    compiler says of its kernels.
+    ``sm_mhz`` and ``celsius`` are a GPU's clock in MHz and its temperature right after, where its driver reports them;
+    ``notes`` is what the compiler reports about its kernels.
     """
 
     ms: float
@@ -71,9 +71,10 @@ class Timed:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Not measured: what a cost model says, in milliseconds; ``error`` against the oracle, if it was verified.
+    """Not measured: the time that the cost model ``model`` predicts, in milliseconds.
 
-    ``notes``: what the compiler says of its kernels, for example that a kernel's matrix products are serialized.
+    ``error`` is against the oracle, ``None`` if it was not verified; ``notes`` is what the compiler reports about its
+    kernels, for example that matrix products are serialized.
     """
 
     ms: float
@@ -102,17 +103,32 @@ def kind(outcome: Outcome) -> str:
 
 
 def to_json(outcome: Outcome) -> str:
-    """One line of JSON with the field ``kind``."""
+    """One line of JSON with the field ``kind``.
+
+    Examples:
+        >>> to_json(TimedOut(30.0, "build"))
+        '{"kind": "timed_out", "seconds": 30.0, "stage": "build"}'
+        >>> from_json(_) == TimedOut(30.0, "build")
+        True
+    """
     return json.dumps({"kind": kind(outcome), **asdict(outcome)}, sort_keys=True)
 
 
 def from_json(text: str) -> Outcome:
-    """The inverse of :func:`to_json`."""
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        UsageError: for an unknown kind.
+    """
     return from_dict(json.loads(text))
 
 
 def from_dict(values: Mapping[str, Any]) -> Outcome:
-    """An outcome from the object that :func:`to_json` writes."""
+    """An outcome from the object that :func:`to_json` writes.
+
+    Raises:
+        UsageError: for an unknown kind.
+    """
     name = values.get("kind")
     if name not in _KINDS:
         raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
@@ -123,7 +139,12 @@ def from_dict(values: Mapping[str, Any]) -> Outcome:
 
 
 def cost(outcome: Outcome) -> float | None:
-    """Milliseconds where there are any, ``None`` for every outcome that cannot win."""
+    """What a search minimises: the time in milliseconds, ``None`` for every outcome that cannot win.
+
+    Examples:
+        >>> cost(Predicted(1.5, "roofline")), cost(Crashed("segmentation fault"))
+        (1.5, None)
+    """
     match outcome:
         case Timed(ms=ms) | Predicted(ms=ms):
             return ms
@@ -132,7 +153,12 @@ def cost(outcome: Outcome) -> float | None:
 
 
 def describe(outcome: Outcome) -> str:
-    """One line for a person."""
+    """One line for a person.
+
+    Examples:
+        >>> describe(Wrong(0.25, 2e-5, "T=37"))
+        'wrong: error 2.50e-01 over 2e-05 on T=37'
+    """
     match outcome:
         case FailedBuild(message):
             return f"failed to build: {message}"

@@ -1,4 +1,4 @@
-"""Where the templates and search spaces stand: beside the package in a checkout, inside it in a wheel."""
+"""Where the templates and search spaces are: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def templates_dir() -> Path:
-    """The folder with ``tvm/*.py`` and ``triton/*.py`` templates."""
+    """The folder with the templates of each backend.
+
+    Raises:
+        DeviceError: if the installation has none.
+
+    Examples:
+        >>> (templates_dir() / "triton").is_dir()
+        True
+    """
     return _data_dir("templates", _PACKAGE)
 
 
 def search_spaces_dir() -> Path:
-    """The folder with ``targets/*.toml``, ``workloads/*.toml`` and the search spaces of each backend."""
+    """The folder with ``targets/*.toml``, ``workloads/*.toml`` and the search spaces of each backend.
+
+    Raises:
+        DeviceError: if the installation has none.
+    """
     return _data_dir("search_spaces", _PACKAGE)
 
 

@@ -51,6 +51,13 @@ class Problem:
 
     Raises:
         UsageError: naming the field, the limit and the remedy.
+
+    Examples:
+        >>> problem = Problem(T=4096, H=8, Dk=64, Dv=64, segment_length=256)
+        >>> print(problem)
+        forward linear grm constant independent B1 T4096 H8 D64 C256 float32
+        >>> len(problem.spans())
+        16
     """
 
     recurrence: str = "linear"
@@ -147,7 +154,12 @@ class Problem:
         return (self.expansion or 0) * self.Dk
 
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Start and end of each segment of one sequence of T tokens (a packed row counts as one sequence)."""
+        """Start and end of each segment of one sequence of T tokens (Eq. 4); a packed row counts as one sequence.
+
+        Examples:
+            >>> Problem(T=37, H=1, Dk=8, Dv=8, segmentation="logarithmic").spans()
+            ((0, 32), (32, 36), (36, 37))
+        """
         lengths: list[int] = []
         if self.segmentation == "logarithmic":
             lengths = [1 << bit for bit in reversed(range(self.T.bit_length())) if self.T >> bit & 1]
@@ -159,7 +171,11 @@ class Problem:
         return tuple((end - length, end) for end, length in zip(ends, lengths, strict=True))
 
     def replace(self, **changes: Any) -> Problem:
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again.
+
+        Raises:
+            UsageError: naming the field, the limit and the remedy.
+        """
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +184,11 @@ class Problem:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Problem:
-        """The inverse of :meth:`to_dict`; an unknown field is an error that names it."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            UsageError: naming a field that is unknown or missing, or whose value is out of range.
+        """
         known = {field.name.rstrip("_"): field.name for field in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -184,7 +204,11 @@ class Problem:
 
     @classmethod
     def from_json(cls, text: str) -> Problem:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UsageError: as :meth:`from_dict` does.
+        """
         return cls.from_dict(json.loads(text))
 
     @property

@@ -15,7 +15,11 @@ from mctune.core.target import Target
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter with a finite, static list of values; ``ordered`` says that neighbours in the list are alike."""
+    """A parameter with a finite, static list of values; ``ordered`` says that neighbours in the list are alike.
+
+    Raises:
+        UsageError: if there is no value, or one twice.
+    """
 
     name: str
     values: tuple[Scalar, ...]
@@ -28,7 +32,12 @@ class Param:
 
 
 def Pow2(name: str, low: int, high: int, help: str = "") -> Param:
-    """Powers of two from ``low`` to ``high``, both included."""
+    """Powers of two from ``low`` to ``high``, both included.
+
+    Examples:
+        >>> Pow2("chunk", 16, 64).values
+        (16, 32, 64)
+    """
     return Param(name, tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length())), True, help)
 
 
@@ -53,9 +62,23 @@ class Constraint:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Parameters, constraints, and a default: where a search begins.
+    """Parameters and constraints: the configurations that a template can be built with.
 
-    ``fallbacks`` take the default's place, in order, where it breaks a constraint (another CPU, other widths).
+    Args:
+        params: their names are different.
+        constraints: what every valid configuration meets.
+        default: where a search begins.
+        fallbacks: take the default's place, in order, where it breaks a constraint (another CPU, other widths).
+
+    Raises:
+        UsageError: if a parameter is named twice.
+
+    Examples:
+        >>> space = SearchSpace((Pow2("chunk", 16, 64), Choice("order", ("rows", "columns"))))
+        >>> space.size
+        6
+        >>> print(space.at((1, 0)))
+        chunk=32 order=rows
     """
 
     params: tuple[Param, ...]
@@ -74,7 +97,11 @@ class SearchSpace:
         return math.prod(len(param.values) for param in self.params)
 
     def param(self, name: str) -> Param:
-        """The parameter of that name."""
+        """The parameter of that name.
+
+        Raises:
+            UsageError: if there is none.
+        """
         for param in self.params:
             if param.name == name:
                 return param
@@ -93,7 +120,11 @@ class SearchSpace:
         return Config.of({p.name: p.values[i] for p, i in zip(self.params, indices, strict=True)})
 
     def indices(self, config: Config) -> tuple[int, ...]:
-        """The inverse of :meth:`at`."""
+        """The inverse of :meth:`at`.
+
+        Raises:
+            KeyError, ValueError: if ``config`` is not a point of the space.
+        """
         values = config.to_dict()
         return tuple(param.values.index(values[param.name]) for param in self.params)
 
@@ -121,7 +152,11 @@ class SearchSpace:
             yield Config.of(dict(zip((param.name for param in self.params), values, strict=True)))
 
     def fixed(self, **values: Sequence[Scalar]) -> SearchSpace:
-        """A smaller space: each named parameter keeps only the given values."""
+        """A smaller space: each named parameter keeps only the given values.
+
+        Raises:
+            UsageError: for an unknown parameter, or a value that the space does not have.
+        """
         for name, kept in values.items():
             absent = [value for value in kept if value not in self.param(name).values]
             if absent:

@@ -30,23 +30,27 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU or GPU. Rates are peaks; a figure that nobody stated is ``None``.
+    """A CPU or GPU. Rates are peaks; an unknown figure is ``None``.
 
     Args:
-        name, title: the registry's name and what a person calls it.
+        name, title: the registry's name, and the product's.
         kind: ``cpu``, ``cuda`` or ``hip``.
         arch: LLVM ``mcpu`` (cpu), ``sm_NN`` (cuda) or ``gfxNNN`` (hip).
         cores: logical CPUs, streaming multiprocessors or compute units.
         clock_ghz: boost clock.
-        matrix_tflops, matrix_dtype: dense matrix rate in TFLOP/s, and of which input type.
+        matrix_tflops, matrix_dtype: dense matrix rate in TFLOP/s, and for which input type.
         dram_gbs: memory bandwidth in GB/s.
-        cache_mb, cache_tbs: last-level cache, MiB and TB/s.
+        cache_mb, cache_tbs: size of the last-level cache in MiB, and its bandwidth in TB/s.
         shared_bytes: shared memory that one block may have; 0 on a CPU.
         shared_kb_per_core: shared memory of one multiprocessor in KiB; 0 on a CPU.
         threads_per_core: resident threads a multiprocessor; 1 on a CPU.
         vector_floats: float32 lanes of a CPU's widest registers; 0 on a GPU.
+        aliases: other names that :func:`resolve` accepts.
         unsure: names of the fields without a trusted source.
         sources: (field, where its figure comes from) for every figure.
+
+    Raises:
+        UsageError: for an unknown kind.
     """
 
     name: str
@@ -84,10 +88,15 @@ class Target:
 
 
 def resolve(name: str) -> tuple[Target, str]:
-    """The target called ``name`` (any case), and a note to say aloud when the name was an alias, else ``""``.
+    """The target called ``name``, in any case, and a note to print where the name was an alias, else ``""``.
 
     Raises:
         UsageError: for an unknown name, with the closest known ones.
+
+    Examples:
+        >>> target, _ = resolve("h100-sxm")
+        >>> target.kind, target.arch
+        ('cuda', 'sm_90')
     """
     wanted = name.strip().lower().replace("_", "-")
     known = targets()
@@ -114,7 +123,7 @@ def load_target(path: Path) -> Target:
     """Read one row of the registry; a row of kind ``cpu`` gets its figures from the machine itself.
 
     Raises:
-        UsageError: a figure is unknown, or carries neither a source nor ``unsure``.
+        UsageError: if a figure's name is unknown, or it has no source.
     """
     values: dict[str, Any] = read_toml(path)
     figures: dict[str, dict[str, Any]] = values.pop("figures", {})

@@ -1,4 +1,4 @@
-"""TOML for every Python that mctune runs on."""
+"""TOML, on every Python that mctune supports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _PARSER = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The document in ``path`` (UTF-8)."""
+    """The document in ``path`` (UTF-8).
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not TOML.
+    """
     values: dict[str, Any] = _PARSER.loads(path.read_text(encoding="utf-8"))
     return values

@@ -18,11 +18,11 @@ class Winner:
     Args:
         problem: the problem it was tuned at, segment length included.
         config: its configuration.
-        outcome: its time: measured, or predicted by a cost model.
-        backend: what compiled it.
+        outcome: its time in milliseconds, measured or predicted.
+        backend: ``tvm`` or ``triton``: which one compiled it.
         library, source: the kernel that was timed, and what it came from.
         portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
-        cpu_flags: what ``library`` needs of a CPU, as /proc/cpuinfo names it.
+        cpu_flags: instruction sets that ``library`` needs, as /proc/cpuinfo names them.
         recommended: whether the search recommends this segment length.
         verified: how it was held to the oracle (cases, error, tolerance).
         parts: (operation, file) of every module of a kernel that has several, all in one folder; ``library`` is one.

@@ -12,7 +12,7 @@ Per token and head, for a matrix-valued memory (a multiply-add counts 2), in the
     gate logits: grm, soup, ssc                2 s Dk       (residual and mean have none)
 
 The sums run over the segments as they are, short ones included. SWLA (Eq. 26-27) counts like linear: its decays and
-strengths scale rows and are no matrix work. A backward pass is twice the forward and one recomputed forward.
+strengths scale rows, which is not matrix work. A backward pass is twice the forward and one recomputed forward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ _STATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """Operations and the fewest bytes of a problem; ``parts`` splits the operations by name; ``chunk`` is BT."""
+    """How much a problem needs.
+
+    Attributes:
+        operations: floating-point operations; a multiply-add counts 2.
+        bytes: the fewest bytes to and from memory.
+        parts: operations by name.
+        chunk: BT, tokens of a chunk that the count is for.
+    """
 
     operations: int
     bytes: int
@@ -38,15 +45,24 @@ class Work:
 
 
 def work(problem: Problem, chunk: int | None = None) -> Work:
-    """Count ``problem``; ``chunk`` is BT, by default the divisor of the segment length with the fewest operations.
+    """Count the operations and the fewest bytes of ``problem``, by the table at the head of this module.
 
     Bytes: q, k, v, u (where there are logits) and SWLA's gates read once, y written once, every state that a later
     segment reads written once and read once, as if one read served every tile. A backward pass reads dy too, writes
     the gradients of its inputs and does to the states' gradients what it does to the states. ``decode`` is one step at
     context T: the online state read and written, the cached states and descriptors that it needs read once.
 
+    Args:
+        problem: with a matrix memory.
+        chunk: BT in tokens; ``None`` is the divisor of the segment length with the fewest operations.
+
     Raises:
-        UsageError: for dla and titans, whose deep memories have no count here, and for a chunk below 1.
+        UsageError: for dla and titans, whose deep memories are not counted, and for a chunk below 1.
+
+    Examples:
+        >>> counted = work(Problem(T=4096, H=8, Dk=64, Dv=64, segment_length=256))
+        >>> counted.operations, dict(counted.parts)["cached read"], counted.bytes
+        (2593128448, 2013265920, 45875200)
     """
     if problem.deep:
         raise UsageError(
@@ -66,7 +82,17 @@ def work(problem: Problem, chunk: int | None = None) -> Work:
 
 
 def bound(counted: Work, matrix_rate: float, bandwidth: float) -> float:
-    """Seconds below which the work cannot go: ``matrix_rate`` in operations/s, ``bandwidth`` in bytes/s."""
+    """The least time that the work can take, in seconds: max(operations / matrix_rate, bytes / bandwidth).
+
+    Args:
+        counted: the work.
+        matrix_rate: operations/s of matrix products.
+        bandwidth: bytes/s of memory.
+
+    Examples:
+        >>> bound(Work(2_000_000, 1_000_000, (), 64), matrix_rate=1e12, bandwidth=1e12)
+        2e-06
+    """
     return max(counted.operations / matrix_rate, counted.bytes / bandwidth)
 
 
@@ -126,7 +152,7 @@ def _decode(problem: Problem) -> Work:
     parts = {
         "state update": 2 * matrix,
         "online read": 2 * matrix,
-        # One token reads each state once: a running sum of the states would have to be kept up by the cache.
+        # One token reads each state once: the cache keeps no running sum of the states.
         "cached read": 2 * read * matrix,
         "gate logits": 2 * (past + 1) * problem.Dk if gated else 0,
     }
@@ -150,7 +176,7 @@ def _bytes(problem: Problem) -> int:
     tokens = heads * problem.T * _token_bytes(problem)
     if problem.pass_ == "forward":
         return tokens + states
-    # q, k, v, u and the gates in and their gradients out, dy in: twice a forward's rows but for one of its two y.
+    # In: q, k, v, u, the gates and dy; out: their gradients. That is twice a forward's rows, less one y.
     dy = heads * problem.T * problem.Dv * _BYTES[problem.dtype]
     return 2 * tokens - dy + 2 * states
 

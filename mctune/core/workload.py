@@ -29,7 +29,11 @@ class Case:
 
     @classmethod
     def of(cls, fields: dict[str, Any], segment_lengths: tuple[int, ...]) -> Case:
-        """The case of a problem's public fields; a ``segment_length`` among them is the only candidate."""
+        """The case of a problem's public fields; a ``segment_length`` among them is the only candidate.
+
+        Raises:
+            UsageError: without any segment length, or if the problem is not valid.
+        """
         if fields.get("segmentation") == "logarithmic":
             return cls(Problem.from_dict(fields), ())
         lengths = (fields["segment_length"],) if "segment_length" in fields else tuple(sorted(set(segment_lengths)))
@@ -47,7 +51,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """``trials`` is per case, ``timeout_s`` for all cases together (``None``: no limit)."""
+    """A named set of cases, and how long to search it.
+
+    Attributes:
+        name, description: as ``mctune spaces`` lists it.
+        trials: candidates for each case.
+        timeout_s: seconds for all cases together; ``None`` is no limit.
+        cases: each is one study.
+    """
 
     name: str
     description: str
@@ -65,7 +76,12 @@ def load_workload(name: str, gpu: bool = False) -> Workload:
     """The workload of that name, for a CPU or for a GPU.
 
     Raises:
-        UsageError: unknown name, unknown key or a problem that cannot be.
+        UsageError: for an unknown name or key, or a problem that is not valid.
+
+    Examples:
+        >>> quick = load_workload("quick")
+        >>> quick.cases[0].segment_lengths
+        (64, 128, 256, 512)
     """
     known = workload_names()
     if name not in known:
@@ -78,8 +94,11 @@ def load_workload(name: str, gpu: bool = False) -> Workload:
 def read_workload(path: Path, gpu: bool = False) -> Workload:
     """Read one file. A field whose value is a list stands for one problem per value.
 
-    On a GPU, the fields of the table ``gpu`` replace those of every problem and the file's own ``timeout_s``, and what
-    states no dtype is in bfloat16.
+    With ``gpu``, the fields of the table ``gpu`` replace those of every problem and the file's own ``timeout_s``, and
+    problems that state no dtype are in bfloat16.
+
+    Raises:
+        UsageError: for an unknown or missing key, or a problem that is not valid.
     """
     values = read_toml(path)
     unknown = sorted(set(values) - set(_KEYS))

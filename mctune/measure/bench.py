@@ -1,6 +1,6 @@
-"""Time whatever computes the same problems side by side: kernels, the eager path, torch.compile of it, the machine.
+"""Time everything that computes a problem side by side: kernels, the eager path, torch.compile of it, the machine.
 
-Everything is held to the oracle on the very inputs that it is timed on; a wrong result has no time.
+Everything is held to the oracle on the same inputs that it is timed on; a wrong result has no time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a problem. What is ``optional`` and raises is left out of the comparison, with a note."""
+    """One way to compute a problem. One that is ``optional`` and raises is left out of the comparison, with a note."""
 
     name: str
     problem: Problem
@@ -202,7 +202,7 @@ def _compare(judged: Contender, config: Config, baselines: list[Contender], roun
 
 
 def _inputs(problem: Problem, seed: int) -> Inputs:
-    # A gradient that flows into the other segment would reach every token of it.
+    # For ssc, a choice that flips sends a gradient to every token of the other segment.
     return decided_inputs(problem, seed) if problem.pass_ == "backward" else make_inputs(problem, seed)
 
 
@@ -215,7 +215,7 @@ def _bind(contender: Contender, inputs: Inputs) -> Callable[[], Results]:
 
 
 def _oracle(problem: Problem, inputs: Inputs) -> Results:
-    # Its operations are too small for threads.
+    # The oracle's operations are too small to gain from threads.
     with threads(1):
         return PASSES[problem.pass_].expected(problem, inputs)
 
@@ -224,7 +224,7 @@ def _check(contender: Contender, results: Results, wanted: Results) -> float:
     """The error of the results, as ``error_of`` has it.
 
     ssc's choice is discontinuous: where two logits are closer than rounding, a right y may come from the other segment.
-    So one token in a thousand, those that are farthest off, is left out of its comparison.
+    So the one token in a thousand that is farthest off is left out of its comparison.
     """
     problem = contender.problem
     if problem.reads.sparse and set(results) == {"y"} and results["y"].shape == wanted["y"].shape:

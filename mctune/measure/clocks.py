@@ -1,4 +1,4 @@
-"""The state of a GPU while something was timed on it: clocks, temperature and power, as nvidia-smi tells."""
+"""The state of a GPU while something was timed on it: clocks, temperature and power, as nvidia-smi reports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 @dataclass(frozen=True)
 class Clocks:
-    """Multiprocessor and memory clock in MHz, degrees Celsius, watts; ``None`` for what a GPU does not tell."""
+    """Multiprocessor and memory clock in MHz, degrees Celsius, watts; ``None`` for what a GPU does not report."""
 
     sm_mhz: float | None
     memory_mhz: float | None
@@ -34,7 +34,7 @@ def _read(moment: int) -> Clocks | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    # nvidia-smi counts all GPUs, CUDA those that this process may see; both know a GPU by its UUID too.
+    # nvidia-smi numbers all GPUs, CUDA only those that this process may see; a UUID means the same to both.
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     command = [tool, f"--id={first}", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
@@ -45,7 +45,7 @@ def _read(moment: int) -> Clocks | None:
 
 
 def _number(text: str) -> float | None:
-    """A field; not a number is ``[N/A]``, and ``[Not Supported]`` of older drivers."""
+    """A field's number; drivers print ``[N/A]``, older ones ``[Not Supported]``, where there is none."""
     try:
         return float(text)
     except ValueError:
@@ -53,6 +53,6 @@ def _number(text: str) -> float | None:
 
 
 def clock_and_heat(device: str) -> tuple[float | None, float | None]:
-    """The clock in MHz and the temperature that a :class:`mctune.core.outcome.Timed` has; ``None`` of a CPU."""
+    """The clock in MHz and the temperature that a :class:`mctune.core.outcome.Timed` has; ``None`` on a CPU."""
     clocks = read_clocks() if device == "cuda" else None
     return (clocks.sm_mhz, clocks.celsius) if clocks else (None, None)

@@ -1,6 +1,6 @@
-"""What the compiler made of the Triton kernels for a GPU that need not be here, and what bounds them by arithmetic.
+"""The Triton kernels as compiled for a GPU, present or absent, and what bounds them by arithmetic.
 
-Nothing here is measured. Of every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
+Nothing here is measured. For every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
 its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas says of it, writes
 to shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts.
 """
@@ -78,7 +78,7 @@ def inner_loops(binary: bytes) -> list[Inner]:
     spans = []
     for end, (opcode, operands) in enumerate(lines):
         target = _TARGET.search(operands) if opcode.startswith("BRA") else None
-        # A jump to itself is the end of the code; a short one back waits for a copy.
+        # A jump to itself ends the code; a short one back waits for a copy.
         if target and places.get(target[1], end) < end - 8:
             spans.append((places[target[1]], end + 1))
     inner = [x for x in spans if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in spans)]
@@ -95,7 +95,7 @@ def _loop(lines: Sequence[tuple[str, str]]) -> Inner:
         if base == "HGMMA" and shape:
             rows, columns, depth = (int(part) for part in shape.groups())
             operations += 2.0 * rows * columns * depth / 4 * (2 if "TF32" in rest else 1)
-            # Rows of 32 bytes; those of the left factor are in registers, or stand in a descriptor as well.
+            # Rows of 32 bytes; the left factor's are in registers unless it has a descriptor too.
             left = rows if given.partition(",")[2].lstrip().startswith("gdesc") else 0
             operands += 32.0 * (left + columns) / 4
         elif base == "HMMA":

@@ -55,7 +55,7 @@ class _Gpu:
         while time.monotonic() < deadline:
             self._flush(10)
             torch.cuda.synchronize()
-        # Ten in a row, so that what the host takes to launch the first is no part of it.
+        # Ten in a row, so that the time includes no launch overhead of the first.
         flush = self._events(lambda: self._flush(10)) / 10
         for function in functions:
             queued = host_ms(function)

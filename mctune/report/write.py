@@ -90,7 +90,7 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
         rows = [_bounded(row, rates) for row in _merge([row for document in mine for row in document.rows])]
         if not rows:
             raise UsageError(f"nothing to report for {name}: no entry has a time")
-        # Benchmark output says more of its environment than a tuned table does.
+        # Benchmark output describes its environment in more detail than a tuned table does.
         environment = max((document.environment for document in mine), key=len)
         folder = results / name
         folder.mkdir(parents=True, exist_ok=True)

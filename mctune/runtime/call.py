@@ -137,7 +137,7 @@ def _check_gate(name: str, gate: Tensor, recurrence: str, q: Tensor) -> None:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at: that would stall a GPU, break a graph, and is impossible under vmap."""
+    """Whether values can be checked: doing so would stall a GPU, break a graph, and is impossible under vmap."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.device.type == "cpu" and not traced
 

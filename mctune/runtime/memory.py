@@ -45,9 +45,9 @@ _RULES = tuple(field.name for field in fields(Rules))
 class LayerMemory:
     """The cache of one layer, one row a sequence; sequences may be at different places.
 
-    All is float32 (float64 for a float64 model), but ``states`` may be bfloat16 or float16: their bytes are what
-    decoding is bound by, and they are rounded once, since nothing is added to them after their segment has ended. They
-    are widened where they are read.
+    Everything is float32 (float64 for a float64 model), except that ``states`` may be bfloat16 or float16: decoding is
+    bound by their bytes, and each is rounded once, since nothing is added to it after its segment has ended. They are
+    widened where they are read.
 
     Where a segment has just ended, ``filled`` is 0 and the memory is already as the next one starts: ``key_sum`` is 0
     and, under independent, ``online`` is the initial state, ``momentum``, ``last_key`` and ``last_value`` are 0.
@@ -55,7 +55,7 @@ class LayerMemory:
     Attributes:
         states: cached end states of segments (Eq. 4): ``(M,)`` with M [B, H, capacity, Dk, Dv] for a matrix memory,
             ``(W_up, W_down)``, [B, H, capacity, Dk, E] and [B, H, capacity, E, Dv], for a deep one. Their dtype is that
-            of the states to come too. What lies past ``cached`` means nothing, and is finite.
+            of the states to come too. What lies past ``cached`` has no meaning, but is finite.
         descriptors: mean key of each cached segment, [B, H, capacity, Dk] (Eq. 10).
         online: the state of the segment under way, shaped as ``states`` without the capacity axis.
         key_sum: sum of the keys of the segment under way, [B, H, Dk].
@@ -234,7 +234,7 @@ class LayerMemory:
         return self.map(move, move)
 
     def stores(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name; of several, numbered."""
+        """Every tensor with its name; those of a tuple are numbered."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

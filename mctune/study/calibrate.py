@@ -53,7 +53,7 @@ class Sample:
     demands: tuple[Demand, ...]
 
     def predicted(self, target: Target, parameters: Parameters) -> float:
-        """Milliseconds that the cost model says."""
+        """Milliseconds that the cost model predicts."""
         return sum(part.us for part in estimate(self.demands, target, parameters)) / 1e3
 
 

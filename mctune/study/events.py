@@ -1,4 +1,4 @@
-"""What a search is asked for, what it says while it runs, and what it found."""
+"""What a search is asked for, what it reports while it runs, and what it found."""
 
 from __future__ import annotations
 
@@ -139,16 +139,16 @@ class SearchReport:
 
 
 class Listener(Protocol):
-    """Whoever follows a search; called in the searching process, between candidates."""
+    """What follows a search; called in the searching process, between candidates."""
 
     def study_started(self, case: Case, total: int, done: int) -> None:
-        """A study of ``total`` trials begins, ``done`` of which an earlier run has left."""
+        """A study of ``total`` trials begins; an earlier run has done ``done`` of them."""
 
     def trial_done(self, number: int, config: Config, outcome: Outcome, best_ms: float | None) -> None:
         """One candidate was evaluated; ``best_ms`` is the study's best so far."""
 
     def note(self, text: str) -> None:
-        """Something a person should know, in one line."""
+        """One line for a person to read."""
 
     def study_done(self, report: StudyReport) -> None:
         """A study is over, its finalists timed."""

@@ -1,4 +1,4 @@
-"""The valid points of a space, made rather than drawn until one is found.
+"""The valid points of a space: constructed, not drawn until one is found.
 
 Parameters get their values one after another, each among those that leave a valid point. Which ones do is settled by
 the rules' trees: what is left of them after the values so far falls into groups that share no parameter, each group is
@@ -60,8 +60,8 @@ class Feasible:
     def repair(self, point: Point, rng: np.random.Generator, stratum: Stratum | None = None) -> Point | None:
         """``point``, with other values, drawn evenly, where its own leave no valid point; ``None`` if there is none.
 
-        Those that most rules read have the first say. The repair of a point that was drawn evenly is drawn evenly too:
-        each parameter among the values that those before it leave. Rules without a tree are not looked at.
+        Parameters that most rules read are decided first. The repair of an evenly drawn point is drawn evenly too: each
+        parameter among the values that those before it leave. Rules without a tree are not looked at.
         """
         if stratum not in self._begun:
             self._begun[stratum] = self._groups(self._within(stratum))
@@ -113,7 +113,7 @@ class Feasible:
                 else:
                     apart.append(other)
             groups = [*apart, (reads, group)]
-        # By their first parameters: the numbers of nodes depend on what was asked before.
+        # Sorted by first parameter: node numbers depend on what was asked before.
         found = tuple(frozenset(group) for _, group in sorted(groups, key=lambda group: group[0] & -group[0]))
         return found if all(self._settle(group)[1] for group in found) else None
 

@@ -37,7 +37,7 @@ class Decision:
 
     @property
     def tie(self) -> bool:
-        """Whether others are as fast as the winner, as far as noise lets one see."""
+        """Whether others are as fast as the winner, within noise."""
         return sum(finalist.tied for finalist in self.finalists) > 1
 
 
@@ -74,7 +74,7 @@ def decide(candidates: Sequence[Config], rounds: Rounds) -> Decision:
 
 
 def _ties(lead: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether ``other`` beats ``lead`` in too many rounds to call it slower; equal samples say nothing."""
+    """Whether ``other`` beats ``lead`` in too many rounds to call it slower; equal samples do not count."""
     pairs = [(a, b) for a, b in zip(lead, other, strict=True) if a != b]
     wins = sum(b < a for a, b in pairs)
     chance = sum(math.comb(len(pairs), k) for k in range(wins + 1)) / 2.0 ** len(pairs)

@@ -30,15 +30,15 @@ from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied, WorkerTimedOut
 
 _LEAST_START = 8
-_FINALISTS = 3  # of each segment length
+_FINALISTS = 3  # for each segment length
 _FINALISTS_LIMIT_S = 300.0
-_SPARE = 2  # of each segment length: they ship where the best does not
-_VERIFIED = 5  # predicted candidates of each segment length that may be wrong before it goes without
+_SPARE = 2  # for each segment length: they ship where the best turns out wrong
+_VERIFIED = 5  # predicted candidates for each segment length that may turn out wrong before it gets none
 
 
 @dataclass(frozen=True)
 class Leader:
-    """The candidate that stands for a segment length, and those that are as fast as far as noise lets one see."""
+    """The candidate that stands for a segment length, and those that are as fast within noise."""
 
     trial: Trial
     ties: tuple[Config, ...] = ()
@@ -214,7 +214,7 @@ class OneStudy:
         kept = [trial for group in groups.values() for trial in group]
         if leaders is not None:
             alone = [leaders[length].trial for length in groups if length in leaders]
-            # A time that was taken again replaces the others; a predicted candidate must have been found right.
+            # Finalists' times replace earlier ones; a predicted candidate counts only once it was verified.
             others = [trial for length in groups if length not in leaders for trial in groups[length]]
             kept = alone + (others if self.request.measure else [])
         ties = {leader.trial.config: leader.ties for leader in (leaders or {}).values()}
@@ -244,7 +244,7 @@ def _length(config: Config) -> int | None:
 
 
 def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
-    """What a worker's answer says of the candidate."""
+    """The candidate's outcome in a worker's answer."""
     match reply:
         case WorkerDied(message, stage):
             return Crashed(f"{message} ({stage})")

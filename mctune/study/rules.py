@@ -1,4 +1,4 @@
-"""What a rule reads, found by asking it: a decision tree of each rule, over positions in the parameters' values.
+"""Constraints as decision trees over the positions of parameters' values, found by asking each constraint.
 
 A rule is asked about a configuration that has no values yet. The first value that it wants is a fork; it is asked again
 with each of them, and so on, until it answers. So ``chunk % rows == 0`` becomes a tree of chunks and rows, and
@@ -19,7 +19,7 @@ Rule = Callable[[Config], bool]
 """Whether a configuration meets one constraint. What it answers depends on nothing else."""
 
 NO, YES = 0, 1
-_MOST_QUESTIONS = 1 << 14  # to one rule
+_MOST_QUESTIONS = 1 << 14  # asked of one rule
 
 
 class _Wanted(Exception):

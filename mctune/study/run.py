@@ -43,7 +43,7 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     prepared = _studies(request)
     reports: dict[int, StudyReport] = {}
     interrupted = False
-    # What the last study took beyond its share, to decide between its best: the next one will too.
+    # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
     deciding = 0.0
     with _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
@@ -76,7 +76,7 @@ def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) 
 
 
 def stored(request: SearchRequest) -> SearchReport:
-    """What the studies of ``request`` hold, as far as they went; nothing is evaluated.
+    """What the studies of ``request`` have found so far; nothing is evaluated.
 
     Raises:
         UsageError: if one of them was never begun.

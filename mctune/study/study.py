@@ -202,7 +202,7 @@ class _Run:
 
 @contextmanager
 def _writing(storage: str | None) -> Iterator[None]:
-    """A storage that cannot be written any more is said in one line."""
+    """Turn a storage that can no longer be written into an error of one line."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -248,7 +248,7 @@ class _Given(optuna.samplers.BaseSampler):
 
 
 def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study is about, as it reads back from JSON."""
+    """A study's description, as it reads back from JSON."""
     about = {"attrs": dict(attrs), "space": {param.name: list(param.values) for param in space.params}}
     plain: dict[str, Any] = json.loads(json.dumps(about, sort_keys=True))
     return plain
@@ -270,7 +270,7 @@ def _storage(url: str | None) -> optuna.storages.BaseStorage:
 
 def _open(storage: str | None, name: str, sampler: _Given, about: dict[str, Any]) -> optuna.Study:
     """Create the study or find it, and refuse one that is about something else."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # progress is the caller's, through on_trial
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the caller reports progress, through on_trial
     study = optuna.create_study(
         storage=_storage(storage), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
     )
@@ -326,7 +326,7 @@ def _all(
     try:
         yield from pool.map(timed, configs)
     finally:
-        # After Ctrl-C nobody waits for the others.
+        # After Ctrl-C, do not wait for the others.
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -28,7 +28,7 @@ def poisoned_memory() -> Iterator[None]:
     """Uninitialised tensors hold NaN: what a kernel does not write, or reads too early, shows in the result."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    # Only what it does to memory is wanted: on a GPU, operations without a deterministic form would be refused.
+    # Only the filling of memory is wanted: without warn_only, torch refuses operations that have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
     filled, torch.utils.deterministic.fill_uninitialized_memory = (  # type: ignore[attr-defined]
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What forwards keep for backwards: what a forward candidate should, and what a backward candidate is given."""
+"""What a forward keeps for the backward: what a forward candidate should keep, and what a backward one is given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONAL = "kept "
 
 
 def segments_of(problem: Problem, inputs: Inputs) -> Segments:
-    """Where the row of a problem is cut."""
+    """Where the row of a problem is cut into segments."""
     return make_segments(problem.T, problem.segmentation, problem.segment_length or 1, inputs.cu_seqlens)
 
 
@@ -48,14 +48,14 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
 
 
-# --- of a forward candidate
+# --- what a forward candidate keeps
 
 
 def checked_names(kernel: Kernel, problem: Problem) -> Names:
-    """What a forward candidate is asked to keep when it is verified: all that it can, and has a use."""
+    """What a forward candidate is asked to keep when it is verified: everything that it can keep and that has a use."""
     if problem.segmentation == "logarithmic":
         return ()
-    # Without gates operands are written only where something enters a piece.
+    # Without gates, operands are written only for pieces that a state enters.
     return tuple(name for name in sorted(kernel.gives) if problem.routed or name != "operand")
 
 
@@ -90,11 +90,11 @@ def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> 
     return {f"{OPTIONAL}{name}": x for name, x in found.items()}
 
 
-# --- of a backward candidate
+# --- what a backward candidate is given
 
 
 def likely(problem: Problem, segments: Segments, names: Names, device: str) -> dict[str, Tensor]:
-    """Random arrays in their place: of finite numbers, and of choices that are valid and spread over the segments."""
+    """Random arrays in their place: finite numbers, and valid choices spread over the segments."""
     count, dtype = segments.count, getattr(torch, problem.dtype)
     sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
                   min(problem.top_k or 1, count), dtype)  # fmt: skip
@@ -111,7 +111,7 @@ def likely(problem: Problem, segments: Segments, names: Names, device: str) -> d
 
 
 def _choice(segments: Segments, top_k: int, device: str) -> dict[str, Tensor]:
-    """Of one head: any of the segments before a token's."""
+    """Random choices of one head: any of the segments before a token's."""
     lengths, first, own = (
         torch.tensor(x, device=device)
         for x in zip(*((end - begin, first, s) for s, (begin, end, first) in enumerate(segments.spans)), strict=True)

@@ -1,7 +1,7 @@
-"""What each pass is given, what a compiled candidate computes from it, and what the oracle says it should.
+"""What each pass is given, what a compiled candidate computes from it, and what the oracle expects.
 
-One row of ``PASSES`` a pass. Results are named arrays: y of a forward; dq, dk, ... of a backward; y and the memory that
-is left of a decode step.
+``PASSES`` has one row for each pass. Results are named arrays: y of a forward; dq, dk, ... of a backward; y and the
+memory that is left of a decode step.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs, keep: Names 
 
 
 def gradients(operation: Callable[..., Tensor], problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Results:
-    """What autograd has of ``operation``, called like ``memory_caching``, on inputs converted to ``dtype``."""
+    """The gradients of ``operation`` by autograd, called like ``memory_caching``, on inputs converted to ``dtype``."""
     leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
     leaves = {name: leaf.detach().to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
     with torch.enable_grad():
@@ -91,7 +91,7 @@ def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
     found = _backward(kernel, problem, inputs, kept.kept_by(problem, inputs, wants(kernel, problem)))()
     made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
-    # Where gates are not learned, u's is zero, and a kernel need not say so.
+    # Where gates do not depend on u, its gradient is zero, and a kernel need not write it.
     return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
 
 
@@ -108,7 +108,7 @@ def _backward(kernel: Kernel, problem: Problem, inputs: Inputs, given: Mapping[s
 
 
 def wants(kernel: Kernel, problem: Problem) -> Names:
-    """What a backward candidate is given of its forward: all that it was tuned for, where any is kept."""
+    """What a backward candidate is given from its forward: everything that it was tuned for, if anything is kept."""
     if problem.segmentation == "logarithmic":
         return ()
     return tuple(name for group in kernel.wants for name in group)

@@ -1,4 +1,4 @@
-"""Which candidates stand for all Triton templates: every combination once, configurations spread over the spaces."""
+"""Coverage of the Triton templates: every combination once, configurations spread over the spaces."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def odd_cases(problem: Problem) -> Iterator[Problem]:
             yield problem.replace(B=1, T=1, H=1)
             # Heads that take turns, in several groups.
             yield problem.replace(B=2, T=C + C // 2 + 1, H=3)
-            # More and shorter segments than a tile of logits has, and than ssc reads.
+            # More segments than a tile of logits holds, and than ssc reads.
             yield problem.replace(B=1, T=74, H=1, segment_length=4)
             yield problem.replace(B=1, T=45, H=1, segmentation="logarithmic", segment_length=None)
             yield problem.replace(B=1, T=3 * C + 7, H=1, segmentation="packed")
@@ -156,7 +156,7 @@ def odd_cases(problem: Problem) -> Iterator[Problem]:
             yield problem.replace(B=2, T=38, H=1, segment_length=5)
             yield problem.replace(B=1, T=C + 9, H=1, segmentation="packed", segment_length=11)
         case _:
-            # A first token; a block of tokens that ends several segments; more cached states than a tile holds.
+            # The first token; a block of tokens that ends several segments; more cached states than a tile holds.
             yield problem.replace(B=1, T=1, H=1)
             yield problem.replace(B=2, T=11, H=1, segment_length=3)
             yield problem.replace(B=1, T=26, H=1, segment_length=2)

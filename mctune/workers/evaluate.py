@@ -34,7 +34,7 @@ _FINAL_S = 20.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """What another process has done of a candidate: it judged the cases in a file of that name, and built it."""
+    """What another process has done for a candidate: it judged the cases in a file of that name, and built it."""
 
     cases: str | None = None
     built: Built | None = None
@@ -49,7 +49,7 @@ class Prepared:
         return cls(payload.get("prepared"), built)
 
     def judged(self) -> list[Judged]:
-        """The judged cases; none if nobody did."""
+        """The judged cases; none if no process judged any."""
         return torch.load(self.cases, weights_only=False) if self.cases else []
 
 
@@ -61,7 +61,7 @@ class _Bench:
     seed: int
 
     def evaluate(self, problem: Problem, config: Config, prepared: Prepared, stage: Stage) -> Outcome:
-        """What became of one candidate; a crash or hang takes the process along and is the parent's to record."""
+        """What became of one candidate; a crash or hang takes the process with it, and the parent records it."""
         stage("build")
         try:
             kernel = self._load(problem, config, prepared.built)
@@ -75,7 +75,7 @@ class _Bench:
             error_ = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error:
             if kernel.device != "cpu":
-                raise  # after an illegal access nothing works in this process: the parent starts another
+                raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
         if isinstance(error_, Wrong):
             return error_
@@ -130,7 +130,7 @@ class _Bench:
         return self.backend.load(problem, config, built)
 
     def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
-        # How a row is cut does not change its tensors, which take seconds to draw where they are large.
+        # The tensors do not depend on how a row is cut into segments, and large ones take seconds to draw.
         drawn = problem.replace(segment_length=problem.T) if problem.segmentation == "constant" else problem
         return PASSES[problem.pass_].call(kernel, problem, _inputs(drawn, self.seed))
 

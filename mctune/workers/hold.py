@@ -1,4 +1,4 @@
-"""Hold Triton's templates to the oracle, on the GPU that is here or in Triton's interpreter, in many processes."""
+"""Hold the Triton templates to the oracle, on this machine's GPU or in Triton's interpreter, in many processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mctune.workers.evaluate import candidate, first_line
 from mctune.workers.worker import Handler, Stage, Worker, WorkerDied
 
 LIMIT_S, GRACE_S = 240.0, 20.0
-"""Of one candidate: compiling its kernels, and its cases. And what it may still take when the time is over."""
+"""Seconds for one candidate (compiling its kernels and running its cases), and how long it may overrun the end."""
 _INTERPRETER = "Triton's interpreter"
 _PASSES = ("forward", "backward", "decode")
 
@@ -102,7 +102,7 @@ def hold(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         setup = {"target": target.name, "folder": folder, "seed": seed}
-        # torch counts its threads when it is imported: there is a process a core.
+        # torch decides on its number of threads when it is imported; there is one process for each core.
         env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if by == _INTERPRETER:
             env["TRITON_INTERPRET"] = "1"
@@ -120,7 +120,7 @@ def hold(
                     _append(record, held)
                     yield held
         finally:
-            # After Ctrl-C nobody waits for what is under way.
+            # After Ctrl-C, do not wait for running jobs.
             for future in futures:
                 future.cancel()
             for worker in workers:
@@ -148,7 +148,7 @@ def _one(free: queue.SimpleQueue[Worker], one: Drawn, by: str, deadline: float |
 
 
 def _key(problem: Problem, config: Config, by: str) -> tuple[str, str]:
-    """The interpreter runs bfloat16 in float16; a GPU tells one from the other."""
+    """The interpreter runs bfloat16 as float16; a GPU does not."""
     return (judged(problem) if by == _INTERPRETER else problem).key, config.key
 
 
@@ -189,7 +189,7 @@ def start(setup: dict[str, Any]) -> Handler:
             cases = (judge(case, setup["seed"] + number) for number, case in enumerate(odd_cases(problem)))
             error = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error_:
-            # After an illegal access nothing works in the process: the parent starts another.
+            # An illegal access poisons the CUDA context: the parent starts another process.
             raise RuntimeError(first_line(error_)) from error_
         if isinstance(error, float):
             return {"error": error, "failure": ""}

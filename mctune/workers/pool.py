@@ -29,9 +29,9 @@ _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predict
 class Workers:
     """Workers for a target, started when they are first needed; kernels are built in ``folder``.
 
-    A kernel that is timed must have its device for itself: one process times. Where that device is a GPU, others
-    compile and judge for it what comes next, one on every other core. For a machine that is not here they are all that
-    there is, and one more process, since Triton's compiler and its interpreter cannot share one, verifies.
+    A kernel that is timed must have its device to itself, so one process does the timing. Where that device is a GPU,
+    other processes, one on each remaining core, compile and judge the next candidates. For an absent GPU there are only
+    those, and one more to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
     def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:

@@ -37,7 +37,7 @@ class _Predictor:
     seed: int
 
     def evaluate(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
-        """What the compiler and the cost model say of one candidate."""
+        """Compile one candidate and predict its time."""
         stage("build")
         try:
             built = self.backend.build(problem, config, self.target, self.folder)

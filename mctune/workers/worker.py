@@ -100,7 +100,7 @@ class Worker:
             try:
                 return self._ready_child().ask(payload, limit_s)
             finally:
-                # A child that died, hung or was interrupted half-way through an answer is of no more use.
+                # A child that died, hung or was interrupted half-way through an answer cannot be used again.
                 if self._child is not None and not self._child.in_step:
                     self.close()
 
@@ -199,7 +199,7 @@ class _Child:
         """End the process and everything in its group."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # nobody left, or (macOS) only a zombie
+        except (ProcessLookupError, PermissionError):  # no process left, or (macOS) only a zombie
             pass
 
     def kill(self) -> None:

@@ -122,7 +122,7 @@ def test_a_kernel_is_compiled_once_whoever_dies(contact: ModuleType, tmp_path: P
     waiting = ahead.Claims(tmp_path / "claims", facts, "wait", time.monotonic() + 60)
     first.done(**kernel)
     assert waiting.skip(**kernel)
-    # Of a process that is gone.
+    # Left by a process that is gone.
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (place,) = (path for path in (tmp_path / "claims").iterdir() if not path.suffix)
@@ -148,7 +148,7 @@ def test_every_form_is_tried_on_all_kernels_and_on_each(contact: ModuleType, tmp
     assert {trial.only for trial in each} >= {"states", "read", "dq", "dstates", "dkv"}
     names = [str(trial) for trial in (*whole.values(), *each)]
     assert len(set(names)) == len(names)
-    # A step waits for the jobs whose names begin as its own does.
+    # A step waits for the jobs whose names begin with its own.
     assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
@@ -197,12 +197,12 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert {f["tensor"] for f in of("compared") if f["step"] == "compare ssc"} == {"y", "dq", "dk", "dv", "du"}
     assert len([fact for fact in of("repeats") if fact["step"].startswith("compare")]) == 3
     assert all(fact["equal"] for fact in of("repeats"))
-    # Compiled for the GPU that is not here, while others interpreted.
+    # Compiled for the absent GPU while other processes interpreted.
     compiled = {fact["kernel"] for fact in of("compiled")}
     assert {"local_kernel", "gates_kernel", "read_forward_kernel", "_read_kernel"} <= compiled
     assert all(fact["registers"] > 0 for fact in of("kernel")) and of("predicted")[0]["us"] > 0
     assert {f["part"] for f in of("timed")} == {"forward", "backward", "training", "decode"}
-    # What comes back, and the table last.
+    # The files that come back; the table is last.
     assert {path.name for path in out.iterdir()} == {
         "facts.jsonl", "contact.txt", "rows.json", "held.jsonl", "log.txt"
     } and len(list(out.iterdir())) <= MOST_FILES  # fmt: skip

@@ -51,7 +51,7 @@ def test_what_is_missing_comes_out_of_the_wheelhouse(
     import planted_own  # type: ignore[import-not-found]
 
     assert planted_own.TAG.startswith(OWN)
-    # Again: it is there now.
+    # The second time it is there.
     on_gpu.unpack_missing(tmp_path / "nowhere", site)
 
 
@@ -124,7 +124,7 @@ def test_a_stage_is_asked_to_end_then_killed(
 ) -> None:
     monkeypatch.setattr(on_gpu, "ASKED_S", 1.0)
     run = on_gpu.Run(tmp_path, minutes=1.0)
-    # Whoever runs the tests in the background has it ignored, and so would the stage.
+    # A shell ignores Ctrl-C for background jobs, and the stage would inherit that.
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     wait = "print('begun', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    "
@@ -172,7 +172,7 @@ def test_results_are_copied_while_a_stage_runs(
         database.execute("create table trials (value)")
         database.execute("insert into trials values (1)")
         database.commit()
-        # Somebody is in the middle of writing.
+        # Another process is in the middle of writing.
         database.execute("insert into trials values (2)")
         (out / "held.jsonl").write_text("{}")
         (out / "site").mkdir()

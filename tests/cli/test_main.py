@@ -38,7 +38,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     spent = []
     for _ in range(3):
-        # The processor's time: a busy machine takes longer by the clock on the wall.
+        # Processor time, not wall-clock time: the machine may be busy.
         before = os.times()
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         after = os.times()

@@ -67,7 +67,7 @@ def test_table(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     entry, other = table["entries"]
     assert entry["problem"] == GRM.to_dict() and entry["config"]["segment_length"] == 32
     assert entry["kernel"] == f"kernels/{winners[0].library.name}" and (out / entry["kernel"]).is_file()
-    # On a CPU that is no more than portable, the two are one file.
+    # On a CPU of just the portable level the two are one file.
     assert (entry["portable"] != entry["kernel"]) == (target.arch != "x86-64-v3")
     assert (out / entry["portable"]).is_file()
     assert "# forward linear grm" in (out / entry["source"]).read_text() and entry["source"].endswith(".py")
@@ -163,7 +163,7 @@ def test_a_damaged_file_is_refused_by_name(
         assert_not_importable(out)
     else:
         if name == "__init__.py":
-            # A changed byte may be no Python any more: what counts is the check, not the accident.
+            # A changed byte may break the syntax: the manifest's check must come first.
             (out / name).write_text("from .runtime.api.functional import memory_caching\n")
         if name == "runtime/read.py":
             (out / name).write_text((emitter._RUNTIME / "read.py").read_text() + "\n# changed\n" * (damage is spoil))

@@ -24,7 +24,7 @@ def char_lm() -> ModuleType:
     spec = importlib.util.spec_from_file_location("char_lm", PATH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["char_lm"] = module  # dataclasses look there
+    sys.modules["char_lm"] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

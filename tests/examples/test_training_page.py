@@ -36,7 +36,7 @@ def test_generation_is_recomputation() -> None:
     for piece in pieces:
         exec(piece, names)
     model, tokens = names["Model"](100), torch.randint(100, (2, 250))
-    written = names["generate"](model, tokens, 12)  # across a segment's end
+    written = names["generate"](model, tokens, 12)  # across the end of a segment
     with torch.no_grad():
         again = model(written[:, :-1])[:, 249:].argmax(-1)
     assert torch.equal(written[:, 250:], again)

@@ -35,7 +35,7 @@ def test_ranks_share_what_is_equal() -> None:
     ("first", "second", "expected"),
     [
         ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
-        ([1, 2, 3, 4], [1, 100, 101, 1e9], 1.0),  # ranks, not values
+        ([1, 2, 3, 4], [1, 100, 101, 1e9], 1.0),  # only ranks matter
         ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
         # 1 - 6 (0 + 1 + 1 + 0) / (4 * 15)
         ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
@@ -107,6 +107,6 @@ def test_a_report_of_both(tmp_path) -> None:
     (line,) = (line for line in text.split("## Accuracy of the cost model")[1].splitlines() if "T4096" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [str(GRM), "3", "0.50", "1.000", "3.50"]
-    # The table of times has the measured one, as measured.
+    # The table of times still has the measured time.
     assert "| 1 (1 to 1) " in text and text.count("predicted, triton") == 1
     assert len(read_csv(folder / "rows.csv")) == 7

@@ -21,11 +21,11 @@ from tests.search.launches import BODY, CONFIG, FORWARD, H100, LOOP, launched, p
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        # Every warp does 16 x 8 x 16.
+        # Each warp computes 16 x 8 x 16.
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r4};", {"matrix": 4 * 4096.0}),
-        # Half the rate.
+        # At half the rate.
         ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4};", {"matrix": 4 * 4096.0}),
-        # Four warps together do 64 x 128 x 16, and read rows of 32 B: 64 of the left factor, 128 of the right one.
+        # Four warps together compute 64 x 128 x 16 and read rows of 32 B: 64 of the left factor, 128 of the right one.
         ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;",
          {"matrix": 2.0 * 64 * 128 * 16, "operands": 32.0 * (64 + 128), "groups": 1}),
         # The left factor is in registers.
@@ -69,7 +69,7 @@ def test_tcgen05_says_its_shape_in_a_descriptor() -> None:
     line = "@%p27 tcgen05.mma.cta_group::1.kind::f16 [ %r327 + 0 ], %rd112, %rd113, %r147, %p26;"
     expected = Mix(matrix=2.0 * 128 * 64 * 16, operands=32.0 * (128 + 64))
     assert ptx(line, r147=str(code)) == ptx(line, warps=8, r147=str(code)) == expected
-    # An address of tensor memory in the place of the first descriptor.
+    # An address in tensor memory instead of the first descriptor.
     tensor = line.replace("%rd112", "[ %r328 + 0 ]")
     assert ptx(tensor, r147=str(code)) == Mix(matrix=2.0 * 128 * 64 * 16, operands=32.0 * 64)
 
@@ -86,7 +86,7 @@ def test_what_came_before_wgmma_is_slower_there() -> None:
     [
         ("v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]", {"matrix": 2.0 * 32 * 32 * 8 * 4}),
         ("v_mfma_f32_16x16x16_f16 a[0:3], v[0:1], v[2:3], 0", {"matrix": 2.0 * 16 * 16 * 16 * 4}),
-        # An eighth of the rate.
+        # At an eighth of the rate.
         ("v_mfma_f32_32x32x2_f32 a[0:15], v0, v1, a[0:15]", {"matrix": 8 * 2.0 * 32 * 32 * 2 * 4}),
         ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen",
          {"issue": 4, "loaded": 4096, "loads": 1, "ahead": 4096}),
@@ -110,7 +110,7 @@ def test_loops_are_found_and_nested() -> None:
     assert (found.mix.loaded, found.mix.stored, found.mix.special, found.mix.fp32) == (128, 128, 0, 0)
     first, second = found.inner
     assert first.mix.special == 32 and first.mix.fp32 == 0 and not first.matrix
-    # An instruction with colons is no label.
+    # An instruction with colons is not a label.
     assert first.mix.shared == 128
     (inner,) = first.inner
     assert inner.mix.fp32 == 64 and not inner.inner

@@ -89,7 +89,7 @@ def test_a_build_that_fails(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("fault", "error", "case"),
     [
-        # Off by 1e-4 everywhere; each segment forgets the ones before it; the last token is left as it was: NaN.
+        # Off by 1e-4 everywhere; each segment forgets the ones before it; the last token is never written, so NaN.
         ("off", 1e-4, "B1 T1 H1"),
         ("forgets", 0.9, "B2 T177 H2"),
         ("unwritten", float("inf"), "B1 T31 H1"),
@@ -237,7 +237,7 @@ def test_near_ties_of_ssc_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> No
         if seed < 9:
             k = inputs.k.clone()
             k[:, 20:40] = k[:, :20] * (1 + 1e-7)
-            # Every other segment is read less than these two.
+            # Every other segment has a smaller weight than these two.
             k[:, 40:] = -100 * k[:, :20].mean(1, keepdim=True) if seed == 7 else k[:, :20].repeat(1, 6, 1, 1)[:, :110]
             return replace(inputs, k=k)
         return inputs

@@ -95,7 +95,7 @@ def test_every_valid_point_and_no_other_is_made(drawn: tuple[SearchSpace, list[R
             assert not feasible.settled or made in within or (made is None and not within)
     rng = np.random.default_rng(1)
     made_of = {point: feasible.repair(point, rng) for point in everything}
-    # What is valid stays, so every valid point is drawn as often as the draws beneath draw it, or more often.
+    # A valid draw is kept, so each valid point comes at least as often as plain drawing gives it.
     assert all(made_of[point] == point for point in wanted)
     assert not feasible.settled or set(made_of.values()) <= {*wanted, *([] if wanted else [None])}
 
@@ -113,7 +113,7 @@ def test_balanced_values_take_turns_until_the_space_is_exhausted(
     history: list[Tried] = []
     while len(history) < most:
         point = proposer.propose(history)
-        if len(history) in (1, 5, 20, len(wanted)):  # killed, and gone on
+        if len(history) in (1, 5, 20, len(wanted)):  # killed and resumed
             assert point == Proposer(space, rules, sampler, 3, space.params[b].name, start).propose(history)
         tried = Counter(point[b] for point, _ in history)
         open_ = {point[b] for point in wanted if point not in dict(history)}
@@ -171,7 +171,7 @@ def test_a_tree_looks_at_what_its_rule_reads() -> None:
     switched = trees.of(lambda config: config["c"] == 1 or config.integer("a") < 3)
     assert switched is not None and trees.first(switched) == 2 and trees.reads(switched) == 0b101
     assert trees.of(lambda config: config["c"] != 1 and config["c"] == 1) == trees.given(switched, 2, 1) * 0
-    assert trees.reads(trees.given(switched, 2, 0)) == 0  # c is 1: a is not looked at
+    assert trees.reads(trees.given(switched, 2, 0)) == 0  # c is 1, so a is not read
     assert trees.of(lambda config: "a" in config and sorted(config) == list("abcd")) == 1
     for whole in (
         lambda config: config == Config.of(dict.fromkeys("abcd", 1)),
@@ -222,7 +222,7 @@ def test_every_segment_length_of_the_real_spaces_gets_its_first_candidates(targe
         assert Feasible(space, rules).settled
         proposer = Proposer(space, rules, "tpe", 0, "segment_length", start=len(lengths))
         history: list[Tried] = []
-        for turn in (1, 2):  # the defaults, and then what a model likes
+        for turn in (1, 2):  # the defaults, then what the model proposes
             for _ in lengths:
                 point = proposer.propose(history)
                 assert point is not None and point not in dict(history)
@@ -231,7 +231,7 @@ def test_every_segment_length_of_the_real_spaces_gets_its_first_candidates(targe
                 history.append((point, 1.0 + math.fmod(sum(point), 5)))
             tried = Counter(space.at(point)["segment_length"] for point, _ in history)
             assert tried == dict.fromkeys(lengths, turn)
-        # A default that somebody thought about, for each.
+        # Each has a default of its own.
         assert all(
             any(config.replace(segment_length=length) == first for config in (space.default, *space.fallbacks))
             for first in (space.at(point) for point, _ in history[: len(lengths)])

@@ -66,7 +66,7 @@ def test_a_result_in_one_dtype_is_another_ones_only_in_the_interpreter(
     assert again[0] == first
     assert [held.problem.dtype for held in again[1:]] == (["bfloat16"] if here else ["float16"])
     assert len(list(hold([WIDE, NARROW], TARGET, record, None))) == 2
-    # torch reads how many threads it may have when a process imports it.
+    # torch reads its number of threads when it is imported.
     assert all(env.get("OMP_NUM_THREADS") for env in planted.environments)
     assert all(("TRITON_INTERPRET" in env) != here for env in planted.environments)
 

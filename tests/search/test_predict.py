@@ -116,7 +116,7 @@ def test_nothing_overlaps_with_the_serialized_products_of_one_warpgroup() -> Non
 def test_a_block_over_a_wave_costs_a_wave() -> None:
     one, over, two = (us(asking(blocks=blocks)) for blocks in (132, 133, 264))
     assert over == pytest.approx(two) and over == pytest.approx(2 * one, rel=0.01)
-    # Of an uneven grid whose longest start first it does not.
+    # An uneven grid whose longest programs start first has no such tail.
     uneven = asking(uniform=False)
     assert us(replace(uneven, blocks=1330)) == pytest.approx(us(replace(uneven, blocks=1320)), rel=0.02)
 
@@ -140,7 +140,7 @@ def test_arrays_larger_than_the_cache_are_read_more_than_once() -> None:
     mix = Mix(loaded=2e7)
     asked = asking(mean=mix, heaviest=mix, footprint=4e8)
     assert us(asked, replace(H100, cache_mb=25.0)) > us(asked, replace(H100, cache_mb=400.0))
-    # And never more bytes than are loaded.
+    # But never more bytes than are loaded.
     few = Mix(loaded=1e4)
     assert us(asking(mean=few, heaviest=few, footprint=4e12)) < us(asked)
 
@@ -189,7 +189,7 @@ def test_what_the_compiler_says_is_in_the_outcome() -> None:
     assert made.notes == (f"local_kernel: {SERIALIZED}",)
     assert describe(made).endswith(f"); local_kernel: {SERIALIZED}")
     assert from_json(to_json(made)) == made
-    # Records of before there were notes.
+    # Records written before notes existed.
     old = {name: value for name, value in json.loads(to_json(made)).items() if name != "notes"}
     assert from_json(json.dumps(old)) == replace(made, notes=())
 

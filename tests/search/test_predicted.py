@@ -1,4 +1,4 @@
-"""Candidates for a GPU that is not here: what the compiler refuses, what is wrong, what dies, and what is predicted."""
+"""Candidates for an absent GPU: refused by the compiler, wrong, crashed, and predicted."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_prepared_candidate_has_everything_compiled_that_judging_it_takes(
     def kernels() -> int:
         return len(list((Path(setup["folder"]) / "triton").rglob("*.cubin")))
 
-    # A single token is in one piece, for which there are kernels of their own.
+    # A single token is in one piece, which has kernels of its own.
     config = CONFIG.replace(piece=16, read_BT=16, read_num_warps=2, states_num_warps=4)
     assert isinstance(ask(compiler, "evaluate", "none", config=config), Predicted)
     before = kernels()

@@ -113,7 +113,7 @@ def searched(
 def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     studies = [Study(clock, 0, over=10.0), Study(clock, 0), Study(clock, 0)]
     report, notes = searched(request_, studies, monkeypatch)
-    # What the first took beyond its share is not the second's.
+    # The first one's overtime is not taken from the second.
     left = 100 - 100 / 3 - 10
     assert [study.shares for study in studies] == [
         [pytest.approx(100 / 3)], [pytest.approx(left / 2 - 10)], [pytest.approx(left / 2 + 10)]
@@ -127,7 +127,7 @@ def test_nothing_runs_when_the_time_is_over(
     monkeypatch.setattr(Workers, "least_s", 40.0)
     studies = [Study(clock, 40), Study(clock, 7), Study(clock, 20, over=25.0), Study(clock, 30)]
     report, notes = searched(request_, studies, monkeypatch)
-    # Those first that have least, each long enough to get anywhere; the others as they were, in the request's order.
+    # Those with the fewest candidates first, each with enough time; the others unchanged, in the request's order.
     assert [study.shares for study in studies] == [[], [40.0], [40.0], []]
     assert [study.trials for study in report.studies] == [40, 17, 30, 30]
     assert report.seconds == 105 and len(notes) == 2 and "40 trials of earlier runs" in notes[0]
@@ -159,7 +159,7 @@ def test_the_next_best_at_every_segment_length_stand_by(request_: SearchRequest,
     trials = [Trial(n, point(n, C, ms).config, timed(ms), 0.1) for n, (C, ms) in enumerate(times)]
     report = study.report(trials)
     assert [one.config["n"] for one in report.frontier] == [2, 1]
-    # What is predicted was verified before it stands for its length; nothing else was.
+    # Only the predicted candidate that stands for its length was verified.
     assert [one.config["n"] for one in report.spare] == ([3, 4, 6] if measure else [])
     assert all(one.problem.segment_length == one.config["segment_length"] for one in report.spare)
 

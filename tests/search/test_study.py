@@ -213,7 +213,7 @@ def test_what_the_time_cuts_off_is_not_counted_and_is_tried_again(url: str, at_o
 
 def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the database's transactions too, many times in one process: what is left open there locks the next run."""
-    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 2.0)  # a lock that nobody lets go is soon over
+    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 2.0)  # a lock that is never released times out soon
     moments = random.Random(0)
     before = (
         signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -222,12 +222,12 @@ def test_ctrl_c_at_any_moment_ends_the_run_and_nothing_else(url: str, monkeypatc
     runs: list[StudyResult | None] = []
     try:
         while len(runs) < 400 and not (runs and runs[-1] and runs[-1].stopped == "trials"):
-            # Later and later, so that however slow the machine, there comes a run that gets somewhere.
+            # Later and later, so that even on a slow machine one run makes progress.
             signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.001, 0.03 + 0.005 * len(runs)))
             try:
                 runs.append(run_study(SPACE, [valid], evaluate, trials=12, seed=1, storage=url))
             except KeyboardInterrupt:
-                runs.append(None)  # the run was over, or had not begun
+                runs.append(None)  # the run had ended, or not yet begun
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGINT, before[0])

@@ -95,7 +95,7 @@ def test_a_process_outlives_the_thread_that_it_was_started_in(worker: Worker) ->
         thread = threading.Thread(target=lambda: answers.append(worker.call({}, LIMIT_S)))
         thread.start()
         thread.join()
-        # The kernel takes a moment to end what it would end.
+        # The operating system takes a moment to end the process.
         time.sleep(0.2)
     first, second = answers
     assert isinstance(first, dict) and isinstance(second, dict)

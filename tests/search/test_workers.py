@@ -62,7 +62,7 @@ def test_what_compiles_is_timed_on_what_was_judged(workers: Workers, monkeypatch
     assert isinstance(reply, dict)
     outcome = from_json(reply["outcome"])
     assert isinstance(outcome, Timed) and outcome.ms > 0 and 0 < outcome.error < 2e-3
-    # Inputs and the oracle's results come out of the other process.
+    # Inputs and the oracle's results come from the other process.
     assert workers._device is not None and workers._device.started == 1
     died = workers._device.call(
         {"evaluate": {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, "prepared": "/nowhere.pt"}, LIMIT_S
@@ -89,7 +89,7 @@ def test_what_the_compiler_says_stays_with_a_measured_candidate(
 def test_a_kernel_ships_after_it_was_judged_on_other_inputs(workers: Workers) -> None:
     reply = workers.ship({"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, None, LIMIT_S)
     assert isinstance(reply, dict) and 0 < reply["errors"][0] < 2e-3 and Path(reply["library"]).is_file()
-    # It was built and judged beside, and run where candidates are timed.
+    # It was built and judged in another process, and run in the one that times.
     assert workers._device is not None and workers._device.started == 1
     assert sum(worker.started for worker in workers._compilers) == 1
     refused = CONFIG.replace(piece=512).to_dict()
@@ -112,7 +112,7 @@ def test_nothing_is_evaluated_when_the_time_is_over(workers: Workers, monkeypatc
     candidate = {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}
     assert workers.evaluate(candidate, LIMIT_S, time.monotonic()) is None
     assert all(worker.started == 0 for worker in workers._compilers)
-    # A process that is under way is given a little more time, then killed.
+    # A running process gets a little more time, then is killed.
     monkeypatch.setattr(module, "_GRACE_S", 0.0)
     assert workers.evaluate(candidate, LIMIT_S, time.monotonic() + 0.1) is None
     assert workers._device is not None and workers._device.started == 0

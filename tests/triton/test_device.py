@@ -84,7 +84,7 @@ def test_more_threads_than_a_block_has():
 
 def test_more_tensor_memory_than_a_block_has():
     too_much = "gram_kernel with 8 warps and 1 stages needs 2048 columns of tensor memory, a block has 512"
-    # 3.6 gives up before it has counted them.
+    # Triton 3.6 gives up before it has counted them.
     refused, told = (DoesNotFit, too_much) if numbers(triton.__version__) >= (3, 7) else (RuntimeError, "PassManager")
     for _ in range(2):  # again: Triton keeps the kernel, not the refusal
         with pytest.raises(refused, match=told):

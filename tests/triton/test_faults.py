@@ -69,7 +69,7 @@ def test_an_illegal_access(worker: Worker) -> None:
 
 
 def test_an_endless_loop(worker: Worker) -> None:
-    # What a process needs until it gets there: imports, and on a GPU the compilation of every kernel before it.
+    # Time for what comes before: imports, and on a GPU the compilation of every kernel.
     assert_the_device_is_usable(worker)
     assert evaluate(worker, "endless", 12.0) == TimedOut(12.0, "verify")
     assert_the_device_is_usable(worker)

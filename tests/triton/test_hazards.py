@@ -67,7 +67,7 @@ def test_what_nobody_waited_for_is_read_by_its_own_warpgroup_too() -> None:
         assert hazards(kernel(*parts, COPY.format(0)), warps) == ()
         (found,) = hazards(kernel(*parts, COPY.format(16384)), warps)
         assert not found.waited and "its own or another warpgroup's" in str(found)
-    # Products that are serialized are waited for, whatever the PTX says.
+    # ptxas waits for serialized products, whatever the PTX says.
     assert hazards(kernel(*parts, COPY.format(16384)), 8, serialized=True) == ()
     assert hazards(kernel(PRODUCT.format(0), COPY.format(0)), 8, serialized=True)[0].waited
     assert hazards(kernel(PRODUCT.format(0), COPY.format(0)), 4, serialized=True) == ()
@@ -150,13 +150,13 @@ $L__BB0_2:
 @pytest.mark.parametrize(
     ("last", "left", "barrier", "safe"),
     [
-        # The buffer of a pass is written in the next one, after that of this pass is asked for.
+        # A pass's buffer is written in the next pass, after this pass's copy was issued.
         (1, 0, "bar.sync 0;", True),
         (1, 1, "bar.sync 0;", True),
         (2, 1, "bar.sync 0;", True),
         (1, 1, "", False),
         (1, 2, "bar.sync 0;", False),
-        # One buffer only.
+        # A single buffer.
         (0, 1, "bar.sync 0;", False),
         (0, 0, "bar.sync 0;", True),
     ],
@@ -170,7 +170,7 @@ def test_both_ways_of_a_condition_that_nothing_is_known_of() -> None:
     skipped = "\t@%p9 bra \t$L__BB0_1;\n" + BARRIER + "$L__BB0_1:\n"
     assert hazards(kernel(PRODUCT.format(0), WAIT.format(0), skipped, COPY.format(0)), 8)
     known = "\tmov.b32 \t%r30, 3;\n\tsetp.eq.s32 \t%p9, %r30, 4;\n\tadd.s32 \t%r31, %r5, 0;\n"
-    # Of a predicate that an address comes from, it is known.
+    # The value of a predicate that an address depends on is known.
     chosen = "\tselp.b32 \t%r31, %r31, %r5, %p9;\n" + COPY.replace("%r5", "%r31").format(0)
     assert not hazards(kernel(PRODUCT.format(0), WAIT.format(0), known, skipped, chosen), 8)
 
@@ -212,7 +212,7 @@ PLACE = Value(1024, 1024 + 48, 0x430, "address")
         ("shr.u32", [None, number(28)], (0, 15)),
         ("and.b32", [upto(255), number(96)], (0, 96)),
         ("and.b32", [None, number(96)], (0, 96)),
-        # Bits apart from each other add up, and no more.
+        # Disjoint bits add without a carry.
         ("or.b32", [Value(0, 112, 112), Value(0, 3968, 3968)], (0, 4080)),
         ("xor.b32", [Value(0, 112, 112), Value(0, 48, 48)], (0, 112)),
         ("xor.b32", [number(5), number(1)], (4, 4)),

@@ -91,7 +91,7 @@ def test_it_is_known_of_a_kernel_that_was_found_in_the_cache(cache: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(notes, "_logged", never)
         assert launch().notes == first.notes
-    # Compiled by something else, or half written: ptxas is asked again, once.
+    # Compiled by another program, or half written: ptxas runs again, once.
     for broken in (None, "[", "7"):
         files[0].unlink() if broken is None else files[0].write_text(broken)
         assert launch().notes == first.notes

@@ -39,7 +39,7 @@ MEASURED = TritonBackend().measuring().space(PROBLEM)
 
 
 def default_of(problem: Problem) -> Config:
-    """Of the space where candidates are predicted."""
+    """The default of the space for predicted searches."""
     space = TritonBackend().space(problem)
     config = space.first_valid(lambda config: space.valid(config, problem, TARGET))
     assert config is not None
@@ -129,7 +129,7 @@ def test_other_gpus_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     TritonBackend().load(PROBLEM, CONFIG, built)
 
 
-# --- how it is launched, and what is made of it
+# --- how it is launched and compiled
 
 
 def test_the_launcher_gives_it_what_it_needs(launches: tuple[Launch, ...]) -> None:
@@ -155,7 +155,7 @@ def test_registers_and_shared_memory(launches: tuple[Launch, ...]) -> None:
 
 def test_the_loops_over_cached_states(launches: tuple[Launch, ...]) -> None:
     """Of each group of warps: two products of 64 x 128 x 128, 128 multiplications, little else, and no stack."""
-    work = 2.0 * 128 * 128 * 128 / 4  # of a warp
+    work = 2.0 * 128 * 128 * 128 / 4  # per warp
     loops = [loop for loop in inner_loops(launches[-1].binary) if loop.operations == work and loop.issued < 400]
     assert len(loops) == 2
     for loop in loops:

@@ -111,7 +111,7 @@ def to_ttir(function: Any, signature: Any, constexprs: Any, options: Any, attrs:
     module = source.make_ir(target, options, codegen, backend.get_module_map(), context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)
-    # Of Gluon it is the TTGIR, where calls may still name the file of what they call.
+    # Gluon compiles to TTGIR, where calls may still name the file of their callee.
     first: str = next(iter(stages.values()))(module, {}).str_nodebug()
     return re.sub(r"_mctune_kernels_\w+\.\w+\.", "", first)
 

@@ -19,7 +19,7 @@ _LOW = (1 << 14) - 1
 
 @dataclass(frozen=True)
 class Value:
-    """Numbers ``low`` to ``high``, none with a bit that ``bits`` has not.
+    """Numbers from ``low`` to ``high`` whose bits are all in ``bits``.
 
     Attributes:
         where: "" for a plain number; ``address``: bytes from the begin of shared memory; ``descriptor``: the same, of
@@ -65,16 +65,16 @@ def operand(text: str, values: Values, threads: int) -> Value | None:
 
 
 def address(text: str, values: Values, threads: int) -> Value | None:
-    """What is in the brackets of a load or store: an operand, and maybe an offset."""
+    """The address in the brackets of a load or store: an operand, and possibly an offset."""
     base, _, offset = text.partition("+")
     found = operand(base, values, threads)
     return _add(found, number(int(offset or "0", 0))) if found is not None else None
 
 
 def result(opcode: str, given: list[Value | None]) -> Value | None:
-    """What an instruction computes from its operands, where something is known of it."""
+    """What an instruction computes from its operands, where that is known."""
     name, _, kind = opcode.partition(".")
-    if name in ("mov", "cvt", "shfl"):  # of shfl, one lane's value, which is in the range of all
+    if name in ("mov", "cvt", "shfl"):  # shfl gives another lane's value, which is in the same range
         return given[0]
     if name == "selp" and len(given) == 3:
         chosen = given[2]
@@ -107,7 +107,7 @@ def _add(a: Value, b: Value) -> Value | None:
     low, high = a.low + b.low, a.high + b.high
     if low < 0:
         return replace(a, low=low, high=high, bits=_ALL)
-    # Without a carry, bits stay where they are.
+    # Without common bits there is no carry, so set bits stay where they are.
     bits = a.bits | b.bits if a.bits & b.bits == 0 else (1 << high.bit_length()) - 1
     return replace(a, low=low, high=min(high, bits), bits=bits)
 

@@ -55,7 +55,7 @@ class TritonBackend:
         return answer
 
     def ready(self, here: bool = True) -> None:
-        """Refuse a missing or unknown Triton, and for a GPU that is not here one whose interpreter does not run.
+        """Refuse a missing or unknown Triton, and for an absent GPU one whose interpreter does not run.
 
         Raises:
             DeviceError: with what to install.
@@ -85,7 +85,7 @@ class TritonBackend:
         return Built(library, folder / parts[-2][1], parts)
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
-        """What one call launches on a GPU that need not be here, or why the GPU cannot hold it.
+        """What one call launches on the GPU, present or absent, or why the GPU cannot hold it.
 
         Raises:
             Exception: whatever Triton raises on a kernel that does not compile.

@@ -12,7 +12,7 @@ _STOP = re.compile(r"^(@!?%?\w+\s+)?(ret|exit|trap|s_endpgm|s_setpc_b64)\b")
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that run one after the other.
+    """A basic block: instructions that run one after the other.
 
     Attributes:
         first: its place among the blocks.
@@ -51,7 +51,7 @@ def blocks_of(asm: str) -> list[Block]:
             break  # what follows is data and line tables
         if not line or (line.startswith((";", "//", ".")) and not _LABEL.match(line)):
             continue
-        # Inside braces of inline assembly: labels are its own, and its loops wait for a copy or a product.
+        # Inside the braces of inline assembly labels are local, and loops wait for a copy or a product.
         inline = depth > 1
         label = _LABEL.match(line)
         if label:

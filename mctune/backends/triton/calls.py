@@ -41,7 +41,7 @@ def call_on_meta(
 def _backward(problem: Problem, kernel: Kernel, alone: bool) -> None:
     segments = _segments(problem)
     q, k, v, u = _rows(problem, problem.T)
-    # A forward keeps nothing where a row's length decides about its segments.
+    # Under logarithmic segmentation the segments depend on the row's length, and a forward keeps nothing.
     nothing = alone or problem.segmentation == "logarithmic"
     names = [] if nothing else [name for group in kernel.wants for name in group]
     count = segments.count

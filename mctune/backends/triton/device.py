@@ -1,4 +1,4 @@
-"""A GPU that is not there: launches of Triton kernels compile for a target and are recorded instead of run.
+"""A virtual GPU: launches of Triton kernels compile for a target and are recorded instead of run.
 
 What is launched is what is compiled: the launchers of ``mctune.runtime`` run unchanged, on tensors of device ``meta``.
 """
@@ -38,7 +38,7 @@ class DoesNotFit(MctuneError):
 
     @classmethod
     def of_ptxas(cls, message: str) -> DoesNotFit | None:
-        """What the assembler refuses since one instruction alone takes more registers than a thread has (C7602)."""
+        """The assembler refuses a kernel one of whose instructions takes more registers than a thread has (C7602)."""
         found = _REGISTERS.search(message)
         if found is None:
             return None
@@ -120,9 +120,9 @@ class VirtualDevice:
     # --- what Triton asks of a driver
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
-        """What stands between the JIT and the device: here, it takes notes.
+        """The driver that the JIT calls: it records launches.
 
-        It refuses what takes too much tensor memory, which Triton would do next, in an error of its own.
+        It refuses kernels that need too much tensor memory, before Triton does so in an error of its own.
         """
         columns = getattr(metadata, "tmem_size", None) or 0
         if columns > TENSOR_COLUMNS:
@@ -140,7 +140,7 @@ class VirtualDevice:
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
-        """One number a target: Triton keeps compiled kernels by device."""
+        """One number for each target: Triton keeps compiled kernels by device."""
         return _device_number(self.target)
 
     def get_current_stream(self, device: int) -> int:
@@ -154,7 +154,7 @@ class VirtualDevice:
         """Where tensors are."""
         return torch.device("meta")
 
-    # --- what is noted
+    # --- what is recorded
 
     def _listen(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:

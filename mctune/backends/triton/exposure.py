@@ -1,4 +1,4 @@
-"""Which known hazards of Triton's a compiled kernel may be exposed to, read off its PTX: patterns, no proof."""
+"""Which known faults of Triton a compiled kernel may be exposed to, read off its PTX: patterns, not proof."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Wgmma:
 
 
 def wgmma_of(ptx: str) -> Wgmma:
-    """Of a kernel's PTX."""
+    """The products in a kernel's PTX."""
     left = _PRODUCT.findall(ptx)
     return Wgmma(
         products=len(left),
@@ -61,7 +61,7 @@ def exposed(launch: Launch) -> tuple[str, ...]:
 
 
 def _early(launch: Launch) -> tuple[Hazard, ...]:
-    """Writes to what a product may still read; none of a kernel that is too tangled to tell."""
+    """Writes to what a product may still read; none for a kernel whose control flow is too complex to tell."""
     try:
         return hazards(launch.asm, launch.num_warps, launch.serialized)
     except ValueError:

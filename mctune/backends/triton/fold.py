@@ -225,14 +225,14 @@ class _Fold(cst.CSTTransformer):
             done += new
             comments += footer
             if done and _leaves(done[-1]):
-                # A branch that was taken returns: nothing after it runs.
+                # The branch that was taken returns: nothing after it runs.
                 break
         if done:
             done[0] = _first_in_block(done[0])
         return done, [*comments, *suite.footer]
 
     def statement(self, node: cst.BaseStatement) -> tuple[list[Statement], list[cst.EmptyLine]]:
-        """What is left of a statement: none, one, or those of a branch; and the comments after them."""
+        """What remains of a statement: nothing, the statement, or those of a branch; and the comments after them."""
         if isinstance(node, cst.If):
             return self.branch(node)
         if isinstance(node, cst.For):
@@ -260,7 +260,7 @@ class _Fold(cst.CSTTransformer):
         if value is True:
             return self.splice(node.leading_lines, node.body)
         if value is False:
-            # The comment above stands for the branch that goes.
+            # The comment above belongs to the branch that is removed.
             blank = [line for line in node.leading_lines if line.comment is None][:1]
             if isinstance(node.orelse, cst.If):
                 return self.branch(node.orelse.with_changes(leading_lines=[*blank, *node.orelse.leading_lines]))
@@ -315,7 +315,7 @@ def _first_in_block(statement: Statement) -> Statement:
 
 
 def _leaves(statement: Statement) -> bool:
-    """Whether what follows a statement never runs."""
+    """Whether the code after a statement never runs."""
     last = statement.body[-1] if isinstance(statement, cst.SimpleStatementLine) else None
     return isinstance(last, cst.Return | cst.Raise)
 

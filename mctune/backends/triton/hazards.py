@@ -276,7 +276,7 @@ def _operands(opcode: str, rest: str, values: dict[str, Value | None]) -> Iterat
     in_registers = inputs.startswith("{")
     parts = [part.strip() for part in (inputs.partition("}")[2].lstrip(", ") if in_registers else inputs).split(",")]
     flags = [part == "1" for part in parts[-1 if in_registers else -2 :]]
-    # Types other than 16 bits have no flags for columns that lie together.
+    # Only 16-bit types have flags for transposed operands.
     across = flags if opcode.endswith(("f16", "bf16")) else [False] * len(flags)
     assert shape is not None
     rows, columns, depth = (int(part) for part in shape.groups())

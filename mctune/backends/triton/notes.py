@@ -1,4 +1,4 @@
-"""What ptxas says of a kernel's performance, for example that its matrix products are serialized.
+"""What ptxas reports about a kernel's performance, for example that its matrix products are serialized.
 
 Triton throws the assembler's log away. Here it is read while a kernel is compiled, which costs nothing, and kept beside
 the kernel in Triton's cache. For one that was compiled by something else ptxas runs once more, on the PTX in the cache.

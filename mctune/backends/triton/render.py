@@ -1,4 +1,4 @@
-"""Render a Triton template for one problem and configuration: what is not used goes, comments and formatting stay."""
+"""Render a Triton template for one problem and configuration: unused code goes, comments and formatting stay."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _check_calls(function: _Function, functions: Mapping[str, _Function], values
             same = given is not None and constant(given) == (True, values[name])
             own = isinstance(given, cst.Name) and given.value == name and name in function.params
             if call.callee.jit and not isinstance(values[name], bool | str):
-                continue  # a tile that a kernel does not use any more
+                continue  # a tile size that the kernel no longer uses
             if call.starred or not (same or own):
                 raise CannotFold(
                     f"{function.name}: `{call.text}` gives {name} = {code(given) if given else 'nothing'}, and "
@@ -262,7 +262,7 @@ def _prune(module: cst.Module) -> cst.Module:
     body: list[cst.CSTNode] = []
     dropped = False
     for statement in module.body:
-        # The text after a constant describes it.
+        # The string after a constant documents it.
         dropped = dropped and _is_text(statement)
         if isinstance(statement, cst.FunctionDef):
             dropped = statement.name.value not in wanted

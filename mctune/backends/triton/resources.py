@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, and how many of its blocks run there at once."""
+"""The resources of a multiprocessor that a compiled kernel needs, and its occupancy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CORES = {
     "sm_90": Core(128, 16, 32),
     "sm_100": Core(128, 16, 32),
     "sm_120": Core(128, 16, 24),
-    # 512 registers a lane and part. A wave's 64 lanes take 4 clocks in its part, and 16 for what is special.
+    # 512 registers for each lane of a SIMD. A wave's 64 lanes take 4 clocks there, and 16 for a special function.
     "gfx942": Core(128, 16, 32, registers=512 * 64, register_unit=8 * 64, shared_unit=512, shared_reserved=0),
 }
 """By ``Target.arch``: what Triton serves."""
@@ -50,7 +50,7 @@ CORES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a launch takes.
+    """The resources that a launch needs.
 
     Attributes:
         registers: a thread.
@@ -77,7 +77,7 @@ class Resources:
 
 
 def resources(launch: Launch, target: Target) -> Resources:
-    """What ``launch`` takes of ``target``; a kernel that the target cannot run has no blocks per core."""
+    """The resources that ``launch`` needs on ``target``; a kernel that cannot run there has no blocks per core."""
     core = CORES[target.arch]
     most_warps = target.threads_per_core // launch.warp_size
     room = {

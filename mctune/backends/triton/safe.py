@@ -20,7 +20,7 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 
 WARPS = 4
-"""Of one group of warps, which multiplies by itself."""
+"""Warps of one warpgroup, which multiplies by itself."""
 FORMS = {
     "warps": "at most 4 warps, tiles cut down to what they hold",
     "stages": "num_stages=1: nothing is in flight",
@@ -52,7 +52,7 @@ def safe(
     chosen = []
     for prefix in prefixes(config) if only is None else only:
         changed = config.replace(**_changes(config, problem, target, prefix, forms))
-        # The parameters of a kernel that a configuration does without must stay as they are.
+        # Parameters of a kernel that the configuration does not use must keep their values.
         if f"{prefix}_*" not in {constraint.name for constraint in space.broken(changed, problem, target)}:
             config = changed
             chosen.append(prefix)
@@ -61,7 +61,7 @@ def safe(
 
 def _changes(config: Config, problem: Problem, target: Target, prefix: str, forms: Sequence[str]) -> dict[str, Scalar]:
     changes: dict[str, Scalar] = {}
-    # Of gated rows of a state's gradient; with equal gates none are.
+    # The gated rows are those of a state's gradient; equal gates have none.
     grouped = "formulation" in config and config["formulation"] == "grouped"
     warps, stages = f"{prefix}_num_warps", f"{prefix}_num_stages"
     if "warps" in forms and config.integer(warps) > WARPS:

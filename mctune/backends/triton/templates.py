@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
         raise
 
     def render(source: str, values: Mapping[str, Scalar]) -> str:
-        """Without LibCST there is all but this: templates may run as they are."""
+        """Stands in for rendering without LibCST: everything else works, and templates run as they are."""
         raise ModuleNotFoundError("libcst is not installed; pip install 'libcst>=1.5'", name="libcst")
 
 
@@ -40,7 +40,7 @@ PREFIXES = {
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 FAMILY = "matrix"
-"""Of the memories that the operations compute."""
+"""The memory family that the operations compute."""
 _COMMON = "common"
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -66,7 +66,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
         "SWLA": problem.writes.gated,
-        # Where the memory is linear, soup is grm.
+        # For a matrix memory, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
@@ -116,7 +116,7 @@ def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
 def _write(folder: Path, name: str, text: str) -> str:
     file = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py"
     if not (folder / file).is_file():
-        # Another process may render the same.
+        # Another process may render the same file.
         scratch = folder / f"{file}.{os.getpid()}"
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(folder / file)
@@ -130,7 +130,7 @@ def _source(name: str) -> str:
 
 @cache
 def digest() -> str:
-    """SHA-256 of every Triton template, so that a change to one is another kernel."""
+    """SHA-256 of every Triton template, so that changing one makes another kernel."""
     found = hashlib.sha256()
     for path in sorted((templates_dir() / "triton").rglob("*.py")):
         found.update(path.read_bytes())

@@ -17,7 +17,7 @@ _INTERPRETS, _BEYOND_NUMPY = (3, 7), (2, 4)
 
 @dataclass(frozen=True)
 class Hazard:
-    """A way in which a Triton makes wrong code of a right kernel, by public report; none was confirmed on our kernels.
+    """A way in which some Triton compiles a right kernel wrongly, by public report; none was confirmed on our kernels.
 
     Attributes:
         name: for tables and for :func:`mctune.backends.triton.exposure.exposed`, which says what kernels have the

@@ -90,10 +90,10 @@ def _recurrences(shape: Shape) -> list[Contender]:
     found = [
         Contender("fla chunk_linear_attn", "base", other.fla_linear, tunes=True),
         Contender("fla chunk_simple_gla", "", other.fla_gla, tunes=True),
-        # Its kernels know how many levels there are.
+        # Its kernels are compiled for a number of levels.
         Contender("fla chunk_log_linear_attn", "", other.fla_log_linear, exact=True),
     ]
-    # A compiled graph is for one shape, minutes each: at the shape that the comparison is about, no longer rows.
+    # A graph is compiled for each shape and takes minutes: only where the comparison is decided, not for longer rows.
     if shape.T <= 16384 and shape.C == 256 and shape.B == 1:
         name = "torch.compile of mctune's eager grm"
         found.append(Contender(name, "grm", other.compiled("grm"), exact=True, late=True))
@@ -112,7 +112,7 @@ class Kernels:
     """Whether cached states are kept in the dtype of the shape, as ``MemoryCache(state_dtype=...)`` does."""
 
     def config(self, shape: Shape) -> Config:
-        """Of the pass that takes longest."""
+        """The configuration of the pass that takes longest."""
         return self._launcher(shape.problem(self.aggregation))[1]
 
     def make(self, shape: Shape, data: Data) -> Call:
@@ -128,7 +128,7 @@ class Kernels:
         if shape.kind == "forward":
             return lambda: {"y": forward(data.q, data.k, data.v, data.u, **options).y}
         backward, _ = self._launcher(problem)
-        # As a model's autograd does.
+        # As autograd does in a model.
         keep = [name for group in backward.wants if forward.gives.issuperset(group) for name in group]
 
         def step() -> Results:

@@ -55,7 +55,7 @@ def fraction(shape: Shape, timing: Timing, reached: Rates) -> float | None:
     parts = [problem.replace(pass_="forward"), problem] if shape.kind == "training" else [problem]
     counted = [work(part) for part in parts]
     if timing.name.endswith(NARROW):
-        # Of the cached states that a step reads, half of the bytes.
+        # The cached states that a step reads have half the bytes.
         read = min(problem.top_k or problem.T, (problem.T - 1) // shape.C)
         counted = [replace(counted[0], bytes=counted[0].bytes - 2 * read * shape.B * shape.H * shape.D**2)]
     shortest = sum(bound(one, reached.matrix, reached.copy) for one in counted)

@@ -63,7 +63,7 @@ def products(shape: Shape, data: Data) -> Call:
 def fa3_module() -> str | None:
     """FlashAttention 3's module, where the machine has it."""
     for name in FA3_MODULES:
-        # One that is half installed is as good as none.
+        # A broken installation counts as none.
         with contextlib.suppress(ImportError, ValueError):
             if importlib.util.find_spec(name) is not None:
                 return name
@@ -134,7 +134,7 @@ def compiled(aggregation: str) -> Make:
 
     def make(shape: Shape, data: Data) -> Call:
         problem = shape.problem(aggregation)
-        # Left to itself it takes the second length that it sees for one of any, and compiles more slowly.
+        # Otherwise it makes the length dynamic at the second one that it sees, and compiles more slowly.
         function = torch.compile(memory_caching, dynamic=False)
         return through_autograd(shape, data, through_options(function, problem), problem.routed)
 

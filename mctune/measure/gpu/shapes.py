@@ -50,7 +50,7 @@ class Shape:
         return self._problem(aggregation=aggregation, segment_length=self.C, **ssc)
 
     def meaning(self, aggregation: str) -> Problem:
-        """What its results are held to, and its shortest possible time is counted of: ``base`` has no segments."""
+        """The problem that its results are held to and its bound is counted for: ``base`` has no segments."""
         if aggregation == "base":
             return self._problem(aggregation="residual", segment_length=self.T)
         return self.problem(aggregation)

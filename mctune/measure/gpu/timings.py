@@ -25,11 +25,11 @@ from mctune.verify.judge import tolerance
 CHECKED = 2048
 """Tokens of the first sequence that results are held to float32 on."""
 UNDECIDED = 1e-3
-"""Of ssc's tokens: two logits may be closer than rounding, and a right result may come from the other segment."""
+"""Share of ssc's tokens that may differ: where two logits are closer than rounding, the other segment is right too."""
 
 
 class Lost(Exception):
-    """A contender, by ``name``, after which nothing works in this process any more."""
+    """The contender ``name`` has left this process unusable."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")
@@ -43,7 +43,7 @@ def measured(shape: Shape, chosen: Sequence[Contender], rounds: int, trying: Try
         Lost: by a fault after which another process must go on.
     """
     data, calls, about = Data.of(shape), dict[Contender, Call](), dict[Contender, tuple[float, dict[str, Any]]]()
-    # Several contenders are held to the same.
+    # Several contenders share one reference.
     wanted = cache(lambda aggregation: reference(shape, data, aggregation))
     for contender in chosen:
         trying.begin(shape, contender.name)
@@ -152,7 +152,7 @@ def checked(
     elif contender.late:  # the first tokens alone would take as long to compile
         found, wanted = {"y": results["y"][:1, :prefix]}, {"y": wanted["y"]}
     else:
-        # The gradients of a token depend on later ones, y does not: the first are held to the path over them alone.
+        # A token's gradients depend on later tokens, its y does not: compare the first ones with a run over them alone.
         found = contender.make(replace(shape, B=1, T=prefix), data.prefix(prefix))()
     if set(found) != set(wanted):
         raise MctuneError(f"it has {', '.join(found)}, wanted are {', '.join(wanted)}")

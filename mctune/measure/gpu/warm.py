@@ -68,7 +68,7 @@ def warm(
     """
     limit_s = min(limit_s, _REHEARSED_S) if small else limit_s
     deadline = time.monotonic() + limit_s
-    # A tuner that has the GPU for itself chooses better: in the process that times, from what is compiled here.
+    # The tuner runs later, in the process that times: alone on the GPU it chooses better, from what is compiled here.
     env = {**os.environ, "FLA_CACHE_RESULTS": "0"}
 
     def run(job: Job) -> dict[tuple[Shape, str], str]:

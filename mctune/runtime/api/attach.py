@@ -37,6 +37,13 @@ class Mixed(NamedTuple):
 
     ``finish`` makes the layer's hidden states [B, T, hidden_size] of y [B, T, H, Dv]; ``scale`` multiplies q
     (``None``: Dk ** -0.5); g, beta, lam [B, T, H] and ``recurrence`` are as in :func:`memory_caching`.
+
+    Examples:
+        >>> def mix(layer, hidden_states):  # a layer with one projection for q, k and v, and one head
+        ...     q, k, v = layer(hidden_states)[:, :, None].chunk(3, -1)
+        ...     return Mixed(q, k, v, finish=lambda y: y.flatten(2))
+        >>> model = nn.Sequential(nn.Linear(16, 48))
+        >>> attached = attach_memory_caching(model, segment_length=32, layers=["0"], mix=mix)
     """
 
     q: Tensor
@@ -55,13 +62,22 @@ Mix = Callable[[nn.Module, Tensor], Mixed]
 
 @dataclass(frozen=True)
 class Attached:
-    """A model whose layers :func:`attach_memory_caching` has changed; ``layers`` are their names."""
+    """A model whose layers :func:`attach_memory_caching` has changed.
+
+    Attributes:
+        model: the model.
+        layers: names of the changed layers.
+
+    Examples:
+        >>> attached = attach_memory_caching(nn.Sequential(MemoryCaching(64)), segment_length=32)
+        >>> attached.detach()  # the model is what it was
+    """
 
     model: nn.Module
     layers: tuple[str, ...]
 
     def detach(self) -> None:
-        """Make the layers what they were; a second time, nothing."""
+        """Restore the layers; calling it again does nothing."""
         for name in self.layers:
             layer = self.model.get_submodule(name)
             before = layer.__dict__.pop("_before_attaching", None)
@@ -86,7 +102,7 @@ def attach_memory_caching(
 
     Up to ``segment_length`` tokens a layer's output is what it was. Layers of :class:`MemoryCaching` keep their
     recurrence and gates. Others need q_proj, k_proj, v_proj, o_proj and num_heads; num_kv_heads, feature_map_q and
-    feature_map_k (or feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are heeded.
+    feature_map_k (or feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are used too.
     They then take ``cu_seqlens``, ``attention_mask`` and a :class:`MemoryCache` as ``past_key_values``, and return
     (output, None, cache) if their own forward knows past_key_values, else the output.
 
@@ -98,10 +114,20 @@ def attach_memory_caching(
         mix: what a layer that is not known does before and after its memory; needs ``layers``.
         state_init: as in :func:`memory_caching`; ``None`` is a MemoryCaching layer's own, and ``checkpoint`` for
             others: they were trained with one memory for the whole sequence.
-        top_k: of ``ssc``.
+        top_k: cached segments that ``ssc`` reads for each token; other aggregations ignore it.
+
+    Returns:
+        Which layers were changed, and how to undo it.
 
     Raises:
         ArgumentError: naming the layer that cannot be served and why; if there is none to attach to; on a bad option.
+
+    Examples:
+        >>> model = torch.nn.Sequential(MemoryCaching(64, segment_length=4096))
+        >>> attached = attach_memory_caching(model, segment_length=32, aggregation="mean")
+        >>> attached.layers
+        ('0',)
+        >>> attached.detach()
     """
     start = state_init or "checkpoint"
     Options(aggregation=aggregation, state_init=start, segment_length=segment_length, top_k=top_k).checked()
@@ -185,7 +211,21 @@ def _unknown(layer: nn.Module) -> str | None:
 
 
 def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
-    """What a layer of plain linear attention does before and after its memory."""
+    """What a layer of plain linear attention does before and after its memory: the default of ``mix``.
+
+    Args:
+        layer: has q_proj, k_proj, v_proj, o_proj and num_heads.
+        hidden_states: [B, T, hidden_size].
+
+    Returns:
+        q, k, v, [B, T, H, D], with shared key and value heads repeated, and what makes hidden states of y.
+
+    Examples:
+        >>> layer = nn.ModuleDict({name: nn.Linear(64, 64) for name in PROJECTIONS})
+        >>> layer.num_heads = 4
+        >>> linear_attention(layer, torch.randn(2, 10, 64)).q.shape
+        torch.Size([2, 10, 4, 16])
+    """
     parts: Any = layer
     heads = parts.num_heads
     groups = heads // (getattr(parts, "num_kv_heads", None) or heads)
@@ -202,7 +242,7 @@ def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
         x if feature is None else feature(x)
         for x, feature in ((q, getattr(parts, "feature_map_q", shared)), (k, getattr(parts, "feature_map_k", shared)))
     )
-    # A sum of features may vanish; so much is added in flash-linear-attention.
+    # A sum of features may be zero; flash-linear-attention adds the same epsilon.
     q, k = (
         x / (x.sum(-1, keepdim=True) + 1e-4) if getattr(parts, flag, False) is True else x
         for x, flag in ((q, "norm_q"), (k, "norm_k"))

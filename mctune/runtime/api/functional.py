@@ -40,6 +40,11 @@ def memory_caching(
 ) -> Tensor:
     """Memory Caching (arXiv:2602.24281): a recurrent memory that also reads its own past states.
 
+    The sequence is cut into segments. Within one, token t writes to a memory M and then reads it; the memory at the end
+    of every segment is kept. In segment s, token t reads ``y_t = sum over i <= s of gamma_t^(i) M^(i)(scale q_t)``.
+    ``M^(s)`` is the memory as token t has left it. The aggregation says what gamma is: for ``grm`` the softmax of
+    ``<u_t, p^(i)>`` over i, where ``p^(i)`` is the mean key of segment i (Eq. 8-10).
+
     Args:
         q, k: queries and keys, [B, T, H, Dk], float32, bfloat16, float16 or float64.
         v: values, [B, T, H, Dv], same dtype.
@@ -68,6 +73,12 @@ def memory_caching(
     Raises:
         ArgumentError: if arguments contradict each other.
         BackendError: if the backend asked for by name cannot serve the call.
+
+    Examples:
+        >>> q, k, v, u = torch.randn(4, 2, 96, 4, 16).unbind()  # B=2, T=96, H=4, Dk=Dv=16
+        >>> y = memory_caching(q, k, v, u, aggregation="grm", segment_length=32)
+        >>> y.shape
+        torch.Size([2, 96, 4, 16])
     """
     if backend not in BACKENDS:
         raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")

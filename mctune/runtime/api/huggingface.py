@@ -39,6 +39,11 @@ class MemoryCachingConfig(PreTrainedConfig):
         intermediate_size: width inside the SwiGLU MLPs; ``None`` is 8/3 of hidden_size, up to a multiple of 32.
         initializer_range: standard deviation of the embedding's and the MLPs' first weights.
         use_cache: whether calls outside training hand out a cache unless told otherwise.
+
+    Examples:
+        >>> config = MemoryCachingConfig(hidden_size=256, num_heads=4, aggregation="ssc", ssc_top_k=4)
+        >>> config.intermediate_size
+        704
     """
 
     model_type = "memory_caching"
@@ -138,19 +143,19 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MemoryCachingBlock",)
     _skip_keys_device_placement = ("past_key_values",)
-    # Generation that guesses ahead takes tokens back in ways that a MemoryCache does not know.
+    # Assisted generation takes tokens back in ways that a MemoryCache does not support.
     _is_stateful = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """``False``: weights start through ``torch.nn.init``, which transformers keeps off those that were loaded.
 
-        Of other code it skips modules without parameters of their own, and :class:`MemoryCaching` may be one.
+        For custom code it skips modules without parameters of their own, and :class:`MemoryCaching` may be one.
         """
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        # After its children, so that the layer's own start is what stays.
+        # Called after the children, so that the layer's own initialisation stays.
         if isinstance(module, MemoryCaching):
             module.reset_parameters()
         else:
@@ -158,7 +163,13 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
 
 
 class MemoryCachingModel(MemoryCachingPreTrainedModel):
-    """Tokens in, hidden states out."""
+    """Tokens in, hidden states out.
+
+    Examples:
+        >>> config = MemoryCachingConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_heads=2)
+        >>> MemoryCachingModel(config)(torch.tensor([[1, 7, 9]])).last_hidden_state.shape
+        torch.Size([1, 3, 32])
+    """
 
     def __init__(self, config: MemoryCachingConfig) -> None:
         super().__init__(config)
@@ -193,6 +204,9 @@ class MemoryCachingModel(MemoryCachingPreTrainedModel):
             return_dict: ``False`` returns a tuple.
             kwargs: ignored.
 
+        Returns:
+            ``BaseModelOutputWithPast``: hidden states, [B, T, hidden_size], and the cache.
+
         Raises:
             ArgumentError: unless exactly one input is given, and as :meth:`MemoryCaching.forward` does.
         """
@@ -220,7 +234,14 @@ class MemoryCachingModel(MemoryCachingPreTrainedModel):
 
 
 class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
-    """Logits of the next token; ``generate`` keeps a :class:`MemoryCache`."""
+    """Logits of the next token; ``generate`` keeps a :class:`MemoryCache`.
+
+    Examples:
+        >>> config = MemoryCachingConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_heads=2)
+        >>> model = MemoryCachingForCausalLM(config)
+        >>> model.generate(torch.tensor([[1, 7, 9]]), max_new_tokens=4, min_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -247,11 +268,14 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
         """As :meth:`MemoryCachingModel.forward`, and logits, [B, T, vocab_size].
 
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, output_hidden_states,
-            return_dict: as there.
-            labels: int64 [B, T], for the loss: token t + 1 is what position t should give; -100 is left out.
-            logits_to_keep: only of so many newest tokens, or of these places; 0 is all.
+            input_ids, attention_mask, past_key_values, inputs_embeds: as there.
+            use_cache, cu_seqlens, output_hidden_states, return_dict: as there.
+            labels: int64 [B, T], for the loss: token t + 1 is what position t should predict; -100 is left out.
+            logits_to_keep: how many of the newest tokens get logits, or their positions, int64; 0 is all.
             kwargs: for the loss.
+
+        Returns:
+            ``CausalLMOutputWithPast``: logits, [B, T, vocab_size], the loss if there are labels, and the cache.
         """
         inner = self.model(
             input_ids,
@@ -289,7 +313,7 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = MemoryCache()
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        """Called by ``generate``: whether it compiles the forward by itself; a growing cache is not for that."""
+        """Called by ``generate``: whether to compile the forward. Never: the cache grows."""
         return False
 
 

@@ -41,8 +41,8 @@ class MemoryCaching(nn.Module):
         num_heads: H.
         head_dim: Dk; ``None`` is hidden_size / num_heads.
         expand_v: Dv / Dk.
-        recurrence, aggregation, segment_length, segmentation, state_init, top_k, inner_chunk, memory_residual, backend:
-            as in :func:`memory_caching`.
+        recurrence, aggregation, segment_length, segmentation, state_init: as in :func:`memory_caching`.
+        top_k, inner_chunk, memory_residual, backend: as in :func:`memory_caching`.
         expansion: E / Dk of a deep memory.
         connector: whether u has a projection of its own; otherwise u = q, the paper's form without parameters.
         feature_map: of q and k: ``None``, ``relu``, ``elu`` (elu + 1), ``silu`` or ``softmax`` over the head's width.
@@ -54,6 +54,12 @@ class MemoryCaching(nn.Module):
 
     Raises:
         ArgumentError: if arguments contradict each other.
+
+    Examples:
+        >>> layer = MemoryCaching(hidden_size=64, num_heads=4, segment_length=32)
+        >>> hidden, _, _ = layer(torch.randn(2, 96, 64))  # [B, T, hidden_size]
+        >>> hidden.shape
+        torch.Size([2, 96, 64])
     """
 
     def __init__(
@@ -150,7 +156,7 @@ class MemoryCaching(nn.Module):
         for conv in self.convs:
             assert isinstance(conv, ShortConv)
             conv.reset_parameters()
-        # Of sigmoid(x); e^g is sigmoid(-x), so 0.95 at first.
+        # The values of sigmoid(x) at first. e^g is sigmoid(-x), so it starts at 0.95.
         starts = {"g": 0.05, "beta": 0.1, "lam": 0.9, "mu": 0.5, "eta": 0.5 / self.inner_chunk}
         for name in RECURRENCES[self.recurrence].gates:
             layer = self._gate_layer(name)

@@ -41,19 +41,34 @@ def memory_caching_step(
     """Write n >= 1 new tokens of every sequence to ``memory`` and read them (arXiv:2602.24281, its sections 3 and 4).
 
     Any way of cutting a sequence into calls gives what :func:`memory_caching` gives for the whole of it. Under
-    ``torch.compile`` the memory cannot grow: ``memory.reserve`` room beforehand. There is no backward.
+    ``torch.compile`` the memory cannot grow: ``memory.reserve`` room beforehand. There is no backward. Options are as
+    in :func:`memory_caching`, and the same for all calls on one memory. A model uses :class:`MemoryCache`, which holds
+    one such memory a layer.
 
     Args:
-        q, k, v, u and the gates: of the new tokens, [B, n, H, ...] as in :func:`memory_caching`.
+        q, k: queries and keys of the new tokens, [B, n, H, Dk], float32, bfloat16, float16 or float64.
+        v: their values, [B, n, H, Dv], same dtype.
+        u: their connectors, [B, n, H, Dk], same dtype; ``None`` is u = q.
         memory: what the sequences were so far; changed in place.
-        The rest: as in :func:`memory_caching`, the same for all calls on one memory.
+        recurrence, aggregation, segment_length, state_init, top_k, scale: as in :func:`memory_caching`.
+        g, beta, lam, eta, mu: gates of the new tokens, [B, n, H], float32.
+        W_up, W_down: what a deep memory starts from, [H, Dk, E] and [H, E, Dv].
+        memory_residual, inner_chunk, backend: as in :func:`memory_caching`.
 
     Returns:
-        y [B, n, H, Dv] in the dtype of q.
+        y, [B, n, H, Dv], in the dtype of q.
 
     Raises:
         ArgumentError: if arguments contradict each other or the memory.
         BackendError: if the backend asked for by name cannot serve the call.
+
+    Examples:
+        >>> from mctune import MemoryCache, MemoryCaching
+        >>> layer, cache = MemoryCaching(64, num_heads=4, segment_length=32, layer_idx=0), MemoryCache()
+        >>> _ = layer(torch.randn(2, 40, 64), past_key_values=cache)  # 40 tokens, then one more:
+        >>> q, k, v = torch.randn(3, 2, 1, 4, 16).unbind()
+        >>> memory_caching_step(q, k, v, memory=cache.layer(0), segment_length=32).shape
+        torch.Size([2, 1, 4, 16])
     """
     if backend not in BACKENDS:
         raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")

@@ -30,7 +30,7 @@ class _Layer:
 
 @dataclass(eq=False)
 class _Convolution:
-    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of K are for going back."""
+    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of the K are kept only to go back."""
 
     inputs: tuple[Tensor, ...]
     spare: int
@@ -46,15 +46,24 @@ class MemoryCache:
         max_states: most cached states to keep of a sequence; the oldest is dropped. ``None`` keeps all.
         rewind: newest tokens that :meth:`crop` can take back wherever they end, by a snapshot every ``rewind`` tokens
             and the keys, values and gates since.
-        state_dtype: ``torch.bfloat16`` or ``torch.float16`` keeps cached end states in 16 bits: half the bytes of a
-            decoded token, which time is bound by, at about the accuracy of a forward in that dtype, whose kernels round
-            the states that they read in the same way. Each is rounded once, when its segment has ended; what later
-            calls read is rounded, and float32 sums are made of it. A state beyond 65504 overflows float16. All else is
-            float32 as ever: states under way, mean keys, a deep memory's momentum. ``None`` rounds nothing: float32, or
-            float64 for a float64 model. Kernels of the CPU read float32 only: PyTorch serves the others there.
+        state_dtype: ``torch.bfloat16`` or ``torch.float16`` keeps cached end states in 16 bits. A decoded token is
+            bound by their bytes, so it takes half the time, at about the accuracy of a forward in that dtype, whose
+            kernels round states in the same way. Each state is rounded once, when its segment has ended; later calls
+            read it rounded and add in float32. A state beyond 65504 overflows float16. Everything else stays float32:
+            states under way, mean keys, a deep memory's momentum. ``None`` rounds nothing: states are float32, or
+            float64 for a float64 model. CPU kernels read float32 only; PyTorch serves 16-bit states there.
 
     Raises:
-        ArgumentError: if a number is negative, or the dtype another.
+        ArgumentError: if a number is negative, or ``state_dtype`` is not one of these.
+
+    Examples:
+        >>> from mctune import MemoryCaching
+        >>> layer, cache = MemoryCaching(64, segment_length=32, layer_idx=0), MemoryCache()
+        >>> with torch.no_grad():
+        ...     _ = layer(torch.randn(2, 40, 64), past_key_values=cache)  # the prompt
+        ...     hidden, _, _ = layer(torch.randn(2, 1, 64), past_key_values=cache)  # the next token
+        >>> hidden.shape, cache.lengths
+        (torch.Size([2, 1, 64]), tensor([41, 41]))
     """
 
     def __init__(self, max_states: int | None = None, rewind: int = 0, state_dtype: torch.dtype | None = None) -> None:
@@ -90,7 +99,7 @@ class MemoryCache:
             backend: as in :func:`memory_caching`.
 
         Returns:
-            y like v of the call, in the dtype of q.
+            y, [B, n, H, Dv], in the dtype of q.
 
         Raises:
             ArgumentError: if the call contradicts the memory, or the segmentation is logarithmic.
@@ -148,8 +157,8 @@ class MemoryCache:
         Args:
             layer_idx: whose.
             inputs: [B, K, width] each, the newest last; before a sequence's first token, zeros.
-            spare: how many of the K a next call does not need, being the oldest: by so many tokens :meth:`crop` can go
-                back. A layer keeps :attr:`rewind` of them.
+            spare: how many of the K, the oldest, the next call does not need: :meth:`crop` can go back by that many
+                tokens. A layer keeps :attr:`rewind` of them.
         """
         self._convolutions[layer_idx] = _Convolution(inputs, spare)
 
@@ -166,16 +175,19 @@ class MemoryCache:
         return 0 if memory is None else int(memory.lengths.max())
 
     def reserve(self, tokens: int) -> None:
-        """Make room for the states that ``tokens`` more tokens of every sequence add, in every layer in use."""
+        """Make room for the states that ``tokens`` more tokens of every sequence add, in every layer in use.
+
+        Without it a memory grows by itself, except in a graph of ``torch.compile``, which needs the room beforehand.
+        """
         for layer in self._layers.values():
             layer.memory.reserve(tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was (beam search)."""
+        """Row i becomes what row ``beam_idx[i]`` was (beam search); ``beam_idx`` is an integer tensor, [B]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; a row may be kept several times."""
+        """Keep these rows, in this order; a row may be kept several times. ``indices`` is an integer tensor, [rows]."""
         self._map(lambda x: x.index_select(0, indices.to(x.device, torch.int64)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -192,14 +204,22 @@ class MemoryCache:
             kept.inputs = tuple(rowwise(x) for x in kept.inputs)
 
     def crop(self, max_length: int) -> None:
-        """Forget all tokens of each sequence but the first ``max_length``; of a negative number, that many newest ones.
+        """Keep only the first ``max_length`` tokens of each sequence; if it is negative, drop that many newest ones.
 
-        The cache becomes what it would be had those tokens never been written. One thing stays, under ``checkpoint``
-        and out of the reach of ``rewind``: a segment then goes on from a cached state, and keeps the rounding that
+        The cache becomes what it would be had those tokens never been written, with one exception: beyond the
+        reach of ``rewind``, under ``checkpoint``, a segment goes on from a cached state and keeps the rounding that
         ``state_dtype`` gave it. All layers are cropped, or none.
 
         Raises:
             ArgumentError: if the place cannot be restored: the message names those that can, and what to do.
+
+        Examples:
+            >>> from mctune import MemoryCaching
+            >>> layer, cache = MemoryCaching(64, segment_length=32, layer_idx=0), MemoryCache(rewind=8)
+            >>> _ = layer(torch.randn(1, 40, 64), past_key_values=cache)
+            >>> cache.crop(-5)  # takes the newest 5 tokens back
+            >>> cache.lengths
+            tensor([35])
         """
         if not self._layers:
             return
@@ -261,6 +281,9 @@ class MemoryCache:
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file. What ``rewind`` keeps is left out.
 
+        Args:
+            path: of the file, which is overwritten.
+
         Raises:
             ArgumentError: without the safetensors package.
         """
@@ -271,6 +294,9 @@ class MemoryCache:
     @classmethod
     def load(cls, path: str | Path) -> MemoryCache:
         """The cache that :meth:`save` wrote, on the CPU; tokens from before it cannot be taken back one by one.
+
+        Args:
+            path: of the file.
 
         Raises:
             ArgumentError: without the safetensors package, or if the file holds something else.

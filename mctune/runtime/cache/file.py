@@ -26,7 +26,18 @@ def write_layers(
     rewind: int,
     state_dtype: torch.dtype | None,
 ) -> None:
-    """Write memories and the convolutions' inputs; room beyond the states in use is left out."""
+    """Write memories and the convolutions' inputs; room beyond the states in use is left out.
+
+    Args:
+        path: of the safetensors file, which is overwritten.
+        layers: the memory of each layer, by its index.
+        convolutions: of each layer, the newest inputs of its convolutions, [B, K, width] each, and how many of the
+            oldest of the K are there only to go back.
+        max_states, rewind, state_dtype: the cache's options.
+
+    Raises:
+        ArgumentError: without the safetensors package.
+    """
     library = _safetensors()
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {"max_states": max_states, "rewind": rewind, "layers": {}, "convolutions": {}}
@@ -49,7 +60,7 @@ def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int 
     """What :func:`write_layers` wrote: memories, convolutions, max_states, rewind, state_dtype.
 
     Raises:
-        ArgumentError: if the file is of another kind.
+        ArgumentError: if the file is of another kind, or without the safetensors package.
     """
     library = _safetensors()
     with import_module("safetensors").safe_open(str(path), "pt") as file:
@@ -72,7 +83,7 @@ def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int 
         int(index): (_numbered(tensors, f"{index}.convolution"), spare)
         for index, spare in about["convolutions"].items()
     }
-    # Files from before there was a choice do not say.
+    # Files written before state_dtype existed do not have it.
     name = about.get("state_dtype")
     return layers, convolutions, about["max_states"], about["rewind"], None if name is None else getattr(torch, name)
 

@@ -31,7 +31,7 @@ def prefill(
         call: checked arguments; of a packed row, each sequence becomes a row of the memory.
         backend: as in ``memory_caching``.
         bound: most states to keep of a sequence. What a token reads is then what it would read token by token.
-        state_dtype: of the cached states, as in :meth:`LayerMemory.empty`.
+        state_dtype: in which cached states are kept, as in :meth:`LayerMemory.empty`.
 
     Returns:
         y as ``memory_caching`` does, differentiable where there is no bound, and the memory.
@@ -105,7 +105,13 @@ def _places(call: Call, begins: list[int], ends: list[int]) -> tuple[Tensor, Ten
 
 
 def joined(call: Call, outputs: list[Tensor], stops: list[list[int]]) -> Tensor:
-    """The outputs of consecutive parts of each sequence, in the order of the call's tokens."""
+    """The outputs of consecutive parts of each sequence, in the order of the call's tokens.
+
+    Args:
+        call: the whole of it.
+        outputs: of each part, [B, n, H, Dv], or [1, n, H, Dv] of a packed row.
+        stops: of each part, where it ends in each sequence, in tokens.
+    """
     if len(outputs) == 1:
         return outputs[0]
     if call.cu_seqlens is None:
@@ -118,7 +124,7 @@ def joined(call: Call, outputs: list[Tensor], stops: list[list[int]]) -> Tensor:
 
 
 def as_batch(call: Call, rows: int) -> Call:
-    """A packed row of sequences of one length as a batch."""
+    """A packed row of ``rows`` sequences of one length, [1, rows n, H, D], as a batch, [rows, n, H, D]."""
     batched = call.map(lambda x: x[0].reshape(rows, -1, *x.shape[2:]))
     return replace(batched, cu_seqlens=None, segmentation="constant")
 

@@ -33,7 +33,7 @@ class _Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class _Lost:
-    """What the bound cost after ``at`` tokens: see :meth:`LayerMemory.evict`."""
+    """What the bound has dropped after ``at`` tokens: see :meth:`LayerMemory.evict`."""
 
     at: int
     rows: Tensor
@@ -45,7 +45,7 @@ _KEPT = ("online", "key_sum", "last_key", "last_value", "start", "momentum", "ca
 
 @dataclass(eq=False)
 class History:
-    """The newest ``reach`` tokens of every sequence at least can be taken back; a few times that many are kept.
+    """At least the newest ``reach`` tokens of every sequence can be taken back; a few times as many are kept.
 
     A snapshot is taken every ``reach`` tokens; going back restores the last one before the place, and writes the
     tokens between again.
@@ -91,7 +91,7 @@ class History:
         self.total += k.shape[1]
 
     def settle(self, memory: LayerMemory, lost: tuple[Tensor, tuple[Tensor, ...]] | None) -> None:
-        """After the write of what was recorded last, and what the bound then cost."""
+        """Called after the recorded tokens were written; ``lost`` is what the bound then dropped."""
         if lost is not None:
             self.lost.append(_Lost(self.total, *lost))
         if self.total - self.snapshots[-1].at >= self.reach:
@@ -142,11 +142,11 @@ class History:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def extend_recorded(call: Call, memory: LayerMemory, history: History, backend: str) -> Tensor:
-    """:func:`..ops.step.extend`, of which the newest tokens can be taken back."""
+    """:func:`..ops.step.extend`, so that the newest tokens can be taken back."""
     memory.check(call)
     outputs, begin, n = [], 0, call.q.shape[1]
     while begin < n:
-        # What will be out of reach once all tokens are written needs no record.
+        # Tokens that will be out of reach once all are written need no record.
         forgotten = n - begin > history.reach
         end = n - history.reach if forgotten else min(n, begin + history.room)
         if memory.bound is not None:

@@ -126,7 +126,7 @@ def _write_matrix(call: Call, memory: LayerMemory, piece: _Tokens, filled: list[
     state, m = memory.online[0].flatten(0, 1), piece.k.shape[1]
     weights = torch.ones(m, m, dtype=keys.dtype, device=keys.device).tril()[None]
     if call.writes.convolves:
-        # The row before the piece; zero where there is none, which is all that its weight needs.
+        # The row before the piece; zeros where there is none, so that its weight has no effect.
         keys = torch.cat([memory.last_key.flatten(0, 1)[:, None], keys], 1)
         values = torch.cat([memory.last_value.flatten(0, 1)[:, None], values], 1)
         weights, decay = swla_weights(piece.gate("g", 0.0), piece.gate("beta", 0.0), piece.gate("lam", 1.0))
@@ -159,7 +159,7 @@ def _write_deep(call: Call, memory: LayerMemory, piece: _Tokens, filled: list[in
     z = gelu(hidden, approximate="tanh")
     error = error_rows(z @ start_down, k, v, call.writes.momentum, call.memory_residual)
     back = (error @ start_down.mT) * gelu_slope(hidden)
-    # An absent mu is 0 for titans: S must be right should the next call bring one.
+    # An absent mu is 0 for titans: S must stay right in case the next call passes one.
     mu = piece.gate("mu", 0.0)[:, None] if call.writes.momentum else None
     g = piece.gates.get("g")
     by, decay, products = coefficients(piece.gate("eta", 1.0)[:, None], None if g is None else g[:, None], mu)
@@ -212,7 +212,7 @@ def _gated(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
     if len(states) == 1:
         rows = x[:, :, None]
     else:
-        # Lane by lane: one product over all lanes would copy the states, whose storage has room between two lanes.
+        # Lane by lane: one product over all lanes would copy the states, whose storage has unused room between lanes.
         lanes = zip(x, states[0], strict=True)
         hidden = torch.stack([torch.bmm(row.expand(len(store), -1, -1), store.to(x.dtype)) for row, store in lanes])
         rows = gelu(hidden, approximate="tanh").transpose(1, 2)

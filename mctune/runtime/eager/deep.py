@@ -34,7 +34,7 @@ def gelu_slope(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """Of one step's A lanes: c_t [G, A, b], d_t [G, A, b] or ``None`` (no momentum), c_tj [G, A, b, b]."""
+    """Coefficients of one step's A lanes: c_t [G, A, b], d_t [G, A, b] or ``None`` (no momentum), c_tj [G, A, b, b]."""
 
     state: Tensor | None
     momentum: Tensor | None

@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def lay_out(call: Call) -> Layout:
-    """The layout of a call: Python over segments, cached, and left alone by torch.compile.
+    """The layout of a call: a Python loop over segments, cached, and not traced by torch.compile.
 
     Raises:
         ArgumentError: if ``cu_seqlens`` does not cut up the row.

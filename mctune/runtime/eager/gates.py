@@ -59,7 +59,7 @@ class Gate:
     r: Tensor | None = None
 
     def logits(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Of the cached segments [G, t, n] (-inf where a token may not look) and of the online one [G, t, 1]."""
+        """Logits of the cached segments, [G, t, n], -inf where unreadable, and of the online one, [G, t, 1]."""
         assert self.u is not None and self.p is not None and self.r is not None
         past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
         if block.visible is not None:
@@ -67,7 +67,7 @@ class Gate:
         return past, self.r[:, block.begin : block.end, None]
 
     def weights(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
+        """Weights of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
         if self.reads.routed:
             return gamma(self.reads, *self.logits(block), self.top_k)
         past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)

@@ -83,7 +83,7 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layo
     if gate.reads.sparse and layout.count - 1 > DENSE_STATES * gate.top_k:
         return _read_sparse(x, online, memories, gate, layout)
     parts = []
-    # Not slices: for the sum of four of their gradients Inductor (torch 2.13, CPU) makes wrong code.
+    # Not slices: Inductor (torch 2.13, CPU) generates wrong code for the sum of four of their gradients.
     sizes = [block.end - block.begin for block in layout.blocks]
     for block, rows, own in zip(layout.blocks, torch.split(x, sizes, 1), torch.split(online, sizes, 1), strict=True):
         past, share = gate.weights(block)

@@ -23,7 +23,7 @@ from .tvm.loader import KernelError
 
 TABLE = load_table(ROOT)
 NAMESPACE = PACKAGE.replace(".", "_")
-"""Of this copy's operators in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
+"""This copy's namespace in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
 BACKENDS = ("auto", "eager", *_WITH_KERNELS)
 _TYPICAL = {"B": 1, "T": 4096, "H": 4, "segment_length": 256}
 """Stand for sizes that are not known while a graph is traced; a kernel serves any."""
@@ -162,7 +162,7 @@ def _choose(request: Request, backend: str, grad: bool) -> Route | _Refusal:
 def _keeps(request: Request, forwards: Sequence[Entry], backwards: Sequence[Entry], N: int | None) -> Names:
     """What a forward of N segments, ``None`` where a graph is traced, keeps for its backward."""
     if request.segmentation == "logarithmic":
-        return ()  # how many segments there are is no matter of lengths alone
+        return ()  # the number of segments does not follow from the lengths alone
     gives = [given(*_tuned(entry)) for entry in forwards]
     if request.segmentation == "packed" and N is None:
         gives.append(frozenset(OF_SEGMENTS))
@@ -277,7 +277,7 @@ def warn_once(kind: tuple[str, ...], reason: str) -> None:
     """Warn that the eager path runs, once a kind."""
     if kind not in _warned:
         _warned.add(kind)
-        # From here up: route, serve, memory_caching, its caller.
+        # The frames from here up: route, serve, memory_caching, its caller.
         warnings.warn(f"the eager path runs: {reason}", stacklevel=5)
 
 

@@ -26,7 +26,7 @@ CHOICE: Names = ("lse", "own", "chosen", "picked", "order", "starts")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a call: ``heads`` is B * H, Dk and Dv as kernels pad them, N the segments, ``top_k`` at most N."""
+    """Sizes of a call: ``heads`` is B * H, Dk and Dv as kernels pad them, N the segments, ``top_k`` at most N."""
 
     heads: int
     T: int
@@ -38,7 +38,7 @@ class Sizes:
 
     @classmethod
     def of(cls, call: Call) -> Sizes:
-        """Of a packed row with the most segments that a row of its length can have."""
+        """The sizes of ``call``; a packed row counts with the most segments that a row of its length can have."""
         (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
         N = segments_at_most(T, call.segmentation, call.segment_length, call.cu_seqlens)
         top_k: int = torch.sym_min(torch.sym_max(call.top_k, 1), N)  # type: ignore[no-untyped-call]

@@ -115,7 +115,7 @@ forward_op.register_vmap(partial(batch_forward, forward_op))
 backward_op.register_vmap(partial(batch_backward, backward_op))
 
 
-# What torch.library makes of register_autograd is not known to torch.func (torch 2.13); such a function is.
+# torch.func does not know the autograd function that register_autograd makes (torch 2.13); it knows this one.
 class _Transformed(torch.autograd.Function):
     """The forward under the transforms of torch.func; nothing is saved but the arguments."""
 

@@ -72,7 +72,7 @@ def _gradient(x: Tensor | None, dx: Tensor | None, like: Tensor) -> Tensor:
 
 def _eager_backward(dy: Tensor, call: Call) -> tuple[Tensor, ...]:
     tensors = {name: getattr(call, name) for name in TENSORS if getattr(call, name) is not None}
-    # An operator's body runs below autograd, which is lifted here; autocast would narrow the gradients' products.
+    # An operator's body runs below autograd, so enable it here; autocast would narrow the gradients' products.
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd, torch.enable_grad(), torch.autocast(call.q.device.type, enabled=False):
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}

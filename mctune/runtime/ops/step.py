@@ -49,7 +49,7 @@ def advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
     n = call.q.shape[1]
     if not torch.compiler.is_compiling():
         memory.reserve(n)
-    # The operator is what a graph keeps whole, and what refuses a backward; otherwise its overhead is saved.
+    # An operator is opaque to a graph and refuses a backward; elsewhere a plain call saves its overhead.
     run = _operator if torch.compiler.is_compiling() or call.requires_grad else _run
     y: Tensor = run(
         call.q,

@@ -56,7 +56,7 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _check(in_dims: Dims, arguments: tuple[Any, ...]) -> None:
-    """Of q and what follows it.
+    """Check the mapped axes of q and the arguments after it.
 
     Raises:
         ArgumentError: if a batch cannot join B.

@@ -31,7 +31,7 @@ def _keeps_gates(config: Config, problem: Problem, target: Target) -> bool:
 
 
 def _rows(config: Config) -> int:
-    """Of a gates' gradient's tile."""
+    """Rows of a tile of the gates' gradient."""
     return max(config.integer("dgates_BT"), config.integer("dgates_BI"))
 
 
@@ -148,7 +148,7 @@ _BROAD = "a tile wider than a row computes columns that do not exist"
 _PIECES = (256, 128, 64, 32, 16)
 _PRECISIONS = ("tf32x3", "ieee")
 _DEFAULTS = (
-    # Lists of a greater top_k take more warps.
+    # Lists of a larger top_k need more warps.
     *(
         _chosen(piece, *wide).replace(gates_num_warps=warps, precision=precision)
         for warps in (4, 8)
@@ -156,7 +156,7 @@ _DEFAULTS = (
         for wide in ((128, 8), (64, 8), (64, 4), (32, 4))
         for piece in _PIECES
     ),
-    # Rows share a state's way from the L2.
+    # Many rows share one load of a state from L2.
     _WIDE.replace(
         **{"dq_BT": 256, "dq_BJ": 32, "dq_num_warps": 16, "dgates_BT": 64, "dgates_num_warps": 8},
         **{"dstates_SEGMENTS": 4, "dstates_num_warps": 16},
@@ -182,10 +182,10 @@ _FLOAT32 = (
 )
 _LITTLE_SHARED = {"dq_num_stages": 1, "dkv_num_stages": 1, "dkv_BS": 64}
 _FEWER_ROWS = (
-    # Where products take them from registers.
+    # For products that take rows from registers.
     {"dkv_BJ": 64, "dkv_BT": 64, "dkv_BS": 64, "dkv_num_warps": 4},  # BS 128 spills 700 B by Triton 3.6
     {"dkv_BJ": 64, "dkv_BT": 64, "dkv_num_warps": 8},
-    # Where they are wider.
+    # For wider rows.
     {"dkv_BJ": 64, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 8},
     {"dkv_BJ": 32, "dkv_BT": 32, "dkv_BS": 64, "dkv_num_warps": 4},
 )
@@ -291,7 +291,7 @@ SPACE = SearchSpace(
         at_most("dq_BK", _WIDE, lambda c, p: max(power(p.Dk), 32), _BROAD),
         at_most("dkv_BS", _WIDE, lambda c, p: max(power(max(p.Dk, p.Dv)), 32), _BROAD),
         Constraint("states registers", state_and_keys, "the sums of products, of a state and of its keys, would spill"),
-        # dy and q stay, and where every state is read for itself, one read is added to that of the others.
+        # dy and q stay in registers; where every state is read by itself, one read is added to the sum of the others.
         _accumulator(
             "dq",
             lambda c, p: (
@@ -299,7 +299,7 @@ SPACE = SearchSpace(
                 * ((3 if _dense(c, p) else 1) * min(c.integer("dq_BK"), power(p.Dk)) + power(p.Dv) / 2)
             ),
         ),
-        # Products of float32 are made of three, of parts of their operands.
+        # A float32 product is three products of parts of its operands.
         _accumulator("dgates", lambda c, p: 4 * _rows(c) * power(p.Dk) if p.routed else 0),
         _accumulator(
             "dstates",
@@ -317,7 +317,7 @@ SPACE = SearchSpace(
             _rows_in_registers,
             "products take rows of k and v from registers, which would spill beside the accumulators",
         ),
-        # A state's gradient, and the read and its rows beside it.
+        # A state's gradient, beside the read and its rows.
         _accumulator(
             "dgroup",
             lambda c, p: (
@@ -358,7 +358,7 @@ SPACE = SearchSpace(
         ),
     ),
     default=_waiting(_DEFAULTS[0], "shared"),
-    # Where pieces are shorter than segments, the same with nothing saved.
+    # The same with nothing saved, for pieces shorter than segments.
     fallbacks=tuple(
         _waiting(config.replace(saved=saved, **{**shared, **rows}), operand)
         for operand, fewer in (("shared", ()), ("registers", _FEWER_ROWS))

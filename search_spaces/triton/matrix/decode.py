@@ -80,7 +80,7 @@ SPACE = SearchSpace(
         Constraint("online registers", _online_fits, "the online state would spill"),
     ),
     default=_WIDE,
-    # Fewer states are read; wide keys.
+    # For fewer states, and for wide keys.
     fallbacks=tuple(
         _WIDE.replace(decode_SPLITS=splits, decode_num_warps=warps) for splits in (16, 8, 4, 2) for warps in (4, 8)
     ),

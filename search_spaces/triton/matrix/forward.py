@@ -77,13 +77,13 @@ def _sums(config: Config, problem: Problem, target: Target) -> bool:
 
 _TALL = _WIDE.replace(formulation="scaled", read_BT=256, read_BJ=32, read_num_warps=16, read_num_stages=2)
 _DEFAULTS = (
-    # Lists of a greater top_k take more warps.
+    # Lists of a larger top_k need more warps.
     *(
         _shorter(piece, "grouped").replace(gates_num_warps=warps)
         for warps in (4, 8)
         for piece in (256, 128, 64, 32, 16)
     ),
-    # Rows share a state's way from the L2, and q's do so with the columns of a sum that has the accumulator for itself.
+    # Many rows share one load of a state from L2.
     _WIDE.replace(read_BT=256, read_num_warps=16),
     _TALL,
     _WIDE.replace(read_BT=256, read_BV=64, read_num_warps=16),
@@ -161,7 +161,7 @@ SPACE = SearchSpace(
             lambda c, p, t: c.integer("read_BT") <= c.integer("piece"),
             "a tile longer than a piece computes rows that do not exist",
         ),
-        # Wider and longer tiles than that are cut down: one value of many that are the same, the default's, stays.
+        # Larger tiles are cut down to this size, so of the values that mean the same only the default's stays.
         *(
             Constraint(
                 name,

@@ -114,6 +114,6 @@ SPACE = SearchSpace(
         ),
     ),
     default=_DEFAULTS[0],
-    # Each for ssc, grm and equal gates: wide; short segments; narrower widths; AVX2's sixteen registers; both.
+    # For ssc, grm and equal gates each: wide, short segments, narrow heads, AVX2's 16 registers, and both.
     fallbacks=_DEFAULTS[1:],
 )

@@ -45,9 +45,9 @@ SPACE = SearchSpace(
         Constraint("read registers", _fits_registers(1, 2, "rows", "streams"), "the sums of a read would spill"),
         Constraint("write registers", _fits_registers(2, 3, "rows"), "the sums of a write would spill"),
     ),
-    # Whole rows of wide states: in two passes over half rows, memory is read a third more slowly.
+    # Whole rows of wide states: two passes over half rows read memory a third more slowly.
     default=_WIDE.replace(cols=128, rows=1),
-    # Narrower values; AVX2's sixteen registers; both; the least.
+    # For narrow values, AVX2's 16 registers, both, and the smallest.
     fallbacks=(
         _WIDE,
         _WIDE.replace(cols=32),

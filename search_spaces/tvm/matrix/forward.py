@@ -107,7 +107,7 @@ SPACE = SearchSpace(
         ),
     ),
     default=_WIDE,
-    # Short segments; narrow values; AVX2's sixteen registers; both.
+    # For short segments, narrow values, AVX2's 16 registers, and both.
     fallbacks=(
         _WIDE.replace(chunk=32),
         _WIDE.replace(cols=32),

@@ -1,4 +1,4 @@
-"""The parameters of the cost model that were fitted to a target's measured times, where they were."""
+"""The cost model's parameters for a target, where they were fitted to measured times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_calibration(path: Path, version: int = 0) -> Parameters:
     """The parameters of a file; those that it does not name keep their defaults. ``version`` tells states apart.
 
     Raises:
-        UsageError: for a parameter that the cost model has not, or a value that is not positive.
+        UsageError: for a parameter that the cost model does not have, or a value that is not positive.
     """
     values = read_toml(path).get("parameters", {})
     known = {field.name for field in fields(Parameters)}

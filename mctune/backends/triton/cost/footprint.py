@@ -59,7 +59,7 @@ def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
     if name in _PIECE_STATES:
         return heads * len(walk.pieces) * Dk * Dv
     if name in _SEGMENT_STATES:
-        # A decode step reads what it needs.
+        # A decode step reads only the chosen states.
         read = min(top_k, walk.segments) if p.pass_ == "decode" and p.top_k else walk.segments
         return heads * read * Dk * Dv
     if name in _SEGMENT_KEYS:
@@ -69,7 +69,7 @@ def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
     if name == "dgamma" and walk.has("formulation", "grouped"):
         return heads * tokens * top_k
     if name in _GATE_ROWS:
-        # A token's row ends with its own segment.
+        # A token's row of logits ends with its own segment.
         rows = sum((past + 1) * (end - begin) for past, (begin, end) in enumerate(p.spans()))
         return heads * rows * tokens / p.T
     if name in _TOKENS:

@@ -1,4 +1,4 @@
-"""Classes of instructions: what one line of PTX or of an AMD GPU's assembly asks of which unit."""
+"""Instruction classes: which unit one line of PTX, or of an AMD GPU's assembly, loads, and how much."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mix:
-    """What a block asks of its multiprocessor.
+    """The instruction mix of a block: what it asks of each unit of its multiprocessor.
 
     Attributes:
         matrix: operations of matrix products (a multiply-add counts 2), as many of 16-bit inputs as take that long.
@@ -77,7 +77,7 @@ def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str])
         matrices = re.search(r"[.]x([124])\b", opcode)
         return Mix(issue=warps, shared=4.0 * (int(matrices[1]) if matrices else 1) * threads)
     if opcode.startswith("tcgen05.ld") or opcode.startswith("tcgen05.st"):
-        # Tensor memory, a word a thread and column, about as fast as shared memory.
+        # Tensor memory: a word for each thread and column, about as fast as shared memory.
         columns = re.search(r"[.]x(\d+)\b", opcode)
         return Mix(issue=warps, shared=4.0 * (int(columns[1]) if columns else 1) * threads)
     if opcode.startswith("shfl"):
@@ -89,33 +89,33 @@ def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str])
     pair = 2.0 if ".f32x2" in opcode else 1.0
     fp32 = pair * threads if _FP32.match(opcode) else 0.0
     if opcode.startswith(_SPECIAL):
-        # An exact quotient or root is a reciprocal and a few float32 steps.
+        # An exact division or square root is an approximation and a few float32 steps.
         steps = 8.0 if opcode.startswith(("div.", "sqrt.rn")) else 1.0
         return Mix(issue=warps * steps, fp32=fp32 * (steps - 1), special=threads)
     return Mix(issue=warps, fp32=fp32)
 
 
 _K_BYTES = 32
-"""Of a row of an operand that one instruction takes, whatever its type: 16 numbers of 16 bits, 8 of TF32."""
+"""Bytes of an operand's row that one instruction reads, whatever the type: 16 numbers of 16 bits, 8 of TF32."""
 
 
 def _ptx_product(opcode: str, operands: str, warps: int, constants: Mapping[str, str]) -> Mix:
     """One instruction, for all warps of the block that take part in it."""
     if opcode.startswith("tcgen05"):
-        # One thread asks for the whole block; M and N stand in the instruction descriptor, K is 32 bytes.
+        # One thread issues it for the whole block; M and N are in the instruction descriptor, K is 32 bytes.
         parts = [part.strip() for part in operands.split(",")]
         code = int(constants.get(parts[3], "0")) if len(parts) > 3 else 0
         rows, columns = (code >> 24 & 31) << 4 or 128, (code >> 17 & 63) << 3 or 64
         wide = 8 if "tf32" in opcode else 32 if "f8" in opcode else 16
         cost = _COST["tf32"] if "tf32" in opcode else 0.5 if "f8" in opcode else 1.0
-        # The left factor is in tensor memory where it is an address, not a descriptor.
+        # A left factor given as an address, not a descriptor, is in tensor memory.
         read = columns + (0 if len(parts) > 1 and parts[1].startswith("[") else rows)
         return Mix(matrix=2.0 * rows * columns * wide * cost, operands=float(_K_BYTES * read))
     shape = _SHAPE.search(opcode)
     if shape is None:
         return Mix()
     m, n, k = (int(part) for part in shape.groups())
-    # After the shape, layouts and types: D, A, B and so on.
+    # After the shape come layouts and types: those of D, A, B and so on.
     types = [part for part in opcode[shape.end() :].split(".") if part not in ("", "row", "col")]
     cost = _COST.get(types[1], 1.0) if len(types) > 1 else 1.0
     if opcode.startswith("wgmma"):
@@ -167,7 +167,7 @@ def amd_mix(line: str, warps: int, warp_size: int) -> Mix:
     if opcode == "s_barrier":
         return Mix(barriers=1.0)
     if not opcode.startswith("v_"):
-        return Mix()  # scalar instructions go beside those of the vector unit
+        return Mix()  # scalar instructions issue in parallel with vector ones
     if _AMD_SPECIAL.match(opcode):
         return Mix(issue=warps, special=threads)
     pair = 2.0 if opcode.startswith("v_pk_") else 1.0

@@ -1,4 +1,4 @@
-"""What the cost model assumes that no data sheet states."""
+"""The cost model's parameters: what no data sheet states."""
 
 from __future__ import annotations
 

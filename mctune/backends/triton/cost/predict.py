@@ -1,6 +1,6 @@
-"""What a cost model says of launches: the time of kernels on a GPU that is not here (docs/cost-model.md).
+"""The cost model: predicted time of compiled launches on an absent GPU (docs/cost-model.md).
 
-Of every launch: what a block executes (:mod:`.mix`), times how often its loops run (:mod:`.trips`), against what a
+For every launch: what a block executes (:mod:`.mix`), times how often its loops run (:mod:`.trips`), against what a
 multiprocessor and the whole GPU do a second. A model, not a measurement: it ranks candidates.
 """
 
@@ -68,7 +68,7 @@ class Part:
 
 
 def predict(launches: Sequence[Launch], problem: Problem, config: Config, target: Target) -> Predicted:
-    """The time of one call, and in words what it is made of; with the target's calibration, if there is one.
+    """The time of one call and, in words, its parts; with the target's calibration, if there is one.
 
     Infinite, and why, for launches that the model does not count: only measured searches have them.
     """
@@ -85,7 +85,7 @@ def predict(launches: Sequence[Launch], problem: Problem, config: Config, target
 def demands(
     launches: Sequence[Launch], problem: Problem, config: Config, target: Target, parameters: Parameters
 ) -> tuple[Demand, ...]:
-    """What each launch asks; of ``parameters`` those of spills and of loops that nothing is known of matter here.
+    """What each launch asks; of ``parameters``, only those for spills and for unknown loops matter here.
 
     Raises:
         Uncounted: for a kernel whose warps do different work.
@@ -117,14 +117,14 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
     told = [_walked(launch, compiled, source_of(launch, problem, config, target, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
-    # Half of the cache: other arrays go through it too.
+    # Count on half of the cache: other arrays pass through it too.
     touched = footprint(launch, problem, config, (target.cache_mb or 1.0) * 2**19)
     if launch.name in _STREAMING:
         share = min(1.0, touched / max(launch.blocks * (mean.loaded + mean.stored), 1.0))
         mean, heaviest = (
             replace(mix, loaded=mix.loaded * share, stored=mix.stored * share) for mix in (mean, heaviest)
         )
-    # A program that has a quarter more to do than the mean one: the order of the grid matters, not whole waves.
+    # If some program has a quarter more to do than the mean, the order of the grid matters, not whole waves.
     uniform = all(most <= 1.25 * value for most, value in zip(astuple(heaviest), astuple(mean), strict=True))
     return Demand(
         name=launch.name,
@@ -186,10 +186,10 @@ def _walk(
     """
     total = _scaled(loop.mix, passes)
     stages = max(int(dict(launch.values).get("STAGES", launch.num_stages)), 1)
-    # What a pass waits for. Loads of a pass are asked for together, those of a pipeline so many passes before.
+    # What a pass waits for. The loads of a pass are issued together, in a pipeline several passes ahead.
     waits = passes * min(loop.mix.loads, 1.0)
     if entries and loop.mix.ahead and (launch.warp_size == 32 or loop.mix.matrix):
-        # What the first passes need is asked for before the loop, and in the last ones for nothing.
+        # The first passes' loads are issued before the loop; the last passes issue loads that nothing uses.
         early = min(stages - 1, passes / entries) * entries
         total = replace(total, loaded=max(total.loaded - loop.mix.ahead * early, 0.0))
         waits /= stages
@@ -232,7 +232,7 @@ def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Lo
 
 
 def _fewer(mix: Mix, operations: float) -> Mix:
-    """``mix`` without so many operations of its products, and what belongs to these."""
+    """``mix`` without so many operations of its products, nor the other work that belongs to them."""
     share = max(1 - operations / mix.matrix, 0.0) if mix.matrix else 1.0
     return replace(mix, matrix=mix.matrix * share, groups=mix.groups * share, operands=mix.operands * share)
 
@@ -245,12 +245,12 @@ def _scaled(mix: Mix, factor: float) -> Mix:
 
 
 def _time(demand: Demand, target: Target, p: Parameters) -> Part:
-    core, clock = CORES[target.arch], (target.clock_ghz or 1.0) * 1e3  # cycles a microsecond
+    core, clock = CORES[target.arch], (target.clock_ghz or 1.0) * 1e3  # cycles per microsecond
     share = demand.blocks / target.cores
     if demand.uniform:
         us, unit = _rounds(demand, demand.mean, demand.chain, math.ceil(share), core, clock, target, p)
     else:
-        # The longest programs start first, so that multiprocessors end about together, but none before the longest.
+        # The longest programs start first: multiprocessors finish together, but not before the longest program.
         us, unit = _rounds(demand, demand.mean, demand.chain, max(share, 1e-9), core, clock, target, p)
         alone = _rounds(demand, demand.heaviest, demand.longest, 1, core, clock, target, p)
         us, unit = max((us, unit), alone)
@@ -263,7 +263,7 @@ def _time(demand: Demand, target: Target, p: Parameters) -> Part:
     l2 = traffic / ((target.cache_tbs or 2 * (target.dram_gbs or 100.0) / 1e3) * 1e6 * p.cache)
     times = {unit: us, "DRAM": dram, "L2": l2}
     bound = max(times, key=lambda name: times[name])
-    # Traffic and arithmetic overlap, but for where a kernel begins and ends.
+    # Traffic and arithmetic overlap, except at a kernel's beginning and end.
     total = times[bound] + p.exposed * (sum(times.values()) - times[bound])
     overhead = p.launch_us * (1 + demand.extra)
     return Part(demand.name, total + overhead, "its launch" if overhead > total else bound)
@@ -287,7 +287,7 @@ def _rounds(
         us += full * once
     if rest:
         once, last = _together(demand, mix, chain, rest, core, clock, target, p)
-        # The last of an uneven grid is shared by blocks of other lengths.
+        # In an uneven grid the last round has blocks of other lengths beside it.
         us += once if demand.uniform or not full else once * rest / demand.resident
         unit = unit or last
     return us, unit
@@ -305,10 +305,10 @@ def _together(
 ) -> tuple[float, str]:
     """Microseconds of ``blocks`` that share a multiprocessor, and the unit that bounds them."""
     nvidia = target.kind == "cuda"
-    issued = core.parts if nvidia else 1.0  # an instruction of 64 lanes takes a part of CDNA 4 cycles
-    rate = (target.matrix_tflops or 1.0) * 1e6 / target.cores  # operations a microsecond
+    issued = core.parts if nvidia else 1.0  # a 64-lane instruction occupies one SIMD of CDNA for 4 cycles
+    rate = (target.matrix_tflops or 1.0) * 1e6 / target.cores  # operations per microsecond
     issue = max(mix.issue / (issued * p.issue), mix.fp32 / (core.fp32_lanes * p.fp32)) / clock
-    # A product is as fast as its operands come out of shared memory. It reads them without conflicts.
+    # A product is no faster than its operands arrive from shared memory; it reads them without bank conflicts.
     operands = blocks * mix.operands / p.shared_bytes / clock
     times = {
         "matrix units": max(blocks * mix.matrix / rate, operands) / p.matrix,
@@ -317,15 +317,15 @@ def _together(
         "shared memory": blocks * mix.shared / (p.shared_bytes * p.shared) / clock,
         "L2 port": blocks * (mix.loaded + mix.stored) / (p.port_bytes * p.port) / clock,
     }
-    total = sum(times.values())  # operands are read while their product runs, and are in its time
+    total = sum(times.values())  # operands are read while their product runs, so its time includes them
     times["shared memory"] += operands
     bound = max(times, key=lambda name: times[name])
     warps = blocks * demand.warps
-    # Few warps leave a unit idle while another works: its time shows in part.
+    # With few warps, units do not overlap completely: part of the other units' time shows.
     shown = p.half_warps / (p.half_warps + warps)
     alone = (chain[0] * p.dependent_cycles + chain[1] * p.barrier_cycles) / clock + chain[2] * p.memory_us
     if demand.serialized:
-        # A warpgroup does nothing else while its product runs: only others do.
+        # A warpgroup waits while its own product runs; only other warpgroups overlap it.
         shown = max(shown, min(4 / warps, 1.0))
         alone += 4 / demand.warps * mix.matrix / (rate * p.matrix) + mix.groups * p.serialized_cycles / clock
     busy = times[bound] + shown * max(total - times[bound], 0.0)

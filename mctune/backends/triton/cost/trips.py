@@ -83,13 +83,13 @@ class Walk:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Of one sequence."""
+        """The pieces of one sequence."""
         piece = self.config.integer("piece") if "piece" in self.config else self.problem.T
         return _pieces(self.problem, piece)
 
     @property
     def segments(self) -> int:
-        """Of one sequence."""
+        """The number of segments of one sequence."""
         return len(self.problem.spans())
 
     @property
@@ -285,7 +285,7 @@ def _writes(w: Walk) -> Source:
     whole, loops = 0, list[Source]()
     for width, padded, other in ((w.problem.Dk, PK, PV), (w.problem.Dv, PV, PK)):
         parts, step = math.ceil(width / BS), 2 * BJ * min(BS, padded) * other
-        # A state that is read whole has no loop.
+        # A state that is read in one piece has no loop.
         if parts > 1:
             loops.append(Source(parts, step))
         else:
@@ -296,7 +296,7 @@ def _writes(w: Walk) -> Source:
             loops.append(Source(w.of_tiles(BJ, lambda p, t: p.later)))
         aside = -(-BJ // BT) * BT
         near = w.of_tiles(BJ, lambda p, t: math.ceil(min(aside, p.length - t) / BT))
-        # In 16 bits one product of TF32, not three.
+        # 16-bit inputs take one TF32 product instead of three.
         loops.append(Source(near, min(_wide(w), 2.0) * 2 * BJ * BT * PK))
         loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(max(p.length - t - aside, 0) / BT))))
     return Source(1, whole, tuple(loops))
@@ -305,7 +305,7 @@ def _writes(w: Walk) -> Source:
 def _connectors(w: Walk) -> Source:
     BT, BI, parts, (PK, _) = w["BT"], int(w.values.get("BI", 1)), int(w.values.get("PARTS", 1)), w.padded
     cached = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BI))
-    # One part is a constant: its loop is gone.
+    # A single part makes the trip count a constant, so the compiler removes the loop.
     each = (Source(parts),) if parts > 1 else ()
     if w.has("formulation", "grouped"):
         loops = [*each, Source(w["top_k"]), Source(w["top_k"])]
@@ -331,7 +331,7 @@ def _decode_read(w: Walk) -> Source:
     share = read / splits
     group = min(16.0, share)
     blocks = math.ceil(w["DK"] / BK)
-    # Of one token the writer's loop is gone.
+    # For a single token the compiler removes the writer's loop.
     loops = [Source(n, 0, (Source(1),))] if n > 1 else []
     if w.problem.reads.sparse:
         loops += [Source(share * (splits - 1) / 2)] if splits > 1 else []
@@ -377,7 +377,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "_logits_kernel": _decode_logits,
     "combine_kernel": _decode_combine,
 }
-"""The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""
+"""The loops of a kernel, by its name; a kernel that is not listed has loops of ``Parameters.unknown_trips`` passes."""
 
 UNCOUNTED = ("read_specialized_kernel",)
 """Kernels whose warps do different work: the model counts an instruction for all warps of a block."""
