@@ -204,7 +204,7 @@ def _list(text: str) -> list[str]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="measured spaces, .json or .json.gz")
-    parser.add_argument("--samplers", type=_list, default=["tpe", "gp", "random"], help=f"of {','.join(SAMPLERS)}")
+    parser.add_argument("--samplers", type=_list, default=list(SAMPLERS), help=f"of {','.join(SAMPLERS)}")
     parser.add_argument("--budgets", type=lambda s: sorted(map(int, _list(s))), default=[50, 100, 150, 200])
     parser.add_argument("--seeds", type=int, default=30, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)

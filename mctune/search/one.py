@@ -23,11 +23,11 @@ from mctune.search.feasible import Feasible
 from mctune.search.finalists import decide, shortlist
 from mctune.search.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.search.rules import Rule
-from mctune.search.sampler import START
 from mctune.search.study import Trial, load_study, run_study
 from mctune.search.timing import summary
 from mctune.search.worker import WorkerDied, WorkerTimedOut
 from mctune.search.workers import Workers
+from mctune.study.samplers import START
 
 _LEAST_START = 8
 _FINALISTS = 3  # of each segment length
