@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,8 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self._seed = secrets.randbits(31) if seed is None else seed
         self._points = Points(space, rules, balance)
         self._retry, self._retried = retry_failed, 0
-        self._given: dict[int, Point | None] = {}
+        self._given: dict[tuple[str, int], Point | None] = {}
+        self._finished: dict[tuple[str, int], Tried] = {}
         self._last: tuple[list[Tried], Point | None, Mapping[str, Any]] | None = None
         self._one_at_a_time = threading.Lock()
 
@@ -129,23 +130,19 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         """What was tried in ``study``, in order, trial number ``but`` left out; running trials are of median cost."""
         if len(study.directions) != 1:
             raise UsageError(f"{type(self).__name__} minimizes or maximizes one value, not {len(study.directions)}")
-        sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
-        found: list[tuple[FrozenTrial, Point]] = []
+        found: list[tuple[Tried, bool]] = []
         retried = 0
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.FAIL and self._retry:
                 retried += 1
-                continue
-            point = self._point_of(trial)
-            if trial.number != but and point is not None:
-                found.append((trial, point))
+            elif trial.number != but and (tried := self._tried(study, trial)) is not None:
+                found.append((tried, trial.state == TrialState.RUNNING))
         if retried != self._retried:
             self._retried = retried
             self._points.rewind()
-        costs = {trial.number: _cost(trial, sign) for trial, _ in found if trial.state != TrialState.RUNNING}
-        known = sorted(cost for cost in costs.values() if cost is not None)
+        known = sorted(tried.cost for tried, _ in found if tried.cost is not None)
         middling = known[len(known) // 2] if known else None
-        return [Tried(point, costs.get(trial.number, middling), _notes(trial)) for trial, point in found]
+        return [replace(tried, cost=middling) if running else tried for tried, running in found]
 
     def left(self, study: optuna.Study) -> bool:
         """Whether there is a valid point that ``study`` has not tried, nor is trying."""
@@ -162,7 +159,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         """Choose the trial's point."""
         with self._one_at_a_time:
             point = self.propose(self.history(study, trial.number))
-            self._given[trial.number] = point
+            self._given[study.study_name, trial.number] = point
             notes = self._last[2] if self._last else {}
             for key, value in notes.items():
                 study._storage.set_trial_system_attr(trial._trial_id, _NOTES + key, value)
@@ -186,7 +183,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             UsageError: if the space has no such parameter, or it is suggested with other values.
             optuna.TrialPruned: if no valid point is left.
         """
-        point = self._given[trial.number]
+        point = self._given[study.study_name, trial.number]
         if point is None:
             raise optuna.TrialPruned("every valid point of the space was tried")
         param = self.space.param(param_name)
@@ -208,13 +205,26 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             with suppress(RuntimeError):  # ask and tell: there is no loop to end
                 study.stop()
 
+    def _tried(self, study: optuna.Study, trial: FrozenTrial) -> Tried | None:
+        """What a trial, of whatever sampler, says; ``None`` if it has no point in this space."""
+        key = study.study_name, trial.number
+        tried = self._finished.get(key)
+        if tried is None:
+            point = self._point_of(trial) or self._given.get(key)
+            if point is None:
+                return None
+            tried = Tried(point, _cost(trial, study.direction), _notes(trial))
+            if trial.state.is_finished():
+                self._finished[key] = tried
+        return tried
+
     def _point_of(self, trial: FrozenTrial) -> Point | None:
-        """The point of a trial of whatever sampler, ``None`` if it has none in this space."""
+        """The point that a trial's parameters make, if they do."""
         point = []
         for param in self.space.params:
             values = _suggested(param, trial.distributions.get(param.name))
             if values is None or trial.params[param.name] not in values:
-                return self._given.get(trial.number)
+                return None
             point.append(values.index(trial.params[param.name]))
         return tuple(point)
 
@@ -232,11 +242,13 @@ def _suggested(param: Param, distribution: BaseDistribution | None) -> Sequence[
     return None
 
 
-def _cost(trial: FrozenTrial, sign: float) -> float | None:
-    """What a finished trial counts as."""
+def _cost(trial: FrozenTrial, direction: optuna.study.StudyDirection) -> float | None:
+    """What a finished trial counts as, lower is better."""
     if trial.state != TrialState.COMPLETE or any(value > 0 for value in trial.constraints.values()):
         return None
-    return sign * trial.value if trial.value is not None and math.isfinite(trial.value) else None
+    if trial.value is None or not math.isfinite(trial.value):
+        return None
+    return -trial.value if direction == optuna.study.StudyDirection.MAXIMIZE else trial.value
 
 
 def _notes(trial: FrozenTrial) -> dict[str, Any]:

@@ -26,6 +26,10 @@ _OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
+_KEPT_TO: dict[str, dict[str, Any]] = {
+    "gp": {"asks": 3},  # its answers hardly change, and each takes long
+    "cmaes": {"categories": False, "constraints": False},  # it ignores both
+}
 
 
 def sampler_of(
@@ -57,7 +61,7 @@ def sampler_of(
         missing = [needed for needed in _NEEDS.get(name, ()) if find_spec(needed) is None]
         if missing:
             raise UsageError(f"sampler {name!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-        return WrappedSampler(_OPTUNAS[name], space, rules, categories=name != "cmaes", **common)
+        return WrappedSampler(_OPTUNAS[name], space, rules, **_KEPT_TO.get(name, {}), **common)
     foreign = _constructed(name, _class(name), seed)
     return WrappedSampler(lambda _: foreign, space, rules, **common)
 
@@ -87,8 +91,8 @@ def _constructed(name: str, sampler: type[BaseSampler], seed: int | None) -> Bas
         except Exception as error:
             raise UsageError(f"sampler {name!r} cannot be constructed: {_line(error)}") from error
     raise UsageError(
-        f"sampler {name!r} cannot be constructed: {_line(reason)}; only seed= is given, so derive a class that fills in "
-        "the rest"
+        f"sampler {name!r} cannot be constructed: {_line(reason)}; only seed= is given, so derive a class "
+        "that fills in the rest"
     ) from reason
 
 

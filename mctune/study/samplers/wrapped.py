@@ -20,7 +20,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mctune.core.space import SearchSpace
 from mctune.search.feasible import Point, Stratum
@@ -36,7 +36,10 @@ class WrappedSampler(DiscreteSampler):
     Args:
         make: the other sampler, given a seed. It is made anew for every proposal, so that nothing but the trials and
             the seed decides; one that keeps state of its own is returned by ``make`` again and again.
+        asks: how often it is asked before a neighbour stands in for what was tried already or is not valid.
         categories: whether unordered parameters are categorical to it; else they are integers like the others.
+        constraints: whether it learns from a violated constraint that a trial failed; in any case a failure is as bad
+            as the worst.
         space, rules, seed, balance, retry_failed: see :class:`DiscreteSampler`.
     """
 
@@ -46,17 +49,20 @@ class WrappedSampler(DiscreteSampler):
         space: SearchSpace,
         rules: Sequence[Rule] = (),
         *,
+        asks: int = 10,
         categories: bool = True,
+        constraints: bool = True,
         seed: int | None = None,
         balance: str | None = None,
         retry_failed: bool = False,
     ) -> None:
         super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
-        self._make = make
+        self._make, self._asks, self._constraints = make, asks, constraints
+        self._frozen: dict[tuple[Point, float, float | None], FrozenTrial] = {}
         self._ranges: dict[str, BaseDistribution] = {
-            param.name: IntDistribution(0, len(param.values) - 1)
+            param.name: _Positions(0, len(param.values) - 1)
             if param.ordered or not categories
-            else CategoricalDistribution(range(len(param.values)))
+            else _Categories(range(len(param.values)))
             for param in space.params
         }
 
@@ -69,40 +75,74 @@ class WrappedSampler(DiscreteSampler):
         tried: int,
     ) -> tuple[Point | None, Mapping[str, Any]]:
         """What the other sampler asks for, or what is valid, near and not tried."""
+        first: Point | None = None
+        # A model of failures costs as much as one of times, so where nothing failed there is none.
+        failed = self._constraints and any(tried.cost is None for tried in history)
         with _quiet():
-            study = self._study(history, self._make(int(rng.integers(1 << 31))))
-            asked = study.ask(self._ranges).params
-            notes = study.get_trials(deepcopy=False)[-1].system_attrs
-        point = self._points.feasible.repair(tuple(asked[name] for name in self._ranges), rng, stratum)
-        kept = {key: value for key, value in notes.items() if not any(part in key for part in _NOT_KEPT)}
-        return None if point is None else self._near(point, seen, rng, stratum), kept
+            study = self._study(history, self._make(int(rng.integers(1 << 31))), failed)
+            for _ in range(self._asks):
+                asked = study.ask(self._ranges)
+                wanted = tuple(asked.params[name] for name in self._ranges)
+                point = self._points.feasible.repair(wanted, rng, stratum)
+                if point is None:
+                    return None, {}
+                if self._points.free(point, seen, stratum):
+                    return point, _kept(study.get_trials(deepcopy=False)[-1].system_attrs)
+                first = first or point
+                if point in seen:
+                    study.tell(asked, state=TrialState.FAIL)
+                else:
+                    if failed:
+                        asked.set_constraint("failed", 1.0)
+                    study.tell(asked, self._worst)
+        around = self._points.neighbours(first) if first else ()
+        free = [other for other in around if self._points.free(other, seen, stratum)]
+        return (free[int(rng.integers(len(free)))] if free else None), {}
 
-    def _study(self, history: Sequence[Tried], sampler: BaseSampler) -> optuna.Study:
+    def _study(self, history: Sequence[Tried], sampler: BaseSampler, constrained: bool) -> optuna.Study:
         """A study in memory of what was tried."""
         costs = self.costs(history)
         failed = np.isnan(costs)
-        costs[failed] = 0.0 if failed.all() else np.nanmax(costs)
-        study = optuna.create_study(storage=InMemoryStorage(), sampler=sampler)
+        self._worst = 0.0 if failed.all() else float(np.nanmax(costs))
+        costs[failed] = self._worst
+        storage = InMemoryStorage()
+        study = optuna.create_study(storage=storage, sampler=sampler)
+        number = storage.get_study_id_from_name(study.study_name)
         for tried, cost, bad in zip(history, costs.tolist(), failed.tolist(), strict=True):
-            trial = create_trial(
+            trial = self._trial(tried, cost, float(bad) if constrained else None)
+            storage.create_new_trial(number, template_trial=trial)
+        return study
+
+    def _trial(self, tried: Tried, cost: float, failed: float | None) -> FrozenTrial:
+        key = tried.point, cost, failed
+        if key not in self._frozen:
+            self._frozen[key] = create_trial(
                 value=cost,
                 params=dict(zip(self._ranges, tried.point, strict=True)),
                 distributions=self._ranges,
                 system_attrs=dict(tried.notes),
-                # A model of failures costs as much as one of times.
-                constraints={"failed": float(bad)} if failed.any() else None,
+                constraints=None if failed is None else {"failed": failed},
             )
-            study.add_trial(trial)
-        return study
+        return self._frozen[key]
 
-    def _near(
-        self, point: Point, seen: AbstractSet[Point], rng: np.random.Generator, stratum: Stratum | None
-    ) -> Point | None:
-        """``point``, or a neighbour if it was tried; ``None`` if all of them were."""
-        if self._points.free(point, seen, stratum):
-            return point
-        around = [other for other in self._points.neighbours(point) if self._points.free(other, seen, stratum)]
-        return around[int(rng.integers(len(around)))] if around else None
+
+class _Positions(IntDistribution):
+    """Never changed, so a storage need not copy it; copies are most of what a study of a few hundred trials costs."""
+
+    def __deepcopy__(self, memo: object) -> _Positions:
+        return self
+
+
+class _Categories(CategoricalDistribution):
+    """The same for unordered parameters."""
+
+    def __deepcopy__(self, memo: object) -> _Categories:
+        return self
+
+
+def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sampler noted on a trial, less what it reads of running trials only."""
+    return {key: value for key, value in notes.items() if not any(part in key for part in _NOT_KEPT)}
 
 
 @contextmanager
