@@ -20,6 +20,7 @@ from mctune.search.presence import present
 from mctune.search.verify import tolerance
 from mctune.search.worker import WorkerDied
 from mctune.search.workers import Workers
+from mctune.study.samplers.named import check
 
 PORTABLE_ARCH = "x86-64-v3"
 """What a shipped kernel is built for besides the CPU that it was tuned on."""
@@ -36,9 +37,11 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
 
     Raises:
         DeviceError: if there is no such device here, or what compiles for it is missing.
-        UsageError: for a problem that no template computes, or a storage that cannot be opened.
+        UsageError: for a problem that no template computes, a sampler that does not exist, or a storage that cannot be
+            opened.
     """
     started = time.monotonic()
+    check(request.sampler)
     prepared = _studies(request)
     reports: dict[int, StudyReport] = {}
     interrupted = False

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mctune.search.sampler import Proposer, Tried
 
 from mctune.backends import get_backend
 from mctune.backends.spaces import load_space
@@ -24,7 +25,6 @@ from mctune.search.events import SearchRequest
 from mctune.search.feasible import Feasible, Point
 from mctune.search.one import OneStudy
 from mctune.search.rules import Rule, Trees
-from mctune.search.sampler import Proposer, Tried
 
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16)
 

@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from mctune.search.sampler import Proposer, Tried
 
 from mctune.core.config import Config
 from mctune.core.space import Choice, Int, SearchSpace
-from mctune.search.sampler import Proposer, Tried
 from mctune.search.study import run_study
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
 

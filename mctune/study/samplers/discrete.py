@@ -213,7 +213,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             point = self._point_of(trial) or self._given.get(key)
             if point is None:
                 return None
-            tried = Tried(point, _cost(trial, study.direction), _notes(trial))
+            tried = Tried(point, cost_of(trial, study.direction), _notes(trial))
             if trial.state.is_finished():
                 self._finished[key] = tried
         return tried
@@ -242,7 +242,7 @@ def _suggested(param: Param, distribution: BaseDistribution | None) -> Sequence[
     return None
 
 
-def _cost(trial: FrozenTrial, direction: optuna.study.StudyDirection) -> float | None:
+def cost_of(trial: FrozenTrial, direction: optuna.study.StudyDirection) -> float | None:
     """What a finished trial counts as, lower is better."""
     if trial.state != TrialState.COMPLETE or any(value > 0 for value in trial.constraints.values()):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +13,7 @@ from optuna.samplers import BaseSampler
 
 from mctune.core.errors import UsageError
 from mctune.core.space import SearchSpace
-from mctune.search.events import SAMPLERS, check_sampler
+from mctune.search.events import check_sampler
 from mctune.search.rules import Rule
 from mctune.study.samplers.discrete import DiscreteSampler
 from mctune.study.samplers.grid import OrderedSampler
@@ -51,24 +52,33 @@ def sampler_of(
     Raises:
         UsageError: if there is no such sampler, or something that it needs is not installed.
     """
-    check_sampler(name)
+    check(name)
     common: dict[str, Any] = {"seed": seed, "balance": balance, "retry_failed": retry_failed}
     if name == "mix":
         return MixSampler(space, rules, start=start, **common)
     if name == "grid":
         return OrderedSampler(space, rules, **common)
     if name in _OPTUNAS:
-        missing = [needed for needed in _NEEDS.get(name, ()) if find_spec(needed) is None]
-        if missing:
-            raise UsageError(f"sampler {name!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         return WrappedSampler(_OPTUNAS[name], space, rules, **_KEPT_TO.get(name, {}), **common)
-    foreign = _constructed(name, _class(name), seed)
-    return WrappedSampler(lambda _: foreign, space, rules, **common)
+    found = _class(name)
+    return WrappedSampler(lambda seed: _constructed(name, found, seed), space, rules, remembers=True, **common)
+
+
+def check(name: str) -> None:
+    """Refuse a sampler that does not exist, or needs what is not installed."""
+    check_sampler(name)
+    missing = [needed for needed in _NEEDS.get(name, ()) if find_spec(needed) is None]
+    if missing:
+        raise UsageError(f"sampler {name!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if ":" in name:
+        _class(name)
 
 
 def _class(name: str) -> type[BaseSampler]:
     """The class that ``module:Class`` names."""
     module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.append("")  # a module in the working directory, as `python -m` has it
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -82,7 +92,7 @@ def _class(name: str) -> type[BaseSampler]:
     return found
 
 
-def _constructed(name: str, sampler: type[BaseSampler], seed: int | None) -> BaseSampler:
+def _constructed(name: str, sampler: type[BaseSampler], seed: int) -> BaseSampler:
     for arguments in ({"seed": seed}, {}):
         try:
             return sampler(**arguments)
@@ -99,6 +109,3 @@ def _constructed(name: str, sampler: type[BaseSampler], seed: int | None) -> Bas
 def _line(error: BaseException) -> str:
     """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-__all__ = ["SAMPLERS", "sampler_of"]

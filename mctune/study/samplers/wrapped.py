@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mctune.core.errors import MctuneError
 from mctune.core.space import SearchSpace
 from mctune.search.feasible import Point, Stratum
 from mctune.search.rules import Rule
-from mctune.study.samplers.discrete import DiscreteSampler, Tried
+from mctune.study.samplers.discrete import DiscreteSampler, Tried, cost_of
 
 _NOT_KEPT = ("constraints", "relative_params")  # in the names of notes that Optuna's samplers leave
 
@@ -34,8 +36,10 @@ class WrappedSampler(DiscreteSampler):
     """Another sampler, kept to valid points that were not tried.
 
     Args:
-        make: the other sampler, given a seed. It is made anew for every proposal, so that nothing but the trials and
-            the seed decides; one that keeps state of its own is returned by ``make`` again and again.
+        make: the other sampler, given a seed.
+        remembers: whether it keeps state of its own. Then it is made once, and told how each trial ended; a search
+            that goes on in another process begins with a new one. Else it is made anew for every proposal, so that
+            nothing but the trials and the seed decides. What it notes on its trials is kept in either case.
         asks: how often it is asked before a neighbour stands in for what was tried already or is not valid.
         categories: whether unordered parameters are categorical to it; else they are integers like the others.
         constraints: whether it learns from a violated constraint that a trial failed; in any case a failure is as bad
@@ -49,6 +53,7 @@ class WrappedSampler(DiscreteSampler):
         space: SearchSpace,
         rules: Sequence[Rule] = (),
         *,
+        remembers: bool = False,
         asks: int = 10,
         categories: bool = True,
         constraints: bool = True,
@@ -58,7 +63,9 @@ class WrappedSampler(DiscreteSampler):
     ) -> None:
         super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
         self._make, self._asks, self._constraints = make, asks, constraints
-        self._frozen: dict[tuple[Point, float, float | None], FrozenTrial] = {}
+        self._one = make(self._seed) if remembers else None
+        self._to_tell: dict[Point, tuple[optuna.Study, optuna.Trial]] = {}
+        self._frozen: dict[Point, tuple[Tried, float, bool | None, FrozenTrial]] = {}
         self._ranges: dict[str, BaseDistribution] = {
             param.name: _Positions(0, len(param.values) - 1)
             if param.ordered or not categories
@@ -79,25 +86,49 @@ class WrappedSampler(DiscreteSampler):
         # A model of failures costs as much as one of times, so where nothing failed there is none.
         failed = self._constraints and any(tried.cost is None for tried in history)
         with _quiet():
-            study = self._study(history, self._make(int(rng.integers(1 << 31))), failed)
+            study = self._study(history, self._one or self._make(int(rng.integers(1 << 31))), failed)
             for _ in range(self._asks):
-                asked = study.ask(self._ranges)
-                wanted = tuple(asked.params[name] for name in self._ranges)
+                asked, wanted = self._ask(study)
                 point = self._points.feasible.repair(wanted, rng, stratum)
                 if point is None:
                     return None, {}
                 if self._points.free(point, seen, stratum):
+                    if self._one is not None:
+                        self._to_tell[point] = study, asked
                     return point, _kept(study.get_trials(deepcopy=False)[-1].system_attrs)
                 first = first or point
-                if point in seen:
-                    study.tell(asked, state=TrialState.FAIL)
-                else:
-                    if failed:
-                        asked.set_constraint("failed", 1.0)
-                    study.tell(asked, self._worst)
+                if point not in seen and failed:
+                    asked.set_constraint("failed", 1.0)
+                self._tell(study, asked, None if point in seen else self._worst)
         around = self._points.neighbours(first) if first else ()
         free = [other for other in around if self._points.free(other, seen, stratum)]
         return (free[int(rng.integers(len(free)))] if free else None), {}
+
+    def _ask(self, study: optuna.Study) -> tuple[optuna.Trial, Point]:
+        try:
+            asked = study.ask(self._ranges)
+        except Exception as error:  # it may be anybody's
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise MctuneError(f"the sampler {type(study.sampler).__name__} failed: {what}; choose another") from error
+        return asked, tuple(asked.params[name] for name in self._ranges)
+
+    def _tell(self, study: optuna.Study, asked: optuna.Trial, cost: float | None) -> None:
+        """How a trial ended; without a cost it is as if it had never been."""
+        with suppress(RuntimeError):  # some end the loop when they have seen everything; there is none
+            study.tell(asked, cost, state=TrialState.FAIL if cost is None else None)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Let a sampler that keeps state know, too."""
+        super().after_trial(study, trial, state, values)
+        point = self._given.get((study.study_name, trial.number))
+        if point in self._to_tell:
+            finished = copy(trial)
+            finished.state, finished.values = state, values
+            cost = cost_of(finished, study.direction)
+            with _quiet():
+                self._tell(*self._to_tell.pop(point), self._worst if cost is None else cost)
 
     def _study(self, history: Sequence[Tried], sampler: BaseSampler, constrained: bool) -> optuna.Study:
         """A study in memory of what was tried."""
@@ -109,21 +140,21 @@ class WrappedSampler(DiscreteSampler):
         study = optuna.create_study(storage=storage, sampler=sampler)
         number = storage.get_study_id_from_name(study.study_name)
         for tried, cost, bad in zip(history, costs.tolist(), failed.tolist(), strict=True):
-            trial = self._trial(tried, cost, float(bad) if constrained else None)
-            storage.create_new_trial(number, template_trial=trial)
+            storage.create_new_trial(number, template_trial=self._trial(tried, cost, bad if constrained else None))
         return study
 
-    def _trial(self, tried: Tried, cost: float, failed: float | None) -> FrozenTrial:
-        key = tried.point, cost, failed
-        if key not in self._frozen:
-            self._frozen[key] = create_trial(
+    def _trial(self, tried: Tried, cost: float, failed: bool | None) -> FrozenTrial:
+        kept = self._frozen.get(tried.point)
+        if kept is None or kept[:3] != (tried, cost, failed):
+            trial = create_trial(
                 value=cost,
                 params=dict(zip(self._ranges, tried.point, strict=True)),
                 distributions=self._ranges,
                 system_attrs=dict(tried.notes),
-                constraints=None if failed is None else {"failed": failed},
+                constraints=None if failed is None else {"failed": float(failed)},
             )
-        return self._frozen[key]
+            kept = self._frozen[tried.point] = tried, cost, failed, trial
+        return kept[3]
 
 
 class _Positions(IntDistribution):
