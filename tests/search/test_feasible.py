@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mctune.study.samplers.sampler import Proposer, Tried
 
 from mctune.backends import get_backend
 from mctune.backends.spaces import load_space
@@ -24,7 +25,6 @@ from mctune.study.events import SearchRequest
 from mctune.study.feasible import Feasible, Point
 from mctune.study.one import OneStudy
 from mctune.study.rules import Rule, Trees
-from mctune.study.samplers.sampler import Proposer, Tried
 
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16)
 

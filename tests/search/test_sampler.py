@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from mctune.study.samplers.sampler import Proposer, Tried
 
 from mctune.core.config import Config
 from mctune.core.space import Choice, Int, SearchSpace
-from mctune.study.samplers.sampler import Proposer, Tried
 from mctune.study.study import run_study
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
 
