@@ -42,7 +42,7 @@ class TvmBackend:
 
     def supports(self, problem: Problem) -> Support:
         """Whether a TVM template computes a problem."""
-        return computes(self.name, problem)
+        return computes("tvm", problem)
 
     def ready(self, here: bool = True) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
