@@ -29,7 +29,7 @@ def command(
     budget: float | None,
     small: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Time every kernel of PACKAGE side by side with mctune's eager path and torch.compile of that.
 
     One process, rotated order, cold caches, after a check against the float64 oracle; beside them torch's own matrix
@@ -44,8 +44,7 @@ def command(
     from mctune.measure.documents import document, write
 
     if on_gpu or (package is not None and not target_of(package).on_cpu):
-        _on_gpu(package, rounds, out, budget, small, as_json)
-        return
+        return _on_gpu(package, rounds, out, budget, small, as_json)
     if budget is not None or small:
         raise UsageError("--budget and --small are for a package of GPU kernels, or with --gpu")
     if package is None:
@@ -62,17 +61,18 @@ def command(
     measured = data["environment"]
     say(f"torch's sgemm {measured['matrix_gflops']:.0f} GFLOP/s, copy {measured['copy_gbs']:.1f} GB/s, "
         f"{measured['threads']} threads")  # fmt: skip
+    return 0
 
 
 def _on_gpu(
     package: Path | None, rounds: int, out: Path | None, budget: float | None, small: bool, as_json: bool
-) -> None:
+) -> int:
     """The comparison on this machine's GPU, in processes of its own."""
-    from mctune.measure.gpu.run import main
+    from mctune.measure.gpu.run import compare
 
     if as_json:
         raise UsageError("--json with a GPU: the rows are in the file of --out, which is JSON")
-    main(
+    return compare(
         [
             *("--rounds", str(rounds)),
             *(("--out", str(out)) if out is not None else ()),

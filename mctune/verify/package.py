@@ -76,6 +76,10 @@ def load_package(path: Path) -> ModuleType:
     sys.modules[root.name] = module
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module.runtime, "kernels"):
+            raise UsageError(
+                f"{path} was emitted by an earlier mctune: it still runs, but emit it again for this command"
+            )
     except BaseException:
         del sys.modules[root.name]
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +252,14 @@ def test_an_interrupted_emission_is_refused_and_mended(
     package: Any = load_package(out)
     x = torch.ones(1, 40, 2, 16)
     assert package.memory_caching(x, x, x, segment_length=32, backend="tvm").shape == x.shape
+
+
+def test_a_package_of_an_earlier_layout_is_told_from_others(tmp_path: Path) -> None:
+    old = tmp_path / "mctune_old_layout"
+    (old / "runtime").mkdir(parents=True)
+    for path, text in ((".", "from . import runtime\n"), ("runtime", "")):
+        (old / path / "__init__.py").write_text(text)
+    (old / "tuned.json").write_text('{"schema": 1, "entries": []}')
+    with pytest.raises(UsageError, match="was emitted by an earlier mctune: it still runs, but emit it again"):
+        load_package(old)
+    assert old.name not in sys.modules

@@ -16,7 +16,7 @@ import torch
 from mctune.backends.tvm import TvmBackend
 from mctune.cli import main
 from mctune.core.config import Config
-from mctune.core.errors import DeviceError, MctuneError, UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
@@ -181,12 +181,17 @@ def test_without_a_package_the_eager_path_is_timed(
     assert " log " in logarithmic
 
 
-def test_packages_that_cannot_be_timed(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_cannot_be_timed(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="not an emitted package"):
         bench.bench_package(tmp_path, rounds=1, note=pytest.fail)
+    assert main(["bench", str(package), "--small"]) == 2
+    assert "for a package of GPU kernels" in capsys.readouterr().err
     monkeypatch.setattr(bench, "resolve", lambda name: resolve("a100-80g"))
-    with pytest.raises(DeviceError, match="kernels for a100-80g"):
-        bench.bench_package(package, rounds=1, note=pytest.fail)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["bench", str(package)]) == 3
+    assert capsys.readouterr().err.count("there is no GPU here") == 1
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,12 @@ class Pass:
             self.added += 1
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """The command, with ``given`` arguments or those of the process."""
+def compare(given: Sequence[str]) -> int:
+    """The command with these arguments: an exit status.
+
+    Raises:
+        MctuneError: if there is no GPU here, or no package where one was named.
+    """
     parser = argparse.ArgumentParser(prog="mctune bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="repeats of each contender (default 15)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further shape after this time")
@@ -182,18 +186,22 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
-    given = sys.argv[1:] if given is None else given
     options = parser.parse_args(given)
+    if options.one:
+        shape, name, part, parts = json.loads(options.one)
+        run_one(Shape(**shape), name, part, parts, options.package)
+        return 0
+    if options.inside:
+        time_briefly()
+        return run(options)
+    this_target()
+    return supervise([*_INSIDE, *given], options.budget, options.out, identity(options.package), options.small)
+
+
+def main() -> None:
+    """The same with the arguments of the process."""
     try:
-        if options.one:
-            shape, name, part, parts = json.loads(options.one)
-            run_one(Shape(**shape), name, part, parts, options.package)
-        elif options.inside:
-            time_briefly()
-            raise SystemExit(run(options))
-        else:
-            made_by = identity(options.package)
-            raise SystemExit(supervise([*_INSIDE, *given], options.budget, options.out, made_by, options.small))
+        raise SystemExit(compare(sys.argv[1:]))
     except MctuneError as error:
         raise SystemExit(f"mctune: error: {error}") from error
 
