@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,28 @@ from .triton_forward import States, decays, states_of
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
 from .tvm_backward import Gradients
+
+
+class Decays(NamedTuple):
+    """Of SWLA's writes: cum, now and after ``[B*H, T]``, before ``[B*H, P]``, float32; all None for linear."""
+
+    cum: torch.Tensor | None = None
+    now: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+
+
+class Gates(NamedTuple):
+    """Learned gates: what :mod:`kept` names, and where those of cached segments go; all None where they are equal."""
+
+    logits: torch.Tensor | None = None
+    gammas: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    picked: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
 
 class TritonBackward:
@@ -76,35 +98,34 @@ class TritonBackward:
         reads = {**pieces, "entering": tables.entering, "seg_first": tables.seg_first}
         seg_last = None if tables.whole else tables.seg_last
         scale = float(scale)
-        cum = now = after = before = None
+        decayed = Decays()
         if self.gated:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
-            cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
-        decayed = {"cum": cum, "now": now, "after": after, "before": before}
+            decayed = Decays(*decays(self.states, tables, g, beta, lam, like=q))
+        cum, before = decayed.cum, decayed.before
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        ends, operand, past, means, sums = self._states(tables, k, v, cum, now, after, before, kept)
+        ends, operand, past, means, sums = self._states(tables, k, v, decayed, kept)
         gates = self._gates(tables, k, u, means, sums, top_k, kept)
-        gammas = gates["gammas"]
+        gammas = gates.gammas
         partial = dpicked = chosen_ends = None
         if self.grouped is not None:
             partial, dpicked, chosen_ends = self.grouped(
-                q=q, dy=dy, states=operand, order=gates["order"], starts=gates["starts"], picked=gates["picked"],
-                lse=gates["lse"], seg_last=seg_last, N=segments.count, crosses=tables.crosses,
+                q=q, dy=dy, states=operand, order=gates.order, starts=gates.starts, picked=gates.picked,
+                lse=gates.lse, seg_last=seg_last, N=segments.count, crosses=tables.crosses,
                 scale=scale,
             )  # fmt: skip
         dq, dgamma, own, delta = self.read_backward(
-            q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=gates["logits"], lse=gates["lse"],
-            own_logit=gates["own"], picked=gates["picked"], partial=partial, **decayed, **reads, seg_last=seg_last,
-            tiles=tables.tiles(self.config["dq_BT"]), scale=scale, top_k=top_k,
+            q=q, k=k, v=v, dy=dy, states=operand, past=past, partial=partial, gates=gates, decays=decayed,
+            tables=tables, scale=scale, top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
         du = dmeans = gate = pull = pulls = None
         if self.gates_backward is not None:
             du, dmeans, gate, pull, pulls = self.gates_backward(
-                k=k, u=u, means=means, sums=sums, logits=gates["logits"], gammas=gammas, lse=gates["lse"],
-                own_logit=gates["own"], chosen=gates["chosen"], picked=gates["picked"], order=gates["order"],
-                starts=gates["starts"], dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta, **pieces,
+                k=k, u=u, means=means, sums=sums, logits=gates.logits, gammas=gammas, lse=gates.lse,
+                own_logit=gates.own, chosen=gates.chosen, picked=gates.picked, order=gates.order,
+                starts=gates.starts, dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta, **pieces,
                 seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
                 seg_past_end=tables.seg_past_end, seg_piece=tables.seg_piece,
                 tiles=tables.tiles(self.config["dgates_BT"]),
@@ -117,7 +138,8 @@ class TritonBackward:
         )  # fmt: skip
         del ends, gammas
         dk, dv, dg, dbeta, dlam = self.write_backward(
-            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed, dends=dends, crossing=crossing,
+            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed._asdict(), dends=dends,
+            crossing=crossing,
             dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore, dmeans=dmeans, pull=pull, pulls=pulls, **reads,
             seg_last=tables.seg_last, tiles=tables.tiles(self.config["dkv_BJ"]), scale=scale,
         )  # fmt: skip
@@ -128,16 +150,13 @@ class TritonBackward:
         tables: Tables,
         k: torch.Tensor,
         v: torch.Tensor,
-        cum: torch.Tensor | None,
-        now: torch.Tensor | None,
-        after: torch.Tensor | None,
-        before: torch.Tensor | None,
+        decayed: Decays,
         kept: Mapping[str, torch.Tensor],
     ) -> States:
         """What the forward has kept of its states, and the rest."""
         if not tables.whole or kept.keys().isdisjoint(("states", "operand", "past")):
             exact = self.gated and tables.crosses
-            return states_of(self.states, tables, k, v, (cum, now, after, before), exact=exact)
+            return states_of(self.states, tables, k, v, decayed, exact=exact)
         heads = k.shape[0] * k.shape[2]
         ends, operand, past, means = (
             None if (x := kept.get(name)) is None else x.view(heads, -1, *x.shape[1:])
@@ -145,7 +164,7 @@ class TritonBackward:
         )
         if self.gates is None and past is None:
             past = self.states.past_states(
-                ends=ends, like=k, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
+                ends=ends, like=k, cum=decayed.cum, end=tables.end, segment=tables.segment, entering=tables.entering,
                 seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
             )  # fmt: skip
         if operand is None:
@@ -164,29 +183,26 @@ class TritonBackward:
         sums: torch.Tensor | None,
         top_k: int,
         kept: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> Gates:
         """Logits and their sums, or choice and order of ssc: as the forward has kept them, or again.
 
         And where the gates go: to the logits' place, but for logits that another backward may read.
         """
-        absent: dict[str, torch.Tensor | None] = dict.fromkeys((*LOGITS, *CHOICE, "gammas"))
         if self.gates is None:
-            return absent
+            return Gates()
         names = LOGITS if self.pair_order is None else CHOICE
         if kept.keys() >= set(names):
             gammas = torch.empty_like(kept["logits"]) if "logits" in names else None
-            return absent | {name: kept[name] for name in names} | {"gammas": gammas}
+            return Gates(**{name: kept[name] for name in names}, gammas=gammas)
         logits, lse, own, chosen, picked = self.gates(
             u=u, k=k, means=means, sums=sums, begin=tables.begin, end=tables.end, segment=tables.segment,
             seg_begin=tables.seg_begin, seg_first=tables.seg_first, seg_piece=tables.seg_piece,
             tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k,
         )  # fmt: skip
-        made = absent | {
-            "logits": logits, "gammas": logits, "lse": lse, "own": own, "chosen": chosen, "picked": picked,
-        }  # fmt: skip
+        order = starts = None
         if self.pair_order is not None:
-            made["order"], made["starts"], _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
-        return made
+            order, starts, _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
+        return Gates(logits, logits, lse, own, chosen, picked, order, starts)
 
 
 def _gate(gate: torch.Tensor | None, absent: float, like: torch.Tensor) -> torch.Tensor:
