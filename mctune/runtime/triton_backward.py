@@ -94,56 +94,43 @@ class TritonBackward:
         kept = kept or {}
         dy, q, k, v, u = (x.contiguous() for x in (dy, q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
-        pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
-        reads = {**pieces, "entering": tables.entering, "seg_first": tables.seg_first}
-        seg_last = None if tables.whole else tables.seg_last
         scale = float(scale)
         decayed = Decays()
         if self.gated:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
             decayed = Decays(*decays(self.states, tables, g, beta, lam, like=q))
-        cum, before = decayed.cum, decayed.before
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
         ends, operand, past, means, sums = self._states(tables, k, v, decayed, kept)
         gates = self._gates(tables, k, u, means, sums, top_k, kept)
-        gammas = gates.gammas
         partial = dpicked = chosen_ends = None
         if self.grouped is not None:
             partial, dpicked, chosen_ends = self.grouped(
-                q=q, dy=dy, states=operand, order=gates.order, starts=gates.starts, picked=gates.picked,
-                lse=gates.lse, seg_last=seg_last, N=segments.count, crosses=tables.crosses,
-                scale=scale,
-            )  # fmt: skip
-        dq, dgamma, own, delta = self.read_backward(
+                q=q, dy=dy, states=operand, gates=gates, tables=tables, scale=scale
+            )
+        reads = self.read_backward(
             q=q, k=k, v=v, dy=dy, states=operand, past=past, partial=partial, gates=gates, decays=decayed,
             tables=tables, scale=scale, top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
-        du = dmeans = gate = pull = pulls = None
+        dgates = None
         if self.gates_backward is not None:
-            du, dmeans, gate, pull, pulls = self.gates_backward(
-                k=k, u=u, means=means, sums=sums, logits=gates.logits, gammas=gammas, lse=gates.lse,
-                own_logit=gates.own, chosen=gates.chosen, picked=gates.picked, order=gates.order,
-                starts=gates.starts, dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta, **pieces,
-                seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
-                seg_past_end=tables.seg_past_end, seg_piece=tables.seg_piece,
-                tiles=tables.tiles(self.config["dgates_BT"]),
-            )  # fmt: skip
-        del dgamma, dpicked, gates
-        dends, crossing, dk_lead, dv_lead, dbefore = self.state_backward(
-            q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=gate, chosen=chosen_ends, cum=cum, before=before,
-            **reads, seg_end=tables.seg_end, seg_past_end=tables.seg_past_end, seg_last=tables.seg_last,
-            seq_begin=tables.seq_begin, seq_end=tables.seq_end, scale=scale, crosses=tables.crosses,
+            dgates = self.gates_backward(
+                k=k, u=u, means=means, sums=sums, gates=gates, dpicked=dpicked, reads=reads, tables=tables
+            )
+        dq, own, gammas = reads.dq, reads.own, gates.gammas
+        # dgamma and the choice take much memory.
+        del dpicked, reads, gates
+        dstates = self.state_backward(
+            q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=None if dgates is None else dgates.gate,
+            chosen=chosen_ends, decays=decayed, tables=tables, scale=scale,
         )  # fmt: skip
         del ends, gammas
         dk, dv, dg, dbeta, dlam = self.write_backward(
-            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed._asdict(), dends=dends,
-            crossing=crossing,
-            dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore, dmeans=dmeans, pull=pull, pulls=pulls, **reads,
-            seg_last=tables.seg_last, tiles=tables.tiles(self.config["dkv_BJ"]), scale=scale,
+            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, own=own, decays=decayed, gates=dgates, states=dstates,
+            tables=tables, scale=scale,
         )  # fmt: skip
-        return Gradients(dq, dk, dv, du, dg, dbeta, dlam)
+        return Gradients(dq, dk, dv, None if dgates is None else dgates.du, dg, dbeta, dlam)
 
     def _states(
         self,

@@ -62,6 +62,27 @@ class Gates(NamedTuple):
     starts: torch.Tensor | None = None
 
 
+class Keys(NamedTuple):
+    """Of :mod:`segment_states`, float32: means ``[B*H, N, SK]``; sums ``[B*H, P, SK]``, None for whole segments."""
+
+    means: torch.Tensor
+    sums: torch.Tensor | None
+
+
+class ReadGradients(NamedTuple):
+    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own, delta ``[blocks, B*H, T]``.
+
+    dq is in q's dtype, the others are float32: the gradients of the cached segments' gates, row i at the tokens of
+    later segments; that of the online segment's; the sum of all, each times its gate. dgamma and delta are None where
+    gates are equal or others have their gradients.
+    """
+
+    dq: torch.Tensor | None = None
+    dgamma: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+
 class GateGradients(NamedTuple):
     """Of learned gates, of :mod:`gates_backward`; all None where gates are equal.
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Decays, Gates, Rows, Tables, Dims, pieces_of, segments_of
+from .backward_common import Decays, Dims, Gates, ReadGradients, Rows, Tables, pieces_of, segments_of
 from .common import block_and_head, load_rows, load_state
 
 
@@ -35,20 +35,6 @@ class Reads(NamedTuple):
     states: torch.Tensor | None
     past: torch.Tensor | None
     partial: torch.Tensor | None
-
-
-class ReadGradients(NamedTuple):
-    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own, delta ``[blocks, B*H, T]``.
-
-    dq is in q's dtype, the others are float32: the gradients of the cached segments' gates, row i at the tokens of
-    later segments; that of the online segment's; the sum of all, each times its gate. dgamma and delta are None where
-    gates are equal or others have their gradients.
-    """
-
-    dq: torch.Tensor
-    dgamma: torch.Tensor | None
-    own: torch.Tensor
-    delta: torch.Tensor | None
 
 
 @triton.jit
@@ -77,7 +63,8 @@ def row_before(dy_t, k, v, cum_t, cum_start, before, start, column, H, dims: tl.
 @triton.jit
 def read_online(
     dy_t, k, v, states, decays, piece, enters, t0, start, stop, bh, column, T, H, P,
-    SWLA: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    SWLA: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
+    BT: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """P_t^(s) ``[BT, BK]``, of the online memory: what the piece's tokens write, and what enters it."""
     t = t0 + tl.arange(0, BT)
@@ -176,7 +163,8 @@ def read_backward_kernel(
     tl.store(made.own + part * T + t, tl.sum(keys * read, 1) * scale, mask=valid)
     if not ROUTED:
         if s > first:
-            state = load_state(reads.past + (bh * N + s) * (dims.SK * dims.SV), column, 0, dims.SK, dims.SV, BK, dims.PV)
+            past = reads.past + (bh * N + s) * (dims.SK * dims.SV)
+            state = load_state(past, column, 0, dims.SK, dims.SV, BK, dims.PV)
             read = tl.dot(dy_t, tl.trans(state), read, input_precision=PRECISION)
     if AVERAGES:
         read *= 1.0 / (s - first + 1)

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Decays, Gates, Rows, Tables, Dims, pieces_of, segments_of
+from .backward_common import Decays, Dims, Gates, ReadGradients, Rows, Tables, pieces_of, segments_of
 from .common import block_and_head, load_rows, load_state
 
 DK = 128
@@ -47,20 +47,6 @@ class Reads(NamedTuple):
     states: torch.Tensor | None
     past: torch.Tensor | None
     partial: torch.Tensor | None
-
-
-class ReadGradients(NamedTuple):
-    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own, delta ``[blocks, B*H, T]``.
-
-    dq is in q's dtype, the others are float32: the gradients of the cached segments' gates, row i at the tokens of
-    later segments; that of the online segment's; the sum of all, each times its gate. dgamma and delta are None where
-    gates are equal or others have their gradients.
-    """
-
-    dq: torch.Tensor
-    dgamma: torch.Tensor | None
-    own: torch.Tensor
-    delta: torch.Tensor | None
 
 
 @triton.jit
