@@ -71,6 +71,7 @@ def read_online(
     read = tl.zeros([BT, BK], tl.float32)
     if SWLA:
         cum = decays.cum + bh * T
+        after = decays.after + bh * T
         cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
         now_t = tl.load(decays.now + (bh * T + t), mask=t < stop, other=0.0)
     for j0 in range(start, stop, BJ):
@@ -79,7 +80,7 @@ def read_online(
         k_j = load_rows(k, j0, stop, H * dims.DK, column, dims.DK, BJ, BK)
         scores = tl.dot(dy_t, tl.trans(v_j), input_precision=PRECISION)
         if SWLA:
-            scores = decay_scores(scores, t, j, cum_t, now_t, cum, decays.after + bh * T, stop)
+            scores = decay_scores(scores, t, j, cum_t, now_t, cum, after, stop)
         else:
             scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         read = tl.dot(scores.to(k_j.dtype), k_j, read, input_precision=PRECISION)

@@ -75,7 +75,7 @@ def read_end(k, v, dends, j0, stop, H, PRECISION: tl.constexpr, dims: tl.constex
 
 @triton.jit
 def add_later(
-    dk_j, dv_j, k_j, v_j, q, dy, gate, cum, strength, weight, j0, stop, bh, T, H,
+    dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
     SWLA: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
     BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def add_later(
     own = tl.zeros([BJ], tl.float32)
     others = tl.zeros([BJ], tl.float32)
     if SWLA:
-        cum += bh * T
+        cum = decays.cum + bh * T
         cum_next, after_j, now_j = strength
     for t0 in range(j0, stop, BT):
         t = t0 + tl.arange(0, BT)
@@ -96,7 +96,7 @@ def add_later(
         for_values = tl.dot(k_j, tl.trans(q_t), input_precision=PRECISION)
         for_keys = tl.dot(v_j, tl.trans(dy_t), input_precision=PRECISION)
         if ROUTED:
-            weight_t = weight * tl.load(gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
+            weight_t = weight * tl.load(gates.gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
         else:
             weight_t = weight
         if SWLA:
@@ -197,7 +197,7 @@ def write_kernel(
         dk_j *= left[:, None]
         strength = (cum_next, after_j, now_j)
     dk_j, dv_j, own, others = add_later(
-        dk_j, dv_j, k_j, v_j, q, dy, gates.gate, decays.cum, strength, weight, j0, stop, bh, T, H,
+        dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
         SWLA, ROUTED, PRECISION, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:

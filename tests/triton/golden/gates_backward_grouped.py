@@ -64,8 +64,9 @@ def pair_gradients(
         tl.store(chosen_dr + place, dr, mask=valid)
         i = tl.load(gates.chosen + place, mask=valid, other=0)
         inside = (valid & (i < N))[:, None] & (cols < dims.SK)[None, :]
-        mean = tl.load(means + (bh * N + i)[:, None] * dims.SK + cols[None, :], mask=inside, other=0.0)
-        grad += dr[:, None] * mean
+        grad += dr[:, None] * tl.load(
+            means + (bh * N + i)[:, None] * dims.SK + cols[None, :], mask=inside, other=0.0
+        )  # fmt: skip
     return grad, delta
 
 
@@ -108,6 +109,7 @@ def connector_kernel(
     first = tl.load(segments.first + s)
     part = tl.num_programs(1).to(tl.int64) * T
     head = bh // H * T * H + bh % H
+    k += head * dims.DK
 
     t = t0 + tl.arange(0, BT)
     valid = t < stop
@@ -125,9 +127,7 @@ def connector_kernel(
     dr_s = gamma_s * (dgamma_s - delta) / (t - tl.load(segments.begin + s) + 1).to(tl.float32)
     tl.store(made.gate + bh * T + t, gamma_s, mask=valid)
     tl.store(made.pull + bh * T + t, dr_s, mask=valid)
-    running = running_keys(
-        k + head * dims.DK, keys.sums, segments, piece, s, start, t0, stop, bh, H, P, dims, BT
-    )
+    running = running_keys(k, keys.sums, segments, piece, s, start, t0, stop, bh, H, P, dims, BT)
     grad += dr_s[:, None] * running
     out = made.du + head * dims.DK + t.to(tl.int64)[:, None] * (H * dims.DK) + cols[None, :]
     tl.store(out, grad.to(made.du.dtype.element_ty), mask=valid[:, None] & (cols < dims.DK)[None, :])

@@ -81,6 +81,7 @@ def read_online(
     t = t0 + tl.arange(0, BT)
     read = tl.zeros([BT, BK], tl.float32)
     cum = decays.cum + bh * T
+    after = decays.after + bh * T
     cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
     now_t = tl.load(decays.now + (bh * T + t), mask=t < stop, other=0.0)
     for j0 in range(start, stop, BJ):
@@ -88,7 +89,7 @@ def read_online(
         v_j = load_rows(v, j0, stop, H * dims.DV, 0, dims.DV, BJ, dims.PV)
         k_j = load_rows(k, j0, stop, H * dims.DK, column, dims.DK, BJ, BK)
         scores = tl.dot(dy_t, tl.trans(v_j), input_precision="tf32x3")
-        scores = decay_scores(scores, t, j, cum_t, now_t, cum, decays.after + bh * T, stop)
+        scores = decay_scores(scores, t, j, cum_t, now_t, cum, after, stop)
         read = tl.dot(scores.to(k_j.dtype), k_j, read, input_precision="tf32x3")
     if enters >= 0:
         state = load_state(states + (bh * P + enters) * (dims.SK * dims.SV), column, 0, dims.SK, dims.SV, BK, dims.PV)

@@ -88,8 +88,8 @@ def read_end(k, v, dends, j0, stop, H, dims: tl.constexpr, BJ: tl.constexpr, BS:
 
 @triton.jit
 def add_later(
-    dk_j, dv_j, k_j, v_j, q, dy, gate, cum, strength, weight, j0, stop, bh, T, H, dims: tl.constexpr, BJ: tl.constexpr,
-    BT: tl.constexpr,
+    dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H, dims: tl.constexpr,
+    BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """dk_j and dv_j, and what tokens from ``j0`` on say of them; and under SWLA the sums of D_tj of t = j and t > j.
 
@@ -98,7 +98,7 @@ def add_later(
     j = j0 + tl.arange(0, BJ)
     own = tl.zeros([BJ], tl.float32)
     others = tl.zeros([BJ], tl.float32)
-    cum += bh * T
+    cum = decays.cum + bh * T
     cum_next, after_j, now_j = strength
     for t0 in range(j0, stop, BT):
         t = t0 + tl.arange(0, BT)
@@ -106,7 +106,7 @@ def add_later(
         dy_t = load_rows(dy, t0, stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
         for_values = tl.dot(k_j, tl.trans(q_t), input_precision="tf32x3")
         for_keys = tl.dot(v_j, tl.trans(dy_t), input_precision="tf32x3")
-        weight_t = weight * tl.load(gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
+        weight_t = weight * tl.load(gates.gate + bh * T + t, mask=t < stop, other=0.0)[None, :]
         cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
         decay = tl.exp(tl.minimum(cum_t[None, :] - cum_next[:, None], 0.0))
         decay = tl.where(t[None, :] > j[:, None], decay, 0.0)
@@ -195,7 +195,7 @@ def write_kernel(
     dk_j *= left[:, None]
     strength = (cum_next, after_j, now_j)
     dk_j, dv_j, own, others = add_later(
-        dk_j, dv_j, k_j, v_j, q, dy, gates.gate, decays.cum, strength, weight, j0, stop, bh, T, H, dims, BJ, BT,
+        dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:
         # If the piece's memory goes on in the next one.
