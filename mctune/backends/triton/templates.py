@@ -41,7 +41,8 @@ PREFIXES = {
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 FAMILY = "matrix"
 """The memory family that the operations compute."""
-_COMMON = "common"
+SHARED = ("common", "backward_common")
+"""Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
 
@@ -66,6 +67,8 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
         "SWLA": problem.writes.gated,
+        "ROUTED": problem.reads.routed,
+        "AVERAGES": problem.reads.averages,
         # For a matrix memory, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
@@ -89,18 +92,21 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
 
 
 def write_parts(problem: Problem, config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
-    """Render the operations of a pass into ``folder``: (operation, file name), in order.
+    """Render the operations of a pass into ``folder``: (operation, file name), in order; then what they import.
 
     A file's name ends in a digest of its text: equal names are equal files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common = _write(folder, _COMMON, _source(_COMMON))
+    shared: dict[str, str] = {}
     parts = []
     for operation in operations(problem, config):
         text = _rendered(operation, tuple(values(operation, problem, config).items()))
-        text = text.replace(f"from .{_COMMON} import", f"from .{common.removesuffix('.py')} import")
+        for name in SHARED:
+            if f"from .{name} import" in text:
+                shared[name] = _write(folder, name, _source(name))
+                text = text.replace(f"from .{name} import", f"from .{shared[name].removesuffix('.py')} import")
         parts.append((operation, _write(folder, operation, text)))
-    return (*parts, (_COMMON, common))
+    return (*parts, *shared.items())
 
 
 @cache

@@ -14,59 +14,36 @@ import torch
 import triton
 import triton.language as tl
 
+from .backward_common import Dims, Gates, Tables
 from .common import load_state
 
 
 @triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P"])
 def chosen_kernel(
-    q,
-    dy,
-    states,
-    order,
-    starts,
-    picked,
-    lse,
-    seg_last,
-    partial,
-    dgamma,
-    dends,
-    scale,
-    heads,
-    top_k,
-    T,
-    H,
-    N,
-    P,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PV: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-):
+    q, dy, states, gates, seg_last, partial, dgamma, dends, scale, heads, top_k, T, H, N, P,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One program: all pairs of a segment of a head, BK key columns."""
-    KEYS: tl.constexpr = (DK + BK - 1) // BK
+    KEYS: tl.constexpr = (dims.DK + BK - 1) // BK
+    PV: tl.constexpr = dims.PV
     # The first segments, with the most pairs, come first, of all heads: few programs are left for the end.
     bh = (tl.program_id(0) % heads).to(tl.int64)
     block = tl.program_id(0) // heads % KEYS
     i = tl.program_id(0) // heads // KEYS
     key = block * BK
-    starts += bh * (N + 2) + i
+    starts = gates.starts + bh * (N + 2) + i
     first = tl.load(starts)
     stop = tl.load(starts + 1)
-    order += bh * (T * top_k)
-    picked += bh * (T * top_k)
+    order = gates.order + bh * (T * top_k)
+    picked = gates.picked + bh * (T * top_k)
     dgamma += (block * heads + bh) * (T * top_k)
-    partial += bh * (T * top_k) * DK
+    partial += bh * (T * top_k) * dims.DK
     keys = key + tl.arange(0, BK)
     values = tl.arange(0, PV)
     last = i
     if seg_last is not None:
         last = tl.load(seg_last + i)
-    state = load_state(states + (bh * P + last) * (SK * SV), key, 0, SK, SV, BK, PV)
+    state = load_state(states + (bh * P + last) * (dims.SK * dims.SV), key, 0, dims.SK, dims.SV, BK, PV)
     grad = tl.zeros([PV, BK] if OPERAND == "shared" else [BK, PV], tl.float32)
     for p0 in range(first, stop, BT):
         pair = p0 + tl.arange(0, BT)
@@ -74,14 +51,16 @@ def chosen_kernel(
         place = tl.load(order + pair, mask=valid, other=0)
         t = place // top_k
         row = ((bh // H * T + t) * H + bh % H)[:, None]
-        inside = valid[:, None] & (keys < DK)[None, :]
-        q_t = tl.load(q + row * DK + keys[None, :], mask=inside, other=0.0)
-        dy_t = tl.load(dy + row * DV + values[None, :], mask=valid[:, None] & (values < DV)[None, :], other=0.0)
-        total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
+        inside = valid[:, None] & (keys < dims.DK)[None, :]
+        q_t = tl.load(q + row * dims.DK + keys[None, :], mask=inside, other=0.0)
+        dy_t = tl.load(
+            dy + row * dims.DV + values[None, :], mask=valid[:, None] & (values < dims.DV)[None, :], other=0.0
+        )
+        total = tl.load(gates.lse + bh * T + t, mask=valid, other=0.0)
         gamma = tl.exp(tl.load(picked + place, mask=valid, other=float("-inf")) - total)
         read = tl.dot(dy_t, tl.trans(state), input_precision=PRECISION)
         tl.store(dgamma + place, tl.sum(q_t.to(tl.float32) * read, 1) * scale, mask=valid)
-        out = partial + place.to(tl.int64)[:, None] * DK + keys[None, :]
+        out = partial + place.to(tl.int64)[:, None] * dims.DK + keys[None, :]
         tl.store(out, (read * gamma[:, None]).to(partial.dtype.element_ty), mask=inside)
         weighted = (q_t.to(tl.float32) * gamma[:, None]).to(dy_t.dtype)
         if OPERAND == "shared":
@@ -90,42 +69,26 @@ def chosen_kernel(
             grad = tl.dot(tl.trans(weighted), dy_t, grad, input_precision=PRECISION)
     if OPERAND == "shared":
         grad = tl.trans(grad)
-    out = dends + (bh * P + last) * (SK * SV) + keys[:, None] * SV + values[None, :]
-    tl.store(out, (grad * scale).to(dends.dtype.element_ty), mask=(keys < SK)[:, None] & (values < SV)[None, :])
+    out = dends + (bh * P + last) * (dims.SK * dims.SV) + keys[:, None] * dims.SV + values[None, :]
+    tl.store(
+        out, (grad * scale).to(dends.dtype.element_ty), mask=(keys < dims.SK)[:, None] & (values < dims.SV)[None, :]
+    )
 
 
 def grouped_backward(
     q: torch.Tensor,
     dy: torch.Tensor,
     states: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    picked: torch.Tensor,
-    lse: torch.Tensor,
-    seg_last: torch.Tensor | None,
-    N: int,
-    crosses: bool,
+    gates: Gates,
+    tables: Tables,
     scale: float,
-    OPERAND: str,
-    PRECISION: str,
-    DK: int,
-    DV: int,
-    PK: int,
-    PV: int,
-    SK: int,
-    SV: int,
-    BT: int,
-    BK: int,
-    num_warps: int,
-    num_stages: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    OPERAND: str, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, BT: int, BK: int,
+    num_warps: int, num_stages: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """partial ``[B*H, T, top_k, DK]``, of q's dtype; dgamma ``[B*H, T, top_k]``, float32; dends ``[B*H, P, SK, SV]``.
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV], states [B*H, P, SK, SV]: of one dtype.
-        order, starts: of :mod:`pair_order`; picked, lse: of :mod:`gates`.
-        seg_last: None where every segment is one piece.
-        crosses: whether any piece is entered.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
 
     Returns:
@@ -133,16 +96,17 @@ def grouped_backward(
         gradient of every segment's state, at its last piece: float32 where it is carried on, else of q's dtype.
     """
     B, T, H, _ = q.shape
-    top_k = picked.shape[-1]
+    N, top_k = tables.seg_first.shape[0], gates.picked.shape[-1]
     bk = min(BK, PK)
     blocks = triton.cdiv(DK, bk)
     partial = q.new_empty((B * H, T, top_k, DK))
-    dgamma = q.new_empty((blocks, *picked.shape), dtype=torch.float32)
-    dends = q.new_empty(states.shape, dtype=torch.float32 if crosses else q.dtype)
+    dgamma = q.new_empty((blocks, *gates.picked.shape), dtype=torch.float32)
+    dends = q.new_empty(states.shape, dtype=torch.float32 if tables.crosses else q.dtype)
     chosen_kernel[(blocks * N * B * H,)](
-        q=q, dy=dy, states=states, order=order, starts=starts, picked=picked, lse=lse, seg_last=seg_last,
-        partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H, top_k=top_k, T=T, H=H, N=N,
-        P=states.shape[1], OPERAND=OPERAND, PRECISION=PRECISION, DK=DK, DV=DV, PV=PV, SK=SK, SV=SV, BT=BT, BK=bk,
-        num_warps=num_warps, num_stages=num_stages,
+        q=q, dy=dy, states=states,
+        gates=Gates(lse=gates.lse, picked=gates.picked, order=gates.order, starts=gates.starts),
+        seg_last=None if tables.whole else tables.seg_last, partial=partial, dgamma=dgamma, dends=dends, scale=scale,
+        heads=B * H, top_k=top_k, T=T, H=H, N=N, P=states.shape[1], OPERAND=OPERAND, PRECISION=PRECISION,
+        dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial, dgamma[0] if blocks == 1 else dgamma.sum(0), dends

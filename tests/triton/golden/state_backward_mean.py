@@ -13,6 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .backward_common import (
+    Decays,
+    Dims,
+    StateGradients,
+    Tables,
+    pieces_of,
+    segments_of,
+)
 from .common import load_rows
 
 DK = 48
@@ -30,43 +38,25 @@ num_warps = 8
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def piece_kernel(
-    q,
-    dy,
-    gate,
-    cum,
-    begin,
-    end,
-    segment,
-    seg_first,
-    products,
-    scale,
-    T,
-    H,
-    P,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    q, dy, gate, cum, pieces, segments, products, scale, T, H, P, dims: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """One program: a block of the sum of q_t^T dy_t over a piece, with gates and decays where they are given."""
-    BLOCKS: tl.constexpr = (SV + BV - 1) // BV
-    KEYS: tl.constexpr = (SK + BK - 1) // BK
+    BLOCKS: tl.constexpr = (dims.SV + BV - 1) // BV
+    KEYS: tl.constexpr = (dims.SK + BK - 1) // BK
     value = tl.program_id(0) % BLOCKS * BV
     key = tl.program_id(0) // BLOCKS % KEYS * BK
     piece = tl.program_id(0) // (BLOCKS * KEYS)
     bh = tl.program_id(1).to(tl.int64)
-    stop = tl.load(end + piece)
+    stop = tl.load(pieces.end + piece)
     head = bh // H * T * H + bh % H
-    q += head * DK
-    dy += head * DV
+    q += head * dims.DK
+    dy += head * dims.DV
     product = tl.zeros([BK, BV], tl.float32)
-    for t0 in range(tl.load(begin + piece), stop, BT):
+    for t0 in range(tl.load(pieces.begin + piece), stop, BT):
         t = t0 + tl.arange(0, BT)
-        q_t = load_rows(q, t0, stop, H * DK, key, DK, BT, BK)
-        dy_t = load_rows(dy, t0, stop, H * DV, value, DV, BT, BV)
+        q_t = load_rows(q, t0, stop, H * dims.DK, key, dims.DK, BT, BK)
+        dy_t = load_rows(dy, t0, stop, H * dims.DV, value, dims.DV, BT, BV)
         weight = tl.full([BT], 1.0, tl.float32)
         if gate is not None:
             weight *= tl.load(gate + bh * T + t, mask=t < stop, other=0.0)
@@ -74,28 +64,19 @@ def piece_kernel(
             weight *= tl.exp(tl.load(cum + bh * T + t, mask=t < stop, other=0.0))
         q_t = (q_t.to(tl.float32) * weight[:, None]).to(dy_t.dtype)
         product = tl.dot(tl.trans(q_t), dy_t, product, input_precision="ieee")
-    s = tl.load(segment + piece)
-    product /= s - tl.load(seg_first + s) + 1
+    s = tl.load(pieces.segment + piece)
+    product /= s - tl.load(segments.first + s) + 1
     rows = key + tl.arange(0, BK)
     cols = value + tl.arange(0, BV)
-    out = products + (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
-    tl.store(out, product * scale, mask=(rows < SK)[:, None] & (cols < SV)[None, :])
+    out = products + (bh * P + piece) * (dims.SK * dims.SV) + rows[:, None] * dims.SV + cols[None, :]
+    tl.store(out, product * scale, mask=(rows < dims.SK)[:, None] & (cols < dims.SV)[None, :])
 
 
 @triton.jit(do_not_specialize=["P"])
 def carry_kernel(
-    segment,
-    entering,
-    seg_last,
-    seq_begin,
-    seq_end,
-    dentered,
-    products,
-    dends,
-    P,
-    SIZE: tl.constexpr,
+    segment, entering, seg_last, seq_begin, seq_end, dentered, products, dends, P, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BLOCK elements of the states of a sequence, from its last piece to its first."""
     block = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -123,30 +104,11 @@ def carry_kernel(
 
 
 def state_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dy: torch.Tensor,
-    ends: torch.Tensor | None,
-    gammas: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    chosen: torch.Tensor | None,
-    cum: torch.Tensor | None,
-    before: torch.Tensor | None,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    entering: torch.Tensor,
-    seg_end: torch.Tensor,
-    seg_first: torch.Tensor,
-    seg_past_end: torch.Tensor,
-    seg_last: torch.Tensor,
-    seq_begin: torch.Tensor,
-    seq_end: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor | None,
+    gammas: torch.Tensor | None, gate: torch.Tensor | None, chosen: torch.Tensor | None, decays: Decays, tables: Tables,
     scale: float,
-    crosses: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dEnd ``[B*H, P, SK, SV]``, of q's dtype; for swla crossing, dk_lead, dv_lead, dbefore ``[B*H, P, ...]``, float32.
+) -> StateGradients:  # fmt: skip
+    """dEnd ``[B*H, P, SK, SV]``; for swla, of pieces that are entered, what it says of what enters.
 
     Args:
         q, k [B, T, H, DK], v, dy [B, T, H, DV]: of one dtype.
@@ -155,40 +117,45 @@ def state_backward(
             where gates are not learned.
         chosen: with FORMULATION "grouped", dEnd as :mod:`grouped_backward` left it, to be carried on if any piece is
             entered.
-        cum, before: None for linear.
-        crosses: whether any piece is entered.
         OPERAND: where gated rows wait for their product, "registers" (a left operand) or "shared" memory (a right one).
-
-    Returns:
-        Of pieces that are entered: what the end state says of the decay of what enters, e^{cum_end} <dEnd, A> and the
-        like of the row before the piece; the gradients of that row, dk in two parts; that of the strength ``before``.
     """
-    (B, T, H, _), N, P = q.shape, seg_first.shape[0], begin.shape[0]
-    bk, bv = min(BK, PK), min(BV, PV)  # no wider than the state
-    blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
+    B, T, H, _ = q.shape
+    N, P, crosses = tables.seg_first.shape[0], tables.begin.shape[0], tables.crosses
+    bk, bv, dims = min(BK, PK), min(BV, PV), Dims(DK, DV, PK, PV, SK, SV)  # blocks are no wider than the state
     # What is carried on has float32; what is left is an operand of products.
     dends, dstates = q.new_empty((B * H, P, SK, SV)) if chosen is None or crosses else chosen, chosen
-    products = dentered = crossing = dk_lead = dv_lead = dbefore = None
+    products = dentered = crossing = None
     carries, enters = crosses, crosses
     carries = True
-    products = torch.empty_like(dends, dtype=torch.float32)
-    piece_kernel[(blocks * P, B * H)](
-        q=q, dy=dy, gate=None, cum=None, begin=begin, end=end, segment=segment, seg_first=seg_first, products=products,
-        scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv, num_warps=num_warps,
-        num_stages=num_stages,
-    )  # fmt: skip
+    products = _products(
+        q, dy, None, None, tables, scale, dims, BT, bk, bv, num_warps, num_stages
+    )
     dentered, enters = products if crosses else None, False  # what enters a piece is read as a cached state is
     if enters:
-        dentered = torch.empty_like(dends, dtype=torch.float32)
-        piece_kernel[(blocks * P, B * H)](
-            q=q, dy=dy, gate=gate, cum=cum, begin=begin, end=end, segment=segment, seg_first=seg_first,
-            products=dentered, scale=scale, T=T, H=H, P=P, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
-            num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+        dentered = _products(
+            q, dy, gate, decays.cum, tables, scale, dims, BT, bk, bv, num_warps, num_stages
+        )
     if carries:
-        grid = (triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)
+        grid = (triton.cdiv(SK * SV, 1024), tables.seq_begin.shape[0], B * H)
         carry_kernel[grid](
-            segment=segment, entering=entering, seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end,
-            dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=1024, num_warps=4,
+            segment=tables.segment, entering=tables.entering, seg_last=tables.seg_last, seq_begin=tables.seq_begin,
+            seq_end=tables.seq_end, dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=1024,
+            num_warps=4,
         )  # fmt: skip
-    return dends, crossing, dk_lead, dv_lead, dbefore
+    made = StateGradients(dends)
+    return made
+
+
+def _products(
+    q: torch.Tensor, dy: torch.Tensor, gate: torch.Tensor | None, cum: torch.Tensor | None, tables: Tables,
+    scale: float, dims: Dims, BT: int, BK: int, BV: int, num_warps: int, num_stages: int,
+) -> torch.Tensor:  # fmt: skip
+    """``[B*H, P, SK, SV]``, float32: the sum of q_t^T dy_t over every piece, with gates and decays where given."""
+    B, T, H, _ = q.shape
+    P = tables.begin.shape[0]
+    products = q.new_empty((B * H, P, dims.SK, dims.SV), dtype=torch.float32)
+    piece_kernel[(triton.cdiv(dims.SK, BK) * triton.cdiv(dims.SV, BV) * P, B * H)](
+        q=q, dy=dy, gate=gate, cum=cum, pieces=pieces_of(tables), segments=segments_of(tables), products=products,
+        scale=scale, T=T, H=H, P=P, dims=dims, BT=BT, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return products

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,28 @@ from ..tvm.backward import Gradients
 from .forward import States, decays, states_of
 from .loader import load_parts
 from .tables import DEVICE, Tables, make_tables
+
+
+class Decays(NamedTuple):
+    """Of SWLA's writes: cum, now and after ``[B*H, T]``, before ``[B*H, P]``, float32; all None for linear."""
+
+    cum: torch.Tensor | None = None
+    now: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+
+
+class Gates(NamedTuple):
+    """Learned gates: what :mod:`kept` names, and where those of cached segments go; all None where they are equal."""
+
+    logits: torch.Tensor | None = None
+    gammas: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    picked: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
 
 class TritonBackward:
@@ -73,72 +95,56 @@ class TritonBackward:
         kept = kept or {}
         dy, q, k, v, u = (x.contiguous() for x in (dy, q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
-        pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
-        reads = {**pieces, "entering": tables.entering, "seg_first": tables.seg_first}
-        seg_last = None if tables.whole else tables.seg_last
         scale = float(scale)
-        cum = now = after = before = None
+        decayed = Decays()
         if self.gated:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
-            cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
-        decayed = {"cum": cum, "now": now, "after": after, "before": before}
+            decayed = Decays(*decays(self.states, tables, g, beta, lam, like=q))
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        ends, operand, past, means, sums = self._states(tables, k, v, cum, now, after, before, kept)
+        ends, operand, past, means, sums = self._states(tables, k, v, decayed, kept)
         gates = self._gates(tables, k, u, means, sums, top_k, kept)
-        gammas = gates["gammas"]
         partial = dpicked = chosen_ends = None
         if self.grouped is not None:
             partial, dpicked, chosen_ends = self.grouped(
-                q=q, dy=dy, states=operand, order=gates["order"], starts=gates["starts"], picked=gates["picked"],
-                lse=gates["lse"], seg_last=seg_last, N=segments.count, crosses=tables.crosses,
-                scale=scale,
-            )  # fmt: skip
-        dq, dgamma, own, delta = self.read_backward(
-            q=q, k=k, v=v, dy=dy, states=operand, past=past, logits=gates["logits"], lse=gates["lse"],
-            own_logit=gates["own"], picked=gates["picked"], partial=partial, **decayed, **reads, seg_last=seg_last,
-            tiles=tables.tiles(self.config["dq_BT"]), scale=scale, top_k=top_k,
+                q=q, dy=dy, states=operand, gates=gates, tables=tables, scale=scale
+            )
+        reads = self.read_backward(
+            q=q, k=k, v=v, dy=dy, states=operand, past=past, partial=partial, gates=gates, decays=decayed,
+            tables=tables, scale=scale, top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
-        du = dmeans = gate = pull = pulls = None
+        dgates = None
         if self.gates_backward is not None:
-            du, dmeans, gate, pull, pulls = self.gates_backward(
-                k=k, u=u, means=means, sums=sums, logits=gates["logits"], gammas=gammas, lse=gates["lse"],
-                own_logit=gates["own"], chosen=gates["chosen"], picked=gates["picked"], order=gates["order"],
-                starts=gates["starts"], dgamma=dgamma if dpicked is None else dpicked, own=own, delta=delta, **pieces,
-                seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_first=tables.seg_first,
-                seg_past_end=tables.seg_past_end, seg_piece=tables.seg_piece,
-                tiles=tables.tiles(self.config["dgates_BT"]),
-            )  # fmt: skip
-        del dgamma, dpicked, gates
-        dends, crossing, dk_lead, dv_lead, dbefore = self.state_backward(
-            q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=gate, chosen=chosen_ends, cum=cum, before=before,
-            **reads, seg_end=tables.seg_end, seg_past_end=tables.seg_past_end, seg_last=tables.seg_last,
-            seq_begin=tables.seq_begin, seq_end=tables.seq_end, scale=scale, crosses=tables.crosses,
+            dgates = self.gates_backward(
+                k=k, u=u, means=means, sums=sums, gates=gates, dpicked=dpicked, reads=reads, tables=tables
+            )
+        dq, own, gammas = reads.dq, reads.own, gates.gammas
+        # dgamma and the choice take much memory.
+        del dpicked, reads, gates
+        dstates = self.state_backward(
+            q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=None if dgates is None else dgates.gate,
+            chosen=chosen_ends, decays=decayed, tables=tables, scale=scale,
         )  # fmt: skip
         del ends, gammas
         dk, dv, dg, dbeta, dlam = self.write_backward(
-            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, gate=gate, own=own, **decayed, dends=dends, crossing=crossing,
-            dk_lead=dk_lead, dv_lead=dv_lead, dbefore=dbefore, dmeans=dmeans, pull=pull, pulls=pulls, **reads,
-            seg_last=tables.seg_last, tiles=tables.tiles(self.config["dkv_BJ"]), scale=scale,
+            q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, own=own, decays=decayed, gates=dgates, states=dstates,
+            tables=tables, scale=scale,
         )  # fmt: skip
-        return Gradients(dq, dk, dv, du, dg, dbeta, dlam)
+        return Gradients(dq, dk, dv, None if dgates is None else dgates.du, dg, dbeta, dlam)
 
     def _states(
         self,
         tables: Tables,
         k: torch.Tensor,
         v: torch.Tensor,
-        cum: torch.Tensor | None,
-        now: torch.Tensor | None,
-        after: torch.Tensor | None,
-        before: torch.Tensor | None,
+        decayed: Decays,
         kept: Mapping[str, torch.Tensor],
     ) -> States:
         """What the forward has kept of its states, and the rest."""
         if not tables.whole or kept.keys().isdisjoint(("states", "operand", "past")):
             exact = self.gated and tables.crosses
-            return states_of(self.states, tables, k, v, (cum, now, after, before), exact=exact)
+            return states_of(self.states, tables, k, v, decayed, exact=exact)
         heads = k.shape[0] * k.shape[2]
         ends, operand, past, means = (
             None if (x := kept.get(name)) is None else x.view(heads, -1, *x.shape[1:])
@@ -146,7 +152,7 @@ class TritonBackward:
         )
         if self.gates is None and past is None:
             past = self.states.past_states(
-                ends=ends, like=k, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
+                ends=ends, like=k, cum=decayed.cum, end=tables.end, segment=tables.segment, entering=tables.entering,
                 seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
             )  # fmt: skip
         if operand is None:
@@ -165,29 +171,26 @@ class TritonBackward:
         sums: torch.Tensor | None,
         top_k: int,
         kept: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> Gates:
         """Logits and their sums, or choice and order of ssc: as the forward has kept them, or again.
 
         And where the gates go: to the logits' place, but for logits that another backward may read.
         """
-        absent: dict[str, torch.Tensor | None] = dict.fromkeys((*LOGITS, *CHOICE, "gammas"))
         if self.gates is None:
-            return absent
+            return Gates()
         names = LOGITS if self.pair_order is None else CHOICE
         if kept.keys() >= set(names):
             gammas = torch.empty_like(kept["logits"]) if "logits" in names else None
-            return absent | {name: kept[name] for name in names} | {"gammas": gammas}
+            return Gates(**{name: kept[name] for name in names}, gammas=gammas)
         logits, lse, own, chosen, picked = self.gates(
             u=u, k=k, means=means, sums=sums, begin=tables.begin, end=tables.end, segment=tables.segment,
             seg_begin=tables.seg_begin, seg_first=tables.seg_first, seg_piece=tables.seg_piece,
             tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k,
         )  # fmt: skip
-        made = absent | {
-            "logits": logits, "gammas": logits, "lse": lse, "own": own, "chosen": chosen, "picked": picked,
-        }  # fmt: skip
+        order = starts = None
         if self.pair_order is not None:
-            made["order"], made["starts"], _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
-        return made
+            order, starts, _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)
+        return Gates(logits, logits, lse, own, chosen, picked, order, starts)
 
 
 def _gate(gate: torch.Tensor | None, absent: float, like: torch.Tensor) -> torch.Tensor:
