@@ -10,7 +10,7 @@ import torch
 
 from .kept import CHOICE, LOGITS, wanted
 from .segments import Segments
-from .triton_forward import States, decays, states_of
+from .triton_forward import decays, states_of
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
 from .tvm_backward import Gradients
@@ -76,14 +76,14 @@ class TritonBackward:
         reads = {**pieces, "entering": tables.entering, "seg_first": tables.seg_first}
         seg_last = None if tables.whole else tables.seg_last
         scale = float(scale)
-        cum = now = after = before = None
+        cum = now = after = before = made = None
         if self.gated:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
-            cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
+            made = cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q)
         decayed = {"cum": cum, "now": now, "after": after, "before": before}
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        ends, operand, past, means, sums = self._states(tables, k, v, cum, now, after, before, kept)
+        ends, operand, past, means, sums = self._states(tables, k, v, made, kept)
         gates = self._gates(tables, k, u, means, sums, top_k, kept)
         gammas = gates["gammas"]
         partial = dpicked = chosen_ends = None
@@ -128,26 +128,21 @@ class TritonBackward:
         tables: Tables,
         k: torch.Tensor,
         v: torch.Tensor,
-        cum: torch.Tensor | None,
-        now: torch.Tensor | None,
-        after: torch.Tensor | None,
-        before: torch.Tensor | None,
+        decayed: Any,
         kept: Mapping[str, torch.Tensor],
-    ) -> States:
-        """What the forward has kept of its states, and the rest."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What the forward has kept of its states, and the rest: ends, operand, past, means, sums."""
         if not tables.whole or kept.keys().isdisjoint(("states", "operand", "past")):
             exact = self.gated and tables.crosses
-            return states_of(self.states, tables, k, v, (cum, now, after, before), exact=exact)
+            return tuple(states_of(self.states, tables, k, v, decayed, exact=exact))
         heads = k.shape[0] * k.shape[2]
         ends, operand, past, means = (
             None if (x := kept.get(name)) is None else x.view(heads, -1, *x.shape[1:])
             for name in ("states", "operand", "past", "means")
         )
         if self.gates is None and past is None:
-            past = self.states.past_states(
-                ends=ends, like=k, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering,
-                seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
-            )  # fmt: skip
+            cum = None if decayed is None else decayed.cum
+            past = self.states.past_states(ends=ends, like=k, cum=cum, tables=tables)
         if operand is None:
             # Where only sums are read, some array stands for what is not.
             read = self.gates is not None or tables.crosses
@@ -177,10 +172,8 @@ class TritonBackward:
             gammas = torch.empty_like(kept["logits"]) if "logits" in names else None
             return absent | {name: kept[name] for name in names} | {"gammas": gammas}
         logits, lse, own, chosen, picked = self.gates(
-            u=u, k=k, means=means, sums=sums, begin=tables.begin, end=tables.end, segment=tables.segment,
-            seg_begin=tables.seg_begin, seg_first=tables.seg_first, seg_piece=tables.seg_piece,
-            tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k,
-        )  # fmt: skip
+            u=u, k=k, means=means, sums=sums, tables=tables, tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k
+        )
         made = absent | {
             "logits": logits, "gammas": logits, "lse": lse, "own": own, "chosen": chosen, "picked": picked,
         }  # fmt: skip

@@ -64,6 +64,9 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     """The values of a template's parameters: of the problem first, then of the configuration."""
     found: dict[str, Scalar] = {
         "SWLA": problem.recurrence == "swla",
+        "ROUTED": problem.routed,
+        "SPARSE": problem.aggregation == "ssc",
+        "AVERAGES": problem.aggregation == "mean",
         # Where the memory is linear, soup is grm.
         "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
