@@ -376,8 +376,8 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "pulls_kernel": _piece_tokens,
     "connector_kernel": _connectors,
     "descriptor_kernel": _descriptors,
-    "_read_kernel": _decode_read,
-    "_logits_kernel": _decode_logits,
+    "step_kernel": _decode_read,
+    "logits_kernel": _decode_logits,
     "combine_kernel": _decode_combine,
 }
 """The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""

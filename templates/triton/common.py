@@ -8,9 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-LOW = tl.constexpr(-3.0e38)
-"""Less than any logit; unlike -inf its difference from itself is a number."""
-
 
 class Tables(Protocol):
     """The runtime's int32 tables of P pieces, N segments and Q sequences, which launchers give to host functions."""
@@ -253,23 +250,3 @@ def mean_logits(u_t, means, i0, stop, dims: tl.constexpr, BN: tl.constexpr, PREC
         high = mean.to(u_t.dtype)
         low = (mean - high.to(tl.float32)).to(u_t.dtype)
         return tl.dot(u_t, tl.trans(high), tl.dot(u_t, tl.trans(low)))
-
-
-@triton.jit
-def load_place(cached, filled, cached_all, filled_all, b, first, length):
-    """States cached and tokens of the segment under way, of sequence b before token ``first`` of the call."""
-    if cached is not None:
-        used = tl.load(cached + b)
-        begun = tl.load(filled + b)
-    else:
-        used = cached_all
-        begun = filled_all
-    begun += first
-    return used + begun // length, begun % length
-
-
-@triton.jit
-def load_row(x, width, D: tl.constexpr):
-    """A row of ``width`` numbers as float32 [D], the rest 0."""
-    d = tl.arange(0, D)
-    return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)

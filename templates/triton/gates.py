@@ -120,6 +120,7 @@ def gates_kernel(
     tile = load_tile(tiles + tl.program_id(0) * 2, spans, BT)
     s = tile.segment
     head = bh // H * T * H + bh % H
+    means = keys.means + bh * N * dims.SK
     t = tile.first + tl.arange(0, BT)
     valid = t < tile.stop
     u_t = load_rows(u + head * dims.DK, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
@@ -132,7 +133,7 @@ def gates_kernel(
         values, numbers = _lists(BT=BT, BN=BN, KP=KP)
     for i0 in range(tile.oldest, s, BN):
         i = i0 + tl.arange(0, BN)
-        score = mean_logits(u_t, keys.means + bh * N * dims.SK, i0, s, dims, BN, PRECISION)
+        score = mean_logits(u_t, means, i0, s, dims, BN, PRECISION)
         if made.logits is not None:
             place = (bh * N + i)[None, :] * T + t[:, None]
             tl.store(made.logits + place, score, mask=(i < s)[None, :] & valid[:, None])

@@ -126,11 +126,11 @@ def local_kernel(
     if made.operand is not None:
         tl.store(made.operand + place, state.to(made.operand.dtype.element_ty), mask=inside)
     if column == 0:
-        keys = (bh * P + piece) * dims.SK + rows
         if made.sums is not None:
-            tl.store(made.sums + keys, total, mask=rows < dims.SK)
+            tl.store(made.sums + (bh * P + piece) * dims.SK + rows, total, mask=rows < dims.SK)
         if made.means is not None:
-            tl.store(made.means + keys, total / (stop - start), mask=rows < dims.SK)
+            mean = total / (stop - start)
+            tl.store(made.means + (bh * P + piece) * dims.SK + rows, mean, mask=rows < dims.SK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "P"])

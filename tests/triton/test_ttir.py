@@ -21,7 +21,7 @@ import pytest
 from mctune.backends.triton.backend import LAUNCHERS, TritonBackend
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import VirtualDevice
-from mctune.backends.triton.templates import PREFIXES, operations, values, write_parts
+from mctune.backends.triton.templates import PREFIXES, SHARED, operations, values, write_parts
 from mctune.core.config import Config
 from mctune.core.paths import templates_dir
 from mctune.core.problem import PASSES, STATE_INITS, Problem
@@ -217,7 +217,7 @@ def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_template_is_compared() -> None:
     used = {operation for case in ALL for operation in operations(case.problem, case.config)}
-    assert used == set(PREFIXES) == {path.stem for path in TEMPLATES.glob("*.py")} - {"common"}
+    assert used == set(PREFIXES) == {path.stem for path in TEMPLATES.glob("*.py")} - {*SHARED}
 
 
 @pytest.mark.parametrize("case", spread(), ids=str)

@@ -10,7 +10,7 @@ from mctune.backends.protocol import Built, Kernel, Launch
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import DoesNotFit, VirtualDevice
-from mctune.backends.triton.templates import digest, write_parts
+from mctune.backends.triton.templates import digest, operations, write_parts
 from mctune.backends.triton.versions import check_interpreter, check_versions
 from mctune.core.config import Config
 from mctune.core.environment import version
@@ -94,7 +94,7 @@ class TritonBackend:
         name = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"
         library = folder / f"{name}_{hashlib.sha256(index.encode()).hexdigest()[:12]}.json"
         library.write_text(f"{index}\n", encoding="utf-8")
-        return Built(library, folder / parts[-2][1], parts)
+        return Built(library, folder / dict(parts)[operations(problem, config)[-1]], parts)
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
         """What one call launches on a GPU that need not be here, or why the GPU cannot hold it.

@@ -39,7 +39,8 @@ PREFIXES = {
     "decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-_COMMON = "common"
+SHARED = ("common", "decode_common")
+"""Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
 
@@ -90,18 +91,21 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
 
 
 def write_parts(problem: Problem, config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
-    """Render the operations of a pass into ``folder``: (operation, file name), in order.
+    """Render the operations of a pass into ``folder``: (operation, file name), in order; then what they import.
 
     A file's name ends in a digest of its text: equal names are equal files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common = _write(folder, _COMMON, _source(_COMMON))
+    shared: dict[str, str] = {}
     parts = []
     for operation in operations(problem, config):
         text = _rendered(operation, tuple(values(operation, problem, config).items()))
-        text = text.replace(f"from .{_COMMON} import", f"from .{common.removesuffix('.py')} import")
+        for name in SHARED:
+            if f"from .{name} import" in text:
+                shared[name] = _write(folder, name, _source(name))
+                text = text.replace(f"from .{name} import", f"from .{shared[name].removesuffix('.py')} import")
         parts.append((operation, _write(folder, operation, text)))
-    return (*parts, (_COMMON, common))
+    return (*parts, *shared.items())
 
 
 @cache
