@@ -41,7 +41,7 @@ PREFIXES = {
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 FAMILY = "matrix"
 """The memory family that the operations compute."""
-SHARED = ("common", "backward_common")
+SHARED = ("common", "decode_common", "backward_common")
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -68,9 +68,8 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     found: dict[str, Scalar] = {
         "SWLA": problem.writes.gated,
         "ROUTED": problem.reads.routed,
+        "SPARSE": problem.reads.sparse,
         "AVERAGES": problem.reads.averages,
-        # For a matrix memory, soup is grm.
-        "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
         "GATES": "precomputed",
