@@ -24,7 +24,7 @@ from tests.instruction_sets import cpus
 RECURRENCES = ("linear", "swla")
 DISTINCT = tuple(aggregation for aggregation in AGGREGATIONS if aggregation != "soup")
 CPUS = cpus()
-SPACES = {pass_: load_space("tvm", pass_) for pass_ in ("forward", "backward", "decode")}
+SPACES = {pass_: load_space("tvm", "matrix", pass_) for pass_ in ("forward", "backward", "decode")}
 SAFE: dict[str, dict[str, Scalar]] = {
     "forward": {
         "chunk": 16, "rows": 2, "cols": 16, "unroll": 1, "panel": 1, "loop_order": "rows_outer", "parallel": "segment",

@@ -18,7 +18,7 @@ def problem(pass_: str, recurrence: str = "linear") -> Problem:
 @pytest.mark.parametrize("pass_", templates.OPERATIONS)
 def test_a_build_is_refused_whose_arguments_are_in_another_order(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = problem(pass_)
-    space = load_space("tvm", pass_)
+    space = load_space("tvm", "matrix", pass_)
     config = space.first_valid(lambda c: space.valid(c, one, host()))
     assert config is not None
     built = templates.render(one, config, host())
