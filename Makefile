@@ -6,6 +6,8 @@ READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 TUNED := build/mctune_cpu
 
+PYTEST := $(BIN)/pytest -n $(shell nproc) --maxprocesses 8 --dist loadgroup
+
 TRITONS := 3.6.0 3.9.0
 # What compiles for the CPU that it runs on.
 COMPILED := tests/kernels tests/emit tests/search/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
@@ -26,22 +28,20 @@ WHEELS := numpy click rich markdown-it-py mdurl pygments libcst pyyaml optuna sq
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
 
-# Triton chooses its interpreter when it is imported: what it judges runs in a process of its own.
+# A worker a core, and one more for what Triton interprets, while which one of the others waits (tests/scheduling.py).
 test: $(READY)
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted
+	$(PYTEST)
 
 # And what takes long; all that is compiled for a CPU, on one with AVX-512 as if it had none (above, kernels are compiled
 # for either by turns); and the oldest and the newest Triton that are supported. The interpreter of 3.6 takes the ends of
 # a range from arrays in a way that numpy 2.4 refuses.
 test-all: test
-	$(BIN)/pytest -m slow
-	! $(BIN)/mctune targets cpu | grep -q x86-64-v4 || MCTUNE_CPU_ARCH=x86-64-v3 $(BIN)/pytest $(COMPILED)
+	$(PYTEST) -m slow
+	! $(BIN)/mctune targets cpu | grep -q x86-64-v4 || MCTUNE_CPU_ARCH=x86-64-v3 $(PYTEST) $(COMPILED)
 	for version in $(TRITONS); do \
 		$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version \
 			$$(test $$version != 3.6.0 || echo 'numpy<2.4') && \
-		PYTHONPATH=build/triton-$$version TRITON_INTERPRET=1 $(BIN)/pytest tests/triton/interpreted && \
-		PYTHONPATH=build/triton-$$version $(BIN)/pytest tests/triton || exit 1; done
+		PYTHONPATH=build/triton-$$version $(PYTEST) tests/triton || exit 1; done
 
 bench: $(READY)
 	for pass in forward training decode; do \

@@ -1,6 +1,10 @@
 """Replay searches over measured spaces: the study code of mctune, with a look-up in place of build, verify and time.
 
-    python benchmarks/search_replay.py SPACE.json[.gz] ... [--samplers tpe,gp,random] [--seeds 30] [--out DIR] [--json]
+    python benchmarks/search_replay.py SPACE.json[.gz] ... [--samplers mix,gp@100x5] [--seeds 30] [--out DIR] [--json]
+
+A sampler is a name or module:Class; with @EVALUATIONS or @EVALUATIONSxSEEDS it gets no more of either than that, for
+those that think for long. With --out every search is appended to DIR/runs.jsonl when it is done, and not run again: the
+same command goes on where it was interrupted.
 
 A file is one space: {"tune_params_keys": [names], "tune_params": {name: [values]}, "cache": {"v1,v2,...": {"time": ms
 or the name of a failure, "times": [ms, ...]}}}, plain or gzipped. A configuration that is not in the cache breaks the
@@ -22,6 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
 from mctune.core.space import Choice, Int, Param, SearchSpace
-from mctune.study.events import SAMPLERS
+from mctune.study.events import SAMPLERS, check_sampler
 from mctune.study.study import run_study
 
 
@@ -92,6 +97,25 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
 
 
 @dataclass(frozen=True)
+class Entrant:
+    """A sampler, and the evaluations and seeds that it gets."""
+
+    sampler: str
+    trials: int
+    seeds: range
+
+    @classmethod
+    def of(cls, text: str, trials: int, seeds: range) -> Entrant:
+        """``text`` is NAME, NAME@EVALUATIONS or NAME@EVALUATIONSxSEEDS."""
+        name, _, limits = text.partition("@")
+        check_sampler(name)
+        most, _, count = limits.partition("x")
+        if not all(part.isdigit() and int(part) for part in (most or "1", count or "1")):
+            raise UsageError(f"{text!r}: write NAME, NAME@EVALUATIONS or NAME@EVALUATIONSxSEEDS")
+        return cls(name, min(int(most or trials), trials), seeds[: int(count)] if count else seeds)
+
+
+@dataclass(frozen=True)
 class Replay:
     """One search: best found / optimum after each evaluation (infinite before the first time), what it did."""
 
@@ -99,6 +123,19 @@ class Replay:
     failures: int
     stopped: str
     seconds: float
+
+    def to_json(self, about: Mapping[str, Any]) -> str:
+        """One line: what it is ``about``, and where the curve falls."""
+        falls = [(n, ratio) for n, ratio in enumerate(self.curve) if n == 0 or ratio < self.curve[n - 1]]
+        told = {"falls": falls, "length": len(self.curve), "failures": self.failures}
+        return json.dumps({**about, **told, "stopped": self.stopped, "seconds": round(self.seconds, 3)})
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Replay:
+        """The inverse."""
+        falls = dict(told["falls"])
+        curve = tuple(accumulate((falls.get(n, math.inf) for n in range(told["length"])), min))
+        return cls(curve, told["failures"], told["stopped"], told["seconds"])
 
 
 def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
@@ -122,44 +159,86 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
     return Replay(tuple(curve), sum(trial.ms is None for trial in result.trials), result.stopped, seconds)
 
 
-def summary(
-    measured: Measured, sampler: str, replays: Sequence[Replay], budgets: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One row a budget, over the seeds; a search that exhausted its space keeps its last value."""
+def replays(
+    spaces: Sequence[Measured], entrants: Sequence[Entrant], kept: Path | None
+) -> dict[tuple[str, str], list[Replay]]:
+    """Every search, seed by seed, by space and sampler; those in the file ``kept`` are not run again."""
+    known = {}
+    if kept is not None and kept.exists():
+        for line in kept.read_text().splitlines():
+            told = json.loads(line)
+            known[told["space"], told["sampler"], told["seed"], told["trials"]] = Replay.from_json(told)
+    done: dict[tuple[str, str], list[Replay]] = {}
+    for seed in sorted({seed for entrant in entrants for seed in entrant.seeds}):
+        for measured, entrant in product(spaces, entrants):
+            if seed not in entrant.seeds:
+                continue
+            about = {"space": measured.name, "sampler": entrant.sampler, "seed": seed, "trials": entrant.trials}
+            run = known.get(tuple(about.values()))  # type: ignore[arg-type]
+            if run is None:
+                run = replay(measured, entrant.sampler, seed, entrant.trials)
+                print(f"{about} {run.curve[-1]:.4f} of the optimum in {run.seconds:.1f} s", file=sys.stderr, flush=True)
+                if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    with kept.open("a") as file:
+                        file.write(run.to_json(about) + "\n")
+            done.setdefault((measured.name, entrant.sampler), []).append(run)
+    return done
+
+
+def summary(space: str, sampler: str, runs: Sequence[Replay], budgets: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a budget that the sampler got, over the seeds; a search that exhausted its space keeps its last value."""
     rows = []
     for budget in budgets:
-        ratios = sorted(replay.curve[min(budget, len(replay.curve)) - 1] for replay in replays)
+        if not any(len(run.curve) >= budget or run.stopped == "exhausted" for run in runs):
+            continue
+        ratios = sorted(run.curve[min(budget, len(run.curve)) - 1] for run in runs)
         rows.append(
             {
-                "space": measured.name,
+                "space": space,
                 "sampler": sampler,
                 "budget": budget,
                 "seeds": len(ratios),
                 "mean": statistics.fmean(ratios),
+                "deviation": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
                 "median": statistics.median(ratios),
                 "p95": ratios[math.ceil(0.95 * len(ratios)) - 1],
                 "worst": ratios[-1],
                 "optimum_found": sum(ratio == 1.0 for ratio in ratios),
-                "ms_per_proposal": 1e3 * sum(r.seconds for r in replays) / sum(len(r.curve) for r in replays),
-                "failures": statistics.fmean(r.failures for r in replays),
-                "finished": sum(len(r.curve) >= budget or r.stopped == "exhausted" for r in replays),
+                "ms_per_proposal": 1e3 * sum(run.seconds for run in runs) / sum(len(run.curve) for run in runs),
+                "failures": statistics.fmean(run.failures for run in runs),
+                "finished": sum(len(run.curve) >= budget or run.stopped == "exhausted" for run in runs),
             }
         )
     return rows
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table."""
+    """The table. What a sampler is above the first one is the difference of the means, with its 95% interval."""
+    first = {(r["space"], r["budget"]): r for r in reversed(rows)}
     lines = [
-        "| space | sampler | evaluations | mean | median | 95% | worst | optimum found | seeds finished |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| space | sampler | evaluations | mean | deviation | above the first | median | 95% | worst | optimum found | "
+        "seeds finished |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
         lines.append(
-            f"| {r['space']} | {r['sampler']} | {r['budget']} | {r['mean']:.4f} | {r['median']:.4f} | {r['p95']:.4f} | "
+            f"| {r['space']} | {r['sampler']} | {r['budget']} | {r['mean']:.4f} | {r['deviation']:.4f} | "
+            f"{above(r, first[r['space'], r['budget']])} | {r['median']:.4f} | {r['p95']:.4f} | "
             f"{r['worst']:.4f} | {r['optimum_found']} of {r['seeds']} | {r['finished']} of {r['seeds']} |"
         )
     return "\n".join(lines)
+
+
+def above(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """By how much a mean is above another: the difference, and half of its 95% interval if both have several seeds."""
+    if row is first:
+        return ""
+    gap = row["mean"] - first["mean"]
+    if min(row["seeds"], first["seeds"]) < 2:
+        return f"{gap:+.4f}"
+    half = 1.96 * math.hypot(*(r["deviation"] / math.sqrt(r["seeds"]) for r in (row, first)))
+    return f"{gap:+.4f} ± {half:.4f}"
 
 
 def document(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,15 +247,17 @@ def document(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -
     again = ["python", "benchmarks/search_replay.py", *names, "--samplers", ",".join(arguments.samplers)]
     again += ["--seeds", str(arguments.seeds), "--first-seed", str(arguments.first_seed)]
     again += ["--budgets", ",".join(map(str, arguments.budgets))]
+    used = ("optuna", "numpy", *(("torch", "scipy") if "gp" in _names(rows) else ()))
+    used += ("cmaes",) if "cmaes" in _names(rows) else ()
     return {
         "command": shlex.join(again),
-        "versions": {
-            "python": platform.python_version(),
-            "optuna": version("optuna"),
-            "numpy": version("numpy"),
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in used}},
         "rows": list(rows),
     }
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {row["sampler"] for row in rows}
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
@@ -204,11 +285,11 @@ def _list(text: str) -> list[str]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="measured spaces, .json or .json.gz")
-    parser.add_argument("--samplers", type=_list, default=["tpe", "gp", "random"], help=f"of {','.join(SAMPLERS)}")
+    parser.add_argument("--samplers", type=_list, default=list(SAMPLERS), help=f"of {', '.join(SAMPLERS)}")
     parser.add_argument("--budgets", type=lambda s: sorted(map(int, _list(s))), default=[50, 100, 150, 200])
     parser.add_argument("--seeds", type=int, default=30, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="also write replay.json and README.md into this folder")
+    parser.add_argument("--out", type=Path, help="also write runs.jsonl, replay.json and README.md into this folder")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table on stdout")
     return parser.parse_args(argv)
 
@@ -219,18 +300,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seeds < 1 or not arguments.budgets or arguments.budgets[0] < 1:
         print("--seeds and --budgets must be at least 1", file=sys.stderr)
         return 2
-    rows: list[dict[str, Any]] = []
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    kept = None if arguments.out is None else arguments.out / "runs.jsonl"
     try:
-        for file in arguments.files:
-            measured = load(Path(file))
-            for sampler in arguments.samplers:
-                seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-                replays = [replay(measured, sampler, seed, arguments.budgets[-1]) for seed in seeds]
-                rows += summary(measured, sampler, replays, arguments.budgets)
-                print(f"{measured.name} {sampler}: mean {rows[-1]['mean']:.4f} of the optimum", file=sys.stderr)
+        entrants = [Entrant.of(text, arguments.budgets[-1], seeds) for text in arguments.samplers]
+        done = replays([load(Path(file)) for file in arguments.files], entrants, kept)
     except UsageError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    rows = [row for (space, sampler), runs in done.items() for row in summary(space, sampler, runs, arguments.budgets)]
     content = document(rows, arguments)
     print(json.dumps(content, indent=1) if arguments.json else markdown(rows))
     if arguments.out is not None:

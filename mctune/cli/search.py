@@ -27,7 +27,8 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--trials", type=click.IntRange(min=1), help="Candidates a study.  [default: the workload's, or 100]")
 @click.option("--timeout", type=float, metavar="SECONDS",
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True)
+@click.option("--sampler", metavar="NAME", default="mix", show_default=True,
+              help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,14 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.core.workload import Case
 
-SAMPLERS = ("tpe", "random", "gp", "grid")
+SAMPLERS = ("mix", "tpe", "gp", "cmaes", "random", "grid")
+"""Samplers that have a name; any other is ``module:Class``."""
+
+
+def check_sampler(name: str) -> None:
+    """Refuse what is neither a name nor ``module:Class``; whether that exists is seen when it is made."""
+    if name not in SAMPLERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise UsageError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}, nor module:Class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,7 @@ class SearchRequest:
         out: the directory of the package to be emitted; the default storage lives in it too.
         trials: unique candidates a study, those of an interrupted earlier run included.
         timeout_s: seconds for all studies together, ``None`` for no limit; then what they have is decided between.
-        sampler: one of :data:`SAMPLERS`.
+        sampler: one of :data:`SAMPLERS`, or ``module:Class``.
         seed: of the sampler and of the random inputs.
         storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
         max_slowdown: the shortest segment within this factor of the fastest one's time is recommended.
@@ -39,7 +47,7 @@ class SearchRequest:
     out: Path
     trials: int
     timeout_s: float | None = None
-    sampler: str = "tpe"
+    sampler: str = "mix"
     seed: int = 0
     storage: str | None = None
     max_slowdown: float = 1.10
@@ -49,8 +57,7 @@ class SearchRequest:
     def __post_init__(self) -> None:
         if not self.cases:
             raise UsageError("nothing to search: give a workload or a problem")
-        if self.sampler not in SAMPLERS:
-            raise UsageError(f"sampler={self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        check_sampler(self.sampler)
         if self.trials < 1:
             raise UsageError(f"trials={self.trials}: must be at least 1")
         if self.max_slowdown < 1:

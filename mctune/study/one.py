@@ -24,7 +24,7 @@ from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.study.rules import Rule
-from mctune.study.samplers.sampler import START
+from mctune.study.samplers import START
 from mctune.study.study import Trial, load_study, run_study
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied, WorkerTimedOut

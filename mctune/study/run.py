@@ -18,6 +18,7 @@ from mctune.core.winner import Winner
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.frontier import recommend
 from mctune.study.one import OneStudy
+from mctune.study.samplers.named import check
 from mctune.verify.judge import tolerance
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
@@ -37,9 +38,11 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
 
     Raises:
         DeviceError: if there is no such device here, or what compiles for it is missing.
-        UsageError: for a problem that no template computes, or a storage that cannot be opened.
+        UsageError: for a problem that no template computes, a sampler that does not exist, or a storage that cannot be
+            opened.
     """
     started = time.monotonic()
+    check(request.sampler)
     prepared = _studies(request)
     reports: dict[int, StudyReport] = {}
     interrupted = False

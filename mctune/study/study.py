@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from mctune.core import outcome as outcomes
@@ -30,9 +28,8 @@ from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held, held
 from mctune.core.outcome import Outcome
 from mctune.core.space import SearchSpace
-from mctune.study.feasible import Point
 from mctune.study.rules import Rule
-from mctune.study.samplers.sampler import START, Proposer, Tried
+from mctune.study.samplers import START, DiscreteSampler, sampler_of
 
 _ATTRS = "mctune"
 PATIENCE_S = 60.0
@@ -89,7 +86,7 @@ def run_study(
     *,
     trials: int,
     timeout: float | None = None,
-    sampler: str = "tpe",
+    sampler: str = "mix",
     seed: int = 0,
     storage: str | None = None,
     study_name: str = "mctune",
@@ -112,7 +109,7 @@ def run_study(
             time was over before it was done: the candidate counts as cut off, and the run ends.
         trials: evaluated candidates in all, those of earlier runs included.
         timeout: seconds after which no further candidate is started in this run; ``None`` for no limit.
-        sampler, seed, balance, start: see :class:`.samplers.sampler.Proposer`; they may change between runs.
+        sampler, seed, balance, start: see :func:`mctune.study.samplers.sampler_of`; they may change between runs.
         storage: an Optuna storage URL such as ``sqlite:///search.db``; ``None`` keeps the study in memory.
         study_name: name of the study in its storage.
         attrs: what the study is about (problem, target, versions), JSON-able; must be equal on every resumption.
@@ -126,10 +123,11 @@ def run_study(
     """
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
-    proposer = Proposer(space, rules, sampler, seed, balance, start)
+    chooser = sampler_of(sampler, space, rules, seed=seed, balance=balance, retry_failed=True, start=start)
     with held() as ctrl_c, _writing(storage):
-        run = _Run(space, evaluate, _open(storage, study_name, _Given(), _about(space, attrs or {})), on_trial, ctrl_c)
-        stopped = run.until(trials, proposer, timeout, at_once)
+        study = _open(storage, study_name, chooser, _about(space, attrs or {}))
+        run = _Run(space, evaluate, study, chooser, on_trial, ctrl_c)
+        stopped = run.until(trials, timeout, at_once)
         return StudyResult(tuple(_evaluated(run.study)), stopped)
 
 
@@ -140,64 +138,67 @@ class _Run:
     space: SearchSpace
     evaluate: Callable[[Config], Outcome | None]
     study: optuna.Study
+    sampler: DiscreteSampler
     on_trial: Callable[[Trial], None] | None
     ctrl_c: Held
 
-    def until(self, trials: int, proposer: Proposer, timeout: float | None, at_once: int) -> str:
+    def until(self, trials: int, timeout: float | None, at_once: int) -> str:
         """Evaluate until there are so many trials; why it ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            stopped = self.rounds(trials, proposer, deadline, at_once)
+            stopped = self.rounds(trials, deadline, at_once)
             self.ctrl_c.check()
         except KeyboardInterrupt:
             _settle(self.study)
             return "interrupted"
         return stopped
 
-    def rounds(self, trials: int, proposer: Proposer, deadline: float | None, at_once: int) -> str:
+    def rounds(self, trials: int, deadline: float | None, at_once: int) -> str:
         """Rounds of up to ``at_once`` candidates until there are so many trials; why they ended."""
         _settle(self.study)
-        history: list[Tried] = [(self.space.indices(trial.config), trial.ms) for trial in _evaluated(self.study)]
-        while len(history) < trials:
+        count = len(_evaluated(self.study))
+        while count < trials:
             if deadline is not None and time.monotonic() >= deadline:
                 return "timeout"
-            with self.ctrl_c.let_in():
-                points = _propose(proposer, history, min(at_once, trials - len(history)))
-            if not points:
+            asked: list[tuple[optuna.Trial, Config]] = []
+            while len(asked) < min(at_once, trials - count) and (trial := self.ask()) is not None:
+                asked.append(trial)
+            if not asked:
                 return "exhausted"
-            done = self.round(points)
-            history += done
-            if len(done) < len(points):
+            done = self.round(asked)
+            count += done
+            if done < len(asked):
                 return "timeout"
         return "trials"
 
-    def round(self, points: Sequence[Point]) -> list[Tried]:
-        """Evaluate these side by side; those that were done before the time was over."""
-        configs = [self.space.at(point) for point in points]
-        asked = [self.ask(point, config) for point, config in zip(points, configs, strict=True)]
-        outcomes_ = _all(self.evaluate, configs)
-        done: list[Tried] = []
-        for point, config, trial_ in zip(points, configs, asked, strict=True):
+    def round(self, asked: Sequence[tuple[optuna.Trial, Config]]) -> int:
+        """Evaluate these side by side; how many were done before the time was over."""
+        outcomes_ = _all(self.evaluate, [config for _, config in asked])
+        done = 0
+        for trial_, config in asked:
             with self.ctrl_c.let_in():
                 outcome, seconds = next(outcomes_)
             if outcome is None:
                 self.study.tell(trial_.number, state=TrialState.FAIL)
                 continue
             trial = _record(trial_, self.study, config, outcome, seconds)
-            done.append((point, trial.ms))
+            done += 1
             if self.on_trial is not None:
                 with self.ctrl_c.let_in():
                     self.on_trial(trial)
         return done
 
-    def ask(self, point: Point, config: Config) -> optuna.Trial:
-        """A trial of ``config`` in the storage, running."""
-        ranges: dict[str, BaseDistribution] = {p.name: IntDistribution(0, len(p.values) - 1) for p in self.space.params}
-        assert isinstance(self.study.sampler, _Given)
-        self.study.sampler.indices = dict(zip(ranges, point, strict=True))
-        asked = self.study.ask(ranges)
+    def ask(self) -> tuple[optuna.Trial, Config] | None:
+        """A trial in the storage, running, and its configuration; ``None`` if none is left."""
+        history = self.sampler.history(self.study)
+        with self.ctrl_c.let_in():  # it may think for seconds, and keeps what it proposed
+            point = self.sampler.propose(history)
+        if point is None:
+            return None
+        asked = self.study.ask()
+        config = self.sampler.suggest(asked)
         asked.set_user_attr("config", config.to_json())
-        return asked
+        return asked, config
 
 
 @contextmanager
@@ -228,25 +229,6 @@ def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any]
         return dict(about.get("attrs", {})), tuple(_evaluated(study))
 
 
-class _Given(optuna.samplers.BaseSampler):
-    """Hands Optuna the point that the proposer chose."""
-
-    indices: Mapping[str, int] = MappingProxyType({})
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> int:
-        return self.indices[param_name]
-
-
 def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
     """A study's description, as it reads back from JSON."""
     about = {"attrs": dict(attrs), "space": {param.name: list(param.values) for param in space.params}}
@@ -268,7 +250,7 @@ def _storage(url: str | None) -> optuna.storages.BaseStorage:
         ) from error
 
 
-def _open(storage: str | None, name: str, sampler: _Given, about: dict[str, Any]) -> optuna.Study:
+def _open(storage: str | None, name: str, sampler: DiscreteSampler, about: dict[str, Any]) -> optuna.Study:
     """Create the study or find it, and refuse one that is about something else."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the caller reports progress, through on_trial
     study = optuna.create_study(
@@ -295,19 +277,6 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             if old.get(name) != new.get(name):
                 return f"{name} is {json.dumps(old.get(name))} there and {json.dumps(new.get(name))} here"
     return "what it says of itself cannot be read"
-
-
-def _propose(proposer: Proposer, history: Sequence[Tried], most: int) -> list[Point]:
-    """Up to ``most`` points; each is proposed as if those before it had the median of the times so far."""
-    timed = sorted(ms for _, ms in history if ms is not None)
-    middling = timed[len(timed) // 2] if timed else None
-    points: list[Point] = []
-    while len(points) < most:
-        point = proposer.propose([*history, *((point, middling) for point in points)])
-        if point is None:
-            break
-        points.append(point)
-    return points
 
 
 def _all(

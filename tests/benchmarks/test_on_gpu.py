@@ -87,6 +87,7 @@ def test_every_wheel_that_may_be_needed_is_fetched(on_gpu: ModuleType) -> None:
     assert fetched == {wheel for wheel in on_gpu.NEEDED.values() if wheel}
 
 
+@pytest.mark.alone
 def test_stages_are_logged_and_end(on_gpu: ModuleType, tmp_path: Path) -> None:
     run = on_gpu.Run(tmp_path, minutes=1.0)
     assert 55 < run.left <= 60
@@ -117,6 +118,7 @@ def test_without_a_gpu_it_says_so(on_gpu: ModuleType, tmp_path: Path, monkeypatc
         on_gpu.Stages(on_gpu.Run(tmp_path, minutes=1.0), rehearse=False)
 
 
+@pytest.mark.alone
 def test_a_stage_is_asked_to_end_then_killed(
     on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

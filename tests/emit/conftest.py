@@ -29,9 +29,9 @@ def target() -> Target:
 
 
 @pytest.fixture(scope="session")
-def winners(tmp_path_factory: pytest.TempPathFactory, target: Target) -> tuple[Winner, ...]:
+def winners(kernel_folder: Path, target: Target) -> tuple[Winner, ...]:
     """One kernel, which serves constant segments and logarithmic ones."""
-    backend, folder = TvmBackend(), tmp_path_factory.mktemp("candidates")
+    backend, folder = TvmBackend(), kernel_folder
     config = Config.of(
         {
             "chunk": 32, "rows": 2, "cols": 16, "unroll": 1, "formulation": "per_segment", "panel": 1,

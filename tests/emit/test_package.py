@@ -147,7 +147,8 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "tuned.json", "__init__.py", "README.md", "runtime/eager/read.py", "runtime/kernels/tvm/threads.c", "kernels/threads.so",
+        "tuned.json", "__init__.py", "README.md", "runtime/eager/read.py", "runtime/kernels/tvm/threads.c",
+        "kernels/threads.so",
         "{library}", "{source}", "{portable}",
     ],
 )  # fmt: skip

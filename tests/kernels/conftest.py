@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import Drawn, host, plain
 
+from mctune.backends.protocol import Kernel
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.runtime.kernels.tvm import loader as tvm_loader
 from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.verify.inputs import Inputs
+from mctune.verify.judge import judge, run_kernel
+from tests.draw import Wanted, host, plain
 
 SCRATCH = """
 #include <stdint.h>
@@ -48,11 +51,6 @@ int mctune_test_free(int device, int id, void *scratch) {
 }
 """
 """Scratch memory for kernels: all bits set (NaN) when it is handed out, and a fence on both sides."""
-
-
-@pytest.fixture(scope="session")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +89,17 @@ def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward
     return build
 
 
+def y_of(kernel: Kernel, problem: Problem, inputs: Inputs) -> torch.Tensor:
+    """What a forward kernel computes."""
+    return run_kernel(kernel, problem, inputs)["y"]
+
+
+def judged(problem: Problem, seed: int) -> tuple[Inputs, torch.Tensor]:
+    """Inputs of a forward, and the oracle's y for them."""
+    case = judge(problem, seed)
+    return case.inputs, case.wanted["y"]
+
+
 def fence(function: Callable[..., None]) -> Callable[..., None]:
     """``function`` called on copies of its arrays that stand between two fences; both must be untouched after it."""
 
@@ -121,4 +130,4 @@ def _fenced(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    return str(val) if isinstance(val, Drawn) else None
+    return str(val) if isinstance(val, Wanted) else None

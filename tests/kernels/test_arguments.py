@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from drawn import host
-from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
 
 from mctune.backends.spaces import load_space
 from mctune.backends.tvm import templates
 from mctune.core.problem import Problem
+from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
 
 
 def problem(pass_: str, recurrence: str = "linear") -> Problem:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fence
-from drawn import RECURRENCES, Drawn, host
-from drawn_backward import SPACE, draw, formulations
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
@@ -24,8 +22,9 @@ from mctune.verify import judge as verify
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import judge, poisoned_memory, run_kernel
 from mctune.verify.passes import PASSES, Results
+from tests.draw import DISTINCT, RECURRENCES, SPACES, Wanted, formulations, host, wanted, wanted_for
 
-DRAWN = draw()
+SPACE, DRAWN = SPACES["backward"], wanted("backward")
 TOLERANCE = 5e-5
 VANISHED = 1e-9
 """Gradients whose exact values are this small are zero: u's of one segment, the first token's beta and g."""
@@ -95,14 +94,8 @@ def hold(found: Results, wanted: Results, what: object) -> None:
             assert error_ratio(found[name], gradient) <= TOLERANCE, (name, what)
 
 
-def drawn_for(recurrence: str, aggregation: str, state_init: str) -> Drawn:
-    """The kernel that is compiled for it anyway."""
-    wanted = (recurrence, aggregation, state_init)
-    return next(d for d in DRAWN if (d.problem.recurrence, d.problem.aggregation, d.problem.state_init) == wanted)
-
-
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernels_agree_with_the_oracle(one: Drawn, build_backward: Build, scratch: ctypes.CDLL) -> None:
+def test_kernels_agree_with_the_oracle(one: Wanted, build_backward: Build, scratch: ctypes.CDLL) -> None:
     kernel = build_backward(one.problem, one.config, one.target)
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, wanted = judged(problem, bounds, seed)
@@ -117,7 +110,7 @@ def test_kernels_agree_with_the_oracle(one: Drawn, build_backward: Build, scratc
 @pytest.mark.parametrize("strength", (4.0, float("inf")))
 def test_strong_decays(state_init: str, strength: float, build_backward: Build) -> None:
     """Memories that forget nearly all at every token, or all of it at some."""
-    one = drawn_for("swla", "grm", state_init)
+    one = wanted_for("backward", "swla", "grm", state_init)
     problem = one.problem.replace(T=75, H=2, segment_length=30)
     kernel = build_backward(one.problem, one.config, one.target)
     inputs = make_inputs(problem, 0)
@@ -130,7 +123,7 @@ def test_strong_decays(state_init: str, strength: float, build_backward: Build) 
 
 
 def test_states_may_be_kept_or_computed_again(build_backward: Build) -> None:
-    one = drawn_for("linear", "grm", "checkpoint")
+    one = wanted_for("backward", "linear", "grm", "checkpoint")
     problem = one.problem.replace(T=100, H=2, segment_length=32)
     kernel = build_backward(one.problem, one.config, one.target)
     case = judge(problem, 0)
@@ -139,12 +132,10 @@ def test_states_may_be_kept_or_computed_again(build_backward: Build) -> None:
 
 
 def test_every_combination_and_formulation_is_compiled() -> None:
-    for aggregation in AGGREGATIONS:
+    for aggregation in DISTINCT:
         some = [d for d in DRAWN if d.problem.aggregation == aggregation]
-        assert {d.config["formulation"] for d in some} == set(formulations(aggregation))
-        if aggregation != "soup":
-            used = {(d.problem.recurrence, d.problem.state_init, d.config["formulation"]) for d in some}
-            assert used == set(product(RECURRENCES, STATE_INITS, formulations(aggregation)))
+        used = {(d.problem.recurrence, d.problem.state_init, d.config["formulation"]) for d in some}
+        assert used == set(product(RECURRENCES, STATE_INITS, formulations("backward", aggregation)))
     assert set(SPACE.param("formulation").values) == {d.config["formulation"] for d in DRAWN}
 
 

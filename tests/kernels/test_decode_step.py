@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fence
-from drawn import RECURRENCES, Drawn, cpu_of, host
 
-from mctune.backends.spaces import load_space
 from mctune.backends.tvm import TvmBackend
-from mctune.core.config import Config, Scalar
+from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
@@ -27,51 +23,12 @@ from mctune.runtime.memory import LayerMemory
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, judge_all, poisoned_memory, tolerance, verify
 from mctune.verify.passes import PASSES, memory_of
+from tests.draw import RECURRENCES, SPACES, Wanted, host, wanted, wanted_for
 
-SPACE = load_space("tvm", "matrix", "decode")
-WIDTHS = ((16, 16), (20, 7), (64, 48), (17, 33), (1, 1), (7, 192), (33, 256))
-SAFE = Config.of({"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0})
-"""Valid for every problem and CPU."""
+SPACE, DRAWN = SPACES["decode"], wanted("decode")
 
 Tensor = torch.Tensor
 Build = Callable[..., TvmDecode]
-
-
-def settings() -> Iterator[tuple[str, str, str]]:
-    """Aggregation, recurrence, state init: all of grm and ssc; residual and mean, of one code, share; soup is grm."""
-    for aggregation, recurrence, state_init in product(AGGREGATIONS, RECURRENCES, STATE_INITS):
-        alike = (recurrence == "swla") == (state_init == "checkpoint")
-        if aggregation in ("grm", "ssc") or alike == (aggregation == "mean"):
-            yield aggregation, recurrence, state_init
-
-
-def draw() -> list[Drawn]:
-    """The same kernels every time on a machine: of the valid configurations, shuffled, the one with most news.
-
-    A value that few of the problems allow is the greater news.
-    """
-    rng = random.Random(0)
-    points = list(SPACE.points())
-    wanted: list[tuple[Problem, Target, list[Config]]] = []
-    for (aggregation, recurrence, state_init), (Dk, Dv) in zip(settings(), cycle(WIDTHS), strict=False):
-        problem = Problem(
-            pass_="decode", recurrence=recurrence, aggregation=aggregation, state_init=state_init, T=64, H=1, Dk=Dk,
-            Dv=Dv, segment_length=16,
-        )  # fmt: skip
-        target = cpu_of(len(wanted))
-        wanted.append((problem, target, [c for c in points if SPACE.valid(c, problem, target)]))
-    allowing = Counter(item for _, _, valid in wanted for item in {item for c in valid for item in c.items})
-    drawn: list[Drawn] = []
-    seen: set[tuple[str, Scalar]] = set()
-    for problem, target, valid in wanted:
-        shuffled = rng.sample(valid, len(valid))
-        config = max(shuffled, key=lambda c: sum(1 / allowing[item] for item in set(c.items) - seen))
-        seen |= set(config.items)
-        drawn.append(Drawn(problem, config, target))
-    return drawn
-
-
-DRAWN = draw()
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +141,7 @@ def hold(of: Case, memory: LayerMemory, wanted: LayerMemory) -> None:
 
 
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernels_agree_with_the_oracle(one: Drawn, build_decode: Build, scratch: ctypes.CDLL) -> None:
+def test_kernels_agree_with_the_oracle(one: Wanted, build_decode: Build, scratch: ctypes.CDLL) -> None:
     kernel = build_decode(one.problem, one.config, one.target)
     for seed, of in enumerate(cases(one.problem)):
         inputs = decided_inputs(of.problem, seed)
@@ -203,15 +160,9 @@ def test_kernels_agree_with_the_oracle(one: Drawn, build_decode: Build, scratch:
     assert scratch.mctune_test_callers() > 0, "the kernel did not use the tests' scratch memory"
 
 
-def drawn_for(recurrence: str, aggregation: str, state_init: str) -> Drawn:
-    """The kernel that is compiled for it anyway."""
-    wanted = (recurrence, aggregation, state_init)
-    return next(d for d in DRAWN if (d.problem.recurrence, d.problem.aggregation, d.problem.state_init) == wanted)
-
-
 @pytest.mark.parametrize("aggregation", ("grm", "ssc"))
 def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
-    one = drawn_for("swla", aggregation, "checkpoint")
+    one = wanted_for("decode", "swla", aggregation, "checkpoint")
     kernel = build_decode(one.problem, one.config, one.target)
     cases = judge_all(one.problem, 0)
     assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, cases) < 2e-5
@@ -219,7 +170,7 @@ def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
 
 def ssc_case(build_decode: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
     """One token over ten states."""
-    one = drawn_for("linear", "ssc", "independent")
+    one = wanted_for("decode", "linear", "ssc", "independent")
     of = case(one.problem, 3, (30,), (1,), 2, top_k)
     inputs = decided_inputs(of.problem, 0)
     return build_decode(one.problem, one.config, one.target), of, inputs, remembered(of, inputs, 0, torch.float32)
@@ -247,7 +198,7 @@ def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
 @pytest.mark.parametrize("state_init", STATE_INITS)
 def test_strong_decays(state_init: str, build_decode: Build) -> None:
     """Memories that forget nearly all at every token, and all of it at some."""
-    one = drawn_for("swla", "grm", state_init)
+    one = wanted_for("decode", "swla", "grm", state_init)
     of = case(one.problem, 5, (8, 1), (1, 12), 1, 1)
     inputs = decided_inputs(of.problem, 0)
     inputs.gates["g"] -= 4.0
@@ -277,7 +228,7 @@ def moved(function: Callable[..., None], offset: int) -> Callable[..., None]:
 
 
 def test_arrays_need_no_alignment(build_decode: Build) -> None:
-    one = drawn_for("swla", "grm", "independent")
+    one = wanted_for("decode", "swla", "grm", "independent")
     of = case(one.problem, 5, (8, 1), (7,), 2, 1)
     inputs = decided_inputs(of.problem, 0)
     results = []
@@ -291,7 +242,7 @@ def test_arrays_need_no_alignment(build_decode: Build) -> None:
 
 
 def test_refusals(build_decode: Build) -> None:
-    one = drawn_for("linear", "grm", "independent")
+    one = wanted_for("decode", "linear", "grm", "independent")
     kernel = build_decode(one.problem, one.config, one.target)
     of = case(one.problem, 5, (9,), (2,), 1, 1)
     inputs = decided_inputs(of.problem, 0)

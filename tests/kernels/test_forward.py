@@ -9,19 +9,19 @@ from itertools import product
 
 import pytest
 import torch
-from drawn import RECURRENCES, Drawn, draw, formulations, y_of
-from drawn import judged as judged_whole
+from conftest import judged as judged_whole
+from conftest import y_of
 
-from mctune.backends.spaces import load_space
-from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.problem import STATE_INITS, Problem
 from mctune.reference import error_ratio
 from mctune.runtime.kernels.tvm.forward import TvmForward
 from mctune.verify import judge as verify
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import poisoned_memory
 from mctune.verify.passes import PASSES
+from tests.draw import DISTINCT, RECURRENCES, SPACES, Wanted, formulations, wanted
 
-DRAWN = draw()
+DRAWN = wanted("forward")
 TOLERANCE = 2e-5
 
 
@@ -62,7 +62,7 @@ def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Input
 
 
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForward], scratch: ctypes.CDLL) -> None:
+def test_kernel_agrees_with_the_oracle(one: Wanted, build: Callable[..., TvmForward], scratch: ctypes.CDLL) -> None:
     kernel = build(one.problem, one.config, one.target)
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, reference = judged(problem, bounds, seed)
@@ -75,17 +75,16 @@ def test_kernel_agrees_with_the_oracle(one: Drawn, build: Callable[..., TvmForwa
 
 
 def test_every_combination_and_formulation_is_compiled() -> None:
-    drawn = {(d.problem.recurrence, d.problem.aggregation, d.problem.state_init) for d in DRAWN}
-    assert drawn == set(product(RECURRENCES, AGGREGATIONS, STATE_INITS))
+    drawn = {d.combination for d in DRAWN if d.problem.aggregation != "soup"}
+    assert drawn == set(product(RECURRENCES, DISTINCT, STATE_INITS))
     used = {(d.problem.aggregation, d.config["formulation"]) for d in DRAWN}
-    for aggregation in AGGREGATIONS:
-        problem = Problem(aggregation=aggregation, T=1, H=1, Dk=16, Dv=16, segment_length=64)
-        assert len(formulations(problem)) >= 2
-        assert {(aggregation, formulation) for formulation in formulations(problem)} <= used
+    for aggregation in DISTINCT:
+        some = formulations("forward", aggregation)
+        assert len(some) >= 2 and {(aggregation, formulation) for formulation in some} <= used
 
 
 def test_configurations_are_spread_over_the_space() -> None:
-    space = load_space("tvm", "matrix", "forward")
+    space = SPACES["forward"]
     for param in space.params:
         used = {d.config[param.name] for d in DRAWN}
         for value in set(param.values) - used:

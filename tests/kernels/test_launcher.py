@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import host, judged, plain, y_of
+from conftest import judged, y_of
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
@@ -29,6 +29,7 @@ from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.runtime.segments import make_segments
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import TOLERANCE, poisoned_memory
+from tests.draw import host, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 GRM = Problem(T=150, H=3, B=2, Dk=20, Dv=7, segment_length=32)

@@ -41,6 +41,10 @@ class FaultyBackend(TvmBackend):
         module["read_forward"] = read_forward(problem, fault)
         device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
         compiled = tvm.compile(module, target=device)
-        built.source.write_text(module.script())
-        compiled.export_library(str(built.library))
+        # Workers of the tests share the folder, and some are killed.
+        text, scratch = (file.with_suffix(f".{os.getpid()}.tmp{file.suffix}") for file in (built.source, built.library))
+        text.write_text(module.script())
+        text.replace(built.source)
+        compiled.export_library(str(scratch))
+        scratch.replace(built.library)
         return built

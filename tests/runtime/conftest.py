@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tables import build_table
 
@@ -10,8 +12,8 @@ from mctune.runtime.kernels.table import Table
 
 
 @pytest.fixture(scope="session")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    return build_table(tmp_path_factory.mktemp("kernels"))
+def table(kernel_folder: Path) -> Table:
+    return build_table(kernel_folder)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES, arguments, make_call
+from mctune.runtime.ops.operators.step import _operator, extend, tokens
 from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
 
 from mctune.reference import memory_caching as oracle
@@ -17,7 +18,6 @@ from mctune.runtime.call import Call
 from mctune.runtime.errors import ArgumentError, BackendError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.ops.step import _operator, extend, tokens
 from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
 from mctune.verify.judge import poisoned_memory
 
@@ -181,12 +181,12 @@ def test_other_shapes_and_backends_are_refused(monkeypatch: pytest.MonkeyPatch) 
         memory_caching_step(one.q, one.k, one.v, memory=memory, backend="cuda")
 
 
-def test_a_tuned_kernel_takes_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_kernel_takes_the_steps(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, target, problem = TvmBackend(), resolve("cpu")[0], LINEAR.replace(pass_="decode")
     space = backend.space(problem)
     config = space.first_valid(lambda c: space.valid(c, problem, target))
     assert config is not None
-    built = backend.build(problem, config, target, tmp_path)
+    built = backend.build(problem, config, target, kernel_folder)
     record = {"problem": problem.to_dict(), "config": config.to_dict()}
     monkeypatch.setattr(dispatch, "TABLE", Table((Entry(problem.to_dict(), "tvm", built.library, record),)))
     leaves, options = draw(LINEAR)

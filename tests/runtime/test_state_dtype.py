@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES
+from mctune.runtime.cache.cache.cache import MemoryCache
+from mctune.runtime.cache.cache.prefill import prefill, remember
+from mctune.runtime.ops.operators.step import tokens
 from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
 from test_cache import EVERY, B, C, T, case, close, fed
 from test_decode import stepped
@@ -17,12 +20,9 @@ from test_generation import EVERYTHING, LanguageModel, prompts
 
 from mctune.reference import error_ratio
 from mctune.runtime.api.step import memory_caching_step
-from mctune.runtime.cache.cache import MemoryCache
-from mctune.runtime.cache.prefill import prefill, remember
 from mctune.runtime.errors import ArgumentError, BackendError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.ops.step import tokens
 from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
 from mctune.verify.judge import poisoned_memory
 
@@ -226,12 +226,12 @@ def test_compiled_steps() -> None:
     assert compiled.states[0].dtype == torch.bfloat16
 
 
-def test_kernels_of_the_cpu_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_the_cpu_refuse(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, target, problem = TvmBackend(), resolve("cpu")[0], LINEAR.replace(pass_="decode")
     space = backend.space(problem)
     config = space.first_valid(lambda c: space.valid(c, problem, target))
     assert config is not None
-    built = backend.build(problem, config, target, tmp_path)
+    built = backend.build(problem, config, target, kernel_folder)
     record = {"problem": problem.to_dict(), "config": config.to_dict()}
     monkeypatch.setattr(dispatch, "TABLE", Table((Entry(problem.to_dict(), "tvm", built.library, record),)))
     monkeypatch.setattr(dispatch, "_warned", set())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mctune.runtime.api.module import MemoryCaching
 from mctune.runtime.errors import ArgumentError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.kernels.table import Table
-from mctune.runtime.ops import run as ops_run
+from mctune.runtime.ops.operators import run as ops_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -68,8 +69,22 @@ def trained(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> tupl
     return y.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None}
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-@pytest.mark.parametrize("problem", EVERY, ids=problem_id)
+def grid(problems: Sequence[Problem], hows: Sequence[str], first: Sequence[tuple[Problem, str, str]]) -> list[Any]:
+    """Every problem in every way, with kernels and without; all but ``first`` are for `make test-all`."""
+    return [
+        pytest.param(*one, marks=() if one in first else pytest.mark.slow, id="-".join((problem_id(one[0]), *one[1:])))
+        for one in product(problems, hows, ("untuned", "tuned"))
+    ]
+
+
+# Inductor takes 10 s a case: once with kernels, once for each kind of memory without.
+COMPILED = [(problem, "aot_eager", how) for problem in EVERY for how in ("untuned", "tuned")]
+COMPILED += [(LINEAR, "inductor", "tuned"), (SWLA, "inductor", "untuned"), (TITANS, "inductor", "untuned")]
+
+
+@pytest.mark.parametrize(
+    ("problem", "backend", "launched"), grid(EVERY, ("aot_eager", "inductor"), COMPILED), indirect=["launched"]
+)
 def test_compile_gives_one_graph_that_trains(problem: Problem, backend: str, launched: list[str]) -> None:
     tensors, options = draw(problem)
 
@@ -168,11 +183,28 @@ def test_export_with_any_length(problem: Problem, strict: bool, launched: list[s
         close(y, memory_caching(**named, **module.weights, **module.options, backend="eager"))
 
 
-@pytest.mark.parametrize("transform", ("vmap", "vmap of grad", "grad of vmap"))
-@pytest.mark.parametrize("compiled", (False, True), ids=("", "compiled"))
-@pytest.mark.parametrize("problem", (LINEAR, SWLA, LOGARITHMIC, DLA, TITANS), ids=problem_id)
-def test_vmap_is_a_loop(problem: Problem, transform: str, compiled: bool, launched: list[str]) -> None:
+TRANSFORMS = ("vmap", "vmap of grad", "grad of vmap")
+BATCHED = (LINEAR, SWLA, LOGARITHMIC, DLA, TITANS)
+# What is compiled goes through the same rules: each transform with kernels, and each kind of memory without.
+MAPPED = [(problem, how, tuned) for problem in BATCHED for how in TRANSFORMS for tuned in ("untuned", "tuned")]
+MAPPED += [
+    (LOGARITHMIC, "compiled vmap", "tuned"),
+    (LINEAR, "compiled vmap of grad", "tuned"),
+    (SWLA, "compiled grad of vmap", "tuned"),
+    (LINEAR, "compiled grad of vmap", "untuned"),
+    (DLA, "compiled vmap of grad", "untuned"),
+    (TITANS, "compiled grad of vmap", "untuned"),
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "how", "launched"),
+    grid(BATCHED, (*TRANSFORMS, *(f"compiled {how}" for how in TRANSFORMS)), MAPPED),
+    indirect=["launched"],
+)
+def test_vmap_is_a_loop(problem: Problem, how: str, launched: list[str]) -> None:
     """Over the second axis of some arguments; the others, and a deep memory's weights, are shared."""
+    transform = how.removeprefix("compiled ")
     tensors, options = draw(problem)
     shared = {name: x for name, x in tensors.items() if name in (*UNMAPPED, "u", "beta")}
     rows = [{n: x for n, x in draw(problem, seed)[0].items() if n not in shared} for seed in range(3)]
@@ -188,7 +220,7 @@ def test_vmap_is_a_loop(problem: Problem, transform: str, compiled: bool, launch
             return torch.func.vmap(torch.func.grad(loss, (0, 1)), (1, None))(mapped, shared)
         return torch.func.grad(lambda *both: torch.func.vmap(loss, (1, None))(*both).sum(), (0, 1))(mapped, shared)
 
-    function = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    function = torch.compile(run, backend="aot_eager", fullgraph=True) if transform != how else run
     launched.clear()
     found = function(mapped, shared)
     passes = ("forward",) if transform == "vmap" else ("forward", "backward")

@@ -15,7 +15,6 @@ import torch
 
 from mctune.backends.tvm import TvmBackend
 from mctune.cli import main
-from mctune.cli.bench import document
 from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.outcome import Timed
@@ -27,6 +26,7 @@ from mctune.core.workload import Case, Workload
 from mctune.emit.package import emit_package
 from mctune.measure import bench
 from mctune.measure.bench import Contender, Rates, Result, eager, measure
+from mctune.measure.documents import document
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
 from mctune.verify.inputs import make_inputs
@@ -63,11 +63,11 @@ def forward() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def package(forward: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(forward: ModuleType, kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with one kernel."""
     folder = tmp_path_factory.mktemp("bench")
     config = forward.fitting(forward.DENSE, resolve("cpu")[0]).replace(chunk=32)
-    built = TvmBackend().build(TINY, config, TARGET, folder / "work")
+    built = TvmBackend().build(TINY, config, TARGET, kernel_folder)
     winner = Winner(TINY, config, timed(1.0), "tvm", built.library, built.source, None, (), True, {})
     return emit_package(folder / "mctune_bench_test", TARGET, [winner])
 

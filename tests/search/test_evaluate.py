@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 import time
@@ -35,11 +36,14 @@ LIMIT_S = 120.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(kernel_folder: Path) -> Iterator[Path]:
     """Where candidates are compiled; the planted backend can be imported, by the workers too."""
+    planted = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PLANTED.glob("*.py")))).hexdigest()[:16]
+    folder = kernel_folder / f"planted-{planted}"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PLANTED))
-        yield tmp_path_factory.mktemp("candidates")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,7 @@ def test_a_crash_takes_only_the_worker_along(fault: str, signal: str, stage: str
     assert worker.started > started
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("fault", "limit_s", "stage"), [("hang", 6.0, "verify"), ("hang_late", 12.0, "time"), ("build_hangs", 2.0, "build")]
 )
@@ -131,6 +136,7 @@ def test_a_hang_is_ended(fault: str, limit_s: float, stage: str, worker: Worker,
     assert_the_search_goes_on(worker)
 
 
+@pytest.mark.alone
 def test_finalists_are_timed_side_by_side(worker: Worker) -> None:
     reply = worker.call({"compare": [candidate("none"), candidate("off")]}, LIMIT_S)
     assert isinstance(reply, dict)
@@ -196,6 +202,7 @@ def test_rounds_are_rotated_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert "".join(calls[7::2]) == "abc" + "bca" + "cab" + "abc"
 
 
+@pytest.mark.alone
 def test_timing_stops_after_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_FLUSH_BYTES", 1 << 10)
     samples = time_rotated([lambda: None, lambda: None], rounds=100, limit_s=0.0)

@@ -15,7 +15,7 @@ from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.problem import Problem
-from mctune.core.target import resolve
+from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
 from mctune.study import run as module
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
@@ -37,7 +37,7 @@ class Workers:
     interrupt = -1
     portable_archs: ClassVar[set[str | None]] = set()
 
-    def __init__(self, request: SearchRequest) -> None:
+    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:
         self.asked: list[int] = []
 
     def __enter__(self) -> Workers:

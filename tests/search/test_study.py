@@ -253,6 +253,7 @@ def test_a_storage_that_cannot_be_written_is_said_in_one_line(url: str, monkeypa
     assert len(run_study(LINE, [always], kept, trials=3, storage=url).trials) == 3
 
 
+@pytest.mark.alone
 def test_ctrl_c_does_not_wait_for_the_candidates_beside() -> None:
     ended = threading.Event()
 

@@ -80,6 +80,7 @@ def test_a_crash_shows_where_it_happened(worker: Worker) -> None:
     assert "Segmentation fault" in died.log and "planted.py" in died.log
 
 
+@pytest.mark.alone
 def test_a_hang_is_killed_in_time_and_names_its_stage(worker: Worker) -> None:
     worker.call({}, LIMIT_S)
     began = time.monotonic()
@@ -101,6 +102,7 @@ def test_a_process_outlives_the_thread_that_it_was_started_in(worker: Worker) ->
     assert first["pid"] == second["pid"] and worker.started == 1
 
 
+@pytest.mark.alone
 def test_a_call_is_halted_from_another_thread(worker: Worker) -> None:
     worker.call({}, LIMIT_S)
     timer = threading.Timer(0.3, worker.halt)
@@ -112,6 +114,7 @@ def test_a_call_is_halted_from_another_thread(worker: Worker) -> None:
     assert isinstance(died, WorkerDied) and "halted" in died.message and worker.started == 1
 
 
+@pytest.mark.alone
 def test_the_whole_process_group_is_killed(worker: Worker, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     answer = worker.call({"do": "hang_with_child", "pid_file": str(pid_file)}, 2.0)

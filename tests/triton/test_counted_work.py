@@ -26,11 +26,6 @@ PROBLEM = Problem(T=T, H=1, Dk=D, Dv=D, segment_length=64, dtype="bfloat16")
 CONFIG = Config.of({"precision": "ieee"})
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("name", ["h100-sxm", "a100-80g", "b200", "rtx4090", "mi300x"])
 def test_products_and_bytes_of_a_loop(name: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,10 +52,8 @@ CONFIG = default_of(PROBLEM).replace(formulation="specialized", read_num_stages=
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Launch, ...]:
     folder = tmp_path_factory.mktemp("specialized")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        built = TritonBackend().build(PROBLEM, CONFIG, TARGET, folder)
-        made = TritonBackend().compile(PROBLEM, CONFIG, built, TARGET)
+    built = TritonBackend().build(PROBLEM, CONFIG, TARGET, folder)
+    made = TritonBackend().compile(PROBLEM, CONFIG, built, TARGET)
     assert isinstance(made, tuple), made
     return made
 

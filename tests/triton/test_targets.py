@@ -35,8 +35,7 @@ def corners(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 

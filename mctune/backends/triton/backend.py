@@ -48,7 +48,7 @@ class TritonBackend:
 
     def supports(self, problem: Problem) -> Support:
         """Whether a Triton template computes a problem."""
-        answer = computes(self.name, problem)
+        answer = computes("triton", problem)
         for name, width in (("Dk", problem.Dk), ("Dv", problem.Dv)):
             if answer and width > WIDEST:
                 answer = Support.no(f"{name}={width}: Triton's templates take at most {WIDEST}; take more heads")

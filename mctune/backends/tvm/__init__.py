@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +42,7 @@ class TvmBackend:
 
     def supports(self, problem: Problem) -> Support:
         """Whether a TVM template computes a problem."""
-        return computes(self.name, problem)
+        return computes("tvm", problem)
 
     def ready(self, here: bool = True) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
@@ -84,8 +85,10 @@ class TvmBackend:
         device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
         compiled = tvm.compile(module, target=device)
         folder.mkdir(parents=True, exist_ok=True)
-        built.source.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
-        scratch = built.library.with_suffix(".tmp.so")
+        # Others may compile the same candidate into the same folder at the same time.
+        text, scratch = (file.with_suffix(f".{os.getpid()}.tmp{file.suffix}") for file in (built.source, built.library))
+        text.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
+        text.replace(built.source)
         compiled.export_library(str(scratch))
         scratch.replace(built.library)
         return built

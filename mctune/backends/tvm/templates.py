@@ -61,6 +61,8 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
     """The ``tvm.IRModule`` of a pass; ``problem`` has padded widths."""
     import tvm
 
+    # Where the memory is a matrix, soup is grm, and no template knows it by another name.
+    problem = problem.replace(aggregation="grm") if problem.aggregation == "soup" else problem
     _folder_package("mctune_templates", templates_dir())
     functions = {}
     for operation in OPERATIONS[problem.pass_]:

@@ -13,15 +13,16 @@ from mctune.core.target import resolve
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import run_kernel, tolerance, verify_case
 from mctune.verify.passes import Results
-from mctune.verify.spread import Drawn, draw, odd_cases
+from mctune.verify.spread import Drawn, odd_cases
+from tests import draw
 
 TARGET, _ = resolve("a100")
 DTYPES = ("float32", "float16")
 
 
 def drawn(pass_: str) -> list[Drawn]:
-    """Every combination; each pair of recurrence and aggregation meets both dtypes."""
-    return draw(pass_, TARGET, DTYPES)
+    """Every combination."""
+    return draw.interpreted(pass_, TARGET, DTYPES)
 
 
 def fenced(inputs: Inputs) -> Inputs:

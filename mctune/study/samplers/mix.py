@@ -1,0 +1,152 @@
+"""The default: a random start, then a Parzen ratio and a Gaussian process by turns.
+
+The Parzen ratio is the criterion of TPE over whole points; the Gaussian process ranks by expected improvement. Both
+judge the same pool (random valid points, and the neighbours of the best ones) and then climb from the pool's best to
+better neighbours. So nothing has to be rounded or repaired after a model has spoken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+
+from mctune.core.space import SearchSpace
+from mctune.study.feasible import Point, Stratum
+from mctune.study.rules import Rule
+from mctune.study.samplers.discrete import DiscreteSampler, Tried
+from mctune.study.samplers.surrogate import Array, Distances, GaussianProcess, ParzenRatio
+from mctune.study.samplers.surrogate import Points as Matrix
+
+START = 24  # points, most of them random, before a model is asked
+_POOL = 300  # random valid points in a pool
+_DRAWS = 2048  # most draws to fill it with: most of what is valid may have been tried
+_ELITES = 3  # best points whose neighbours and relatives join the pool
+_RELATIVES = 20  # points 2 or 3 changes away from each elite
+_CLIMBS = 3
+_REFIT = 10  # candidates between two fits of the Gaussian process's weights
+_MODEL_MOST = 300  # points that a model sees: the cost of a proposal stays bounded in long searches
+_FIT_MOST = 64  # points that the weights are fitted to: the expensive step, and small enough for one BLAS thread
+_CLIP = 0.75  # slower than this quantile is all the same: a model should resolve the fast end
+
+
+class MixSampler(DiscreteSampler):
+    """A Parzen ratio and a Gaussian process by turns, over valid points alone.
+
+    Args:
+        start: points before a model is asked; a short search cannot afford as many as a long one.
+        space, rules, seed, balance, retry_failed: see :class:`DiscreteSampler`.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        rules: Sequence[Rule] = (),
+        *,
+        seed: int | None = None,
+        balance: str | None = None,
+        retry_failed: bool = False,
+        start: int = START,
+    ) -> None:
+        super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
+        self._start = start
+        distances = Distances(self._points.sizes, [param.ordered for param in space.params])
+        self._gp, self._parzen = GaussianProcess(distances), ParzenRatio(distances)
+        self._fitted: tuple[Sequence[Tried], Array] | None = None
+
+    def choose(
+        self,
+        history: Sequence[Tried],
+        seen: AbstractSet[Point],
+        rng: np.random.Generator,
+        stratum: Stratum | None,
+        tried: int,
+    ) -> tuple[Point | None, Mapping[str, Any]]:
+        """The model's favourite in a fresh pool, after climbing; no point at the start, or if the pool is empty."""
+        if len(history) < self._start:
+            return None, {}
+        points, scores = self._learn(history)
+        gain = self._model(history, points, scores, parzen=tried % 2 == 0)
+        pool = self._pool(points, scores, seen, rng, stratum)
+        if not pool:
+            return None, {}
+        best, height = _highest(pool, gain)
+        for _ in range(_CLIMBS):
+            around = [point for point in self._points.neighbours(best) if self._points.free(point, seen, stratum)]
+            if not around:
+                break
+            higher, top = _highest(around, gain)
+            if top <= height:
+                break
+            best, height = higher, top
+        return best, {}
+
+    def _pool(
+        self,
+        points: Matrix,
+        scores: Array,
+        seen: AbstractSet[Point],
+        rng: np.random.Generator,
+        stratum: Stratum | None,
+    ) -> list[Point]:
+        """Random points, and what is near the best ones, all valid and not tried."""
+        pool = dict.fromkeys(self._points.random(rng, seen, stratum, _POOL, _DRAWS))
+        for row in np.argsort(scores, kind="stable")[:_ELITES]:
+            elite: Point = tuple(points[row].tolist())
+            near = [elite, *self._points.neighbours(elite), *(self._relative(elite, rng) for _ in range(_RELATIVES))]
+            for point in near:
+                repaired = self._points.feasible.repair(point, rng, stratum)
+                if repaired is not None and self._points.free(repaired, seen, stratum):
+                    pool[repaired] = None
+        return list(pool)
+
+    def _relative(self, point: Point, rng: np.random.Generator) -> Point:
+        """``point`` with 2 or 3 parameters drawn anew."""
+        changed = list(point)
+        count = min(len(point), int(rng.integers(2, 4)))
+        for p in rng.choice(len(point), size=count, replace=False).tolist():
+            changed[p] = int(rng.integers(self._points.sizes[p]))
+        return tuple(changed)
+
+    def _learn(self, history: Sequence[Tried], most: int = _MODEL_MOST) -> tuple[Matrix, Array]:
+        """Points and scores for the models; a failure scores like the slowest."""
+        raw = self.costs(history)
+        points = np.array([tried.point for tried in history], dtype=np.int64)
+        worst = 0.0 if np.isnan(raw).all() else float(np.nanmax(raw)) + 1e-6
+        scores = np.where(np.isnan(raw), worst, raw)
+        if len(scores) > most:
+            order = np.argsort(scores, kind="stable")
+            half = most // 2
+            spread = np.linspace(half, len(order) - 1, most - half).astype(np.int64)
+            kept = np.sort(np.concatenate([order[:half], order[spread]]))
+            points, scores = points[kept], scores[kept]
+        return points, scores
+
+    def _model(
+        self, history: Sequence[Tried], points: Matrix, scores: Array, *, parzen: bool
+    ) -> Callable[[Matrix], Array]:
+        """The criterion that ranks a pool."""
+        if parzen:
+            self._parzen.condition(points, scores)
+            return self._parzen.gain
+        checkpoint = self._start + (len(history) - self._start) // _REFIT * _REFIT
+        early = list(history[:checkpoint])
+        if self._fitted is None or self._fitted[0] != early:
+            known, targets = self._learn(early, _FIT_MOST)
+            self._fitted = early, self._gp.fit(known, _standard(targets))
+        self._gp.condition(points, _standard(scores), self._fitted[1])
+        return self._gp.gain
+
+
+def _standard(scores: Array) -> Array:
+    """Scores clipped above at a quantile, with mean 0 and variance 1."""
+    clipped = np.minimum(scores, np.quantile(scores, _CLIP))
+    return np.asarray((clipped - clipped.mean()) / (clipped.std() + 1e-12))
+
+
+def _highest(points: list[Point], gain: Callable[[Matrix], Array]) -> tuple[Point, float]:
+    gains = gain(np.array(points, dtype=np.int64))
+    row = int(np.argmax(gains))
+    return points[row], float(gains[row])
