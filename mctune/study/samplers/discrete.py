@@ -127,7 +127,11 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         return raw
 
     def history(self, study: optuna.Study, but: int | None = None) -> list[Tried]:
-        """What was tried in ``study``, in order, trial number ``but`` left out; running trials are of median cost."""
+        """What was tried in ``study``, in order, without trial number ``but``; running trials have the median cost.
+
+        Raises:
+            UsageError: if the study has several objectives.
+        """
         if len(study.directions) != 1:
             raise UsageError(f"{type(self).__name__} minimizes or maximizes one value, not {len(study.directions)}")
         found: list[tuple[Tried, bool]] = []

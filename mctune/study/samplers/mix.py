@@ -38,6 +38,17 @@ class MixSampler(DiscreteSampler):
     Args:
         start: points before a model is asked; a short search cannot afford as many as a long one.
         space, rules, seed, balance, retry_failed: see :class:`DiscreteSampler`.
+
+    Examples:
+        >>> import optuna
+        >>> from mctune.core.space import Choice, Pow2
+        >>> space = SearchSpace((Pow2("chunk", 16, 128), Choice("order", ("rows", "columns"))))
+        >>> sampler = MixSampler(space, seed=0)
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> study = optuna.create_study(sampler=sampler)
+        >>> study.optimize(lambda trial: 1 / sampler.suggest(trial).integer("chunk"), n_trials=100)
+        >>> len(study.trials), study.best_value  # every valid point once
+        (8, 0.0078125)
     """
 
     def __init__(

@@ -65,7 +65,11 @@ def sampler_of(
 
 
 def check(name: str) -> None:
-    """Refuse a sampler that does not exist, or needs what is not installed."""
+    """Refuse a sampler that does not exist, or needs what is not installed.
+
+    Raises:
+        UsageError: naming the sampler, and what to install.
+    """
     check_sampler(name)
     missing = [needed for needed in _NEEDS.get(name, ()) if find_spec(needed) is None]
     if missing:
