@@ -98,7 +98,8 @@ def wanted_for(pass_: str, recurrence: str, aggregation: str, state_init: str) -
 @cache
 def wanted(pass_: str) -> tuple[Wanted, ...]:
     """The same every time on a machine."""
-    shapes = cycle(product(SEGMENT_LENGTHS[pass_], DECODE_WIDTHS if pass_ == "decode" else WIDTHS))
+    # Seven widths and three or four lengths meet all of each other, by turns.
+    shapes = zip(cycle(SEGMENT_LENGTHS[pass_]), cycle(DECODE_WIDTHS if pass_ == "decode" else WIDTHS), strict=False)
     found = []
     for recurrence, aggregation, state_init, formulation in _COMBINATIONS[pass_]():
         segment_length, (Dk, Dv) = next(shapes)
