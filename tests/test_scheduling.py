@@ -98,7 +98,7 @@ def test_groups_stay_together_and_files_are_halved(nodes: list[Node]) -> None:
         patch.setattr(Node, "send_runtest_some", noted)
         finish(made, nodes, nodes[1])
     assert len({owner[test] for test in GROUPED}) == 1 and {owner[test] for test in APART} == {"2"}
-    assert {owner[test] for test in FILES if "a.py" in test} == {"0", "1"}
+    assert any({owner[test] for test in FILES if name in test} == {"0", "1"} for name in ("a.py", "b.py"))
 
 
 def test_a_worker_that_dies_loses_one_test(nodes: list[Node], tmp_path: Path) -> None:
