@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 DOCS_READY := $(VENV)/docs-ready
 TUNED := build/mctune_cpu
 
-PYTEST := $(BIN)/pytest -n $(shell nproc) --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/pytest -n $(shell nproc) --maxprocesses 8
 
 TRITONS := 3.6.0 3.9.0
 # What compiles for the CPU that it runs on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["groups"] = scheduling.groups_file(node)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> scheduling.Scheduler:
     return scheduling.Scheduler(config, log)
 
@@ -42,17 +48,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if related else True
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each worker has what it can run; xdist appends the group to a test's name."""
+    """Each worker has what it can run, and tells which of it belongs together."""
     if not _worker(config):
         return
     items[:] = [one for one in items if (INTERPRETED in one.path.parents) == scheduling.interpreting()]
-    for item in items:
-        if item.get_closest_marker(scheduling.ALONE):
-            if scheduling.interpreting():
-                raise pytest.UsageError(f"{item.nodeid}: what is interpreted cannot run alone")
-            item.add_marker(pytest.mark.xdist_group(scheduling.ALONE))
+    groups = {item.nodeid: group for item in items if (group := scheduling.group_of(item))}
+    if scheduling.interpreting() and scheduling.ALONE in groups.values():
+        raise pytest.UsageError("what is interpreted cannot run alone")
+    Path(config.workerinput["groups"]).write_text(json.dumps(groups), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -67,4 +71,4 @@ def _worker(config: pytest.Config) -> bool:
 
 def _parallel(config: pytest.Config) -> bool:
     """Whether this process hands the tests to others."""
-    return not _worker(config) and bool(getattr(config.option, "tx", None)) and config.option.dist == "loadgroup"
+    return not _worker(config) and bool(getattr(config.option, "tx", None)) and config.option.dist != "no"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, product
 
+from mctune.backends import get_backend
 from mctune.backends.spaces import load_space
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
@@ -98,7 +99,8 @@ def wanted_for(pass_: str, recurrence: str, aggregation: str, state_init: str) -
 @cache
 def wanted(pass_: str) -> tuple[Wanted, ...]:
     """The same every time on a machine."""
-    shapes = cycle(product(SEGMENT_LENGTHS[pass_], DECODE_WIDTHS if pass_ == "decode" else WIDTHS))
+    # Seven widths and three or four lengths meet all of each other, by turns.
+    shapes = zip(cycle(SEGMENT_LENGTHS[pass_]), cycle(DECODE_WIDTHS if pass_ == "decode" else WIDTHS), strict=False)
     found = []
     for recurrence, aggregation, state_init, formulation in _COMBINATIONS[pass_]():
         segment_length, (Dk, Dv) = next(shapes)
@@ -114,9 +116,19 @@ def wanted(pass_: str) -> tuple[Wanted, ...]:
 
 def interpreted(pass_: str, target: Target, dtypes: Sequence[str]) -> list[spread.Drawn]:
     """Triton's: each pair of recurrence and aggregation meets both dtypes."""
-    drawn = spread.draw(pass_, target, dtypes)
+    drawn = [_lighter(one, target) for one in spread.draw(pass_, target, dtypes)]
     once = next(one for one in drawn if one.problem.aggregation == "soup")
     return [one for one in drawn if one.problem.aggregation != "soup" or one is once]
+
+
+def _lighter(one: spread.Drawn, target: Target) -> spread.Drawn:
+    """Sixteen splits are more than there are states in any case; each is a program to interpret."""
+    splits = one.config.to_dict().get("decode_SPLITS", 0)
+    if not isinstance(splits, int) or splits <= 16:
+        return one
+    config = one.config.replace(decode_SPLITS=16)
+    assert get_backend("triton").space(one.problem).valid(config, one.problem, target)
+    return spread.Drawn(one.problem, config)
 
 
 # --- which combinations

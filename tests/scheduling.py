@@ -8,10 +8,12 @@ run yet. What is marked ``alone`` comes last, on one worker, when nothing else r
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,15 +37,19 @@ def workers(config: pytest.Config) -> list[str]:
     return [f"popen//{threads}"] * len(config.getoption("tx")) + [f"popen//{threads}//env:TRITON_INTERPRET=1"]
 
 
-def unit_of(nodeid: str) -> str:
-    """The group of a test (`--dist loadgroup` appends it to its name), or its file."""
-    group = nodeid.rpartition("@")[2] if nodeid.rfind("@") > nodeid.rfind("]") else ""
-    return f"@{group}" if group else nodeid.partition("::")[0]
+def groups_file(node: WorkerController) -> str:
+    """Where a worker leaves the groups of the tests that it collects; xdist tells names alone."""
+    folder = Path(__file__).parents[1] / "build" / "test-groups"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{node.workerinput['testrunuid']}-{node.gateway.id}.json")
 
 
-def alone(nodeid: str) -> bool:
-    """Whether nothing may run beside the test."""
-    return unit_of(nodeid) == f"@{ALONE}"
+def group_of(item: pytest.Item) -> str | None:
+    """What a test must run with, on one worker; that nothing may run beside it is a group too."""
+    if item.get_closest_marker(ALONE):
+        return ALONE
+    mark = item.get_closest_marker("xdist_group")
+    return None if mark is None else str((*mark.args, *mark.kwargs.values())[0])
 
 
 @dataclass
@@ -85,10 +91,11 @@ class Scheduler:
     """What pytest-xdist asks for: ``xdist.scheduler.protocol.Scheduling``."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
-        self.expected = len(config.getoption("tx"))
+        self.config, self.expected = config, len(config.getoption("tx"))
         self.members: dict[WorkerController, Worker] = {}
         self.queues: dict[bool, deque[Unit]] = {}
         """Units that no worker has, by whether they are interpreted."""
+        self.groups: dict[str, str] = {}
         self.alone: deque[str] = deque()
         self.begun = False
 
@@ -112,7 +119,7 @@ class Scheduler:
     def tests_finished(self) -> bool:
         """Whether every worker may be told that nothing comes any more: it then begins the last that it knows."""
         busy = [one for one in self.members.values() if one.sent]
-        held = len(busy) > 1 and any(alone(test) for one in busy for test in one.sent)
+        held = len(busy) > 1 and any(self._alone(test) for one in busy for test in one.sent)
         return self.begun and not self.has_pending and not held
 
     def add_node(self, node: WorkerController) -> None:
@@ -120,6 +127,9 @@ class Scheduler:
         self.members[node] = Worker(node, environment.get("TRITON_INTERPRET") == "1")
 
     def add_node_collection(self, node: WorkerController, collection: Sequence[str]) -> None:
+        groups = Path(node.workerinput["groups"])
+        self.groups |= json.loads(groups.read_text(encoding="utf-8"))
+        groups.unlink()
         self.members[node].index = {test: number for number, test in enumerate(collection)}
 
     def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
@@ -139,8 +149,8 @@ class Scheduler:
         worker = self.members.pop(node)
         crashed, *rest = worker.sent or [None]
         kept = [test for test in rest if test is not None]
-        self.alone.extendleft(test for test in reversed(kept) if alone(test))
-        worker.unit.tests.extendleft(test for test in reversed(kept) if not alone(test))
+        self.alone.extendleft(test for test in reversed(kept) if self._alone(test))
+        worker.unit.tests.extendleft(test for test in reversed(kept) if not self._alone(test))
         if worker.unit.tests:
             self.queues[worker.interprets].appendleft(worker.unit)
         if self.begun:
@@ -148,6 +158,13 @@ class Scheduler:
         return crashed
 
     # --- who gets what
+
+    def _alone(self, test: str) -> bool:
+        return self.groups.get(test) == ALONE
+
+    def _unit(self, test: str) -> str:
+        """The group of a test, or its file."""
+        return f"@{self.groups[test]}" if test in self.groups else test.partition("::")[0]
 
     def schedule(self) -> None:
         """Every worker that can go on gets what it needs for that."""
@@ -159,18 +176,21 @@ class Scheduler:
         self._finish()
 
     def _begin(self) -> None:
-        self.begun = True
+        self.begun, total = True, 0
         for interprets in (False, True):
             units: dict[str, Unit] = {}
             collected = next((one.index for one in self.members.values() if one.interprets == interprets), None)
             for test in collected or ():
-                name = unit_of(test)
-                if alone(test):
+                name = self._unit(test)
+                if self._alone(test):
                     self.alone.append(test)
                 else:
                     units.setdefault(name, Unit(name)).tests.append(test)
+            total += len(collected or ())
             # What cannot be split must not come last.
             self.queues[interprets] = deque(sorted(units.values(), key=lambda unit: not unit.whole))
+        # xdist takes what one worker has collected for all there is, and says how far it is by that.
+        self.config.pluginmanager.getplugin("session").testscollected = total
 
     def _ready(self) -> list[Worker]:
         """Those that may be sent something: as many as were asked for, with the one that interprets."""
@@ -207,7 +227,7 @@ class Scheduler:
                 worker.leave()
         if stays is None or self.has_unsent or not self.alone:
             return
-        if not any(alone(test) for test in stays.sent):
+        if not any(self._alone(test) for test in stays.sent):
             # It waits with this one, until it knows of another, but goes on with what it had before.
             stays.send([self.alone.popleft()])
         if not any(one.sent for one in self.members.values() if one is not stays):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fence
+from fences import fence
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config

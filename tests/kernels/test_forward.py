@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import judged as judged_whole
-from conftest import y_of
+from fences import judged as judged_whole
+from fences import y_of
 
 from mctune.core.problem import STATE_INITS, Problem
 from mctune.reference import error_ratio

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import judged, y_of
+from fences import judged, y_of
 
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
