@@ -24,7 +24,7 @@ def test_a_build_is_refused_whose_arguments_are_in_another_order(pass_: str, mon
     built = templates.render(one, config, host())
     for operation in (variable.name_hint for variable in built.functions):
         first, second, *rest = ARGUMENTS[operation]
-        monkeypatch.setitem(ARGUMENTS, operation, (second, first, *rest))  # type: ignore[arg-type]
+        monkeypatch.setitem(ARGUMENTS, operation, (second, first, *rest))
         with pytest.raises(TypeError, match=f"{operation} takes {first}, {second}, .* is passed {second}, {first}, "):
             templates.render(one, config, host())
         monkeypatch.undo()

@@ -12,9 +12,11 @@ single token, and ssc, where every token reads states of its own, go one at a ti
 For a linear memory the soup of the states is their gated sum (Eq. 14-15), so soup is computed as grm.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
-from .decode_tiles import advance, over_columns, read, tiles
+from .decode_tiles import advance, over_columns, read
 from .decode_token import Plan, gates, leave_empty, prepare, remember, take
 from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from .tiles import LANES
@@ -184,7 +186,8 @@ def write_online(plan: Plan, at: Values, *, size) -> None:
             y0=y0, n0=n0,
         )  # fmt: skip
 
-    over_columns(W, cols)(tiles(W, cols, lambda n: advance(size, rows, n, Dk, gated)), columns, at.c0)
+    make = partial(advance, size, rows, Dk=Dk, gated=gated)
+    over_columns(width=W, cols=cols, c0=at.c0, make=make, body=columns)
 
 
 def read_cached(plan: Plan, at: Values, *, size, past) -> None:
@@ -213,5 +216,5 @@ def read_states(plan: Plan, at: Values, *, size, first, streams) -> None:
             states=at.states, b=at.b, h=at.h, first=first, chosen=chosen, Q=at.Q, gates=read_gates, Y=at.Y, y0=y0, n0=n0
         )
 
-    made = tiles(W, cols, lambda n: read(size, rows, streams, n, Dk, ahead, flags.routed, flags.sparse))
-    over_columns(W, cols)(made, columns, at.c0)
+    make = partial(read, size, rows, streams, Dk=Dk, ahead=ahead, routed=flags.routed, sparse=flags.sparse)
+    over_columns(width=W, cols=cols, c0=at.c0, make=make, body=columns)

@@ -2,36 +2,32 @@
 
 from tvm.script import tirx as T
 
-from .kernel import inline
+from .kernel import emit, inline
 from .tiles import LANES, exp
 
 LOW = -3.0e38
 """Less than any logit; its exponential is 0."""
 
 
-def tiles(width, cols, make):
-    """``make(lanes)`` for tiles of ``cols`` columns, for what whole vectors remain of ``width``, and for the rest."""
-    return make(cols), make(width % cols // LANES * LANES), make(width % LANES)
+def over_columns(*, width, cols, c0, make, body):
+    """Call ``body(tile, y0, c0 + y0)`` for tiles of ``cols`` of ``width`` columns, then for what remains.
 
-
-def over_columns(width, cols):
-    """Call ``body(tile, y0, c0 + y0)`` with each of the tiles of ``tiles`` in its place."""
+    What remains are whole vectors, in one tile, and fewer columns than a vector has; ``make(lanes)`` gives a tile.
+    """
     full, middle, tail = width // cols, width % cols // LANES * LANES, width % LANES
 
-    @inline
-    def over(tiles, body, c0):
+    @emit
+    def tiles():
         if full > 0:
             for j in range(full):
-                body(tiles[0], j * cols, c0 + j * cols)
+                body(make(cols), j * cols, c0 + j * cols)
         if middle > 0:
-            body(tiles[1], full * cols, c0 + full * cols)
+            body(make(middle), full * cols, c0 + full * cols)
         if tail > 0:
-            body(tiles[2], width - tail, c0 + width - tail)
-
-    return over
+            body(make(tail), width - tail, c0 + width - tail)
 
 
-def advance(tokens, rows, lanes, Dk, swla):
+def advance(tokens, rows, lanes, Dk, gated):
     """Write ``tokens`` to the columns n0 to n0 + lanes of the online state and read it after each: Y = share (Q M)."""
 
     @inline
@@ -40,7 +36,7 @@ def advance(tokens, rows, lanes, Dk, swla):
             m[r, x] = online[b, h, d, n0 + x]
         for t in T.unroll(tokens):
             for x in T.vectorized(lanes):
-                if swla:
+                if gated:
                     m[r, x] = decay[t] * m[r, x] + (P[t, d] * V[t, y0 + x] + K[t, d] * V[t + 1, y0 + x])
                 else:
                     m[r, x] = m[r, x] + K[t, d] * V[t + 1, y0 + x]
@@ -72,7 +68,7 @@ def advance(tokens, rows, lanes, Dk, swla):
     return tile
 
 
-def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
+def read(tokens, rows, streams, lanes, Dk, ahead, routed, sparse):
     """Y += gate (Q M) over the columns n0 to n0 + lanes of ``streams`` cached states side by side.
 
     ``rows`` rows of each are summed apart from each other, so that loads and sums do not wait for one another; the row
@@ -82,7 +78,7 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
     @inline
     def row(states, b, h, first, chosen, Q, acc, r, d, n0):
         for s in T.unroll(streams):
-            slot: T.let = chosen[first + s] if chooses else first + s
+            slot: T.let = chosen[first + s] if sparse else first + s
             if ahead > 0:
                 for line in T.unroll((lanes + LANES - 1) // LANES):
                     T.evaluate(
@@ -130,11 +126,11 @@ def read(tokens, rows, streams, lanes, Dk, ahead, routed, chooses):
     return tile
 
 
-def dots(count, width, row, vector):
+def dots(sums, *, count, width, row, vector):
     """sums[r, 0] = sum_d row(r, d) vector(d) for ``count`` rows together; sums ``[count, LANES]`` is overwritten."""
 
-    @inline
-    def product(sums):
+    @emit
+    def product():
         for r in T.unroll(count):
             for x in T.vectorized(LANES):
                 sums[r, x] = T.float32(0)
@@ -148,8 +144,6 @@ def dots(count, width, row, vector):
                     sums[r, x] = sums[r, x] + row(r, width // LANES * LANES + x) * vector(width // LANES * LANES + x)
         for r in T.unroll(count):
             fold(sums, r)
-
-    return product
 
 
 @inline

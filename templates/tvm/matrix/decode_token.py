@@ -43,7 +43,9 @@ def prepare(plan: Plan, x: Values, *, b, h) -> None:
             place[0] = place[0] + 1
             if plan.flags.routed:
                 sums = T.meta_var(scratch(sums=f32(1, LANES, scope="local")).sums)
-                dots(1, Dk, lambda r, d: key_sum[b, h, d], lambda d: u[b, t, h, d])(sums)
+                dots(
+                    sums, count=1, width=Dk, row=lambda r, d: key_sum[b, h, d], vector=lambda d: u[b, t, h, d]
+                )  # fmt: skip
                 x.own[b, h, t] = sums[0, 0] / T.cast(place[0], "float32")
             if place[0] == length:
                 for d in T.vectorized(Dk):
@@ -147,11 +149,12 @@ def logits(plan: Plan, at: Values, *, t, token, past) -> None:
         for i in range((past + _DOTS - 1) // _DOTS):
             sums = T.meta_var(scratch(sums=f32(_DOTS, LANES, scope="local")).sums)
             dots(
-                _DOTS,
-                plan.Dk,
-                lambda r, d: descriptors[b, h, T.min(i * _DOTS + r, past - 1), d],
-                lambda d: u[b, token, h, d],
-            )(sums)
+                sums,
+                count=_DOTS,
+                width=plan.Dk,
+                row=lambda r, d: descriptors[b, h, T.min(i * _DOTS + r, past - 1), d],
+                vector=lambda d: u[b, token, h, d],
+            )
             for r in T.unroll(_DOTS):
                 gamma[t, i * _DOTS + r] = sums[r, 0]
         for x in T.vectorized(LANES):

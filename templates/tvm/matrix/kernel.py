@@ -13,7 +13,9 @@ TVMScript calls steps by keyword, and no function is longer than a screen:
                 for d in T.vectorized(Dk):
                     y[r, d] = factor * y[r, d]
 
-Only names that the inner function closes over reach its TVMScript: what a step reads often, it first gives a name.
+Only names that the inner function closes over reach its TVMScript: what a step reads often, it first gives a name. By
+custom ``plan`` is what is known at compile time, ``x`` the kernel's arguments and sizes, ``at`` those and what a task
+adds to them: its scratch arrays, and the head and segment where it is at work.
 """
 
 import sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 _GATES = ("g", "beta", "lam")
@@ -29,6 +30,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 }
 """The names of each kernel's arguments in their order; a name means the same in all kernels of a pass."""
 
+_PICK = {kernel: itemgetter(*names) for kernel, names in ARGUMENTS.items()}
+
 
 def launch(kernel: str, function: Callable[..., None], values: Mapping[str, Any]) -> None:
     """Call the function of ``kernel`` with those of ``values`` that it takes; ``values`` may hold more.
@@ -36,4 +39,4 @@ def launch(kernel: str, function: Callable[..., None], values: Mapping[str, Any]
     Raises:
         KeyError: naming an argument that is missing.
     """
-    function(*map(values.__getitem__, ARGUMENTS[kernel]))
+    function(*_PICK[kernel](values))

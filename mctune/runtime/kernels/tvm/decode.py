@@ -60,29 +60,24 @@ class TvmDecode:
         """
         needed = self._check(v, memory, segment_length)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        nothing = self._nothing
-        launch(
-            "decode_step",
-            self.decode_step,
-            {
-                "q": q.contiguous(), "u": u.contiguous(), "k": k.contiguous(), "v": v.contiguous(),
-                "g": self._gate(g, v, 0.0), "beta": self._gate(beta, v, 0.0), "lam": self._gate(lam, v, 1.0),
-                "states": memory.states[0], "descriptors": memory.descriptors, "online": memory.online[0],
-                "key_sum": memory.key_sum, "last_key": memory.last_key if self.gated else nothing,
-                "last_value": memory.last_value if self.gated else nothing,
-                "cached": memory.cached, "filled": memory.filled,
-                # Both are 32-bit arguments; beyond these bounds they change nothing.
-                "length": min(segment_length, 2**30), "top_k": min(max(top_k, 1), needed + 1),
-                "scale": scale, "y": y,
-            },
-        )  # fmt: skip
+        if self.gated:
+            last_key, last_value = memory.last_key, memory.last_value
+            g, beta, lam = (
+                v.new_full(v.shape[:3], absent) if gate is None else gate.contiguous()
+                for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
+            )
+        else:
+            g = beta = lam = last_key = last_value = self._nothing
+        values = {
+            "q": q.contiguous(), "u": u.contiguous(), "k": k.contiguous(), "v": v.contiguous(),
+            "g": g, "beta": beta, "lam": lam, "states": memory.states[0], "descriptors": memory.descriptors,
+            "online": memory.online[0], "key_sum": memory.key_sum, "last_key": last_key, "last_value": last_value,
+            "cached": memory.cached, "filled": memory.filled,
+            # Both are 32-bit arguments; beyond these bounds they change nothing.
+            "length": min(segment_length, 2**30), "top_k": min(max(top_k, 1), needed + 1), "scale": scale, "y": y,
+        }  # fmt: skip
+        launch("decode_step", self.decode_step, values)
         return y
-
-    def _gate(self, gate: torch.Tensor | None, v: torch.Tensor, absent: float) -> torch.Tensor:
-        """``[B, n, H]``, of one value where there is none; of a recurrence without gates, nothing."""
-        if not self.gated:
-            return self._nothing
-        return v.new_full(v.shape[:3], absent) if gate is None else gate.contiguous()
 
     def _check(self, v: torch.Tensor, memory: LayerMemory, segment_length: int) -> int:
         """How many states there may be at the end of the call.
@@ -90,7 +85,7 @@ class TvmDecode:
         Raises:
             KernelError: if the kernel cannot serve the memory, or the memory has no room for them.
         """
-        n, (states,), (online,), descriptors = v.shape[1], memory.states, memory.online, memory.descriptors
+        (states,), (online,), n = memory.states, memory.online, v.shape[1]
         if states.dtype != torch.float32:
             raise KernelError(
                 f"cached states of {states.dtype}, and kernels of the CPU read torch.float32; use "
@@ -98,10 +93,11 @@ class TvmDecode:
             )
         cached, filled = memory.cached.tolist(), memory.filled.tolist()
         needed: int = max(used + (begun + n) // segment_length for used, begun in zip(cached, filled, strict=True))
-        if needed > descriptors.shape[2]:
+        room, Dk, Dv = memory.descriptors.shape[2], online.shape[2], online.shape[3]
+        if needed > room:
             raise KernelError(
-                f"{n} more tokens need room for {needed} states and the memory has room for {descriptors.shape[2]}; "
+                f"{n} more tokens need room for {needed} states and the memory has room for {room}; "
                 f"call memory.reserve({n}) first"
             )
-        check_reach(states.numel(), n * (online.numel() // min(online.shape[2:])))
+        check_reach(states.numel(), n * (online.numel() // min(Dk, Dv)))
         return needed

@@ -110,10 +110,9 @@ def check_reach(*sizes: int) -> None:
     Raises:
         KernelError: naming the largest.
     """
-    if max(sizes) > _INT32:
-        raise KernelError(
-            f"an array of {max(sizes)} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
-        )
+    largest = max(sizes)
+    if largest > _INT32:
+        raise KernelError(f"an array of {largest} elements exceeds 2^31 - 1; split the batch, or use backend='eager'")
 
 
 def flat_gates(
