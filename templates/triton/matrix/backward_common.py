@@ -123,21 +123,21 @@ class StateGradients(NamedTuple):
 class Pieces(NamedTuple):
     """int32 ``[P]``: see :class:`Tables`."""
 
-    begin: torch.Tensor
-    end: torch.Tensor
-    segment: torch.Tensor
-    entering: torch.Tensor
+    begin: torch.Tensor | None = None
+    end: torch.Tensor | None = None
+    segment: torch.Tensor | None = None
+    entering: torch.Tensor | None = None
 
 
 class Segments(NamedTuple):
     """int32 ``[N]``: see :class:`Tables`; ``last`` is None where every segment is one piece."""
 
-    begin: torch.Tensor
-    end: torch.Tensor
-    first: torch.Tensor
-    past_end: torch.Tensor
-    piece: torch.Tensor
-    last: torch.Tensor | None
+    begin: torch.Tensor | None = None
+    end: torch.Tensor | None = None
+    first: torch.Tensor | None = None
+    past_end: torch.Tensor | None = None
+    piece: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
 
 class Tables(Protocol):
@@ -173,14 +173,6 @@ class Tables(Protocol):
         """int32 ``[tiles, 2]``: piece and first token of every tile of at most ``rows`` tokens."""
 
 
-def pieces_of(tables: Tables) -> Pieces:
-    """What kernels take of pieces."""
-    return Pieces(tables.begin, tables.end, tables.segment, tables.entering)
-
-
-def segments_of(tables: Tables) -> Segments:
-    """What kernels take of segments."""
-    return Segments(
-        tables.seg_begin, tables.seg_end, tables.seg_first, tables.seg_past_end, tables.seg_piece,
-        None if tables.whole else tables.seg_last,
-    )  # fmt: skip
+def last_pieces(tables: Tables) -> torch.Tensor | None:
+    """The last piece of every segment, None where it is the only one."""
+    return None if tables.whole else tables.seg_last

@@ -16,11 +16,12 @@ import triton.language as tl
 from .backward_common import (
     Decays,
     Dims,
+    Pieces,
     Rows,
+    Segments,
     StateGradients,
     Tables,
-    pieces_of,
-    segments_of,
+    last_pieces,
 )
 from .common import load_rows, load_state
 
@@ -277,9 +278,10 @@ def state_backward(
         dstates = torch.empty_like(dends, dtype=torch.float32) if crosses else dends
         blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv) * triton.cdiv(N, SEGMENTS)
         cached_kernel[(blocks * B * H,)](
-            q=q, dy=dy, gammas=gammas, segments=segments_of(tables), dends=dstates, scale=scale, heads=B * H, T=T, H=H,
-            N=N, P=P, OPERAND=OPERAND, PRECISION=PRECISION, dims=dims, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS,
-            num_warps=num_warps, num_stages=num_stages,
+            q=q, dy=dy, gammas=gammas,
+            segments=Segments(end=tables.seg_end, past_end=tables.seg_past_end, last=last_pieces(tables)),
+            dends=dstates, scale=scale, heads=B * H, T=T, H=H, N=N, P=P, OPERAND=OPERAND, PRECISION=PRECISION,
+            dims=dims, BT=BT, BK=bk, BV=bv, SEGMENTS=SEGMENTS, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if not ROUTED:
         carries = True
@@ -320,9 +322,9 @@ def _products(
     P = tables.begin.shape[0]
     products = q.new_empty((B * H, P, dims.SK, dims.SV), dtype=torch.float32)
     piece_kernel[(triton.cdiv(dims.SK, BK) * triton.cdiv(dims.SV, BV) * P, B * H)](
-        q=q, dy=dy, gate=gate, cum=cum, pieces=pieces_of(tables), segments=segments_of(tables), products=products,
-        scale=scale, T=T, H=H, P=P, AVERAGES=AVERAGES, PRECISION=PRECISION, dims=dims, BT=BT, BK=BK, BV=BV,
-        num_warps=num_warps, num_stages=num_stages,
+        q=q, dy=dy, gate=gate, cum=cum, pieces=Pieces(tables.begin, tables.end, tables.segment),
+        segments=Segments(first=tables.seg_first), products=products, scale=scale, T=T, H=H, P=P, AVERAGES=AVERAGES,
+        PRECISION=PRECISION, dims=dims, BT=BT, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return products
 
@@ -336,8 +338,9 @@ def _leads(
     dk_lead, dv_lead = crossing.new_empty((heads, P, 2, dims.SK)), crossing.new_empty((heads, P, dims.SV))
     made = StateGradients(dends, crossing, dk_lead, dv_lead, torch.empty_like(crossing))
     lead_kernel[(P, heads)](
-        rows=rows, gate=gate, decays=decays._replace(now=None, after=None), pieces=pieces_of(tables),
-        segments=segments_of(tables), made=made, scale=scale, T=T, H=H, P=P, ROUTED=ROUTED, AVERAGES=AVERAGES,
-        dims=dims, BT=16, BR=16, num_warps=4,
+        rows=rows, gate=gate, decays=decays._replace(now=None, after=None),
+        pieces=Pieces(tables.begin, tables.end, tables.segment, tables.entering),
+        segments=Segments(first=tables.seg_first), made=made, scale=scale, T=T, H=H, P=P, ROUTED=ROUTED,
+        AVERAGES=AVERAGES, dims=dims, BT=16, BR=16, num_warps=4,
     )  # fmt: skip
     return made

@@ -20,11 +20,12 @@ from .backward_common import (
     Decays,
     Dims,
     GateGradients,
+    Pieces,
     Rows,
+    Segments,
     StateGradients,
     Tables,
-    pieces_of,
-    segments_of,
+    last_pieces,
 )
 from .common import load_rows, load_state
 
@@ -52,7 +53,7 @@ class StrengthGradients(NamedTuple):
 
 @triton.jit
 def read_end(k, v, dends, j0, stop, H, PRECISION: tl.constexpr, dims: tl.constexpr, BJ: tl.constexpr, BS: tl.constexpr):
-    """v_j dEnd^T ``[BJ, PK]`` and k_j dEnd ``[BJ, PV]``, BS columns or rows of dEnd at a time.
+    """k_j dEnd ``[BJ, PV]`` and v_j dEnd^T ``[BJ, PK]``, BS rows or columns of dEnd at a time.
 
     Where these are all of them, dEnd is loaded once.
     """
@@ -70,16 +71,16 @@ def read_end(k, v, dends, j0, stop, H, PRECISION: tl.constexpr, dims: tl.constex
         v_c = load_rows(v, j0, stop, H * dims.DV, c, dims.DV, BJ, VALUES)
         state = load_state(dends, 0, c, dims.SK, dims.SV, PK, VALUES)
         dk_j = tl.dot(v_c, tl.trans(state), dk_j, input_precision=PRECISION)
-    return dk_j, dv_j
+    return dv_j, dk_j
 
 
 @triton.jit
 def add_later(
-    dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
+    dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
     SWLA: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
     BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """dk_j and dv_j, and what tokens from ``j0`` on say of them; and under SWLA the sums of D_tj of t = j and t > j.
+    """dv_j and dk_j, and what tokens from ``j0`` on say of them; and under SWLA the sums of D_tj of t = j and t > j.
 
     ``strength``: under SWLA cum_{j+1}, after_j and now_j.
     """
@@ -111,11 +112,11 @@ def add_later(
             weights = tl.where(t[None, :] >= j[:, None], weight_t, 0.0)
         dv_j = tl.dot((for_values * weights).to(dy_t.dtype), dy_t, dv_j, input_precision=PRECISION)
         dk_j = tl.dot((for_keys * weights).to(q_t.dtype), q_t, dk_j, input_precision=PRECISION)
-    return dk_j, dv_j, own, others
+    return dv_j, dk_j, own, others
 
 
 @triton.jit
-def add_lead(dk_j, dv_j, states, j, stop, place, dims: tl.constexpr):
+def add_lead(dv_j, dk_j, states, j, stop, place, dims: tl.constexpr):
     """The piece's last token writes once more in the next piece, whose gradients of it stand at ``place``."""
     keys = tl.arange(0, dims.PK)
     cols = tl.arange(0, dims.PV)
@@ -125,7 +126,7 @@ def add_lead(dk_j, dv_j, states, j, stop, place, dims: tl.constexpr):
     lead = tl.load(states.dk_lead + place * 2 * dims.SK + keys, mask=keys < dims.DK, other=0.0)
     lead += tl.load(states.dk_lead + (place * 2 + 1) * dims.SK + keys, mask=keys < dims.DK, other=0.0)
     dk_j += tl.where(last, lead[None, :], 0.0)
-    return dk_j, dv_j
+    return dv_j, dk_j
 
 
 @triton.jit
@@ -179,7 +180,7 @@ def write_kernel(
     j = j0 + tl.arange(0, BJ)
     k_j = load_rows(k, j0, stop, H * dims.DK, 0, dims.DK, BJ, dims.PK)
     v_j = load_rows(v, j0, stop, H * dims.DV, 0, dims.DV, BJ, dims.PV)
-    dk_j, dv_j = read_end(
+    dv_j, dk_j = read_end(
         k, v, states.dends + (bh * P + piece) * (dims.SK * dims.SV), j0, stop, H, PRECISION, dims, BJ, BS
     )
     weight = scale
@@ -196,15 +197,15 @@ def write_kernel(
         dv_j *= left[:, None]
         dk_j *= left[:, None]
         strength = (cum_next, after_j, now_j)
-    dk_j, dv_j, own, others = add_later(
-        dk_j, dv_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
+    dv_j, dk_j, own, others = add_later(
+        dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
         SWLA, ROUTED, PRECISION, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:
         # If the piece's memory goes on in the next one.
         if piece + 1 < P:
             if tl.load(pieces.entering + piece + 1) >= 0:
-                dk_j, dv_j = add_lead(dk_j, dv_j, states, j, stop, bh * P + piece + 1, dims)
+                dv_j, dk_j = add_lead(dv_j, dk_j, states, j, stop, bh * P + piece + 1, dims)
     keys = tl.arange(0, dims.PK)
     cols = tl.arange(0, dims.PV)
     out = made.dv + head * dims.DV + j.to(tl.int64)[:, None] * (H * dims.DV) + cols[None, :]
@@ -300,22 +301,25 @@ def write_backward(
     """
     B, T, H, _ = k.shape
     N, P = tables.seg_first.shape[0], tables.begin.shape[0]
-    pieces, segments, gates = pieces_of(tables), segments_of(tables), gates or GateGradients()
+    gates = gates or GateGradients()
+    pieces = Pieces(tables.begin, tables.end, tables.segment, tables.entering)
+    segments = Segments(first=tables.seg_first, last=last_pieces(tables))
     sums = tuple(own.new_empty((B * H, T)) if SWLA else None for _ in range(3))
     made, strengths = WriteGradients(torch.empty_like(k), torch.empty_like(v), *sums), StrengthGradients()
     tiles = tables.tiles(BJ)
     write_kernel[(tiles.shape[0], B * H)](
         rows=Rows(q, k, v, u if ROUTED else None, dy), gates=gates._replace(du=None),
-        decays=decays._replace(before=None), states=states._replace(crossing=None, dbefore=None), pieces=pieces,
-        segments=segments, tiles=tiles, made=made, scale=scale, T=T, H=H, N=N, P=P, SWLA=SWLA, ROUTED=ROUTED,
-        AVERAGES=AVERAGES, HALF=HALF, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV), BJ=BJ, BT=BT, BS=BS,
-        num_warps=num_warps, num_stages=num_stages,
+        decays=decays._replace(before=None), states=states._replace(crossing=None, dbefore=None),
+        pieces=pieces._replace(begin=None), segments=segments, tiles=tiles, made=made, scale=scale, T=T, H=H, N=N, P=P,
+        SWLA=SWLA, ROUTED=ROUTED, AVERAGES=AVERAGES, HALF=HALF, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV),
+        BJ=BJ, BT=BT, BS=BS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if SWLA:
         strengths = StrengthGradients(*(torch.empty_like(g) for _ in range(3)))
         strength_kernel[(P, B * H)](
             gate=gates.gate, own=own.sum(0), g=g, lam=lam, decays=decays, made=made._replace(dk=None, dv=None),
-            states=StateGradients(crossing=states.crossing, dbefore=states.dbefore), pieces=pieces, segments=segments,
-            strengths=strengths, T=T, H=H, P=P, ROUTED=ROUTED, AVERAGES=AVERAGES, PIECE=PIECE, num_warps=4,
+            states=StateGradients(crossing=states.crossing, dbefore=states.dbefore), pieces=pieces,
+            segments=segments._replace(last=None), strengths=strengths, T=T, H=H, P=P, ROUTED=ROUTED, AVERAGES=AVERAGES,
+            PIECE=PIECE, num_warps=4,
         )  # fmt: skip
     return made.dk, made.dv, *strengths

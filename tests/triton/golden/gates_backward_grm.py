@@ -20,10 +20,10 @@ from .backward_common import (
     GateGradients,
     Gates,
     Keys,
+    Pieces,
     ReadGradients,
+    Segments,
     Tables,
-    pieces_of,
-    segments_of,
 )
 from .common import load_rows
 
@@ -226,9 +226,11 @@ def gates_backward(
     tiles = tables.tiles(BT)
     connector_kernel[(tiles.shape[0], B * H)](
         k=k, keys=Keys(means, sums), gates=gates._replace(order=None, starts=None),
-        reads=ReadGradients(dgamma=dgamma, own=reads.own, delta=reads.delta), pieces=pieces_of(tables),
-        segments=segments_of(tables), tiles=tiles, made=made, T=T, H=H, N=N, P=P, PARTS=reads.own.shape[0],
-        dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BI=BI, num_warps=num_warps, num_stages=num_stages,
+        reads=ReadGradients(dgamma=dgamma, own=reads.own, delta=reads.delta),
+        pieces=Pieces(tables.begin, tables.end, tables.segment),
+        segments=Segments(begin=tables.seg_begin, first=tables.seg_first, piece=tables.seg_piece), tiles=tiles,
+        made=made, T=T, H=H, N=N, P=P, PARTS=reads.own.shape[0], dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BI=BI,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     parts = means.new_empty((SPLITS, B * H, N, SK))
     descriptor_kernel[(SPLITS * triton.cdiv(N, BI), B * H)](

@@ -20,10 +20,10 @@ from .backward_common import (
     GateGradients,
     Gates,
     Keys,
+    Pieces,
     ReadGradients,
+    Segments,
     Tables,
-    pieces_of,
-    segments_of,
 )
 from .common import load_rows
 
@@ -222,8 +222,10 @@ def gates_backward(
     connector_kernel[(tiles.shape[0], B * H)](
         k=k, keys=Keys(means, sums), gates=gates._replace(order=None, starts=None),
         reads=ReadGradients(dgamma=dgamma, own=reads.own, delta=reads.delta), chosen_dr=chosen_dr,
-        pieces=pieces_of(tables), segments=segments_of(tables), tiles=tiles, made=made, top_k=top_k, T=T, H=H, N=N, P=P,
-        PARTS=reads.own.shape[0], dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, num_warps=num_warps, num_stages=num_stages,
+        pieces=Pieces(tables.begin, tables.end, tables.segment),
+        segments=Segments(begin=tables.seg_begin, first=tables.seg_first, piece=tables.seg_piece), tiles=tiles,
+        made=made, top_k=top_k, T=T, H=H, N=N, P=P, PARTS=reads.own.shape[0], dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     dmeans = torch.empty_like(means)
     chosen_descriptor_kernel[(N, B * H)](

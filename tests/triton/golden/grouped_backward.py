@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Dims, Gates, Tables
+from .backward_common import Dims, Gates, Tables, last_pieces
 from .common import load_state
 
 DK = 128
@@ -105,8 +105,8 @@ def grouped_backward(
     chosen_kernel[(blocks * N * B * H,)](
         q=q, dy=dy, states=states,
         gates=Gates(lse=gates.lse, picked=gates.picked, order=gates.order, starts=gates.starts),
-        seg_last=None if tables.whole else tables.seg_last, partial=partial, dgamma=dgamma, dends=dends, scale=scale,
-        heads=B * H, top_k=top_k, T=T, H=H, N=N, P=states.shape[1], dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BK=bk,
+        seg_last=last_pieces(tables), partial=partial, dgamma=dgamma, dends=dends, scale=scale, heads=B * H,
+        top_k=top_k, T=T, H=H, N=N, P=states.shape[1], dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BK=bk,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial, dgamma[0] if blocks == 1 else dgamma.sum(0), dends

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Decays, Dims, Gates, ReadGradients, Rows, Tables, pieces_of, segments_of
+from .backward_common import Decays, Dims, Gates, Pieces, ReadGradients, Rows, Segments, Tables, last_pieces
 from .common import block_and_head, load_rows, load_state
 
 DK = 128
@@ -74,16 +74,15 @@ def row_before(dy_t, k, v, cum_t, cum_start, before, start, column, H, dims: tl.
 
 @triton.jit
 def read_online(
-    dy_t, k, v, states, decays, piece, enters, t0, start, stop, bh, column, T, H, P, dims: tl.constexpr,
+    dy_t, k, v, states, decays, piece, enters, t, lines, start, stop, bh, column, T, H, P, dims: tl.constexpr,
     BT: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """P_t^(s) ``[BT, BK]``, of the online memory: what the piece's tokens write, and what enters it."""
-    t = t0 + tl.arange(0, BT)
     read = tl.zeros([BT, BK], tl.float32)
     cum = decays.cum + bh * T
     after = decays.after + bh * T
     cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
-    now_t = tl.load(decays.now + (bh * T + t), mask=t < stop, other=0.0)
+    now_t = tl.load(decays.now + lines, mask=t < stop, other=0.0)
     for j0 in range(start, stop, BJ):
         j = j0 + tl.arange(0, BJ)
         v_j = load_rows(v, j0, stop, H * dims.DV, 0, dims.DV, BJ, dims.PV)
@@ -142,7 +141,7 @@ def read_backward_kernel(
     dy_t = load_rows(dy, t0, stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
     q_t = load_rows(q, t0, stop, H * dims.DK, column, dims.DK, BT, BK)
     read = read_online(
-        dy_t, k, v, reads.states, decays, piece, enters, t0, start, stop, bh, column, T, H, P, dims, BT, BJ, BK,
+        dy_t, k, v, reads.states, decays, piece, enters, t, lines, start, stop, bh, column, T, H, P, dims, BT, BJ, BK,
     )  # fmt: skip
 
     keys = q_t.to(tl.float32)
@@ -174,13 +173,14 @@ def read_backward(
     own = q.new_empty((blocks, B * H, T), dtype=torch.float32)
     dgamma = delta = None
     made = ReadGradients(torch.empty_like(q), dgamma, own, delta)
+    pieces = Pieces(tables.begin, tables.end, tables.segment, tables.entering)
     tiles = tables.tiles(BT)
     together = math.gcd(B * H, 8)
     read_backward_kernel[(blocks * tiles.shape[0] * together, B * H // together)](
         rows=Rows(q=q, k=k, v=v, dy=dy), reads=Reads(states, past, partial),
         gates=Gates(logits=gates.logits, lse=gates.lse, own=gates.own, picked=gates.picked), decays=decays,
-        pieces=pieces_of(tables), segments=segments_of(tables), tiles=tiles, made=made, scale=scale, top_k=top_k,
-        together=together, T=T, H=H, P=P, dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BJ=BJ, BK=bk, num_warps=num_warps,
-        num_stages=num_stages,
+        pieces=pieces, segments=Segments(first=tables.seg_first, last=last_pieces(tables)), tiles=tiles, made=made,
+        scale=scale, top_k=top_k, together=together, T=T, H=H, P=P, dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BJ=BJ,
+        BK=bk, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return made

@@ -16,10 +16,10 @@ import triton.language as tl
 from .backward_common import (
     Decays,
     Dims,
+    Pieces,
+    Segments,
     StateGradients,
     Tables,
-    pieces_of,
-    segments_of,
 )
 from .common import load_rows
 
@@ -155,7 +155,8 @@ def _products(
     P = tables.begin.shape[0]
     products = q.new_empty((B * H, P, dims.SK, dims.SV), dtype=torch.float32)
     piece_kernel[(triton.cdiv(dims.SK, BK) * triton.cdiv(dims.SV, BV) * P, B * H)](
-        q=q, dy=dy, gate=gate, cum=cum, pieces=pieces_of(tables), segments=segments_of(tables), products=products,
-        scale=scale, T=T, H=H, P=P, dims=dims, BT=BT, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
+        q=q, dy=dy, gate=gate, cum=cum, pieces=Pieces(tables.begin, tables.end, tables.segment),
+        segments=Segments(first=tables.seg_first), products=products, scale=scale, T=T, H=H, P=P, dims=dims, BT=BT,
+        BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return products

@@ -106,8 +106,7 @@ def test_the_operation_that_has_a_race_is_named(
     count = iter(range(100))
 
     def racing(made: Any) -> Any:
-        first, *rest = made
-        return (first + next(count) * 1e-3, *rest)
+        return made._replace(du=made.du + next(count) * 1e-3)
 
     planted(monkeypatch, "backward", "gates_backward", racing)
     watch("racing", "grm", tmp_path, reference=True)
@@ -124,7 +123,7 @@ def test_the_operation_that_is_wrong_is_named(
     monkeypatch.setattr(contact["diagnose"], "RUNS", 0)
     watch = partial(contact["diagnose"].watch, steps, steps.facts)
     with monkeypatch.context() as patch:
-        planted(patch, "backward", "state_backward", lambda made: (made[0] * 1.5, *made[1:]))
+        planted(patch, "backward", "state_backward", lambda made: made._replace(dends=made.dends * 1.5))
         watch("wrong", "grm", tmp_path, reference=True)
         steps.kernels.serve(*steps.kernels.pairs("grm"))
         off = {name: error for name, error, limit in steps.compared("grm") if not error <= limit}
