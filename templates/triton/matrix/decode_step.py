@@ -58,11 +58,36 @@ def logits_kernel(
     state = tl.program_id(1) * BS + tl.arange(0, BS)
     d = tl.arange(0, dims.PK)
     inside = (state < used)[:, None] & (d < dims.DK)[None, :]
-    place = (bh * capacity + state[:, None]) * dims.DK + d[None, :]
-    p = tl.load(memory.descriptors + place, mask=inside, other=0.0)
+    rows = memory.descriptors + (bh * capacity + state[:, None]) * dims.DK
+    p = tl.load(rows + d[None, :], mask=inside, other=0.0)
     for i in range(0, n):
         x = load_row(u + i * H * dims.DK, dims.DK, dims.PK)
         tl.store(logits + (bh * n + i) * CP + state, tl.sum(p * x[None, :], 1), mask=state < used)
+
+
+@triton.jit
+def _read_online(
+    top, size, acc, M, keys, j, slot, place, token, tokens, memory, logits, used, begun, n, H, length, top_k, scale,
+    ROUTED: tl.constexpr, SPARSE: tl.constexpr, dims: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The softmaxes with the read of ``M`` by token j, and by all after it where it is a segment's end state."""
+    for i in range(j, tl.where(place == length, n, j + 1)):
+        read = tl.sum((load_row(tokens.q + i * H * dims.DK, dims.DK, dims.PK) * scale)[:, None] * M, 0)
+        reads = token == i
+        logit = 0.0
+        if ROUTED:
+            logit = tl.sum(load_row(tokens.u + i * H * dims.DK, dims.DK, dims.PK) * keys, 0) / place
+        if SPARSE:
+            if i > j:
+                score = scores(tokens, memory, logits, i, used, begun, length, H, dims, CP, BS)
+                reads = reads & among_best(score, slot, top_k, CP)
+        new = tl.where(reads, tl.maximum(top, logit), top)
+        keep = tl.exp(top - new)
+        weight = tl.where(reads, tl.exp(logit - new), 0.0)
+        size = size * keep + weight
+        acc = acc * keep[:, None] + weight[:, None] * read[None, :]
+        top = new
+    return top, size, acc
 
 
 @triton.jit
@@ -106,25 +131,10 @@ def _write_online(
             M += kj[:, None] * vj[None, :]
         keys += kj
         place += 1
-        # Token j reads the memory, and all after it do where it is a segment's end state.
-        for i in range(j, tl.where(place == length, n, j + 1)):
-            read = tl.sum((load_row(tokens.q + i * H * DK, DK, PK) * scale)[:, None] * M, 0)
-            reads = token == i
-            logit = 0.0
-            if ROUTED:
-                logit = tl.sum(load_row(tokens.u + i * H * DK, DK, PK) * keys, 0) / place
-            if SPARSE:
-                if i > j:
-                    score = scores(
-                        tokens, memory, scratch.logits, i, used, begun, length, H, dims, blocks.CP, blocks.BS
-                    )
-                    reads = reads & among_best(score, slot, top_k, blocks.CP)
-            new = tl.where(reads, tl.maximum(top, logit), top)
-            keep = tl.exp(top - new)
-            weight = tl.where(reads, tl.exp(logit - new), 0.0)
-            size = size * keep + weight
-            acc = acc * keep[:, None] + weight[:, None] * read[None, :]
-            top = new
+        top, size, acc = _read_online(
+            top, size, acc, M, keys, j, slot, place, token, tokens, memory, scratch.logits, used, begun, n, H, length,
+            top_k, scale, ROUTED=ROUTED, SPARSE=SPARSE, dims=dims, CP=blocks.CP, BS=blocks.BS,
+        )  # fmt: skip
         if place == length:
             append(memory, M, keys, slot, tile, x, capacity, length, dims)
             slot += 1

@@ -331,13 +331,13 @@ def read_forward(
         first_head, heads, first_token, span: which those are.
     """
     T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
-    bv = min(BV, PV)
-    together = math.gcd(heads, 8)
+    bv, together = min(BV, PV), math.gcd(heads, 8)
     grid = (triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)
     rows, dims = Rows(q, k, v), Dims(DK, DV, PK, PV, SK, SV)
-    spans = Spans(tables.begin, tables.end, tables.segment, tables.entering, seg_first=tables.seg_first)
-    if ROUTED and P > N:
-        spans = spans._replace(seg_last=tables.seg_last)
+    spans = Spans(
+        tables.begin, tables.end, tables.segment, tables.entering, seg_first=tables.seg_first,
+        seg_last=tables.seg_last if P > N else None,
+    )  # fmt: skip
     if not ROUTED:
         read_summed_kernel[grid](
             rows=rows, states=states.operand, past=states.past, decays=decays, spans=spans, tiles=tiles, y=y,
@@ -347,14 +347,14 @@ def read_forward(
     elif GATES == "fused":
         read_fused_kernel[grid](
             rows=rows, u=u, states=states.operand, keys=Keys(states.means, states.sums), decays=decays,
-            spans=spans._replace(seg_begin=tables.seg_begin, seg_piece=tables.seg_piece), tiles=tiles, y=y,
-            scale=scale, together=together, T=T, H=H, N=N, P=P, SWLA=SWLA, FORMULATION=FORMULATION,
+            spans=spans._replace(seg_begin=tables.seg_begin, seg_piece=tables.seg_piece), tiles=tiles, y=y, scale=scale,
+            together=together, T=T, H=H, N=N, P=P, SWLA=SWLA, FORMULATION=FORMULATION,
             PRECISION=PRECISION, dims=dims, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     elif FORMULATION == "grouped":
         read_pairs_kernel[grid](
             rows=rows, states=states.operand, gates=gates._replace(chosen=None), partial=partial, decays=decays,
-            spans=spans._replace(seg_last=None), tiles=tiles, y=y, scale=scale, first_head=first_head,
+            spans=spans, tiles=tiles, y=y, scale=scale, first_head=first_head,
             first_token=first_token, span=span, top_k=top_k, together=together, T=T, H=H, P=P, SWLA=SWLA,
             PRECISION=PRECISION, dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

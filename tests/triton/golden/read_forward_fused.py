@@ -176,13 +176,13 @@ def read_forward(
         first_head, heads, first_token, span: which those are.
     """
     T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
-    bv = min(BV, PV)
-    together = math.gcd(heads, 8)
+    bv, together = min(BV, PV), math.gcd(heads, 8)
     grid = (triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)
     rows, dims = Rows(q, k, v), Dims(DK, DV, PK, PV, SK, SV)
-    spans = Spans(tables.begin, tables.end, tables.segment, tables.entering, seg_first=tables.seg_first)
-    if P > N:
-        spans = spans._replace(seg_last=tables.seg_last)
+    spans = Spans(
+        tables.begin, tables.end, tables.segment, tables.entering, seg_first=tables.seg_first,
+        seg_last=tables.seg_last if P > N else None,
+    )  # fmt: skip
     read_fused_kernel[grid](
         rows=rows, u=u, states=states.operand, keys=Keys(states.means, states.sums),
         spans=spans._replace(seg_begin=tables.seg_begin, seg_piece=tables.seg_piece), tiles=tiles, y=y, scale=scale,
