@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -16,10 +18,11 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.reference.aggregation import GAMMA
 from mctune.runtime.api.functional import memory_caching
-from mctune.runtime.traits import AGGREGATIONS, Aggregation
+from mctune.runtime.traits import AGGREGATIONS, RECURRENCES, Aggregation
 from mctune.verify.judge import decided_inputs, run_kernel, tolerance, verify_case
 
 Tensor = torch.Tensor
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def average(logits: Tensor, top_k: int | None) -> Tensor:
@@ -75,3 +78,22 @@ def test_a_kernel_of_templates_as_they_are_computes_it(toy: str, pass_: str, tmp
     assert config is not None
     kernel = backend.load(problem, config, backend.build(problem, config, target, tmp_path))
     assert verify_case(partial(run_kernel, kernel), problem, 0) <= tolerance(problem)
+
+
+def names_in(path: Path) -> set[str]:
+    """The aggregations and recurrences that a module names, other than as the default of an argument or a field."""
+    tree, defaults = ast.parse(path.read_text(encoding="utf-8")), set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            defaults |= {id(default) for default in (*node.args.defaults, *node.args.kw_defaults)}
+        elif isinstance(node, ast.AnnAssign):
+            defaults.add(id(node.value))
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in defaults]
+    return {node.value for node in constants if isinstance(node.value, str)} & {*AGGREGATIONS, *RECURRENCES}
+
+
+def test_only_the_files_of_the_page_name_one() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").split("## Where an aggregation")[1]
+    listed = set(re.findall(r"`(mctune/[\w/]+\.py)`", page))
+    sources = [path for room in ("mctune", "templates", "search_spaces") for path in (ROOT / room).rglob("*.py")]
+    assert listed == {path.relative_to(ROOT).as_posix() for path in sources if names_in(path)}

@@ -100,6 +100,14 @@ RECURRENCES = {
 }
 
 
+def alike(aggregation: str, family: str) -> str:
+    """The first aggregation of the table whose kernels serve this one too: for a matrix memory, soup is grm."""
+    row = AGGREGATIONS[aggregation]
+    if family != "matrix":
+        return aggregation
+    return next(name for name, other in AGGREGATIONS.items() if other.reads == row.reads)
+
+
 def any_of(trait: str, table: dict[str, Aggregation] | dict[str, Recurrence]) -> str:
     """The names that have a trait, for a message: ``'grm' or 'ssc'``."""
     return " or ".join(repr(name) for name, row in table.items() if getattr(row, trait))

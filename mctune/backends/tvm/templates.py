@@ -15,6 +15,7 @@ from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.runtime.kernels.tvm.arguments import ARGUMENTS
+from mctune.runtime.traits import alike
 
 OPERATIONS = {
     "forward": ("segment_states", "read_forward"),
@@ -61,8 +62,8 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
     """The ``tvm.IRModule`` of a pass; ``problem`` has padded widths."""
     import tvm
 
-    # Where the memory is a matrix, soup is grm, and no template knows it by another name.
-    problem = problem.replace(aggregation="grm") if problem.aggregation == "soup" else problem
+    # One computation has one kernel, whatever the aggregation is called.
+    problem = problem.replace(aggregation=alike(problem.aggregation, problem.writes.family))
     _folder_package("mctune_templates", templates_dir())
     functions = {}
     for operation in OPERATIONS[problem.pass_]:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import PackageError
 from ..manifest import NAME as MANIFEST
 from ..manifest import check_manifest
-from ..traits import AGGREGATIONS, RECURRENCES
+from ..traits import AGGREGATIONS, RECURRENCES, alike
 from .support import Served, served
 
 NAME = "tuned.json"
@@ -120,11 +120,9 @@ def _longest_span(T: int) -> int:
 
 
 def _same_read(tuned: str, asked: str, recurrence: str) -> bool:
-    """Whether two aggregations are one computation: soup and grm are where the memory is a matrix."""
-    if tuned == asked:
-        return True
-    both = AGGREGATIONS.get(tuned), AGGREGATIONS[asked]
-    return not RECURRENCES[recurrence].deep and both[0] is not None and both[0].reads == both[1].reads
+    """Whether two aggregations are one computation."""
+    family = RECURRENCES[recurrence].family
+    return tuned == asked or (tuned in AGGREGATIONS and alike(tuned, family) == alike(asked, family))
 
 
 @dataclass(frozen=True, eq=False)
