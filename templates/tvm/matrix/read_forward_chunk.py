@@ -84,9 +84,22 @@ def gates(plan: Plan, at: Values, *, t0, rows, seen) -> None:
         else:
             for t in T.vectorized(BT):
                 own[0, t] = scale / T.cast(past + 1, "float32") if flags.averages else scale
+            if plan.by_head:
+                add_keys(plan, at, rows=rows)
         if not flags.gated:
             for t in T.vectorized(BT):
                 own[1, t] = own[0, t]
+
+
+def add_keys(plan: Plan, at: Values, *, rows) -> None:
+    """The sum of the segment's keys: nothing here reads their mean, but a cache keeps it."""
+    Dk, K, lead, total = plan.Dk, at.K, plan.lead, at.total
+
+    @emit
+    def sums():
+        for t in range(rows):
+            for d in T.vectorized(Dk):
+                total[d] = total[d] + K[lead + t, d]
 
 
 def own_logits(plan: Plan, at: Values, *, t0, rows, seen) -> None:
