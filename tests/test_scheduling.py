@@ -64,7 +64,7 @@ def finish(made: Any, nodes: Sequence[Node], slow: Node | None = None) -> list[t
     """Every test in the order of their ends, with what ran beside it; ``slow`` ends one when nobody else can."""
     done = []
     while running := [node for node in nodes if node.running]:
-        node = next((node for node in running if node is not slow), running[0])
+        node = next((node for node in reversed(running) if node is not slow), running[0])
         test, beside = node.running, tuple(str(other.running) for other in running if other is not node)
         assert test is not None
         done.append((test, beside))

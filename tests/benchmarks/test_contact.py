@@ -175,6 +175,7 @@ def test_the_search_for_a_wrong_kernel_goes_on_with_the_forms_that_help(contact:
 
 
 def test_rehearsal(tmp_path: Path) -> None:
+    """A minute of one core: every step in a process of its own, which interprets or compiles what it needs anew."""
     out = tmp_path / "out"
     command = [sys.executable, str(BENCHMARKS / "contact.py"), "--rehearse", "--minutes", "9", "--work",
                str(tmp_path / "work"), "--wheels", str(tmp_path)]  # fmt: skip

@@ -126,6 +126,7 @@ def test_a_crash_takes_only_the_worker_along(fault: str, signal: str, stage: str
     ("fault", "limit_s", "stage"), [("hang", 6.0, "verify"), ("hang_late", 12.0, "time"), ("build_hangs", 2.0, "build")]
 )
 def test_a_hang_is_ended(fault: str, limit_s: float, stage: str, worker: Worker, folder: Path) -> None:
+    """Slow by the limits: a candidate must get as far as it hangs, verifying after imports, timing after verifying."""
     if fault != "build_hangs":
         build_here(fault, folder)
     began = time.monotonic()

@@ -71,6 +71,7 @@ def winner(problem: Problem, changes: dict[str, int | str], folder: Path) -> Win
 
 
 def test_nothing_is_compiled_after_warming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a minute of one core: an empty cache, and every variant of five problems' kernels compiled into it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     out = emit_package(tmp_path / "warmed", TARGET, [winner(*each, tmp_path / "kernels") for each in PROBLEMS])
     first = list(warm_package(out, TARGET))
