@@ -19,7 +19,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": (),
     # What is timed goes through the launcher that ships.
     "backends": ("runtime", "core"),
-    "search": ("backends", "reference", "runtime", "core"),
+    "search": ("study", "backends", "reference", "runtime", "core"),
+    "study": ("search", "core"),
     "emit": ("runtime", "core"),
     "report": ("core",),
     "cli": ("search", "emit", "report", "backends", "reference", "runtime", "core"),
@@ -37,6 +38,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "runtime": ("tvm", "optuna", "numpy", "libcst", "click", "rich"),
     "backends": ("optuna", "click", "rich"),
     "search": ("click", "rich"),
+    "study": ("tvm", "tvm_ffi", "triton", "click", "rich"),
     "emit": ("optuna", "click", "rich"),
     "report": ("torch", "tvm", "tvm_ffi", "triton", "optuna", "click", "rich"),
     # What a template's host function launches over is allocated by torch.

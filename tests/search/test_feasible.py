@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mctune.search.sampler import Proposer, Tried
 
 from mctune.backends import get_backend
 from mctune.backends.spaces import load_space
@@ -25,6 +24,7 @@ from mctune.search.events import SearchRequest
 from mctune.search.feasible import Feasible, Point
 from mctune.search.one import OneStudy
 from mctune.search.rules import Rule, Trees
+from mctune.study.samplers import DiscreteSampler, MixSampler, Tried, sampler_of
 
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -101,30 +101,35 @@ def test_every_valid_point_and_no_other_is_made(drawn: tuple[SearchSpace, list[R
 
 
 @settings(max_examples=40)
-@given(spaces(), st.data(), st.sampled_from(("tpe", "random")))
+@given(spaces(), st.data(), st.sampled_from(("mix", "random")))
 def test_balanced_values_take_turns_until_the_space_is_exhausted(
     drawn: tuple[SearchSpace, list[Rule]], data: st.DataObject, sampler: str
 ) -> None:
     space, rules = drawn
     b = data.draw(st.integers(0, len(space.params) - 1))
     wanted = valid_points(space, rules)
-    proposer, start = Proposer(space, rules, sampler, 3, space.params[b].name, start=4), 4
+
+    def made() -> DiscreteSampler:
+        return sampler_of(sampler, space, rules, seed=3, balance=space.params[b].name, start=4)
+
+    proposer = made()
     most = len(wanted) + 1 if sampler == "random" else 25
     history: list[Tried] = []
     while len(history) < most:
         point = proposer.propose(history)
         if len(history) in (1, 5, 20, len(wanted)):  # killed, and gone on
-            assert point == Proposer(space, rules, sampler, 3, space.params[b].name, start).propose(history)
-        tried = Counter(point[b] for point, _ in history)
-        open_ = {point[b] for point in wanted if point not in dict(history)}
+            assert point == made().propose(history)
+        seen = {tried.point for tried in history}
+        tried = Counter(point[b] for point in seen)
+        open_ = {point[b] for point in wanted if point not in seen}
         assert (point is None) == (not open_)
         if point is None:
             break
-        assert point in wanted and point not in dict(history)
+        assert point in wanted and point not in seen
         assert tried[point[b]] == min(tried[value] for value in open_)
-        history.append((point, None if sum(point) % 3 == 0 else 1.0 + sum(point)))
+        history.append(Tried(point, None if sum(point) % 3 == 0 else 1.0 + sum(point)))
     if sampler == "random" or len(wanted) < most:
-        assert sorted(point for point, _ in history) == wanted
+        assert sorted(tried.point for tried in history) == wanted
 
 
 READ_LAST = SearchSpace((*(Int(name, range(1, 5)) for name in "abcd"), Int("C", (1, 2, 3))))
@@ -193,7 +198,7 @@ def test_a_rule_of_too_many_combinations_is_asked_about_whole_points() -> None:
     feasible = Feasible(space, [even, lambda config: config["p0"] == 3])
     assert not feasible.settled
     assert (3, 0, 0, 0, 0, 1) in feasible and (3, 0, 0, 0, 0, 0) not in feasible and (1,) * 6 not in feasible
-    point = Proposer(space, [even, lambda config: config["p0"] == 3], "random", 0).propose([])
+    point = sampler_of("random", space, [even, lambda config: config["p0"] == 3], seed=0).propose([])
     assert point is not None and point in feasible
 
 
@@ -220,21 +225,21 @@ def test_every_segment_length_of_the_real_spaces_gets_its_first_candidates(targe
         study = OneStudy(request, backend, case, "sqlite://")
         space, rules = study.space(), study.rules()
         assert Feasible(space, rules).settled
-        proposer = Proposer(space, rules, "tpe", 0, "segment_length", start=len(lengths))
+        proposer = MixSampler(space, rules, seed=0, balance="segment_length", start=len(lengths))
         history: list[Tried] = []
         for turn in (1, 2):  # the defaults, and then what a model likes
             for _ in lengths:
                 point = proposer.propose(history)
-                assert point is not None and point not in dict(history)
+                assert point is not None and point not in {tried.point for tried in history}
                 config = space.at(point)
                 assert space.valid(config, study.problem(config), target)
-                history.append((point, 1.0 + math.fmod(sum(point), 5)))
-            tried = Counter(space.at(point)["segment_length"] for point, _ in history)
+                history.append(Tried(point, 1.0 + math.fmod(sum(point), 5)))
+            tried = Counter(space.at(tried.point)["segment_length"] for tried in history)
             assert tried == dict.fromkeys(lengths, turn)
         # A default that somebody thought about, for each.
         assert all(
             any(config.replace(segment_length=length) == first for config in (space.default, *space.fallbacks))
-            for first in (space.at(point) for point, _ in history[: len(lengths)])
+            for first in (space.at(tried.point) for tried in history[: len(lengths)])
             for length in (first["segment_length"],)
         )
 

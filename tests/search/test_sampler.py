@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from mctune.search.sampler import Proposer, Tried
 
 from mctune.core.config import Config
 from mctune.core.space import Choice, Int, SearchSpace
 from mctune.search.study import run_study
+from mctune.study.samplers import MixSampler, Tried, sampler_of
 from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def bowl(config: Config) -> float:
     return 1.0 + away / 20 + (config["form"] != "c")
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["mix", "tpe", "cmaes"])
 def test_the_models_beat_chance(sampler: str) -> None:
     def mean_best(name: str) -> float:
         found = []
@@ -62,7 +62,7 @@ def test_a_needle_in_a_large_space_is_found_by_scanning() -> None:
     assert result.stopped == "exhausted" and {trial.config for trial in result.trials} == set(needles)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["mix", "tpe", "cmaes", "random", "grid"])
 def test_few_valid_points_in_an_endless_space_are_made(sampler: str) -> None:
     """Most parameters of the last eight must keep their first value: one point in a hundred million is valid."""
     space = SearchSpace(tuple(Int(f"p{i}", range(10)) for i in range(12)))
@@ -112,17 +112,17 @@ def test_a_formulation_with_parameters_of_its_own_does_not_crowd_out_the_others(
 
 def proposal_seconds(count: int) -> float:
     """Median processor seconds of ten proposals after ``count`` random points."""
-    proposer = Proposer(WIDE, [lambda config: True], "tpe", 0)
-    chance = Proposer(WIDE, [lambda config: True], "random", 0)
+    sampler = MixSampler(WIDE, seed=0)
+    chance = sampler_of("random", WIDE, seed=0)
     history: list[Tried] = []
     moments = []
     while len(history) < count + 10:
         point = chance.propose(history)
         assert point is not None
-        history.append((point, bowl(WIDE.at(point))))
+        history.append(Tried(point, bowl(WIDE.at(point))))
     for step in range(count, count + 11):
         moments.append(time.process_time())
-        assert proposer.propose(history[:step]) is not None
+        assert sampler.propose(history[:step]) is not None
     return statistics.median(after - before for before, after in pairwise(moments))
 
 

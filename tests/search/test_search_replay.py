@@ -44,14 +44,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_space_is_replayed_to_exhaustion(tmp_path: Path) -> None:
     file, out = space_file(tmp_path / "tiny.json.gz"), tmp_path / "out"
-    done = run(file, "--seeds", 2, "--budgets", "5,100", "--samplers", "tpe,grid", "--json", "--out", out)
+    done = run(file, "--seeds", 2, "--budgets", "5,100", "--samplers", "mix,grid", "--json", "--out", out)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert content == json.loads((out / "replay.json").read_text())
     assert "optuna" in content["versions"] and str(tmp_path) not in content["command"]
     assert [(row["sampler"], row["budget"]) for row in content["rows"]] == [
-        ("tpe", 5),
-        ("tpe", 100),
+        ("mix", 5),
+        ("mix", 100),
         ("grid", 5),
         ("grid", 100),
     ]
@@ -62,7 +62,7 @@ def test_a_space_is_replayed_to_exhaustion(tmp_path: Path) -> None:
     grid = content["rows"][-1]
     assert grid["failures"] == 10  # of 12 points with a=8, 2 break the constraints
     assert all(row["mean"] == 1.0 == row["worst"] for row in content["rows"] if row["budget"] == 100)
-    assert "| tiny | tpe | 100 | 1.0000 |" in (out / "README.md").read_text()
+    assert "| tiny | mix | 100 | 1.0000 |" in (out / "README.md").read_text()
 
 
 def test_a_table_is_printed(tmp_path: Path) -> None:
