@@ -31,11 +31,11 @@ QUASI_RANDOM = "optuna.samplers:QMCSampler"
 EVERY = (*SAMPLERS, QUASI_RANDOM)
 NOT_GP = tuple(name for name in EVERY if name != "gp")
 
-TILES = SearchSpace((Pow2("rows", 1, 32), Pow2("cols", 1, 32), Choice("order", ("rows", "cols", "both"))))
+TILES = SearchSpace((Pow2("rows", 1, 16), Pow2("cols", 1, 16), Choice("order", ("rows", "cols", "both"))))
 
 
 def fits(config: Config) -> bool:
-    return config.integer("rows") * config.integer("cols") <= 64
+    return config.integer("rows") * config.integer("cols") <= 16
 
 
 def whole(config: Config) -> bool:
@@ -48,7 +48,7 @@ VALID = [config for config in TILES.points() if fits(config)]
 
 def cost(config: Config) -> float:
     rows, cols = math.log2(config.integer("rows")), math.log2(config.integer("cols"))
-    return 1.0 + (rows - 3) ** 2 + (cols - 2) ** 2 + (config["order"] != "cols")
+    return 1.0 + (rows - 1) ** 2 + (cols - 2) ** 2 + (config["order"] != "cols")
 
 
 @pytest.fixture(autouse=True)
@@ -126,17 +126,18 @@ def test_the_gaussian_process_of_optuna_goes_through_a_small_space_in_which_much
 
 @pytest.mark.parametrize("name", EVERY)
 def test_equal_seeds_are_equal_and_a_study_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
-    few, more = (11, 13) if name == "gp" else (14, 24)
+    few, more = (11, 12) if name == "gp" else (14, 24)
     once = searched(sampler_of(name, TILES, [fits], seed=5), more)
     assert once == searched(sampler_of(name, TILES, [fits], seed=5), more)
     if name != "grid":
         assert once != searched(sampler_of(name, TILES, [fits], seed=6), more)
     if name == QUASI_RANDOM:
         return  # it keeps state of its own
-    url = f"sqlite:///{tmp_path / 'study.db'}"
+    # CMA-ES keeps its state in the storage, in pieces that a database takes.
+    storage = f"sqlite:///{tmp_path / 'study.db'}" if name == "cmaes" else optuna.storages.InMemoryStorage()
     for total in (few, more):
         sampler = sampler_of(name, TILES, [fits], seed=5)
-        study = optuna.create_study(storage=url, study_name="it", sampler=sampler, load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name="it", sampler=sampler, load_if_exists=True)
         study.optimize(lambda trial: cost(sampler.suggest(trial)), n_trials=total - len(study.trials))  # noqa: B023
     assert configs(study, TILES) == once
 
@@ -154,20 +155,20 @@ def test_a_model_beats_chance(name: str) -> None:
     assert mean(name) < 0.8 * mean("random")
 
 
-@pytest.mark.parametrize("name", ("mix", "tpe", "grid"))
+@pytest.mark.parametrize("name", ("mix", "random", "grid"))
 def test_values_and_positions_may_be_suggested(name: str) -> None:
     sampler = sampler_of(name, TILES, [fits], seed=0)
     study = optuna.create_study(sampler=sampler, direction="maximize")
 
     def objective(trial: optuna.Trial) -> float:
-        rows = trial.suggest_categorical("rows", [1, 2, 4, 8, 16, 32])
-        cols = 2 ** trial.suggest_int("cols", 0, 5)
+        rows = trial.suggest_categorical("rows", [1, 2, 4, 8, 16])
+        cols = 2 ** trial.suggest_int("cols", 0, 4)
         return float(rows * cols) if trial.suggest_categorical("order", ["both", "rows", "cols"]) == "both" else 0.0
 
     study.optimize(objective, n_trials=200)
-    assert len(study.trials) == len(VALID) and study.best_value == 64
-    with pytest.raises(UsageError, match=r"'cols' is suggested with other values.*\[1, 2, 4, 8, 16, 32\]"):
-        optuna.create_study(sampler=sampler).ask().suggest_int("cols", 1, 32)
+    assert len(study.trials) == len(VALID) and study.best_value == 16
+    with pytest.raises(UsageError, match=r"'cols' is suggested with other values.*\[1, 2, 4, 8, 16\]"):
+        optuna.create_study(sampler=sampler).ask().suggest_int("cols", 1, 16)
     with pytest.raises(UsageError, match="no parameter 'depth'; the space has rows, cols, order"):
         optuna.create_study(sampler=sampler).ask().suggest_int("depth", 0, 3)
     with pytest.raises(UsageError, match="minimizes or maximizes one value, not 2"):
@@ -202,11 +203,11 @@ def test_what_failed_may_be_tried_again() -> None:
 @pytest.mark.parametrize("name", ("mix", "tpe", "gp", "cmaes", "random"))
 def test_values_that_are_balanced_take_turns(name: str) -> None:
     sampler = sampler_of(name, TILES, [fits], seed=0, balance="rows")
-    rows = [config["rows"] for config in searched(sampler, 12)]
-    assert sorted(rows) == sorted([1, 2, 4, 8, 16, 32] * 2)
+    rows = [config["rows"] for config in searched(sampler, 10)]
+    assert sorted(rows) == sorted([1, 2, 4, 8, 16] * 2)
 
 
-@pytest.mark.parametrize("name", NOT_GP)
+@pytest.mark.parametrize("name", ("mix", "tpe"))
 def test_a_study_of_an_earlier_version_goes_on(name: str, tmp_path: Path) -> None:
     """It was searched with ``--sampler tpe``, which was today's ``mix``; the sampler is no part of a study."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
@@ -312,4 +313,6 @@ def test_the_example_of_the_page_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(example, scope)
-    assert scope["study"].best_value == min(map(scope["milliseconds"], scope["space"].points()))
+    valid = [config for config in scope["space"].points() if all(rule(config) for rule in scope["rules"])]
+    assert len(scope["study"].trials) == len(valid)
+    assert scope["study"].best_value == min(map(scope["milliseconds"], valid))
