@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mctune.core.config import Config, Scalar
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
 from mctune.core.space import Choice, Int, Param, SearchSpace
 from mctune.search.events import SAMPLERS, check_sampler
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entrants = [Entrant.of(text, arguments.budgets[-1], seeds) for text in arguments.samplers]
         done = replays([load(Path(file)) for file in arguments.files], entrants, kept)
-    except UsageError as error:
+    except MctuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     rows = [row for (space, sampler), runs in done.items() for row in summary(space, sampler, runs, arguments.budgets)]
