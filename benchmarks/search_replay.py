@@ -243,7 +243,9 @@ def above(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     gap = row["mean"] - first["mean"]
     if min(row["seeds"], first["seeds"]) < 2:
         return f"{gap:+.4f}"
-    half = 1.96 * math.hypot(*(r["deviation"] / math.sqrt(r["seeds"]) for r in (row, first)))
+    free = min(row["seeds"], first["seeds"]) - 1
+    student = 1.96 + 2.37 / free + 2.82 / free**2  # its 97.5% quantile; 3% short with three degrees of freedom
+    half = student * math.hypot(*(r["deviation"] / math.sqrt(r["seeds"]) for r in (row, first)))
     return f"{gap:+.4f} ± {half:.4f}"
 
 
