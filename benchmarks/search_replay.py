@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mctune.core.config import Config, Scalar
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
 from mctune.core.space import Choice, Int, Param, SearchSpace
 from mctune.study.events import SAMPLERS, check_sampler
@@ -117,7 +117,10 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Replay:
-    """One search: best found / optimum after each evaluation (infinite before the first time), what it did."""
+    """One search: best found / optimum after each evaluation (infinite before the first time), what it did.
+
+    ``seconds`` are the processor's, so that other work on the machine does not show; 0 where they were not taken.
+    """
 
     curve: tuple[float, ...]
     failures: int
@@ -140,7 +143,7 @@ class Replay:
 
 def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
     """Search ``measured`` with ``trials`` unique evaluations."""
-    started = time.perf_counter()
+    started = time.process_time()
     result = run_study(
         measured.space,
         [measured.outcomes.__contains__],
@@ -149,7 +152,7 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
         sampler=sampler,
         seed=seed,
     )
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     if len({trial.config for trial in result.trials}) != len(result.trials):
         raise AssertionError(f"{measured.name}, {sampler}, seed {seed}: a configuration was evaluated twice")
     curve, lowest = [], math.inf
@@ -189,6 +192,7 @@ def replays(
 def summary(space: str, sampler: str, runs: Sequence[Replay], budgets: Sequence[int]) -> list[dict[str, Any]]:
     """One row a budget that the sampler got, over the seeds; a search that exhausted its space keeps its last value."""
     rows = []
+    timed = [run for run in runs if run.seconds]
     for budget in budgets:
         if not any(len(run.curve) >= budget or run.stopped == "exhausted" for run in runs):
             continue
@@ -205,7 +209,9 @@ def summary(space: str, sampler: str, runs: Sequence[Replay], budgets: Sequence[
                 "p95": ratios[math.ceil(0.95 * len(ratios)) - 1],
                 "worst": ratios[-1],
                 "optimum_found": sum(ratio == 1.0 for ratio in ratios),
-                "ms_per_proposal": 1e3 * sum(run.seconds for run in runs) / sum(len(run.curve) for run in runs),
+                "ms_per_proposal": 1e3
+                * sum(run.seconds for run in timed)
+                / max(1, sum(len(run.curve) for run in timed)),
                 "failures": statistics.fmean(run.failures for run in runs),
                 "finished": sum(len(run.curve) >= budget or run.stopped == "exhausted" for run in runs),
             }
@@ -237,7 +243,9 @@ def above(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     gap = row["mean"] - first["mean"]
     if min(row["seeds"], first["seeds"]) < 2:
         return f"{gap:+.4f}"
-    half = 1.96 * math.hypot(*(r["deviation"] / math.sqrt(r["seeds"]) for r in (row, first)))
+    free = min(row["seeds"], first["seeds"]) - 1
+    student = 1.96 + 2.37 / free + 2.82 / free**2  # its 97.5% quantile; 3% short with three degrees of freedom
+    half = student * math.hypot(*(r["deviation"] / math.sqrt(r["seeds"]) for r in (row, first)))
     return f"{gap:+.4f} ± {half:.4f}"
 
 
@@ -266,15 +274,18 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / "replay.json").write_text(json.dumps(content, indent=1) + "\n")
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     shown = folder.name if folder.is_absolute() else folder
-    spent = sorted({(r["sampler"], r["space"], round(r["ms_per_proposal"], 1)) for r in content["rows"]})
+    spent = sorted({(r["sampler"], r["space"], r["ms_per_proposal"]) for r in content["rows"] if r["ms_per_proposal"]})
+    cost = "; ".join(f"{sampler} on {space} {ms:.1f}" for sampler, space, ms in spent)
     (folder / "README.md").write_text(
         "# Search replayed over measured spaces\n\n"
         "Best found / optimum (1 = the space's optimum) after so many unique evaluations, failures included, over "
         "seeds. Made by the command below; do not edit.\n\n"
-        f"    {content['command']} --out {shown}\n\n{versions}\n\n{markdown(content['rows'])}\n\n"
-        "Milliseconds a candidate, proposal and bookkeeping in memory together: "
-        + "; ".join(f"{sampler} on {space} {ms}" for sampler, space, ms in spent)
-        + ".\n"
+        f"    {content['command']} --out {shown}\n\n{versions}\n\n{markdown(content['rows'])}\n"
+        + (
+            f"\nMilliseconds of one processor a candidate, proposal and bookkeeping in memory together: {cost}.\n"
+            if cost
+            else ""
+        )
     )
 
 
@@ -305,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entrants = [Entrant.of(text, arguments.budgets[-1], seeds) for text in arguments.samplers]
         done = replays([load(Path(file)) for file in arguments.files], entrants, kept)
-    except UsageError as error:
+    except MctuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     rows = [row for (space, sampler), runs in done.items() for row in summary(space, sampler, runs, arguments.budgets)]

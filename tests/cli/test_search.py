@@ -75,7 +75,7 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     assert request.target.name == "cpu" and len(request.cases) == 6
     assert request.out == Path("build/mctune_cpu")
     assert (request.trials, request.timeout_s, request.storage) == (32, 210, None)
-    assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("tpe", 0, 1.10, 60.0)
+    assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("mix", 0, 1.10, 60.0)
 
 
 def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tmp_path: Path) -> None:
@@ -153,7 +153,8 @@ def test_an_interrupted_search_prints_what_it_has_and_exits_130(run: Callable[..
         (("--problem", "{"), "not JSON"),
         (("--problem", FIELDS, "--segment-lengths", "a"), "not a list of integers"),
         (("--trials", "0"), "0 is not in the range"),
-        (("--sampler", "magic"), "'magic' is not one of"),
+        (("--sampler", "magic"), "'magic' is not one of mix, tpe, gp, cmaes, random, grid, nor module:Class"),
+        (("--sampler", "optuna.samplers:"), "'optuna.samplers:' is not one of"),
         (("--max-slowdown", "0.9"), "max_slowdown=0.9"),
         (("--timeout", "0"), "timeout=0"),
         (("--trial-timeout", "-1"), "trial_timeout=-1"),

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
-from mctune.core.errors import MctuneError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
@@ -119,6 +119,12 @@ def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: 
         [pytest.approx(100 / 3)], [pytest.approx(left / 2 - 10)], [pytest.approx(left / 2 + 10)]
     ]  # fmt: skip
     assert report.seconds == pytest.approx(100) and not notes
+
+
+def test_a_sampler_that_cannot_be_had_ends_a_search_before_it_begins(request_: SearchRequest) -> None:
+    with pytest.raises(UsageError, match=r"'nothing.there:Sampler': No module named 'nothing'"):
+        search(replace(request_, sampler="nothing.there:Sampler"), cast(Listener, None))
+    assert not request_.out.exists() or not list(request_.out.iterdir())
 
 
 def test_nothing_runs_when_the_time_is_over(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,14 +45,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_space_is_replayed_to_exhaustion(tmp_path: Path) -> None:
     file, out = space_file(tmp_path / "tiny.json.gz"), tmp_path / "out"
-    done = run(file, "--seeds", 2, "--budgets", "5,100", "--samplers", "tpe,grid", "--json", "--out", out)
+    done = run(file, "--seeds", 2, "--budgets", "5,100", "--samplers", "mix,grid", "--json", "--out", out)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert content == json.loads((out / "replay.json").read_text())
     assert "optuna" in content["versions"] and str(tmp_path) not in content["command"]
     assert [(row["sampler"], row["budget"]) for row in content["rows"]] == [
-        ("tpe", 5),
-        ("tpe", 100),
+        ("mix", 5),
+        ("mix", 100),
         ("grid", 5),
         ("grid", 100),
     ]
@@ -62,7 +63,25 @@ def test_a_space_is_replayed_to_exhaustion(tmp_path: Path) -> None:
     grid = content["rows"][-1]
     assert grid["failures"] == 10  # of 12 points with a=8, 2 break the constraints
     assert all(row["mean"] == 1.0 == row["worst"] for row in content["rows"] if row["budget"] == 100)
-    assert "| tiny | tpe | 100 | 1.0000 |" in (out / "README.md").read_text()
+    assert "| tiny | mix | 100 | 1.0000 |" in (out / "README.md").read_text()
+
+
+def test_a_replay_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    file, out = space_file(tmp_path / "tiny.json.gz"), tmp_path / "out"
+    arguments = (file, "--budgets", "10,30", "--out", out, "--samplers")
+    assert run(*arguments, "mix,random", "--seeds", 1).returncode == 0
+    first = (out / "runs.jsonl").read_text().splitlines()
+    done = run(*arguments, "mix,random@10x1,optuna.samplers:BruteForceSampler@30x2", "--seeds", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    assert lines[:2] == first and len(lines) == 2 + 2 + 1 + 2
+    rows = {(row["sampler"], row["budget"]): row for row in json.loads(done.stdout)["rows"]}
+    assert {key: row["seeds"] for key, row in rows.items()} == {
+        ("mix", 10): 3, ("mix", 30): 3, ("random", 10): 1,
+        ("optuna.samplers:BruteForceSampler", 10): 2, ("optuna.samplers:BruteForceSampler", 30): 2,
+    }  # fmt: skip
+    table = (out / "README.md").read_text()
+    assert re.search(r"BruteForceSampler \| 30 \| \S+ \| \S+ \| [+-]\S+ ± \S+ \|", table)
 
 
 def test_a_table_is_printed(tmp_path: Path) -> None:
@@ -83,3 +102,5 @@ def test_a_file_that_is_no_space_is_named(tmp_path: Path, text: str) -> None:
 def test_an_unknown_sampler_is_named(tmp_path: Path) -> None:
     done = run(space_file(tmp_path / "tiny.json.gz"), "--samplers", "annealing")
     assert done.returncode == 2 and "annealing" in done.stderr
+    done = run(space_file(tmp_path / "tiny.json.gz"), "--samplers", "mix@many")
+    assert done.returncode == 2 and "'mix@many': write NAME, NAME@EVALUATIONS" in done.stderr

@@ -70,7 +70,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self.space = space
         self._seed = secrets.randbits(31) if seed is None else seed
         self._points = Points(space, rules, balance)
-        self._retry, self._retried = retry_failed, 0
+        self._retry, self._scanned = retry_failed, ("", 0)
         self._given: dict[tuple[str, int], Point | None] = {}
         self._finished: dict[tuple[str, int], Tried] = {}
         self._last: tuple[list[Tried], Point | None, Mapping[str, Any]] | None = None
@@ -141,8 +141,8 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
                 retried += 1
             elif trial.number != but and (tried := self._tried(study, trial)) is not None:
                 found.append((tried, trial.state == TrialState.RUNNING))
-        if retried != self._retried:
-            self._retried = retried
+        if (study.study_name, retried) != self._scanned:
+            self._scanned = study.study_name, retried
             self._points.rewind()
         known = sorted(tried.cost for tried, _ in found if tried.cost is not None)
         middling = known[len(known) // 2] if known else None
@@ -155,7 +155,12 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         return self._points.next_in_order({tried.point for tried in self.history(study)}) is not None
 
     def suggest(self, trial: optuna.Trial) -> Config:
-        """The configuration that a trial is about, suggested as positions in the parameters' lists of values."""
+        """The configuration that a trial is about, suggested as positions in the parameters' lists of values.
+
+        Raises:
+            optuna.TrialPruned: if no valid point is left.
+        """
+        self._point(trial.study, trial.number)
         params = self.space.params
         return self.space.at([trial.suggest_int(param.name, 0, len(param.values) - 1) for param in params])
 
@@ -187,9 +192,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             UsageError: if the space has no such parameter, or it is suggested with other values.
             optuna.TrialPruned: if no valid point is left.
         """
-        point = self._given[study.study_name, trial.number]
-        if point is None:
-            raise optuna.TrialPruned("every valid point of the space was tried")
+        point = self._point(study, trial.number)
         param = self.space.param(param_name)
         values = _suggested(param, param_distribution)
         if values is None:
@@ -198,6 +201,12 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
                 f"sampler.suggest(trial), or trial.suggest_categorical({param_name!r}, {list(param.values)})"
             )
         return values[point[self.space.params.index(param)]]
+
+    def _point(self, study: optuna.Study, number: int) -> Point:
+        point = self._given[study.study_name, number]
+        if point is None:
+            raise optuna.TrialPruned("every valid point of the space was tried")
+        return point
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None

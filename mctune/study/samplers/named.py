@@ -30,6 +30,7 @@ _OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
 _KEPT_TO: dict[str, dict[str, Any]] = {
     "gp": {"asks": 3},  # its answers hardly change, and each takes long
     "cmaes": {"categories": False, "constraints": False},  # it ignores both
+    "random": {"blind": True},
 }
 
 

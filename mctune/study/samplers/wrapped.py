@@ -40,6 +40,7 @@ class WrappedSampler(DiscreteSampler):
         remembers: whether it keeps state of its own. Then it is made once, and told how each trial ended; a search
             that goes on in another process begins with a new one. Else it is made anew for every proposal, so that
             nothing but the trials and the seed decides. What it notes on its trials is kept in either case.
+        blind: whether it takes no notice of what was tried, and need not be shown.
         asks: how often it is asked before a neighbour stands in for what was tried already or is not valid.
         categories: whether unordered parameters are categorical to it; else they are integers like the others.
         constraints: whether it learns from a violated constraint that a trial failed; in any case a failure is as bad
@@ -54,6 +55,7 @@ class WrappedSampler(DiscreteSampler):
         rules: Sequence[Rule] = (),
         *,
         remembers: bool = False,
+        blind: bool = False,
         asks: int = 10,
         categories: bool = True,
         constraints: bool = True,
@@ -64,6 +66,7 @@ class WrappedSampler(DiscreteSampler):
         super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
         self._make, self._asks, self._constraints = make, asks, constraints
         self._one = make(self._seed) if remembers else None
+        self._blind = blind
         self._to_tell: dict[Point, tuple[optuna.Study, optuna.Trial]] = {}
         self._frozen: dict[Point, tuple[Tried, float, bool | None, FrozenTrial]] = {}
         self._ranges: dict[str, BaseDistribution] = {
@@ -86,7 +89,9 @@ class WrappedSampler(DiscreteSampler):
         # A model of failures costs as much as one of times, so where nothing failed there is none.
         failed = self._constraints and any(tried.cost is None for tried in history)
         with _quiet():
-            study = self._study(history, self._one or self._make(int(rng.integers(1 << 31))), failed)
+            study = self._study(
+                () if self._blind else history, self._one or self._make(int(rng.integers(1 << 31))), failed
+            )
             for _ in range(self._asks):
                 asked, wanted = self._ask(study)
                 point = self._points.feasible.repair(wanted, rng, stratum)
