@@ -295,20 +295,10 @@ def state_backward(
             q, dy, gate, decays.cum, tables, scale, AVERAGES, PRECISION, dims, BT, bk, bv, num_warps, num_stages
         )
     if carries:
-        grid = (triton.cdiv(SK * SV, 1024), tables.seq_begin.shape[0], B * H)
-        if SWLA and crosses:
-            crossing = q.new_empty((B * H, P, grid[0]), dtype=torch.float32)
-        carry_kernel[grid](
-            ends=ends, cum=decays.cum, end=tables.end, segment=tables.segment, entering=tables.entering,
-            seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end, dentered=dentered,
-            products=products, dstates=dstates, dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA, ROUTED=ROUTED,
-            SIZE=SK * SV, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+        crossing = _carry(ends, decays.cum, tables, dentered, products, dstates, dends, SWLA, ROUTED, SK * SV)
     made = StateGradients(dends)
     if SWLA and crosses:
-        made = _leads(
-            Rows(q=q, k=k, v=v, dy=dy), gate, decays, tables, dends, crossing.sum(-1), scale, ROUTED, AVERAGES, dims
-        )
+        made = _leads(Rows(q=q, k=k, v=v, dy=dy), gate, decays, tables, dends, crossing, scale, ROUTED, AVERAGES, dims)
     return made
 
 
@@ -327,6 +317,25 @@ def _products(
         PRECISION=PRECISION, dims=dims, BT=BT, BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return products
+
+
+def _carry(
+    ends: torch.Tensor | None, cum: torch.Tensor | None, tables: Tables, dentered: torch.Tensor | None,
+    products: torch.Tensor | None, dstates: torch.Tensor | None, dends: torch.Tensor, SWLA: bool, ROUTED: bool,
+    SIZE: int,
+) -> torch.Tensor | None:  # fmt: skip
+    """Fills ``dends``, from the last piece to the first; for swla ``crossing``, without the row before the pieces."""
+    (heads, P), T = dends.shape[:2], 0 if cum is None else cum.shape[1]
+    grid = (triton.cdiv(SIZE, 1024), tables.seq_begin.shape[0], heads)
+    crossing = None
+    if SWLA and tables.crosses:
+        crossing = dends.new_empty((heads, P, grid[0]), dtype=torch.float32)
+    carry_kernel[grid](
+        ends=ends, cum=cum, end=tables.end, segment=tables.segment, entering=tables.entering, seg_last=tables.seg_last,
+        seq_begin=tables.seq_begin, seq_end=tables.seq_end, dentered=dentered, products=products, dstates=dstates,
+        dends=dends, crossing=crossing, T=T, P=P, SWLA=SWLA, ROUTED=ROUTED, SIZE=SIZE, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return None if crossing is None else crossing.sum(-1)
 
 
 def _leads(

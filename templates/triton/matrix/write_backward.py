@@ -76,7 +76,7 @@ def read_end(k, v, dends, j0, stop, H, PRECISION: tl.constexpr, dims: tl.constex
 
 @triton.jit
 def add_later(
-    dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
+    dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H,
     SWLA: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
     BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,6 @@ def add_later(
 
     ``strength``: under SWLA cum_{j+1}, after_j and now_j.
     """
-    j = j0 + tl.arange(0, BJ)
     own = tl.zeros([BJ], tl.float32)
     others = tl.zeros([BJ], tl.float32)
     if SWLA:
@@ -198,7 +197,7 @@ def write_kernel(
         dk_j *= left[:, None]
         strength = (cum_next, after_j, now_j)
     dv_j, dk_j, own, others = add_later(
-        dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H,
+        dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H,
         SWLA, ROUTED, PRECISION, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:
@@ -303,7 +302,7 @@ def write_backward(
     N, P = tables.seg_first.shape[0], tables.begin.shape[0]
     gates = gates or GateGradients()
     pieces = Pieces(tables.begin, tables.end, tables.segment, tables.entering)
-    segments = Segments(first=tables.seg_first, last=last_pieces(tables))
+    segments = Segments(first=tables.seg_first if AVERAGES else None, last=last_pieces(tables))
     sums = tuple(own.new_empty((B * H, T)) if SWLA else None for _ in range(3))
     made, strengths = WriteGradients(torch.empty_like(k), torch.empty_like(v), *sums), StrengthGradients()
     tiles = tables.tiles(BJ)

@@ -136,12 +136,7 @@ def state_backward(
             q, dy, gate, decays.cum, tables, scale, dims, BT, bk, bv, num_warps, num_stages
         )
     if carries:
-        grid = (triton.cdiv(SK * SV, 1024), tables.seq_begin.shape[0], B * H)
-        carry_kernel[grid](
-            segment=tables.segment, entering=tables.entering, seg_last=tables.seg_last, seq_begin=tables.seq_begin,
-            seq_end=tables.seq_end, dentered=dentered, products=products, dends=dends, P=P, SIZE=SK * SV, BLOCK=1024,
-            num_warps=4,
-        )  # fmt: skip
+        crossing = _carry(ends, decays.cum, tables, dentered, products, dstates, dends, SK * SV)
     made = StateGradients(dends)
     return made
 
@@ -160,3 +155,19 @@ def _products(
         BK=BK, BV=BV, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return products
+
+
+def _carry(
+    ends: torch.Tensor | None, cum: torch.Tensor | None, tables: Tables, dentered: torch.Tensor | None,
+    products: torch.Tensor | None, dstates: torch.Tensor | None, dends: torch.Tensor, SIZE: int,
+) -> torch.Tensor | None:  # fmt: skip
+    """Fills ``dends``, from the last piece to the first; for swla ``crossing``, without the row before the pieces."""
+    (heads, P), T = dends.shape[:2], 0 if cum is None else cum.shape[1]
+    grid = (triton.cdiv(SIZE, 1024), tables.seq_begin.shape[0], heads)
+    crossing = None
+    carry_kernel[grid](
+        segment=tables.segment, entering=tables.entering, seg_last=tables.seg_last, seq_begin=tables.seq_begin,
+        seq_end=tables.seq_end, dentered=dentered, products=products, dends=dends, P=P, SIZE=SIZE, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
+    return None if crossing is None else crossing.sum(-1)

@@ -89,14 +89,13 @@ def read_end(k, v, dends, j0, stop, H, dims: tl.constexpr, BJ: tl.constexpr, BS:
 
 @triton.jit
 def add_later(
-    dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H, dims: tl.constexpr,
+    dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H, dims: tl.constexpr,
     BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """dv_j and dk_j, and what tokens from ``j0`` on say of them; and under SWLA the sums of D_tj of t = j and t > j.
 
     ``strength``: under SWLA cum_{j+1}, after_j and now_j.
     """
-    j = j0 + tl.arange(0, BJ)
     own = tl.zeros([BJ], tl.float32)
     others = tl.zeros([BJ], tl.float32)
     cum = decays.cum + bh * T
@@ -196,7 +195,7 @@ def write_kernel(
     dk_j *= left[:, None]
     strength = (cum_next, after_j, now_j)
     dv_j, dk_j, own, others = add_later(
-        dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j0, stop, bh, T, H, dims, BJ, BT,
+        dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:
         # If the piece's memory goes on in the next one.
@@ -281,7 +280,7 @@ def write_backward(
     N, P = tables.seg_first.shape[0], tables.begin.shape[0]
     gates = gates or GateGradients()
     pieces = Pieces(tables.begin, tables.end, tables.segment, tables.entering)
-    segments = Segments(first=tables.seg_first, last=last_pieces(tables))
+    segments = Segments(first=None, last=last_pieces(tables))
     sums = tuple(own.new_empty((B * H, T)) for _ in range(3))
     made, strengths = WriteGradients(torch.empty_like(k), torch.empty_like(v), *sums), StrengthGradients()
     tiles = tables.tiles(BJ)

@@ -95,7 +95,6 @@ class TritonBackward:
         kept = kept or {}
         dy, q, k, v, u = (x.contiguous() for x in (dy, q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
-        scale = float(scale)
         decayed = Decays()
         if self.gated:
             g, beta, lam = (_gate(x, absent, q) for x, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0)))
@@ -107,11 +106,11 @@ class TritonBackward:
         partial = dpicked = chosen_ends = None
         if self.grouped is not None:
             partial, dpicked, chosen_ends = self.grouped(
-                q=q, dy=dy, states=operand, gates=gates, tables=tables, scale=scale
+                q=q, dy=dy, states=operand, gates=gates, tables=tables, scale=float(scale)
             )
         reads = self.read_backward(
             q=q, k=k, v=v, dy=dy, states=operand, past=past, partial=partial, gates=gates, decays=decayed,
-            tables=tables, scale=scale, top_k=top_k,
+            tables=tables, scale=float(scale), top_k=top_k,
         )  # fmt: skip
         del operand, past, partial
         dgates = None
@@ -120,16 +119,15 @@ class TritonBackward:
                 k=k, u=u, means=means, sums=sums, gates=gates, dpicked=dpicked, reads=reads, tables=tables
             )
         dq, own, gammas = reads.dq, reads.own, gates.gammas
-        # dgamma and the choice take much memory.
-        del dpicked, reads, gates
+        del dpicked, reads, gates  # dgamma and the choice take much memory
         dstates = self.state_backward(
             q=q, k=k, v=v, dy=dy, ends=ends, gammas=gammas, gate=None if dgates is None else dgates.gate,
-            chosen=chosen_ends, decays=decayed, tables=tables, scale=scale,
+            chosen=chosen_ends, decays=decayed, tables=tables, scale=float(scale),
         )  # fmt: skip
         del ends, gammas
         dk, dv, dg, dbeta, dlam = self.write_backward(
             q=q, k=k, v=v, u=u, dy=dy, g=g, lam=lam, own=own, decays=decayed, gates=dgates, states=dstates,
-            tables=tables, scale=scale,
+            tables=tables, scale=float(scale),
         )  # fmt: skip
         return Gradients(dq, dk, dv, None if dgates is None else dgates.du, dg, dbeta, dlam)
 
