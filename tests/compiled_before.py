@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
-SOURCES = ("templates/tvm", "mctune/backends", "mctune/core")
+SOURCES = ("templates/tvm", "mctune/backends", "mctune/core", "mctune/runtime/kernels", "mctune/runtime/traits.py")
 """All that a library depends on beside what its name says: how a template becomes one, and what it is told."""
 _KEPT_S = 14 * 24 * 3600.0
 
@@ -24,7 +24,8 @@ def kernels() -> Path:
     for name in ("apache-tvm", "apache-tvm-ffi"):
         digest.update(metadata.version(name).encode())
     for source in SOURCES:
-        files = sorted((ROOT / source).rglob("*.py"))
+        place = ROOT / source
+        files = [place] if place.is_file() else sorted(place.rglob("*.py"))
         assert files, f"{source} has moved: say in {Path(__file__).name} what compiled kernels depend on"
         for file in files:
             digest.update(file.read_bytes())
