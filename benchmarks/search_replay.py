@@ -163,9 +163,12 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
 
 
 def replays(
-    spaces: Sequence[Measured], entrants: Sequence[Entrant], kept: Path | None
+    spaces: Sequence[Measured], entrants: Sequence[Entrant], kept: Path | None, only_kept: bool = False
 ) -> dict[tuple[str, str], list[Replay]]:
-    """Every search, seed by seed, by space and sampler; those in the file ``kept`` are not run again."""
+    """Every search, seed by seed, by space and sampler; those in the file ``kept`` are not run again.
+
+    With ``only_kept`` no other is run at all.
+    """
     known = {}
     if kept is not None and kept.exists():
         for line in kept.read_text().splitlines():
@@ -178,6 +181,8 @@ def replays(
                 continue
             about = {"space": measured.name, "sampler": entrant.sampler, "seed": seed, "trials": entrant.trials}
             run = known.get(tuple(about.values()))  # type: ignore[arg-type]
+            if run is None and only_kept:
+                continue
             if run is None:
                 run = replay(measured, entrant.sampler, seed, entrant.trials)
                 print(f"{about} {run.curve[-1]:.4f} of the optimum in {run.seconds:.1f} s", file=sys.stderr, flush=True)
@@ -257,6 +262,7 @@ def document(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -
     again += ["--budgets", ",".join(map(str, arguments.budgets))]
     used = ("optuna", "numpy", *(("torch", "scipy") if "gp" in _names(rows) else ()))
     used += ("cmaes",) if "cmaes" in _names(rows) else ()
+    again += ["--kept"] if arguments.kept else []
     return {
         "command": shlex.join(again),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in used}},
@@ -301,6 +307,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=30, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write runs.jsonl, replay.json and README.md into this folder")
+    parser.add_argument("--kept", action="store_true", help="the table of the searches in DIR/runs.jsonl; run no more")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table on stdout")
     return parser.parse_args(argv)
 
@@ -315,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = None if arguments.out is None else arguments.out / "runs.jsonl"
     try:
         entrants = [Entrant.of(text, arguments.budgets[-1], seeds) for text in arguments.samplers]
-        done = replays([load(Path(file)) for file in arguments.files], entrants, kept)
+        done = replays([load(Path(file)) for file in arguments.files], entrants, kept, arguments.kept)
     except MctuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
