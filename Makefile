@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest -n $(shell nproc) --maxprocesses 8
 
 TRITONS := 3.6.0 3.9.0
 # What compiles for the CPU that it runs on.
-COMPILED := tests/kernels tests/emit tests/search/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
+COMPILED := tests/kernels tests/emit tests/workers/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
 
 # Of the machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
 # minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from drawn import host
 
 from mctune.backends.spaces import load_space
 from mctune.backends.tvm import templates
 from mctune.core.problem import Problem
 from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
+from tests.draw import host
 
 
 def problem(pass_: str, recurrence: str = "linear") -> Problem:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES, arguments, make_call
-from mctune.runtime.ops.operators.step import _operator, extend, tokens
 from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
 
 from mctune.reference import memory_caching as oracle
@@ -18,6 +17,7 @@ from mctune.runtime.call import Call
 from mctune.runtime.errors import ArgumentError, BackendError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
+from mctune.runtime.ops.step import _operator, extend, tokens
 from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
 from mctune.verify.judge import poisoned_memory
 

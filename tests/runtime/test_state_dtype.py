@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES
-from mctune.runtime.cache.cache.cache import MemoryCache
-from mctune.runtime.cache.cache.prefill import prefill, remember
-from mctune.runtime.ops.operators.step import tokens
 from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
 from test_cache import EVERY, B, C, T, case, close, fed
 from test_decode import stepped
@@ -20,9 +17,12 @@ from test_generation import EVERYTHING, LanguageModel, prompts
 
 from mctune.reference import error_ratio
 from mctune.runtime.api.step import memory_caching_step
+from mctune.runtime.cache.cache import MemoryCache
+from mctune.runtime.cache.prefill import prefill, remember
 from mctune.runtime.errors import ArgumentError, BackendError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.memory import LayerMemory
+from mctune.runtime.ops.step import tokens
 from mctune.runtime.traits import AGGREGATIONS, STATE_INITS
 from mctune.verify.judge import poisoned_memory
 

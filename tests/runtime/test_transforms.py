@@ -22,7 +22,7 @@ from mctune.runtime.api.module import MemoryCaching
 from mctune.runtime.errors import ArgumentError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.kernels.table import Table
-from mctune.runtime.ops.operators import run as ops_run
+from mctune.runtime.ops import run as ops_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

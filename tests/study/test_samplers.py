@@ -24,7 +24,7 @@ from mctune.study.events import SAMPLERS
 from mctune.study.rules import Rule
 from mctune.study.samplers import DiscreteSampler, MixSampler, sampler_of
 from mctune.study.study import run_study
-from tests.search.test_feasible import spaces
+from tests.study.test_feasible import spaces
 
 ROOT = Path(__file__).parents[2]
 QUASI_RANDOM = "optuna.samplers:QMCSampler"

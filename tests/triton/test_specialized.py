@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
-from compiled import inner_loops
+from mctune.measure.explain import inner_loops
 
 TARGET, _ = resolve("h100-sxm")
 PROBLEM = Problem(aggregation="grm", T=16384, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")

@@ -15,7 +15,7 @@ from mctune.backends.triton.cost.trips import TRIPS, Source, Walk, source_of
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from tests.search.launches import BODY, CONFIG, FORWARD, H100, LOOP, launched, ptx
+from tests.cost.launches import BODY, CONFIG, FORWARD, H100, LOOP, launched, ptx
 
 
 @pytest.mark.parametrize(

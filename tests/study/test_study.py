@@ -35,7 +35,7 @@ from mctune.core.outcome import (
 from mctune.core.space import Choice, Int, SearchSpace
 from mctune.study.events import SAMPLERS
 from mctune.study.study import StudyResult, Trial, load_study, run_study
-from tests.search.spaces import SPACE, evaluate, timed, valid
+from tests.study.spaces import SPACE, evaluate, timed, valid
 
 LINE = SearchSpace((Int("x", range(8)),))
 EVERY_KIND: tuple[Outcome, ...] = (
@@ -134,7 +134,7 @@ def test_kill_9_loses_no_finished_trial_and_repeats_none(url: str, tmp_path: Pat
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
     def run(dies_at: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tests.search.spaces", url, str(log), str(dies_at)]
+        command = [sys.executable, "-m", "tests.study.spaces", url, str(log), str(dies_at)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
     for dies_at, finished in ((7, 6), (30, 28)):  # the 30th evaluation overall is candidate 29: the 7th was made twice

@@ -15,7 +15,7 @@ from mctune.backends.triton.cost.predict import Demand, demands, estimate, predi
 from mctune.backends.triton.cost.trips import TRIPS, Source
 from mctune.core.outcome import Predicted, describe, from_json, to_json
 from mctune.core.target import resolve
-from tests.search.launches import CONFIG, FORWARD, H100, LOOP, launched, ptx
+from tests.cost.launches import CONFIG, FORWARD, H100, LOOP, launched, ptx
 
 MI300 = resolve("mi300x")[0]
 

@@ -16,7 +16,7 @@ from mctune.core.config import Config
 from mctune.core.space import Choice, Int, SearchSpace
 from mctune.study.samplers import MixSampler, Tried, sampler_of
 from mctune.study.study import run_study
-from tests.search.spaces import SPACE, evaluate, milliseconds, timed, valid
+from tests.study.spaces import SPACE, evaluate, milliseconds, timed, valid
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +128,7 @@ def proposal_seconds(count: int) -> float:
 @pytest.mark.parametrize("count", [200, 600])
 def test_a_proposal_takes_little_time(count: int) -> None:
     """In a process of one BLAS thread: on a machine that is busy, threads that wait for each other are all one sees."""
-    code = f"from tests.search.test_sampler import proposal_seconds; print(proposal_seconds({count}))"
+    code = f"from tests.study.test_sampler import proposal_seconds; print(proposal_seconds({count}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr

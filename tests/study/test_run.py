@@ -23,7 +23,7 @@ from mctune.study.one import OneStudy
 from mctune.study.run import search, ship
 from mctune.study.study import Trial
 from mctune.workers.worker import WorkerDied
-from tests.search.spaces import timed
+from tests.study.spaces import timed
 
 PROBLEM = Problem(aggregation="grm", T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
 CASE = Case(PROBLEM, (32, 64))
