@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ from mctune.workers import hold
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from mctune.measure.explain import inner_loops
 
 TARGET, _ = resolve("h100-sxm")
