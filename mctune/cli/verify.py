@@ -77,9 +77,9 @@ def _templates(name: str, seed: int, record: Path | None, timeout: float | None,
     target, note = resolve(name)
     if note:
         say(note)
-    if backend_for(target) != "triton":
+    if target.on_cpu:
         raise UsageError(f"{target.name} is a CPU: `mctune verify` without --gpu holds what runs there")
-    get_backend("triton").ready(here=present(target))
+    get_backend(backend_for(target)).ready(here=present(target))
     drawn = candidates(target)
     results = []
     for held in hold(drawn, target, record, timeout, seed):

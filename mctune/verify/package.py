@@ -18,6 +18,7 @@ import torch
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
 from mctune.runtime.api import functional
+from mctune.runtime.kernels.support import served
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import Run, tolerance, verify_case
 from mctune.verify.passes import PASSES, gradients
@@ -106,7 +107,9 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 def needs_interpreter(path: Path) -> bool:
     """Whether a package has kernels for a GPU, and there is none."""
-    return any(entry["backend"] == "triton" for entry in read_entries(path)) and not torch.cuda.is_available()
+    backends = {entry["backend"] for entry in read_entries(path)}
+    for_gpus = any(not served("cpu", backend=backend) for backend in backends)
+    return for_gpus and not torch.cuda.is_available()
 
 
 def check_package(path: Path, seed: int) -> Iterator[Check]:
