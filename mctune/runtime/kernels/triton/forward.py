@@ -79,24 +79,25 @@ class TritonForward:
         if self.read_specialized is not None:
             y = self.read_specialized(**read, tiles=tables.tiles(self.config["read_BT"]))
         else:
-            y = torch.empty_like(v)
-            read |= {"u": u, "decays": decayed, "top_k": top_k, "y": y}
-            order, starts = self._read(read, tables)
+            read |= {"u": u, "decays": decayed, "top_k": top_k, "y": torch.empty_like(v)}
+            y, order, starts = self._read(read, tables)
         made = {
             "states": states.ends, "operand": states.operand, "past": states.past, "means": states.means,
             "order": order, "starts": starts, **(gates._asdict() if gates is not None else {}),
         }  # fmt: skip
         return Forward(y, {name: _of_segments(name, made[name], tables) for name in keep})
 
-    def _read(self, read: Mapping[str, Any], tables: Tables) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Write y, in shares of heads and tokens where pairs are grouped by their segments; their order and starts."""
-        q, v, states, gates = read["q"], read["v"], read["states"], read["gates"]
+    def _read(
+        self, read: Mapping[str, Any], tables: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """y; and where pairs are grouped by their segments, in shares of heads and tokens, their order and starts."""
+        q, v, y, states, gates = (read[name] for name in ("q", "v", "y", "states", "gates"))
         heads, T, rows = q.shape[0] * q.shape[2], q.shape[1], self.config["read_BT"]
         if self.pair_order is None:
-            self.read_forward(
+            y = self.read_forward(
                 **read, partial=None, first_head=0, heads=heads, first_token=0, span=T, tiles=tables.tiles(rows)
             )
-            return None, None
+            return y, None, None
         part = read["top_k"] * v.shape[-1] * v.element_size()
         shares = share_out(heads, T, part, self.config["group_MIB"] << 20, tables)
         order, starts, of_blocks = self.pair_order(
@@ -108,11 +109,11 @@ class TritonForward:
                 q=q, states=states, order=order, starts=of_pairs, runs=runs, gates=gates, tables=tables,
                 first_head=first_head, heads=count, block=block, blocks=shares.blocks,
             )  # fmt: skip
-            self.read_forward(
+            y = self.read_forward(
                 **read, partial=partial, first_head=first_head, heads=count, first_token=begin, span=end - begin,
                 tiles=tables.tiles(rows, (begin, end) if shares.blocks > 1 else None),
             )  # fmt: skip
-        return order, starts
+        return y, order, starts
 
 
 def _of_segments(name: str, x: torch.Tensor | None, tables: Tables) -> torch.Tensor:
