@@ -10,7 +10,7 @@ import torch
 
 from .kept import CHOICE, LOGITS, wanted
 from .segments import Segments
-from .triton_forward import States, decays, states_of
+from .triton_forward import decays, states_of
 from .triton_loader import load_parts
 from .triton_tables import DEVICE, Tables, make_tables
 from .tvm_backward import Gradients
@@ -137,21 +137,18 @@ class TritonBackward:
         v: torch.Tensor,
         decayed: Decays,
         kept: Mapping[str, torch.Tensor],
-    ) -> States:
-        """What the forward has kept of its states, and the rest."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What the forward has kept of its states, and the rest: ends, operand, past, means, sums."""
         if not tables.whole or kept.keys().isdisjoint(("states", "operand", "past")):
             exact = self.gated and tables.crosses
-            return states_of(self.states, tables, k, v, decayed, exact=exact)
+            return tuple(states_of(self.states, tables, k, v, decayed, exact=exact))
         heads = k.shape[0] * k.shape[2]
         ends, operand, past, means = (
             None if (x := kept.get(name)) is None else x.view(heads, -1, *x.shape[1:])
             for name in ("states", "operand", "past", "means")
         )
         if self.gates is None and past is None:
-            past = self.states.past_states(
-                ends=ends, like=k, cum=decayed.cum, end=tables.end, segment=tables.segment, entering=tables.entering,
-                seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
-            )  # fmt: skip
+            past = self.states.past_states(ends=ends, like=k, cum=decayed.cum, tables=tables)
         if operand is None:
             # Where only sums are read, some array stands for what is not.
             read = self.gates is not None or tables.crosses
@@ -180,10 +177,8 @@ class TritonBackward:
             gammas = torch.empty_like(kept["logits"]) if "logits" in names else None
             return Gates(**{name: kept[name] for name in names}, gammas=gammas)
         logits, lse, own, chosen, picked = self.gates(
-            u=u, k=k, means=means, sums=sums, begin=tables.begin, end=tables.end, segment=tables.segment,
-            seg_begin=tables.seg_begin, seg_first=tables.seg_first, seg_piece=tables.seg_piece,
-            tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k,
-        )  # fmt: skip
+            u=u, k=k, means=means, sums=sums, tables=tables, tiles=tables.tiles(self.config["gates_BT"]), top_k=top_k
+        )
         order = starts = None
         if self.pair_order is not None:
             order, starts, _ = self.pair_order(chosen=chosen, N=tables.seg_begin.shape[0], blocks=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,19 @@ from .tvm_loader import KernelError
 
 MOST_STATES = 16384
 """A program of ssc holds the logits of all states."""
+
+
+class Memory(NamedTuple):
+    """What kernels read and write of a memory; without cached and filled where all sequences are at the same place."""
+
+    states: torch.Tensor
+    descriptors: torch.Tensor
+    online: torch.Tensor
+    key_sum: torch.Tensor
+    last_key: torch.Tensor
+    last_value: torch.Tensor
+    cached: torch.Tensor | None
+    filled: torch.Tensor | None
 
 
 class TritonDecode:
@@ -61,42 +74,52 @@ class TritonDecode:
         Raises:
             KernelError: if the memory has no room for the states of the tokens, or more states than ssc's kernels take.
         """
-        n, (states,), (online,), descriptors = q.shape[1], memory.states, memory.online, memory.descriptors
-        capacity = descriptors.shape[2]
+        n, capacity = q.shape[1], memory.descriptors.shape[2]
         if self.chooses and capacity > MOST_STATES:
             raise KernelError(f"ssc over {capacity} states exceeds {MOST_STATES}; use backend='eager'")
         # Beyond this bound it changes nothing, and it is a 32-bit argument.
         length = min(segment_length, 2**30)
-        cached, filled = memory.cached, memory.filled
-        counts: tuple[torch.Tensor | None, torch.Tensor | None] = (cached, filled)
-        numbers = (0, 0)
-        if cached.device.type == "cpu":
-            where = set(zip(cached.tolist(), filled.tolist(), strict=True))
-            needed = max((used + (begun + n) // length for used, begun in where), default=0)
-            if needed > capacity:
-                raise KernelError(
-                    f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "
-                    f"call memory.reserve({n}) first"
-                )
-            if len(where) == 1:
-                counts, (numbers,) = (None, None), where
-            elif q.device.type != "cpu":
-                both = torch.stack((cached, filled)).to(q.device, non_blocking=True)
-                counts = (both[0], both[1])
+        counts, (cached_all, filled_all) = self._place(memory, capacity, n, length, q.device)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         if y.numel() == 0:
             return y
         q, k, v, u = (x.contiguous() for x in (q, k, v, u))
         g, beta, lam = (None if x is None else x.contiguous() for x in (g, beta, lam))
-        last = {"key_sum": memory.key_sum, "last_key": memory.last_key, "last_value": memory.last_value}
-        places = {"cached": counts[0], "filled": counts[1], "cached_all": numbers[0], "filled_all": numbers[1]}
+        (states,), (online,) = memory.states, memory.online
+        held = Memory(states, memory.descriptors, online, memory.key_sum, memory.last_key, memory.last_value, *counts)
+        places = {"memory": held, "cached_all": cached_all, "filled_all": filled_all, "length": length}
         # A launch reads the states once, for all of its tokens.
         for first in range(0, n, self.tokens):
-            here = {**places, "length": length, "first": first, "n": min(self.tokens, n - first)}
-            parts, stats = self.decode_step(
-                q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, states=states, descriptors=descriptors, online=online,
-                **last, y=y, **here, top_k=max(top_k, 1), scale=scale,
-            )  # fmt: skip
+            here = {**places, "first": first, "n": min(self.tokens, n - first)}
+            parts = self.decode_step(
+                q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, y=y, **here, top_k=max(top_k, 1), scale=scale
+            )
             if self.decode_combine is not None:
-                self.decode_combine(k=k, v=v, **last, parts=parts, stats=stats, y=y, **here)
+                self.decode_combine(k=k, v=v, parts=parts, y=y, **here)
         return y
+
+    @staticmethod
+    def _place(
+        memory: LayerMemory, capacity: int, n: int, length: int, device: torch.device
+    ) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], tuple[int, int]]:
+        """cached and filled as tensors, where sequences differ or the device has them, and as numbers, where not.
+
+        Raises:
+            KernelError: if there is no room for the states of ``n`` more tokens, as far as the CPU knows.
+        """
+        cached, filled = memory.cached, memory.filled
+        if cached.device.type != "cpu":
+            return (cached, filled), (0, 0)
+        where = set(zip(cached.tolist(), filled.tolist(), strict=True))
+        needed = max((used + (begun + n) // length for used, begun in where), default=0)
+        if needed > capacity:
+            raise KernelError(
+                f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "
+                f"call memory.reserve({n}) first"
+            )
+        if len(where) == 1:
+            return (None, None), where.pop()
+        if device.type == "cpu":
+            return (cached, filled), (0, 0)
+        both = torch.stack((cached, filled)).to(device, non_blocking=True)
+        return (both[0], both[1]), (0, 0)

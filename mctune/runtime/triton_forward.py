@@ -12,12 +12,9 @@ from .arguments import ROUTED
 from .kept import OF_SEGMENTS, given
 from .segments import Segments
 from .triton_loader import load_parts
-from .triton_tables import DEVICE, Shares, Tables, make_tables, share_out
+from .triton_tables import DEVICE, Tables, make_tables, share_out
 from .tvm_forward import Forward
 from .tvm_loader import KernelError
-
-Decays = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""cum, now, after, before: what ``decays`` makes of SWLA's gates; all None for linear."""
 
 
 class TritonForward:
@@ -46,7 +43,7 @@ class TritonForward:
         self.states = parts["segment_states"]
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.pair_order = parts["pair_order"].pair_order if "pair_order" in parts else None
-        self.grouped_read = parts["grouped_read"].grouped_read if "grouped_read" in parts else None
+        self.grouped_read: Any = parts["grouped_read"].grouped_read if "grouped_read" in parts else None
         self.read_specialized = parts["read_specialized"].read_specialized if "read_specialized" in parts else None
         if self.read_specialized is not None:
             refuse_specialized()
@@ -70,54 +67,53 @@ class TritonForward:
         """y, in q's dtype, from q, k, u ``[B, T, H, Dk]``, v and gates ``[B, T, H]``; and what ``keep`` names."""
         q, k, v, u = (x.contiguous() for x in (q, k, v, u))
         tables = make_tables(segments, self.config["piece"], self.checkpoint, q.device)
-        cum, now, after, before = decays(self.states, tables, g, beta, lam, like=q) if self.gated else (None,) * 4
-        ends, operand, past, means, sums = states_of(
-            self.states, tables, k, v, (cum, now, after, before), exact="states" in keep
-        )
-        pieces = {"begin": tables.begin, "end": tables.end, "segment": tables.segment}
-        spans = {"seg_begin": tables.seg_begin, "seg_first": tables.seg_first, "seg_piece": tables.seg_piece}
-        seg_last = None if tables.whole else tables.seg_last
+        decayed = decays(self.states, tables, g, beta, lam, like=q) if self.gated else None
+        states = states_of(self.states, tables, k, v, decayed, exact="states" in keep)
         # More than all segments cannot be chosen.
         top_k = min(max(top_k, 1), segments.count)
-        logits = lse = own = chosen = picked = order = starts = runs = None
-        heads, T = q.shape[0] * q.shape[2], q.shape[1]
-        shares = Shares(heads, heads, T, 1)
+        gates = order = starts = None
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
-            logits, lse, own, chosen, picked = self.gates(
-                u=u, k=k, means=means, sums=sums, **pieces, **spans, tiles=tiles, top_k=top_k
-            )
-        if self.pair_order is not None:
-            part = top_k * v.shape[-1] * v.element_size()
-            shares = share_out(heads, T, part, self.config["group_MIB"] << 20, tables)
-            order, starts, of_blocks = self.pair_order(chosen=chosen, N=segments.count, blocks=shares.blocks)
-            of_pairs, runs = (starts, None) if of_blocks is None else of_blocks
-        read = {
-            "q": q, "k": k, "v": v, "states": operand, "logits": logits, "lse": lse, **pieces, "seg_last": seg_last,
-            "entering": tables.entering, "scale": float(scale),
-        }  # fmt: skip
+            gates = self.gates(u=u, k=k, means=states.means, sums=states.sums, tables=tables, tiles=tiles, top_k=top_k)
+        read = {"q": q, "k": k, "v": v, "states": states, "gates": gates, "tables": tables, "scale": float(scale)}
         if self.read_specialized is not None:
-            y = self.read_specialized(**read, tiles=tables.tiles(self.config["read_BT"]), seg_first=tables.seg_first)
+            y = self.read_specialized(**read, tiles=tables.tiles(self.config["read_BT"]))
         else:
-            y, partial = torch.empty_like(v), None
-            for first_head, count, block, (begin, end) in shares:
-                if self.grouped_read is not None:
-                    partial = self.grouped_read(
-                        q=q, states=operand, order=order, starts=of_pairs, runs=runs, picked=picked, lse=lse,
-                        seg_last=seg_last, N=segments.count, first_head=first_head, heads=count, block=block,
-                        blocks=shares.blocks,
-                    )  # fmt: skip
-                y = self.read_forward(
-                    **read, **spans, u=u, past=past, means=means, sums=sums, own=own, picked=picked, partial=partial,
-                    cum=cum, now=now, after=after, before=before, y=y, first_head=first_head, heads=count,
-                    tiles=tables.tiles(self.config["read_BT"], (begin, end) if shares.blocks > 1 else None),
-                    first_token=begin, span=end - begin, top_k=top_k,
-                )  # fmt: skip
+            read |= {"u": u, "decays": decayed, "top_k": top_k, "y": torch.empty_like(v)}
+            y, order, starts = self._read(read, tables)
         made = {
-            "states": ends, "operand": operand, "past": past, "means": means, "logits": logits, "lse": lse, "own": own,
-            "chosen": chosen, "picked": picked, "order": order, "starts": starts,
+            "states": states.ends, "operand": states.operand, "past": states.past, "means": states.means,
+            "order": order, "starts": starts, **(gates._asdict() if gates is not None else {}),
         }  # fmt: skip
         return Forward(y, {name: _of_segments(name, made[name], tables) for name in keep})
+
+    def _read(
+        self, read: Mapping[str, Any], tables: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """y; and where pairs are grouped by their segments, in shares of heads and tokens, their order and starts."""
+        q, v, y, states, gates = (read[name] for name in ("q", "v", "y", "states", "gates"))
+        heads, T, rows = q.shape[0] * q.shape[2], q.shape[1], self.config["read_BT"]
+        if self.pair_order is None:
+            y = self.read_forward(
+                **read, partial=None, first_head=0, heads=heads, first_token=0, span=T, tiles=tables.tiles(rows)
+            )
+            return y, None, None
+        part = read["top_k"] * v.shape[-1] * v.element_size()
+        shares = share_out(heads, T, part, self.config["group_MIB"] << 20, tables)
+        order, starts, of_blocks = self.pair_order(
+            chosen=gates.chosen, N=tables.seg_begin.shape[0], blocks=shares.blocks
+        )
+        of_pairs, runs = (starts, None) if of_blocks is None else of_blocks
+        for first_head, count, block, (begin, end) in shares:
+            partial = self.grouped_read(
+                q=q, states=states, order=order, starts=of_pairs, runs=runs, gates=gates, tables=tables,
+                first_head=first_head, heads=count, block=block, blocks=shares.blocks,
+            )  # fmt: skip
+            y = self.read_forward(
+                **read, partial=partial, first_head=first_head, heads=count, first_token=begin, span=end - begin,
+                tiles=tables.tiles(rows, (begin, end) if shares.blocks > 1 else None),
+            )  # fmt: skip
+        return y, order, starts
 
 
 def _of_segments(name: str, x: torch.Tensor | None, tables: Tables) -> torch.Tensor:
@@ -154,7 +150,7 @@ def decays(
     lam: torch.Tensor | None,
     *,
     like: torch.Tensor,
-) -> Decays:
+) -> Any:
     """The decays and strengths of SWLA's writes, by the ``segment_states`` module; absent gates are 0, 0, 1."""
     shape = like.shape[:3]
     gates = [
@@ -163,22 +159,9 @@ def decays(
         else gate.to(torch.float32).contiguous()
         for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
     ]
-    made: Decays = module.decays(*gates, begin=tables.begin, end=tables.end, entering=tables.entering)
-    return made
+    return module.decays(*gates, tables=tables)
 
 
-States = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""ends, operand, past, means, sums: what ``segment_states`` returns. A backward may do without means."""
-
-
-def states_of(module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Decays, *, exact: bool) -> States:
+def states_of(module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Any, *, exact: bool) -> Any:
     """The states of all pieces; ``exact``: whether the end states are wanted in float32."""
-    cum, now, after, before = decayed
-    made: States
-    made = module.segment_states(
-        k=k, v=v, cum=cum, now=now, after=after, before=before, begin=tables.begin, end=tables.end,
-        segment=tables.segment, entering=tables.entering, seg_begin=tables.seg_begin, seg_end=tables.seg_end,
-        seg_piece=tables.seg_piece, seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
-        crosses=tables.crosses, exact=exact,
-    )  # fmt: skip
-    return made
+    return module.segment_states(k=k, v=v, decayed=decayed, tables=tables, exact=exact)

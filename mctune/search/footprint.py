@@ -20,7 +20,7 @@ _TOKENS = (
     "ending", "own_logit",
 )  # fmt: skip
 _CHOICES = ("chosen", "picked", "order", "chosen_dr")
-_IN_PLACE = {("_read_kernel", "online"), ("connector_kernel", "dgamma")}
+_IN_PLACE = {("step_kernel", "online"), ("connector_kernel", "dgamma")}
 """(kernel, parameter) of arrays that are read and written."""
 
 

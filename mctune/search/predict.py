@@ -147,7 +147,7 @@ _EXTRA = {"place_kernel": 3}
 """Kernels of torch that a launcher runs beside ours: zeros, and sums over counts of pairs."""
 
 
-_STREAMING = ("_read_kernel",)
+_STREAMING = ("step_kernel",)
 """Kernels that touch every element once, and whose programs take one of several branches: not all of their code."""
 
 

@@ -359,7 +359,10 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "means_kernel": _means,
     "carry_kernel": _carry,
     "gates_kernel": _gates,
-    "read_forward_kernel": _read,
+    "read_summed_kernel": _read,
+    "read_gated_kernel": _read,
+    "read_fused_kernel": _read,
+    "read_pairs_kernel": _read,
     "count_kernel": lambda walk: Source(1),
     "place_kernel": _place,
     "grouped_read_kernel": _grouped,
@@ -373,8 +376,8 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "pulls_kernel": _piece_tokens,
     "connector_kernel": _connectors,
     "descriptor_kernel": _descriptors,
-    "_read_kernel": _decode_read,
-    "_logits_kernel": _decode_logits,
+    "step_kernel": _decode_read,
+    "logits_kernel": _decode_logits,
     "combine_kernel": _decode_combine,
 }
 """The loops of a kernel, by its name; a kernel that is not here has loops of ``Parameters.unknown_trips`` passes."""

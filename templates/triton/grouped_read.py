@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_state
+from .common import Dims, Gates, Pairs, States, Tables, last_piece, load_state
 
 
 @triton.jit
@@ -36,78 +36,50 @@ def _find_pairs(starts, tile, N, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_head", "block", "blocks", "top_k", "T", "H", "N", "P"])
 def grouped_read_kernel(
-    q,
-    states,
-    order,
-    starts,
-    runs,
-    picked,
-    lse,
-    seg_last,
-    partial,
-    first_head,
-    block,
-    blocks,
-    top_k,
-    T,
-    H,
-    N,
-    P,
-    PRECISION: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PK: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):
+    q, states, pairs, gates, seg_last, partial, first_head, block, blocks, top_k, T, H, N, P,
+    PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
     """One program: at most ROUNDS times BT pairs of one segment of a block of tokens, BV value columns, one head."""
-    BLOCKS: tl.constexpr = (DV + BV - 1) // BV
+    BLOCKS: tl.constexpr = (dims.DV + BV - 1) // BV
     column = tl.program_id(0) % BLOCKS * BV
     tile = tl.program_id(0) // BLOCKS
     bh = tl.program_id(1).to(tl.int64) + first_head
-    starts += (bh * blocks + block) * (N + 2)
+    starts = pairs.starts + (bh * blocks + block) * (N + 2)
     i, first, stop = _find_pairs(starts, tile, N, ROWS=BT * ROUNDS)
     if (i < N) & (first < stop):
-        order += bh * (T * top_k)
-        if runs is not None:
-            order += tl.load(runs + (bh * blocks + block) * (N + 1) + i) - tl.load(starts + i)
-        picked += bh * (T * top_k)
+        order = pairs.order + bh * (T * top_k)
+        if pairs.runs is not None:
+            order += tl.load(pairs.runs + (bh * blocks + block) * (N + 1) + i) - tl.load(starts + i)
+        picked = gates.picked + bh * (T * top_k)
         # Of the heads and the tokens of this launch.
         span = T // blocks
-        partial += ((bh - first_head) * span - block * span) * top_k * DV
-        keys = tl.arange(0, PK)
+        partial += ((bh - first_head) * span - block * span) * top_k * dims.DV
+        keys = tl.arange(0, dims.PK)
         cols = column + tl.arange(0, BV)
-        last = i
-        if seg_last is not None:
-            last = tl.load(seg_last + i)
-        state = load_state(states + (bh * P + last) * (SK * SV), 0, column, SK, SV, PK, BV)
+        states += (bh * P + last_piece(seg_last, i)) * (dims.SK * dims.SV)
+        state = load_state(states, 0, column, dims.SK, dims.SV, dims.PK, BV)
         for p0 in range(first, stop, BT):
             pair = p0 + tl.arange(0, BT)
             valid = pair < stop
             place = tl.load(order + pair, mask=valid, other=0)
             t = place // top_k
-            rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * DK + keys[None, :]
-            q_t = tl.load(rows, mask=valid[:, None] & (keys < DK)[None, :], other=0.0)
-            total = tl.load(lse + bh * T + t, mask=valid, other=0.0)
+            rows = q + ((bh // H * T + t) * H + bh % H)[:, None] * dims.DK + keys[None, :]
+            q_t = tl.load(rows, mask=valid[:, None] & (keys < dims.DK)[None, :], other=0.0)
+            total = tl.load(gates.lse + bh * T + t, mask=valid, other=0.0)
             gamma = tl.exp(tl.load(picked + place, mask=valid, other=0.0) - total)
             read = tl.dot(q_t, state, input_precision=PRECISION) * gamma[:, None]
-            out = partial + place.to(tl.int64)[:, None] * DV + cols[None, :]
-            tl.store(out, read.to(partial.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
+            out = partial + place.to(tl.int64)[:, None] * dims.DV + cols[None, :]
+            tl.store(out, read.to(partial.dtype.element_ty), mask=valid[:, None] & (cols < dims.DV)[None, :])
 
 
 def grouped_read(
     q: torch.Tensor,
-    states: torch.Tensor,
+    states: States,
     order: torch.Tensor,
     starts: torch.Tensor,
     runs: torch.Tensor | None,
-    picked: torch.Tensor,
-    lse: torch.Tensor,
-    seg_last: torch.Tensor | None,
-    N: int,
+    gates: Gates,
+    tables: Tables,
     first_head: int,
     heads: int,
     block: int,
@@ -131,21 +103,20 @@ def grouped_read(
     Args:
         q [B, T, H, DK], states [B*H, P, SK, SV]: of one dtype.
         order, starts, runs: of :mod:`pair_order`, the last two of blocks, if there are several; else runs is None.
-        picked, lse: of :mod:`gates`.
-        seg_last: None where every segment is one piece.
         first_head, heads, block, blocks: which heads, and which of so many blocks of tokens.
     """
     _, T, H, _ = q.shape
-    top_k = picked.shape[-1]
+    N, P = tables.seg_first.shape[0], tables.begin.shape[0]
+    top_k = gates.picked.shape[-1]
     pairs = T // blocks * top_k
     partial = q.new_empty((heads, T // blocks, top_k, DV))
     bv = min(BV, PV)
     # No more tiles than this, however the pairs fall.
     tiles = triton.cdiv(pairs, BT * ROUNDS) + N + 1
     grouped_read_kernel[(triton.cdiv(DV, bv) * tiles, heads)](
-        q=q, states=states, order=order, starts=starts, runs=runs, picked=picked, lse=lse, seg_last=seg_last,
-        partial=partial, first_head=first_head, block=block, blocks=blocks, top_k=top_k, T=T, H=H, N=N,
-        P=states.shape[1], PRECISION=PRECISION, DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BV=bv, ROUNDS=ROUNDS,
-        num_warps=num_warps, num_stages=num_stages,
+        q=q, states=states.operand, pairs=Pairs(order, starts, runs), gates=Gates(None, gates.lse, picked=gates.picked),
+        seg_last=tables.seg_last if P > N else None, partial=partial, first_head=first_head, block=block, blocks=blocks,
+        top_k=top_k, T=T, H=H, N=N, P=P, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BV=bv,
+        ROUNDS=ROUNDS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partial

@@ -15,26 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows
+from .common import Decays, Dims, Spans, States, Tables, load_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
-def decays_kernel(
-    g,
-    beta,
-    lam,
-    begin,
-    end,
-    entering,
-    cum,
-    now,
-    after,
-    before,
-    T,
-    H,
-    P,
-    PIECE: tl.constexpr,
-):
+def decays_kernel(g, beta, lam, begin, end, entering, made, T, H, P, PIECE: tl.constexpr):
     """One program: a piece of a head."""
     piece = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -45,15 +30,15 @@ def decays_kernel(
     more = t + 1 < stop
     place = (bh // H * T + t) * H + bh % H
     line = bh * T + t
-    tl.store(cum + line, tl.cumsum(tl.load(g + place, mask=here, other=0.0), 0), mask=here)
+    tl.store(made.cum + line, tl.cumsum(tl.load(g + place, mask=here, other=0.0), 0), mask=here)
     strength = tl.load(lam + place, mask=here, other=0.0)
-    tl.store(now + line, strength, mask=here)
+    tl.store(made.now + line, strength, mask=here)
     decay = tl.exp(tl.load(g + place + H, mask=more, other=0.0))
     again = tl.load(beta + place + H, mask=more, other=0.0)
-    tl.store(after + line, tl.where(more, strength * decay + again, 0.0), mask=here)
+    tl.store(made.after + line, tl.where(more, strength * decay + again, 0.0), mask=here)
     enters = tl.load(entering + piece) >= 0
     first = tl.load(beta + (bh // H * T + start) * H + bh % H)
-    tl.store(before + bh * P + piece, tl.where(enters, first, 0.0))
+    tl.store(made.before + bh * P + piece, tl.where(enters, first, 0.0))
 
 
 @triton.constexpr_function
@@ -78,87 +63,74 @@ def add_keys(total, k_t):
         return tl.dot(tl.full([total.shape[0], k_t.shape[0]], 1.0, k_t.dtype), k_t, total)
 
 
+@triton.jit
+def _left(cum, now, after, t, stop, cum_end):
+    """Weights of the writes ``t`` of a piece in its end state."""
+    cum_next = tl.load(cum + t + 1, mask=t + 1 < stop, other=0.0)
+    left = tl.load(after + t, mask=t < stop, other=0.0) * tl.exp(cum_end - cum_next)
+    return tl.where(t + 1 < stop, left, tl.load(now + t, mask=t < stop, other=0.0))
+
+
 @triton.jit(do_not_specialize=["T", "H", "P"])
 def local_kernel(
-    k,
-    v,
-    cum,
-    now,
-    after,
-    before,
-    begin,
-    end,
-    entering,
-    ends,
-    operand,
-    sums,
-    means,
-    T,
-    H,
-    P,
-    SWLA: tl.constexpr,
-    HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
+    k, v, decayed, spans, made, T, H, P,
+    SWLA: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
-):
-    """One program: a block of what one piece of a head writes; those of the first value columns add up the keys too."""
-    BLOCKS: tl.constexpr = (SV + BV - 1) // BV
-    KEYS: tl.constexpr = (SK + BK - 1) // BK
+):  # fmt: skip
+    """One program: a block of what one piece of a head writes; those of the first value columns add up the keys too.
+
+    Of ``made`` it writes what is not None; means are those of pieces.
+    """
+    BLOCKS: tl.constexpr = (dims.SV + BV - 1) // BV
+    KEYS: tl.constexpr = (dims.SK + BK - 1) // BK
     column = tl.program_id(0) % BLOCKS * BV
     row = tl.program_id(0) // BLOCKS % KEYS * BK
     piece = tl.program_id(0) // (BLOCKS * KEYS)
     bh = tl.program_id(1).to(tl.int64)
-    start = tl.load(begin + piece)
-    stop = tl.load(end + piece)
+    start = tl.load(spans.begin + piece)
+    stop = tl.load(spans.end + piece)
     head = bh // H * T * H + bh % H
-    k += head * DK
-    v += head * DV
+    k += head * dims.DK
+    v += head * dims.DV
     rows = row + tl.arange(0, BK)
     cols = column + tl.arange(0, BV)
     if SWLA:
-        cum_end = tl.load(cum + bh * T + stop - 1)
-    if HALF and not SWLA:
-        total = tl.zeros([rows_of_ones(), BK], tl.float32)
-    else:
+        cum = decayed.cum + bh * T
+        cum_end = tl.load(cum + stop - 1)
         total = tl.zeros([1, BK], tl.float32)
+    else:
+        total = tl.zeros([1 if k.dtype.element_ty == tl.float32 else rows_of_ones(), BK], tl.float32)
     state = tl.zeros([BK, BV], tl.float32)
     for t0 in range(start, stop, BT):
-        k_t = load_rows(k, t0, stop, H * DK, row, DK, BT, BK)
-        v_t = load_rows(v, t0, stop, H * DV, column, DV, BT, BV)
+        k_t = load_rows(k, t0, stop, H * dims.DK, row, dims.DK, BT, BK)
+        v_t = load_rows(v, t0, stop, H * dims.DV, column, dims.DV, BT, BV)
         total = add_keys(total, k_t)
         if SWLA:
             t = t0 + tl.arange(0, BT)
-            cum_next = tl.load(cum + bh * T + t + 1, mask=t + 1 < stop, other=0.0)
-            left = tl.load(after + bh * T + t, mask=t < stop, other=0.0) * tl.exp(cum_end - cum_next)
-            weight = tl.where(t + 1 < stop, left, tl.load(now + bh * T + t, mask=t < stop, other=0.0))
+            weight = _left(cum, decayed.now + bh * T, decayed.after + bh * T, t, stop, cum_end)
             k_t = (k_t.to(tl.float32) * weight[:, None]).to(v_t.dtype)
         state = tl.dot(tl.trans(k_t), v_t, state, input_precision=PRECISION)
     total = tl.max(total, 0)
     if SWLA:
         # The token before the piece, where it is one of the same memory.
-        if tl.load(entering + piece) >= 0:
-            weight = tl.load(before + bh * P + piece) * tl.exp(cum_end - tl.load(cum + bh * T + start))
+        if tl.load(spans.entering + piece) >= 0:
+            weight = tl.load(decayed.before + bh * P + piece) * tl.exp(cum_end - tl.load(cum + start))
             last = tl.cast(start - 1, tl.int64)
-            key = tl.load(k + last * (H * DK) + rows, mask=rows < DK, other=0.0).to(tl.float32)
-            value = tl.load(v + last * (H * DV) + cols, mask=cols < DV, other=0.0).to(tl.float32)
+            key = tl.load(k + last * (H * dims.DK) + rows, mask=rows < dims.DK, other=0.0).to(tl.float32)
+            value = tl.load(v + last * (H * dims.DV) + cols, mask=cols < dims.DV, other=0.0).to(tl.float32)
             state += weight * key[:, None] * value[None, :]
-    inside = (rows < SK)[:, None] & (cols < SV)[None, :]
-    place = (bh * P + piece) * (SK * SV) + rows[:, None] * SV + cols[None, :]
-    if ends is not None:
-        tl.store(ends + place, state, mask=inside)
-    if operand is not None:
-        tl.store(operand + place, state.to(operand.dtype.element_ty), mask=inside)
+    inside = (rows < dims.SK)[:, None] & (cols < dims.SV)[None, :]
+    place = (bh * P + piece) * (dims.SK * dims.SV) + rows[:, None] * dims.SV + cols[None, :]
+    if made.ends is not None:
+        tl.store(made.ends + place, state, mask=inside)
+    if made.operand is not None:
+        tl.store(made.operand + place, state.to(made.operand.dtype.element_ty), mask=inside)
     if column == 0:
-        if sums is not None:
-            tl.store(sums + (bh * P + piece) * SK + rows, total, mask=rows < SK)
-        if means is not None:
-            tl.store(means + (bh * P + piece) * SK + rows, total / (stop - start), mask=rows < SK)
+        if made.sums is not None:
+            tl.store(made.sums + (bh * P + piece) * dims.SK + rows, total, mask=rows < dims.SK)
+        if made.means is not None:
+            mean = total / (stop - start)
+            tl.store(made.means + (bh * P + piece) * dims.SK + rows, mean, mask=rows < dims.SK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "P"])
@@ -231,48 +203,26 @@ def means_kernel(sums, seg_begin, seg_end, seg_piece, seg_last, means, N, P, SK:
     tl.store(means + (bh * N + s) * SK + cols, total, mask=cols < SK)
 
 
-def decays(
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    lam: torch.Tensor,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    entering: torch.Tensor,
-    PIECE: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def decays(g: torch.Tensor, beta: torch.Tensor, lam: torch.Tensor, tables: Tables, PIECE: int) -> Decays:
     """cum, now, after ``[B*H, T]`` and before ``[B*H, P]``, float32, from gates ``[B, T, H]`` float32."""
     B, T, H = g.shape
-    P = begin.shape[0]
-    cum, now, after = (g.new_empty((B * H, T)) for _ in range(3))
-    before = g.new_empty((B * H, P))
+    P = tables.begin.shape[0]
+    made = Decays(*(g.new_empty((B * H, T)) for _ in range(3)), before=g.new_empty((B * H, P)))
     decays_kernel[(P, B * H)](
-        g=g, beta=beta, lam=lam, begin=begin, end=end, entering=entering, cum=cum, now=now, after=after, before=before,
-        T=T, H=H, P=P, PIECE=PIECE, num_warps=4,
+        g=g, beta=beta, lam=lam, begin=tables.begin, end=tables.end, entering=tables.entering, made=made, T=T, H=H, P=P,
+        PIECE=PIECE, num_warps=4,
     )  # fmt: skip
-    return cum, now, after, before
+    return made
 
 
 def segment_states(
     k: torch.Tensor,
     v: torch.Tensor,
-    cum: torch.Tensor | None,
-    now: torch.Tensor | None,
-    after: torch.Tensor | None,
-    before: torch.Tensor | None,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    entering: torch.Tensor,
-    seg_begin: torch.Tensor,
-    seg_end: torch.Tensor,
-    seg_piece: torch.Tensor,
-    seg_last: torch.Tensor,
-    seq_begin: torch.Tensor,
-    seq_end: torch.Tensor,
-    crosses: bool,
+    decayed: Decays | None,
+    tables: Tables,
     exact: bool,
     SWLA: bool,
-    AGGREGATION: str,
+    ROUTED: bool,
     HALF: bool,
     PRECISION: str,
     DK: int,
@@ -286,73 +236,60 @@ def segment_states(
     BV: int,
     num_warps: int,
     num_stages: int,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+) -> States:
     """ends and operand ``[B*H, P, SK, SV]``, past ``[B*H, N, SK, SV]``, means ``[B*H, N, SK]``, sums ``[B*H, P, SK]``.
 
     Args:
         k [B, T, H, DK], v [B, T, H, DV]: of one dtype.
-        cum, now, after, before: of :func:`decays`; None for linear.
-        crosses: whether any piece is entered.
+        decayed: of :func:`decays`; None for linear.
         exact: whether end states are wanted in float32 too.
 
     Returns:
         End states, float32, in linear memories of 16 bits only those of the last pieces of segments (unless ``exact``,
         None or scratch); the states of all pieces as operands of products, in k's dtype (``ends`` itself where that is
         float32, not written where sums of states are read and nothing enters a piece); the sum of earlier segments'
-        states in k's dtype, for residual and mean, else None; mean keys, float32; the sums of pieces' keys, float32,
+        states in k's dtype, where gates are equal, else None; mean keys, float32; the sums of pieces' keys, float32,
         None where every segment is one piece.
     """
     B, T, H, _ = k.shape
-    P, N = begin.shape[0], seg_begin.shape[0]
+    P, N = tables.begin.shape[0], tables.seg_begin.shape[0]
     means = k.new_empty((B * H, N, SK), dtype=torch.float32)
-    operand = past = sums = None
+    ends = operand = past = sums = None
     if HALF:
         operand = k.new_empty((B * H, P, SK, SV))
-    if AGGREGATION == "residual" or AGGREGATION == "mean":
+    if not ROUTED:
         past = k.new_empty((B * H, N, SK, SV))
     if P > N:
         sums = k.new_empty((B * H, P, SK), dtype=torch.float32)
-    carries = crosses or past is not None
-    ends = None
+    carries = tables.crosses or past is not None
     if exact or carries or operand is None:
         ends = k.new_empty((B * H, P, SK, SV), dtype=torch.float32)
     # No wider than the state.
     bk, bv = min(BK, PK), min(BV, PV)
     blocks = triton.cdiv(SK, bk) * triton.cdiv(SV, bv)
     local_kernel[(blocks * P, B * H)](
-        k=k, v=v, cum=cum, now=now, after=after, before=before, begin=begin, end=end, entering=entering, ends=ends,
-        operand=None if carries else operand, sums=sums, means=means if sums is None else None, T=T, H=H, P=P,
-        SWLA=SWLA, HALF=HALF, PRECISION=PRECISION, DK=DK, DV=DV, SK=SK, SV=SV, BT=BT, BK=bk, BV=bv,
-        num_warps=num_warps, num_stages=num_stages,
+        k=k, v=v, decayed=decayed, spans=Spans(tables.begin, tables.end, entering=tables.entering if SWLA else None),
+        made=States(ends, None if carries else operand, None, means if sums is None else None, sums), T=T, H=H, P=P,
+        SWLA=SWLA, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BK=bk, BV=bv, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     if sums is not None:
         means_kernel[(N, B * H)](
-            sums=sums, seg_begin=seg_begin, seg_end=seg_end, seg_piece=seg_piece, seg_last=seg_last, means=means, N=N,
-            P=P, SK=SK, BK=PK, num_warps=4,
+            sums=sums, seg_begin=tables.seg_begin, seg_end=tables.seg_end, seg_piece=tables.seg_piece,
+            seg_last=tables.seg_last, means=means, N=N, P=P, SK=SK, BK=PK, num_warps=4,
         )  # fmt: skip
     if carries:
-        carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], B * H)](
-            ends=ends, carried=ends if crosses and (exact or operand is None) else None,
-            operand=operand if crosses else None, past=past,
-            cum=cum, end=end, segment=segment, entering=entering, seg_last=seg_last,
-            seq_begin=seq_begin, seq_end=seq_end, T=T, N=N, P=P, SWLA=SWLA, SIZE=SK * SV, BLOCK=1024, num_warps=4,
+        carry_kernel[(triton.cdiv(SK * SV, 1024), tables.seq_begin.shape[0], B * H)](
+            ends=ends, carried=ends if tables.crosses and (exact or operand is None) else None,
+            operand=operand if tables.crosses else None, past=past, cum=decayed.cum if SWLA else None, end=tables.end,
+            segment=tables.segment, entering=tables.entering, seg_last=tables.seg_last, seq_begin=tables.seq_begin,
+            seq_end=tables.seq_end, T=T, N=N, P=P, SWLA=SWLA, SIZE=SK * SV, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    return ends, ends if operand is None else operand, past, means, sums
+    return States(ends, ends if operand is None else operand, past, means, sums)
 
 
 def past_states(
-    ends: torch.Tensor,
-    like: torch.Tensor,
-    cum: torch.Tensor | None,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    entering: torch.Tensor,
-    seg_last: torch.Tensor,
-    seq_begin: torch.Tensor,
-    seq_end: torch.Tensor,
-    SWLA: bool,
-    SK: int,
-    SV: int,
+    ends: torch.Tensor, like: torch.Tensor, cum: torch.Tensor | None, tables: Tables, SWLA: bool, SK: int, SV: int
 ) -> torch.Tensor:
     """past ``[B*H, N, SK, SV]`` of :func:`segment_states`, in the dtype of ``like``, from its ``ends``.
 
@@ -361,9 +298,10 @@ def past_states(
     heads, P = ends.shape[:2]
     past = like.new_empty(ends.shape)
     # What entered a piece is in its end state already.
-    carry_kernel[(triton.cdiv(SK * SV, 1024), seq_begin.shape[0], heads)](
-        ends=ends, carried=None, operand=None, past=past, cum=cum, end=end, segment=segment,
-        entering=torch.full_like(entering, -1), seg_last=seg_last, seq_begin=seq_begin, seq_end=seq_end,
-        T=0 if cum is None else cum.shape[1], N=P, P=P, SWLA=SWLA, SIZE=SK * SV, BLOCK=1024, num_warps=4,
+    carry_kernel[(triton.cdiv(SK * SV, 1024), tables.seq_begin.shape[0], heads)](
+        ends=ends, carried=None, operand=None, past=past, cum=cum, end=tables.end,
+        segment=tables.segment, entering=torch.full_like(tables.entering, -1), seg_last=tables.seg_last,
+        seq_begin=tables.seq_begin, seq_end=tables.seq_end, T=like.shape[1], N=P, P=P, SWLA=SWLA, SIZE=SK * SV,
+        BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return past

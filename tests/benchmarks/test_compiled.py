@@ -27,9 +27,9 @@ def test_every_launch_has_a_line() -> None:
     title, header, *lines, last = done.stdout.splitlines()
     assert title.startswith("forward linear mean") and last.startswith("predicted ")
     kernels = {line.split()[0]: line.split() for line in lines if not line.startswith("local_kernel: C75")}
-    assert list(kernels) == ["local", "carry", "read_forward"] and kernels["local"][2] == "4"
+    assert list(kernels) == ["local", "carry", "read_summed"] and kernels["local"][2] == "4"
     # Pieces of 64 tokens, two heads; products on Hopper's matrix units.
-    assert kernels["read_forward"][1] == "16" and int(kernels["read_forward"][header.split().index("product")]) > 0
+    assert kernels["read_summed"][1] == "16" and int(kernels["read_summed"][header.split().index("product")]) > 0
 
 
 def test_what_ptxas_says_and_what_products_read_are_told() -> None:

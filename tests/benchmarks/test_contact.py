@@ -199,7 +199,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert all(fact["equal"] for fact in of("repeats"))
     # Compiled for the GPU that is not here, while others interpreted.
     compiled = {fact["kernel"] for fact in of("compiled")}
-    assert {"local_kernel", "gates_kernel", "read_forward_kernel", "_read_kernel"} <= compiled
+    assert {"local_kernel", "gates_kernel", "read_gated_kernel", "step_kernel"} <= compiled
     assert all(fact["registers"] > 0 for fact in of("kernel")) and of("predicted")[0]["us"] > 0
     assert {f["part"] for f in of("timed")} == {"forward", "backward", "training", "decode"}
     # What comes back, and the table last.

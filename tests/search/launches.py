@@ -70,7 +70,7 @@ def ptx(line: str, warps: int = 4, **constants: str) -> Mix:
     return ptx_mix(line, warps, 32, {f"%{name}": value for name, value in constants.items()})
 
 
-def launched(name: str = "read_forward_kernel", asm: str = BODY, **changes: object) -> Launch:
+def launched(name: str = "read_gated_kernel", asm: str = BODY, **changes: object) -> Launch:
     values = tuple({"BT": 64, "BJ": 32, "BV": 128, "T": 2048, "H": 16}.items())
     made = Launch(name, (32, 16, 1), 4, 2, 32, 0, 64, 0, asm, b"", (("q", "*bf16"), ("y", "*bf16")), values)
     return replace(made, **changes)  # type: ignore[arg-type]

@@ -132,24 +132,24 @@ def walk(config: Config = CONFIG, problem: Problem = FORWARD, heaviest: bool = F
 
 def test_mean_and_most_trips_of_the_read() -> None:
     """8 segments of 2 pieces of 128; tiles of 64 tokens, 32 tokens a step inside the piece."""
-    loops = TRIPS["read_forward_kernel"](walk(BT=64, BJ=32, BV=128)).inner
+    loops = TRIPS["read_gated_kernel"](walk(BT=64, BJ=32, BV=128)).inner
     # A piece's tiles end after 64 and 128 tokens: 2 and 4 steps. 0 to 7 segments are cached.
     assert [loop.trips for loop in loops] == [3, 3.5]
     assert [loop.matrix for loop in loops] == [2 * 64 * 32 * 256, 2 * 64 * 128 * 128]
-    loops = TRIPS["read_forward_kernel"](walk(BT=64, BJ=32, BV=128, heaviest=True)).inner
+    loops = TRIPS["read_gated_kernel"](walk(BT=64, BJ=32, BV=128, heaviest=True)).inner
     assert [loop.trips for loop in loops] == [4, 7]
 
 
 def test_trips_depend_on_gates_and_formulation() -> None:
-    fused = TRIPS["read_forward_kernel"](walk(CONFIG.replace(gates="fused"), BT=64, BJ=32, BV=128, BN=16))
+    fused = TRIPS["read_fused_kernel"](walk(CONFIG.replace(gates="fused"), BT=64, BJ=32, BV=128, BN=16))
     sums, tokens, groups = fused.inner
     assert (sums.trips, tokens.trips, groups.trips) == (0.5, 3, 7 / 8)
     assert groups.trips * groups.inner[0].trips == pytest.approx(3.5)
     ssc = FORWARD.replace(aggregation="ssc", top_k=3)
     grouped = CONFIG.replace(formulation="grouped")
-    assert TRIPS["read_forward_kernel"](walk(grouped, ssc, BT=64, BJ=32, BV=128, top_k=3)).inner[1].trips == 3
+    assert TRIPS["read_pairs_kernel"](walk(grouped, ssc, BT=64, BJ=32, BV=128, top_k=3)).inner[1].trips == 3
     residual = FORWARD.replace(aggregation="residual")
-    assert len(TRIPS["read_forward_kernel"](walk(CONFIG, residual, BT=64, BJ=32, BV=128)).inner) == 1
+    assert len(TRIPS["read_summed_kernel"](walk(CONFIG, residual, BT=64, BJ=32, BV=128)).inner) == 1
 
 
 def test_gradients_of_chosen_pairs_do_not_grow_with_segments() -> None:
@@ -164,7 +164,7 @@ def test_gradients_of_chosen_pairs_do_not_grow_with_segments() -> None:
 
 def test_the_products_of_a_read_are_those_of_the_mathematics() -> None:
     """Whole tiles of whole segments: intra-piece blocks, entering states and cached reads, all tiles of all heads."""
-    source = TRIPS["read_forward_kernel"](walk(BT=128, BJ=128, BV=128))
+    source = TRIPS["read_gated_kernel"](walk(BT=128, BJ=128, BV=128))
     tiles = FORWARD.T // 128
     cached = sum(2 * past * 256 * 128 * 128 for past in range(8))
     intra = tiles * 2 * 128 * 128 * (128 + 128)

@@ -60,6 +60,7 @@ def test_is_the_golden_file(name: str) -> None:
     tree = ast.parse(text)
     assert text == (GOLDEN / f"{name}.py").read_text(encoding="utf-8")
     flags = {"SWLA", "AGGREGATION", "ROUTED", "AVERAGES", "HALF", "PRECISION", "FORMULATION", "INDEPENDENT", "OPERAND"}
+    flags |= {"SPARSE", "GATES"}
     found = {x.id for x in ast.walk(tree) if isinstance(x, ast.Name)}
     found |= {x.arg for x in ast.walk(tree) if isinstance(x, ast.arg | ast.keyword) and x.arg is not None}
     assert not found & flags

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +219,7 @@ class _Recorder:
 
         device, metadata = driver.active, self.metadata
         # Before the arguments: packed metadata, launch metadata, and the hooks of entry and exit.
-        arguments = zip(self.src.fn.arg_names, rest[4:], strict=True)
+        given = zip(self.src.fn.arg_names, rest[4:], strict=True)
         device.launches.append(
             Launch(
                 name=self.src.fn.__name__,
@@ -233,7 +233,7 @@ class _Recorder:
                 asm=function.asm,
                 binary=function.binary,
                 arguments=tuple(_members(self.src.signature)),
-                values=tuple((name, value) for name, value in arguments if isinstance(value, (int, float, str))),
+                values=tuple(_numbers(given)),
                 notes=function.notes,
             )
         )
@@ -247,6 +247,15 @@ def _members(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from zip(fields, map(str, kind), strict=True)
         else:
             yield name, str(kind)
+
+
+def _numbers(given: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int | float | str]]:
+    """Names and values of a launch's numbers; those of a named tuple one by one."""
+    for name, value in given:
+        if isinstance(value, (int, float, str)):
+            yield name, value
+        elif hasattr(value, "_fields"):
+            yield from _numbers(zip(value._fields, value, strict=True))
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

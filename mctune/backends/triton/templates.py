@@ -39,7 +39,7 @@ PREFIXES = {
     "decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-SHARED = ("common", "backward_common")
+SHARED = ("common", "decode_common", "backward_common")
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -66,9 +66,8 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
     found: dict[str, Scalar] = {
         "SWLA": problem.recurrence == "swla",
         "ROUTED": problem.routed,
+        "SPARSE": problem.aggregation == "ssc",
         "AVERAGES": problem.aggregation == "mean",
-        # Where the memory is linear, soup is grm.
-        "AGGREGATION": "grm" if problem.aggregation == "soup" else problem.aggregation,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
         "GATES": "precomputed",

@@ -23,12 +23,33 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOW, load_place, load_row
+from .common import Dims, soften
+from .decode_common import (
+    BN,
+    LOW,
+    NONE,
+    Blocks,
+    Memory,
+    Parts,
+    Tokens,
+    Writes,
+    among_best,
+    append,
+    leave,
+    load_place,
+    load_row,
+    ordered,
+    scores,
+    take_best,
+    write_swla,
+)
 
 DK = 128
 PK = 128
+SK = 128
 DV = 128
 PV = 128
+SV = 128
 BK = 32
 BO = 16
 BV = 128
@@ -37,184 +58,219 @@ SPLITS = 4
 STAGES = 2
 num_warps = 4
 
-BN = tl.constexpr(16)
-"""Cached states whose logits are computed together."""
-
-
-@triton.jit
-def _scores(
-    u, k, descriptors, key_sum, logits, i, used, begun, length, H,
-    CP: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr,
-):  # fmt: skip
-    """[CP]: logits of token i against every state that it may read, those appended since token 0 included.
-
-    ``used`` and ``begun`` are the place before token 0; ``logits``, where not None, has those of the ``used`` states.
-    """
-    state = tl.arange(0, CP)
-    if logits is not None:
-        score = tl.load(logits + i * CP + state, mask=state < used, other=0.0)
-    else:
-        score = tl.zeros([CP], tl.float32)
-        for d0 in range(0, PK, BS):
-            d = d0 + tl.arange(0, BS)
-            x = tl.load(u + i * H * DK + d, mask=d < DK, other=0.0).to(tl.float32)
-            inside = (state < used)[:, None] & (d < DK)[None, :]
-            p = tl.load(descriptors + state[:, None] * DK + d[None, :], mask=inside, other=0.0)
-            score += tl.sum(p * x[None, :], 1)
-    score = tl.where(state < used, score, LOW)
-    if begun + i >= length:
-        x = load_row(u + i * H * DK, DK, PK)
-        total = load_row(key_sum, DK, PK)
-        slot = used
-        place = begun
-        for j in range(0, i):
-            total += load_row(k + j * H * DK, DK, PK)
-            place += 1
-            if place == length:
-                score = tl.where(state == slot, tl.sum(x * total, 0) / length, score)
-                slot += 1
-                place = 0
-                total = tl.zeros_like(total)
-    # One zero: what is compared by its bits must not tell +0 from -0.
-    return tl.where(score == 0.0, 0.0, score)
-
-
-@triton.jit
-def _ordered(x):
-    """The bits of floats as int32 in the floats' order, and back again."""
-    return tl.where(x < 0, x ^ 0x7FFFFFFF, x)
-
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length"])
-def _logits_kernel(
-    u, descriptors, cached, filled, logits, cached_all, filled_all, first, n, total, H, capacity, length,
-    CP: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr,
+def logits_kernel(
+    u, memory, logits, cached_all, filled_all, first, n, total, H, capacity, length,
+    CP: tl.constexpr, BS: tl.constexpr, dims: tl.constexpr,
 ):  # fmt: skip
     """logits [B * H, n, CP] of n tokens against the states cached before them; a program has BS states."""
     bh = tl.program_id(0).to(tl.int64)
-    used, _ = load_place(cached, filled, cached_all, filled_all, bh // H, first, length)
-    u += ((bh // H * total + first) * H + bh % H) * DK
+    used, _ = load_place(memory, cached_all, filled_all, bh // H, first, length)
+    u += ((bh // H * total + first) * H + bh % H) * dims.DK
     state = tl.program_id(1) * BS + tl.arange(0, BS)
-    d = tl.arange(0, PK)
-    inside = (state < used)[:, None] & (d < DK)[None, :]
-    p = tl.load(descriptors + (bh * capacity + state[:, None]) * DK + d[None, :], mask=inside, other=0.0)
+    d = tl.arange(0, dims.PK)
+    inside = (state < used)[:, None] & (d < dims.DK)[None, :]
+    rows = memory.descriptors + (bh * capacity + state[:, None]) * dims.DK
+    p = tl.load(rows + d[None, :], mask=inside, other=0.0)
     for i in range(0, n):
-        x = load_row(u + i * H * DK, DK, PK)
+        x = load_row(u + i * H * dims.DK, dims.DK, dims.PK)
         tl.store(logits + (bh * n + i) * CP + state, tl.sum(p * x[None, :], 1), mask=state < used)
 
 
-@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "top_k"])
-def _read_kernel(
-    q, k, v, u, g, beta, lam, states, descriptors, online, key_sum, last_key, last_value, cached, filled, logits, parts,
-    stats, y, cached_all, filled_all, first, n, total, H, capacity, length, top_k, scale, SPLITS: tl.constexpr,
-    WRITERS: tl.constexpr, READER: tl.constexpr, NT: tl.constexpr, TT: tl.constexpr, CP: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PK: tl.constexpr,
+@triton.jit
+def _read_online(
+    top, size, acc, M, keys, j, slot, place, token, tokens, memory, logits, used, begun, n, H, length, top_k, scale,
+    dims: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to WRITERS - 1 of a head write and read its online state, those from READER on its cached states.
+    """The softmaxes with the read of ``M`` by token j, and by all after it where it is a segment's end state."""
+    for i in range(j, tl.where(place == length, n, j + 1)):
+        read = tl.sum((load_row(tokens.q + i * H * dims.DK, dims.DK, dims.PK) * scale)[:, None] * M, 0)
+        reads = token == i
+        logit = 0.0
+        logit = tl.sum(load_row(tokens.u + i * H * dims.DK, dims.DK, dims.PK) * keys, 0) / place
+        if i > j:
+            score = scores(tokens, memory, logits, i, used, begun, length, H, dims, CP, BS)
+            reads = reads & among_best(score, slot, top_k, CP)
+        new = tl.where(reads, tl.maximum(top, logit), top)
+        keep = tl.exp(top - new)
+        weight = tl.where(reads, tl.exp(logit - new), 0.0)
+        size = size * keep + weight
+        acc = acc * keep[:, None] + weight[:, None] * read[None, :]
+        top = new
+    return top, size, acc
 
-    With SPLITS = 1 its only program is both. Otherwise program p >= READER has tokens of a group of TT, a share of the
-    states and BV value columns, and all leave ``parts`` [B * H, n, SPLITS + 1, DV] and ``stats`` [.., 2].
+
+@triton.jit
+def _write_online(
+    tokens, writes, memory, scratch, bh, row, column, used, begun, n, H, capacity, length, top_k, scale,
+    SPLITS: tl.constexpr, dims: tl.constexpr, blocks: tl.constexpr,
+):  # fmt: skip
+    """The writer: walks through the tokens, writes BO columns of the online state and what it appends, and reads both.
+
+    Returns largest logit, size and weighted reads of the tokens' softmaxes over these.
     """
-    pid = tl.program_id(1)
-    bh = tl.program_id(0).to(tl.int64)
-    b = bh // H
-    used, begun = load_place(cached, filled, cached_all, filled_all, b, first, length)
-    row = (b * total + first) * H + bh % H
-    q += row * DK
-    k += row * DK
-    u += row * DK
-    v += row * DV
-    y += row * DV
-    states += bh * capacity * DK * DV
-    descriptors += bh * capacity * DK
-    key_sum += bh * DK
-    if logits is not None:
-        logits += bh * n * CP
-
-    # Of the softmax so far, by token: largest logit, size, and the weighted reads.
+    NT: tl.constexpr = blocks.NT
+    BO: tl.constexpr = blocks.BO
+    DK: tl.constexpr = dims.DK
+    PK: tl.constexpr = dims.PK
+    DV: tl.constexpr = dims.DV
     top = tl.full([NT], LOW, tl.float32)
     size = tl.zeros([NT], tl.float32)
     acc = tl.zeros([NT, BO], tl.float32)
     token = tl.arange(0, NT)
-    if pid < WRITERS:
-        x = pid * BO + tl.arange(0, BO)
-        d = tl.arange(0, PK)
-        inside = (d < DK)[:, None] & (x < DV)[None, :]
-        tile = d[:, None] * DV + x[None, :]
-        M = tl.load(online + bh * DK * DV + tile, mask=inside, other=0.0)
-        keys = load_row(key_sum, DK, PK)
-        key = load_row(last_key + bh * DK, DK, PK)
-        value = tl.load(last_value + bh * DV + x, mask=x < DV, other=0.0)
-        slot = used
-        place = begun
-        for j in range(0, n):
-            kj = load_row(k + j * H * DK, DK, PK)
-            vj = tl.load(v + j * H * DV + x, mask=x < DV, other=0.0).to(tl.float32)
-            if g is not None:
-                M *= tl.exp(tl.load(g + row + j * H))
-            if beta is not None:
-                M += (tl.load(beta + row + j * H) * key)[:, None] * value[None, :]
-            key = kj
-            value = vj
-            if lam is not None:
-                M += (tl.load(lam + row + j * H) * kj)[:, None] * vj[None, :]
-            else:
-                M += kj[:, None] * vj[None, :]
-            keys += kj
-            place += 1
-            # Token j reads the memory, and all after it do where it is a segment's end state.
-            for i in range(j, tl.where(place == length, n, j + 1)):
-                read = tl.sum((load_row(q + i * H * DK, DK, PK) * scale)[:, None] * M, 0)
-                reads = token == i
-                logit = 0.0
-                logit = tl.sum(load_row(u + i * H * DK, DK, PK) * keys, 0) / place
-                if i > j:
-                    score = _scores(
-                        u, k, descriptors, key_sum, logits, i, used, begun, length, H, CP=CP, BS=BS, DK=DK, PK=PK
-                    )
-                    state = tl.arange(0, CP)
-                    own = tl.max(tl.where(state == slot, score, LOW), 0)
-                    better = (score > own) | ((score == own) & (state < slot))
-                    reads = reads & (tl.sum(better.to(tl.int32), 0) < top_k)
-                new = tl.where(reads, tl.maximum(top, logit), top)
-                keep = tl.exp(top - new)
-                weight = tl.where(reads, tl.exp(logit - new), 0.0)
-                size = size * keep + weight
-                acc = acc * keep[:, None] + weight[:, None] * read[None, :]
-                top = new
-            if place == length:
-                # The host knows that there is room, unless the counts are on the device.
-                room = d < tl.where(slot < capacity, DK, 0)
-                ended = M.to(states.dtype.element_ty)
-                tl.store(states + slot.to(tl.int64) * DK * DV + tile, ended, mask=room[:, None] & (x < DV)[None, :])
-                tl.store(descriptors + slot * DK + d, keys / length, mask=room)
-                slot += 1
-                place = 0
-                keys = tl.zeros_like(keys)
-                M = tl.zeros_like(M)
-                key = tl.zeros_like(key)
-                value = tl.zeros_like(value)
-        # Every thread has read what is overwritten now.
-        tl.debug_barrier()
-        tl.store(online + bh * DK * DV + tile, M, mask=inside)
-        if SPLITS == 1:
-            tl.store(key_sum + d, keys, mask=d < DK)
-            tl.store(last_key + bh * DK + d, key, mask=d < DK)
-            tl.store(last_value + bh * DV + x, value, mask=x < DV)
-        else:
-            part = (bh * n + token) * (SPLITS + 1)
-            tl.store(parts + part[:, None] * DV + x[None, :], acc, mask=(token < n)[:, None] & (x < DV)[None, :])
-            tl.store(stats + part * 2, top, mask=token < n)
-            tl.store(stats + part * 2 + 1, size, mask=token < n)
+    x = column + tl.arange(0, BO)
+    d = tl.arange(0, PK)
+    inside = (d < DK)[:, None] & (x < DV)[None, :]
+    tile = d[:, None] * DV + x[None, :]
+    M = tl.load(memory.online + bh * DK * DV + tile, mask=inside, other=0.0)
+    keys = load_row(memory.key_sum, DK, PK)
+    key = load_row(memory.last_key + bh * DK, DK, PK)
+    value = tl.load(memory.last_value + bh * DV + x, mask=x < DV, other=0.0)
+    slot = used
+    place = begun
+    for j in range(0, n):
+        kj = load_row(tokens.k + j * H * DK, DK, PK)
+        vj = tl.load(tokens.v + j * H * DV + x, mask=x < DV, other=0.0).to(tl.float32)
+        M = write_swla(M, key, value, kj, vj, writes, row + j * H)
+        key = kj
+        value = vj
+        keys += kj
+        place += 1
+        top, size, acc = _read_online(
+            top, size, acc, M, keys, j, slot, place, token, tokens, memory, scratch.logits, used, begun, n, H, length,
+            top_k, scale, dims=dims, CP=blocks.CP, BS=blocks.BS,
+        )  # fmt: skip
+        if place == length:
+            append(memory, M, keys, slot, tile, x, capacity, length, dims)
+            slot += 1
+            place = 0
+            keys = tl.zeros_like(keys)
+            M = tl.zeros_like(M)
+            key = tl.zeros_like(key)
+            value = tl.zeros_like(value)
+    # Every thread has read what is overwritten now.
+    tl.debug_barrier()
+    tl.store(memory.online + bh * DK * DV + tile, M, mask=inside)
+    if SPLITS == 1:
+        tl.store(memory.key_sum + d, keys, mask=d < DK)
+        tl.store(memory.last_key + bh * DK + d, key, mask=d < DK)
+        tl.store(memory.last_value + bh * DV + x, value, mask=x < DV)
+    else:
+        leave(scratch, (bh * n + token) * (SPLITS + 1), top, size, acc, x, token < n, dims)
+    return top, size, acc
 
+
+@triton.jit
+def _add_states(
+    sums, tokens, memory, group, slots, weight, x, i0, some, used, n, H, scale, dims: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``sums`` [TT, BK, BV] with the reads of ``some`` states from ``i0`` on, or of ``slots``, each with its weight."""
+    DK: tl.constexpr = dims.DK
+    DV: tl.constexpr = dims.DV
+    pick = tl.arange(0, BN)
+    steps: tl.constexpr = (DK + BK - 1) // BK
+    for step in tl.range(0, some * steps, num_stages=STAGES):
+        here = pick == step // steps
+        d = step % steps * BK + tl.arange(0, BK)
+        slot = i0 + step // steps
+        slot = tl.sum(tl.where(here, slots, 0), 0)
+        # Nothing of a state that was appended on the way. (A scalar in a mask is too much for an interpreter.)
+        inside = (d < tl.where(slot < used, DK, 0))[:, None] & (x < DV)[None, :]
+        M = tl.load(
+            memory.states + slot.to(tl.int64) * DK * DV + (d[:, None] * DV + x[None, :]), mask=inside, other=0.0
+        ).to(tl.float32)
+        inside = (group < n)[:, None] & (d < DK)[None, :]
+        w = tl.load(tokens.q + group[:, None] * H * DK + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = w * scale * tl.sum(tl.where(here[None, :], weight, 0.0), 1)[:, None]
+        sums += w[:, :, None] * M[None, :, :]
+    return sums
+
+
+@triton.jit
+def _read_cached(
+    tokens, memory, scratch, high, mass, out, begin, split, x, used, begun, n, H, length, top_k, scale,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, TT: tl.constexpr, dims: tl.constexpr, blocks: tl.constexpr,
+):  # fmt: skip
+    """The reader: adds to the softmaxes of the tokens of a group their reads of a split of the states cached before."""
+    BK: tl.constexpr = blocks.BK
+    BV: tl.constexpr = blocks.BV
+    CP: tl.constexpr = blocks.CP
+    group = begin + tl.arange(0, TT)
+    sums = tl.zeros([TT, BK, BV], tl.float32)
+    count = used
+    every = scores(tokens, memory, scratch.logits, begin, used, begun, length, H, dims, CP, blocks.BS)
+    # Logit and, the other way round, index in one number: all differ, and of equal logits the earlier wins.
+    order = (ordered(every.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (CP - 1 - tl.arange(0, CP))
+    count = tl.minimum(top_k, used + (begun + begin) // length)
+    lo = (split * count) // SPLITS
+    hi = ((split + 1) * count) // SPLITS
+    for _ in range(0, lo):
+        order = tl.where(order == tl.max(order, 0), NONE, order)
+    for i0 in range(lo, hi, BN):
+        slots = i0 + tl.arange(0, BN)
+        some = tl.minimum(hi - i0, BN)
+        score = tl.zeros([TT, BN], tl.float32)
+        valid = slots < hi
+        order, slots, score = take_best(order, slots, score, some, CP)
+        # What was appended on the way is the writer's to read.
+        valid = valid & (slots < used)
+        score = tl.where(valid[None, :], score, LOW)
+        high, mass, keep, weight = soften(high, mass, score, valid[None, :])
+        out = out * keep[:, None]
+        sums = _add_states(
+            sums * keep[:, None, None], tokens, memory, group, slots, weight, x, i0, some, used, n, H, scale, dims=dims,
+            BK=BK, STAGES=STAGES,
+        )  # fmt: skip
+    return high, mass, out + tl.sum(sums, 1)
+
+
+@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "top_k"])
+def step_kernel(
+    tokens, writes, memory, scratch, cached_all, filled_all, first, n, total, H, capacity, length, top_k, scale,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, dims: tl.constexpr, blocks: tl.constexpr,
+):  # fmt: skip
+    """The first programs of a head write and read BO columns of its online state each, the others read cached states.
+
+    These have tokens of a group of TT, a split of the states and BV value columns, and all leave ``scratch``. With
+    SPLITS = 1 the only program is both, and leaves y.
+    """
+    NT: tl.constexpr = blocks.NT
+    TT: tl.constexpr = 1
+    BO: tl.constexpr = blocks.BO
+    BV: tl.constexpr = blocks.BV
+    WRITERS: tl.constexpr = (dims.DV + BO - 1) // BO
+    READER: tl.constexpr = 0 if SPLITS == 1 else WRITERS
+    pid = tl.program_id(1)
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    used, begun = load_place(memory, cached_all, filled_all, b, first, length)
+    row = (b * total + first) * H + bh % H
+    tokens = Tokens(
+        tokens.q + row * dims.DK, tokens.k + row * dims.DK, tokens.v + row * dims.DV, tokens.u + row * dims.DK,
+        tokens.y + row * dims.DV,
+    )  # fmt: skip
+    memory = Memory(
+        memory.states + bh * capacity * dims.DK * dims.DV, memory.descriptors + bh * capacity * dims.DK, memory.online,
+        memory.key_sum + bh * dims.DK, memory.last_key, memory.last_value, None, None,
+    )  # fmt: skip
+    if scratch.logits is not None:
+        scratch = Parts(scratch.parts, scratch.stats, scratch.logits + bh * n * blocks.CP)
+    top = tl.full([NT], LOW, tl.float32)
+    size = tl.zeros([NT], tl.float32)
+    acc = tl.zeros([NT, BO], tl.float32)
+    if pid < WRITERS:
+        top, size, acc = _write_online(
+            tokens, writes, memory, scratch, bh, row, pid * BO, used, begun, n, H, capacity, length, top_k, scale,
+            SPLITS=SPLITS, dims=dims, blocks=blocks,
+        )  # fmt: skip
     if pid >= READER:
-        columns: tl.constexpr = (DV + BV - 1) // BV
+        columns: tl.constexpr = (dims.DV + BV - 1) // BV
         job = pid - READER
         x = job % columns * BV + tl.arange(0, BV)
         split = job // columns % SPLITS
-        group = job // columns // SPLITS * TT
-        tokens = group + tl.arange(0, TT)
+        begin = job // columns // SPLITS * TT
         if SPLITS == 1:
             high = top
             mass = size
@@ -223,66 +279,41 @@ def _read_kernel(
             high = tl.full([TT], LOW, tl.float32)
             mass = tl.zeros([TT], tl.float32)
             out = tl.zeros([TT, BV], tl.float32)
-        sums = tl.zeros([TT, BK, BV], tl.float32)
-        pick = tl.arange(0, BN)
-        count = used
-        state = tl.arange(0, CP)
-        every = _scores(
-            u, k, descriptors, key_sum, logits, group, used, begun, length, H, CP=CP, BS=BS, DK=DK, PK=PK
-        )
-        # Logit and, the other way round, index in one number: all differ, and of equal logits the earlier wins.
-        order = (_ordered(every.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (CP - 1 - state)
-        count = tl.minimum(top_k, used + (begun + group) // length)
-        lo = (split * count) // SPLITS
-        hi = ((split + 1) * count) // SPLITS
-        for _ in range(0, lo):
-            order = tl.where(order == tl.max(order, 0), -(1 << 63), order)
-        for i0 in range(lo, hi, BN):
-            slots = i0 + pick
-            some = tl.minimum(hi - i0, BN)
-            score = tl.zeros([TT, BN], tl.float32)
-            valid = slots < hi
-            for i in range(0, some):
-                best = tl.max(order, 0)
-                order = tl.where(order == best, -(1 << 63), order)
-                slots = tl.where(pick == i, CP - 1 - (best & 0xFFFFFFFF).to(tl.int32), slots)
-                logit = _ordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-                score = tl.where((pick == i)[None, :], logit, score)
-            # What was appended on the way is the writer's to read.
-            valid = valid & (slots < used)
-            score = tl.where(valid[None, :], score, LOW)
-            new = tl.maximum(high, tl.max(score, 1))
-            keep = tl.exp(high - new)
-            weight = tl.where(valid[None, :], tl.exp(score - new[:, None]), 0.0)
-            mass = mass * keep + tl.sum(weight, 1)
-            out = out * keep[:, None]
-            sums = sums * keep[:, None, None]
-            high = new
-            blocks: tl.constexpr = (DK + BK - 1) // BK
-            for step in tl.range(0, some * blocks, num_stages=STAGES):
-                here = pick == step // blocks
-                d = step % blocks * BK + tl.arange(0, BK)
-                slot = i0 + step // blocks
-                slot = tl.sum(tl.where(here, slots, 0), 0)
-                # Of a state that was appended on the way, nothing. (A scalar in a mask is too much for an interpreter.)
-                inside = (d < tl.where(slot < used, DK, 0))[:, None] & (x < DV)[None, :]
-                M = tl.load(
-                    states + slot.to(tl.int64) * DK * DV + (d[:, None] * DV + x[None, :]), mask=inside, other=0.0
-                ).to(tl.float32)
-                inside = (tokens < n)[:, None] & (d < DK)[None, :]
-                w = tl.load(q + tokens[:, None] * H * DK + d[None, :], mask=inside, other=0.0).to(tl.float32)
-                w = w * scale * tl.sum(tl.where(here[None, :], weight, 0.0), 1)[:, None]
-                sums += w[:, :, None] * M[None, :, :]
-        out += tl.sum(sums, 1)
-        inside = (tokens < n)[:, None] & (x < DV)[None, :]
+        high, mass, out = _read_cached(
+            tokens, memory, scratch, high, mass, out, begin, split, x, used, begun, n, H, length, top_k, scale,
+            SPLITS=SPLITS, STAGES=STAGES, TT=TT, dims=dims, blocks=blocks,
+        )  # fmt: skip
+        group = begin + tl.arange(0, TT)
         if SPLITS > 1:
-            part = (bh * n + tokens) * (SPLITS + 1) + 1 + split
-            tl.store(parts + part[:, None] * DV + x[None, :], out, mask=inside)
-            tl.store(stats + part * 2, high, mask=tokens < n)
-            tl.store(stats + part * 2 + 1, mass, mask=tokens < n)
+            leave(scratch, (bh * n + group) * (SPLITS + 1) + 1 + split, high, mass, out, x, group < n, dims)
         else:
             out = out / mass[:, None]
-            tl.store(y + tokens[:, None] * H * DV + x[None, :], out.to(y.dtype.element_ty), mask=inside)
+            inside = (group < n)[:, None] & (x < dims.DV)[None, :]
+            place = tokens.y + group[:, None] * H * dims.DV + x[None, :]
+            tl.store(place, out.to(tokens.y.dtype.element_ty), mask=inside)
+
+
+def _logits(
+    u: torch.Tensor,
+    memory: Memory,
+    cached_all: int,
+    filled_all: int,
+    first: int,
+    n: int,
+    length: int,
+    CP: int,
+    dims: Dims,
+) -> torch.Tensor:
+    """logits ``[B*H, n, CP]`` of tokens first to first + n against the states cached before them."""
+    B, total, H, _ = u.shape
+    capacity = memory.descriptors.shape[2]
+    logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=u.device)
+    memory = memory._replace(states=None, online=None, key_sum=None, last_key=None, last_value=None)
+    logits_kernel[(B * H, triton.cdiv(capacity, 16))](
+        u=u, memory=memory, logits=logits, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total,
+        H=H, capacity=capacity, length=length, CP=CP, BS=16, dims=dims, num_warps=4,
+    )  # fmt: skip
+    return logits
 
 
 def decode_step(
@@ -293,14 +324,7 @@ def decode_step(
     g: torch.Tensor | None,
     beta: torch.Tensor | None,
     lam: torch.Tensor | None,
-    states: torch.Tensor,
-    descriptors: torch.Tensor,
-    online: torch.Tensor,
-    key_sum: torch.Tensor,
-    last_key: torch.Tensor,
-    last_value: torch.Tensor,
-    cached: torch.Tensor | None,
-    filled: torch.Tensor | None,
+    memory: Memory,
     y: torch.Tensor,
     cached_all: int,
     filled_all: int,
@@ -309,65 +333,44 @@ def decode_step(
     length: int,
     top_k: int,
     scale: float,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> Parts:
     """Tokens first to first + n of all T over a memory, which is written in place, and their y or the parts of it.
 
     Args:
         q, k, u [B, T, H, DK], v, y [B, T, H, DV], of one dtype; g, beta, lam [B, T, H] float32 or None for
             0, 0 and 1.
-        states: of the memory, float32, bfloat16 or float16 [B, H, capacity, DK, DV].
-        descriptors, online, key_sum, last_key, last_value: of the memory, float32:
-            [B, H, capacity, DK], [B, H, DK, DV], [B, H, DK], [B, H, DK], [B, H, DV].
-        cached, filled: int32 [B], states and tokens of the segment under way; None where they are ``cached_all`` and
-            ``filled_all`` for every sequence.
+        memory: its states float32, bfloat16 or float16; without cached and filled, which are ``cached_all`` and
+            ``filled_all`` for every sequence, or with both.
         length: C.
         BK, BV: rows (of one token; fewer of several) and columns of a cached state's tile; BO: columns of the online
             state that a program has.
         NEAR: up to this capacity every ssc program computes all logits itself; above, a kernel does it before.
 
     Returns:
-        With SPLITS > 1, what :mod:`decode_combine` makes y of, float32: reads [B * H, n, SPLITS + 1, DV] and, of each,
-        largest logit and size of the softmax [B * H, n, SPLITS + 1, 2]; it also writes key_sum, last_key and
-        last_value. Else None: y and the memory are written.
+        With SPLITS > 1, what :mod:`decode_combine` makes y of; it also writes key_sum, last_key and last_value. Else
+        nothing: y and the memory are written.
     """
-    B, total, H, _ = q.shape
-    capacity = descriptors.shape[2]
-    CP = max(16, triton.next_power_of_2(capacity))
-    NT = triton.next_power_of_2(n)
+    (B, total, H, _), capacity, dims = q.shape, memory.descriptors.shape[2], Dims(DK, DV, PK, PV, SK, SV)
+    CP, NT = max(16, triton.next_power_of_2(capacity)), triton.next_power_of_2(n)
     TT = NT
-    logits = None
     # So much of descriptors is in registers at a time.
     BS = max(16, min(PK, 1024 // (NT * 16)))
+    parts = stats = logits = None
     TT = 1
     BS = max(4, min(PK, 4096 // CP))
     if capacity > NEAR:
-        logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=q.device)
-        _logits_kernel[(B * H, triton.cdiv(capacity, 16))](
-            u=u, descriptors=descriptors, cached=cached, filled=filled, logits=logits, cached_all=cached_all,
-            filled_all=filled_all, first=first, n=n, total=total, H=H, capacity=capacity, length=length,
-            CP=CP, BS=16, DK=DK, PK=PK, num_warps=4,
-        )  # fmt: skip
-    parts = None
-    stats = None
-    writers = 1
-    reader = 0
-    programs = 1
-    bv = PV
-    bo = PV
+        logits = _logits(u, memory, cached_all, filled_all, first, n, length, CP, dims)
+    programs, bv, bo = 1, PV, PV
     if SPLITS > 1:
-        bv = min(BV, PV)
-        bo = min(BO, PV)
+        bv, bo = min(BV, PV), min(BO, PV)
         parts = torch.empty(B * H * n, SPLITS + 1, DV, dtype=torch.float32, device=q.device)
         stats = torch.empty(B * H * n, SPLITS + 1, 2, dtype=torch.float32, device=q.device)
-        writers = triton.cdiv(DV, bo)
-        reader = writers
-        programs = writers + triton.cdiv(DV, bv) * SPLITS * triton.cdiv(n, TT)
-    _read_kernel[(B * H, programs)](
-        q=q, k=k, v=v, u=u, g=g, beta=beta, lam=lam, states=states, descriptors=descriptors, online=online,
-        key_sum=key_sum, last_key=last_key, last_value=last_value, cached=cached, filled=filled, logits=logits,
-        parts=parts, stats=stats, y=y, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total, H=H,
-        capacity=capacity, length=length, top_k=top_k, scale=scale, SPLITS=SPLITS, WRITERS=writers, READER=reader,
-        NT=NT, TT=TT, CP=CP, BK=max(1, min(BK, PK) // TT), BV=bv, BO=bo, BS=BS, STAGES=STAGES, DK=DK, DV=DV, PK=PK,
-        num_warps=num_warps,
+        programs = triton.cdiv(DV, bo) + triton.cdiv(DV, bv) * SPLITS * triton.cdiv(n, TT)
+    scratch = Parts(parts, stats, logits)
+    step_kernel[(B * H, programs)](
+        tokens=Tokens(q, k, v, u, y), writes=Writes(g, beta, lam), memory=memory, scratch=scratch,
+        cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total, H=H, capacity=capacity,
+        length=length, top_k=top_k, scale=scale, SPLITS=SPLITS, STAGES=STAGES, dims=dims,
+        blocks=Blocks(NT, CP, max(1, min(BK, PK) // TT), bv, bo, BS), num_warps=num_warps,
     )  # fmt: skip
-    return parts, stats
+    return scratch

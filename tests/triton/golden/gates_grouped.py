@@ -14,11 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows
+from .common import Dims, Gates, Keys, Spans, Tables, earlier_logits, load_rows, load_tile, mean_logits
 
 DK = 128
 PK = 128
 SK = 128
+DV = 128
+PV = 128
+SV = 128
 BN = 16
 BT = 64
 num_stages = 2
@@ -53,104 +56,89 @@ def _drop(here, values: tl.tuple, numbers: tl.tuple):
     return best, which
 
 
-@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
-def gates_kernel(
-    u,
-    k,
-    means,
-    sums,
-    begin,
-    end,
-    segment,
-    seg_begin,
-    seg_first,
-    seg_piece,
-    tiles,
-    logits,
-    lse,
-    own,
-    chosen,
-    picked,
-    top_k,
-    T,
-    H,
-    N,
-    P,
-    DK: tl.constexpr,
-    PK: tl.constexpr,
-    SK: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    KP: tl.constexpr,
+@triton.jit
+def _online_logit(
+    u_t, k, keys, tile, spans, bh, H, P, dims: tl.constexpr, BT: tl.constexpr
 ):
-    """One program: BT tokens of a head."""
-    tile = tiles + tl.program_id(0) * 2
-    bh = tl.program_id(1).to(tl.int64)
-    piece = tl.load(tile)
-    t0 = tl.load(tile + 1)
-    start = tl.load(begin + piece)
-    stop = tl.minimum(t0 + BT, tl.load(end + piece))
-    s = tl.load(segment + piece)
-    first = tl.load(seg_first + s)
-    head = bh // H * T * H + bh % H
-    u += head * DK
-    k += head * DK
-    means += bh * N * SK
-    t = t0 + tl.arange(0, BT)
-    valid = t < stop
-    u_t = load_rows(u, t0, stop, H * DK, 0, DK, BT, PK)
-
-    # The online segment: <u_t, k_j> over its tokens up to t.
-    total = tl.zeros([BT], tl.float32)
-    if sums is not None:
-        cols = tl.arange(0, PK)
-        earlier = tl.zeros([PK], tl.float32)
-        for p in range(tl.load(seg_piece + s), piece):
-            earlier += tl.load(sums + (bh * P + p) * SK + cols, mask=cols < SK, other=0.0)
-        total += tl.sum(u_t.to(tl.float32) * earlier[None, :], 1)
-    for j0 in range(start, stop, BT):
+    """[BT]: <u_t, p_s> with the mean of the online segment's keys up to t."""
+    t = tile.first + tl.arange(0, BT)
+    total = earlier_logits(u_t, keys, tile, spans, bh, P, dims)
+    for j0 in range(tile.start, tile.stop, BT):
         j = j0 + tl.arange(0, BT)
-        k_j = load_rows(k, j0, stop, H * DK, 0, DK, BT, PK)
+        k_j = load_rows(k, j0, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
         scores = tl.dot(u_t, tl.trans(k_j), input_precision="ieee")
         total += tl.sum(tl.where(t[:, None] >= j[None, :], scores, 0.0), 1)
-    logit_s = total / (t - tl.load(seg_begin + s) + 1).to(tl.float32)
+    return total / (t - tl.load(spans.seg_begin + tile.segment) + 1).to(tl.float32)
 
-    top = logit_s
-    size = tl.full([BT], 1.0, tl.float32)
-    # Every place of a tile keeps its own best, so that they are compared across places once, in the end.
+
+@triton.jit
+def _lists(BT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr):
+    """Empty lists for every place of a tile: each keeps its own best, so that places are compared once, in the end."""
     values = ()
     numbers = ()
     for _ in tl.static_range(KP):
         values = values + (tl.full([BT, BN], float("-inf"), tl.float32),)
         numbers = numbers + (tl.zeros([BT, BN], tl.int32),)
-    for i0 in range(first, s, BN):
-        i = i0 + tl.arange(0, BN)
-        mean = load_rows(means, i0, s, SK, 0, SK, BN, PK)
-        high = mean.to(u_t.dtype)
-        low = (mean - high.to(tl.float32)).to(u_t.dtype)
-        score = tl.dot(u_t, tl.trans(high), tl.dot(u_t, tl.trans(low)))
-        if logits is not None:
-            place = (bh * N + i)[None, :] * T + t[:, None]
-            tl.store(logits + place, score, mask=(i < s)[None, :] & valid[:, None])
-        score = tl.where((i < s)[None, :], score, float("-inf"))
-        values, numbers = _sift(score, i[None, :] + tl.zeros([BT, BN], tl.int32), values, numbers)
-    top = tl.maximum(top, tl.max(values[0], 1))
+    return values, numbers
+
+
+@triton.jit
+def _choose(logit_s, values: tl.tuple, numbers: tl.tuple, made, line, valid, top_k, N):
+    """Largest logit and size of the softmax over the online segment and the best top_k; logit and number of their last.
+
+    ``line``: the tokens' places in ``[B*H, T]``.
+    """
+    top = tl.maximum(logit_s, tl.max(values[0], 1))
     size = tl.exp(logit_s - top)
-    least = tl.full([BT], float("-inf"), tl.float32)
-    latest = tl.zeros([BT], tl.int32)
+    least = tl.full(logit_s.shape, float("-inf"), tl.float32)
+    latest = tl.zeros(logit_s.shape, tl.int32)
     for r in range(0, top_k):
         least = tl.max(values[0], 1)
         latest = tl.min(tl.where(values[0] == least[:, None], numbers[0], 1 << 30), 1)
         taken = least > float("-inf")
         size += tl.where(taken, tl.exp(least - top), 0.0)
-        place = (bh * T + t) * top_k + r
-        tl.store(chosen + place, tl.where(taken, latest, N), mask=valid)
-        tl.store(picked + place, least, mask=valid)
+        place = line * top_k + r
+        tl.store(made.chosen + place, tl.where(taken, latest, N), mask=valid)
+        tl.store(made.picked + place, least, mask=valid)
         values, numbers = _drop(numbers[0] == latest[:, None], values, numbers)
-    tl.store(lse + bh * T + t, top + tl.log(size), mask=valid)
-    if logits is not None:
-        tl.store(logits + (bh * N + s) * T + t, logit_s, mask=valid)
-    tl.store(own + bh * T + t, logit_s, mask=valid)
+    return top, size, least, latest
+
+
+@triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
+def gates_kernel(
+    u, k, keys, spans, tiles, made, top_k, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """One program: BT tokens of a head."""
+    bh = tl.program_id(1).to(tl.int64)
+    tile = load_tile(tiles + tl.program_id(0) * 2, spans, BT)
+    s = tile.segment
+    head = bh // H * T * H + bh % H
+    means = keys.means + bh * N * dims.SK
+    t = tile.first + tl.arange(0, BT)
+    valid = t < tile.stop
+    u_t = load_rows(u + head * dims.DK, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
+    logit_s = _online_logit(
+        u_t, k + head * dims.DK, keys, tile, spans, bh, H, P, dims=dims, BT=BT
+    )
+    top = logit_s
+    size = tl.full([BT], 1.0, tl.float32)
+    values, numbers = _lists(BT=BT, BN=BN, KP=KP)
+    for i0 in range(tile.oldest, s, BN):
+        i = i0 + tl.arange(0, BN)
+        score = mean_logits(u_t, means, i0, s, dims, BN, "ieee")
+        if made.logits is not None:
+            place = (bh * N + i)[None, :] * T + t[:, None]
+            tl.store(made.logits + place, score, mask=(i < s)[None, :] & valid[:, None])
+        score = tl.where((i < s)[None, :], score, float("-inf"))
+        values, numbers = _sift(score, i[None, :] + tl.zeros([BT, BN], tl.int32), values, numbers)
+    top, size, least, latest = _choose(
+        logit_s, values, numbers, made, bh * T + t, valid, top_k, N
+    )
+    tl.store(made.lse + bh * T + t, top + tl.log(size), mask=valid)
+    if made.logits is not None:
+        tl.store(made.logits + (bh * N + s) * T + t, logit_s, mask=valid)
+    tl.store(made.own + bh * T + t, logit_s, mask=valid)
 
 
 def gates(
@@ -158,15 +146,10 @@ def gates(
     k: torch.Tensor,
     means: torch.Tensor,
     sums: torch.Tensor | None,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    seg_begin: torch.Tensor,
-    seg_first: torch.Tensor,
-    seg_piece: torch.Tensor,
+    tables: Tables,
     tiles: torch.Tensor,
     top_k: int,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> Gates:
     """logits ``[B*H, N, T]``, lse ``[B*H, T]``; with FORMULATION "grouped" own, chosen and picked instead of logits.
 
     Args:
@@ -180,17 +163,19 @@ def gates(
         int32, the cached segments of a token, N where there are fewer; picked: their logits.
     """
     B, T, H, _ = u.shape
-    N, P = seg_first.shape[0], begin.shape[0]
-    logits = own = chosen = picked = None
+    N, P = tables.seg_first.shape[0], tables.begin.shape[0]
+    lse = u.new_empty((B * H, T), dtype=torch.float32)
     own = u.new_empty((B * H, T), dtype=torch.float32)
     chosen = u.new_empty((B * H, T, top_k), dtype=torch.int32)
-    picked = u.new_empty((B * H, T, top_k), dtype=torch.float32)
-    lse = u.new_empty((B * H, T), dtype=torch.float32)
+    made = Gates(None, lse, own, chosen, u.new_empty((B * H, T, top_k), dtype=torch.float32))
+    spans = Spans(
+        tables.begin, tables.end, tables.segment, seg_begin=tables.seg_begin, seg_first=tables.seg_first,
+        seg_piece=tables.seg_piece,
+    )  # fmt: skip
     # KP: a place of a tile sees every BN-th segment, and has no more best ones; 4 fit all calls with few.
     gates_kernel[(tiles.shape[0], B * H)](
-        u=u, k=k, means=means, sums=sums, begin=begin, end=end, segment=segment, seg_begin=seg_begin,
-        seg_first=seg_first, seg_piece=seg_piece, tiles=tiles, logits=logits, lse=lse, own=own, chosen=chosen,
-        picked=picked, top_k=top_k, T=T, H=H, N=N, P=P, DK=DK, PK=PK, SK=SK, BT=BT, BN=BN,
+        u=u, k=k, keys=Keys(means, sums), spans=spans, tiles=tiles, made=made, top_k=top_k, T=T, H=H, N=N, P=P,
+        dims=Dims(DK, DV, PK, PV, SK, SV), BT=BT, BN=BN,
         KP=triton.next_power_of_2(min(top_k, max(triton.cdiv(N, BN), 4))), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return logits, lse, own, chosen, picked
+    return made

@@ -19,7 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import block_and_head, load_rows, load_state
+from .common import (
+    Decays,
+    Dims,
+    Gates,
+    Rows,
+    Spans,
+    States,
+    Tables,
+    block_and_head,
+    load_rows,
+    load_state,
+    load_tile,
+)
 
 DK = 48
 PK = 64
@@ -34,76 +46,74 @@ num_stages = 3
 num_warps = 8
 
 
-@triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
-def read_forward_kernel(
-    q,
-    k,
-    v,
-    states,
-    past,
-    begin,
-    end,
-    segment,
-    entering,
-    seg_first,
-    tiles,
-    y,
-    scale,
-    together,
-    T,
-    H,
-    N,
-    P,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    PK: tl.constexpr,
-    SK: tl.constexpr,
-    SV: tl.constexpr,
-    BT: tl.constexpr,
-    BJ: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """One program: BT tokens, BV value columns, one head."""
-    BLOCKS: tl.constexpr = (DV + BV - 1) // BV
-    block, bh = block_and_head(together)
-    column = block % BLOCKS * BV
-    tile = tiles + block // BLOCKS * 2
-    piece = tl.load(tile)
-    t0 = tl.load(tile + 1)
-    start = tl.load(begin + piece)
-    stop = tl.minimum(t0 + BT, tl.load(end + piece))
-    s = tl.load(segment + piece)
-    first = tl.load(seg_first + s)
-    enters = tl.load(entering + piece)
+@triton.jit
+def _rows_of(rows, bh, T, H, dims: tl.constexpr):
+    """The rows of one head, which are H rows apart."""
     head = bh // H * T * H + bh % H
-    q += head * DK
-    k += head * DK
-    v += head * DV
-    t = t0 + tl.arange(0, BT)
-    valid = t < stop
-    q_t = load_rows(q, t0, stop, H * DK, 0, DK, BT, PK)
+    return Rows(rows.q + head * dims.DK, rows.k + head * dims.DK, rows.v + head * dims.DV)
 
-    # The online memory: first what the piece has written, up to t.
+
+@triton.jit
+def _state(states, place, column, dims: tl.constexpr, BV: tl.constexpr):
+    """BV value columns of the state at ``place``."""
+    return load_state(states + place * (dims.SK * dims.SV), 0, column, dims.SK, dims.SV, dims.PK, BV)
+
+
+@triton.jit
+def _online(
+    q_t, rows, states, tile, enters, bh, column, H, P, dims: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """The read of the online memory by a tile of tokens: of what its piece has written up to each, and what entered it.
+
+    With fused gates also ``total``, to which <u_t, k_j> of the same tokens j is added.
+    """
+    t = tile.first + tl.arange(0, BT)
     acc = tl.zeros([BT, BV], tl.float32)
-    for j0 in range(start, stop, BJ):
+    for j0 in range(tile.start, tile.stop, BJ):
         j = j0 + tl.arange(0, BJ)
-        k_j = tl.trans(load_rows(k, j0, stop, H * DK, 0, DK, BJ, PK))
-        v_j = load_rows(v, j0, stop, H * DV, column, DV, BJ, BV)
+        k_j = tl.trans(load_rows(rows.k, j0, tile.stop, H * dims.DK, 0, dims.DK, BJ, dims.PK))
+        v_j = load_rows(rows.v, j0, tile.stop, H * dims.DV, column, dims.DV, BJ, BV)
         scores = tl.dot(q_t, k_j, input_precision="ieee")
         scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision="ieee")
     if enters >= 0:
-        state = load_state(states + (bh * P + enters) * (SK * SV), 0, column, SK, SV, PK, BV)
+        state = _state(states, bh * P + enters, column, dims, BV)
         entered = tl.dot(q_t, state, input_precision="ieee")
         acc += entered
+    return acc
 
-    if s > first:
-        state = load_state(past + (bh * N + s) * (SK * SV), 0, column, SK, SV, PK, BV)
-        acc = tl.dot(q_t, state, acc, input_precision="ieee")
-    acc *= 1.0 / (s - first + 1)
+
+@triton.jit
+def _store(y, acc, tile, bh, column, T, H, dims: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr):
+    t = tile.first + tl.arange(0, BT)
     cols = column + tl.arange(0, BV)
-    out = y + head * DV + t.to(tl.int64)[:, None] * (H * DV) + cols[None, :]
-    tl.store(out, (acc * scale).to(y.dtype.element_ty), mask=valid[:, None] & (cols < DV)[None, :])
+    head = bh // H * T * H + bh % H
+    out = y + head * dims.DV + t.to(tl.int64)[:, None] * (H * dims.DV) + cols[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(t < tile.stop)[:, None] & (cols < dims.DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
+def read_summed_kernel(
+    rows, states, past, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
+    BJ: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One program: BT tokens, BV value columns, one head. Gates are equal: cached states are read as one sum."""
+    BLOCKS: tl.constexpr = (dims.DV + BV - 1) // BV
+    block, bh = block_and_head(together)
+    column = block % BLOCKS * BV
+    tile = load_tile(tiles + block // BLOCKS * 2, spans, BT)
+    enters = tl.load(spans.entering + tile.piece)
+    rows = _rows_of(rows, bh, T, H, dims)
+    q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
+    acc = _online(
+        q_t, rows, states, tile, enters, bh, column, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
+    )  # fmt: skip
+    if tile.segment > tile.oldest:
+        state = _state(past, bh * N + tile.segment, column, dims, BV)
+        acc = tl.dot(q_t, state, acc, input_precision="ieee")
+    acc *= 1.0 / (tile.segment - tile.oldest + 1)
+    _store(y, acc * scale, tile, bh, column, T, H, dims, BT, BV)
 
 
 def read_forward(
@@ -111,27 +121,11 @@ def read_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     u: torch.Tensor,
-    states: torch.Tensor,
-    past: torch.Tensor | None,
-    means: torch.Tensor,
-    sums: torch.Tensor | None,
-    logits: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    own: torch.Tensor | None,
-    picked: torch.Tensor | None,
+    states: States,
+    gates: Gates | None,
     partial: torch.Tensor | None,
-    cum: torch.Tensor | None,
-    now: torch.Tensor | None,
-    after: torch.Tensor | None,
-    before: torch.Tensor | None,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    entering: torch.Tensor,
-    seg_begin: torch.Tensor,
-    seg_first: torch.Tensor,
-    seg_piece: torch.Tensor,
-    seg_last: torch.Tensor | None,
+    decays: Decays | None,
+    tables: Tables,
     tiles: torch.Tensor,
     y: torch.Tensor,
     scale: float,
@@ -145,20 +139,23 @@ def read_forward(
 
     Args:
         q, k, u [B, T, H, DK], v [B, T, H, DV]: of one dtype; u only with fused gates.
-        states [B*H, P, SK, SV]: end states of the pieces, as operands of products.
-        past, means, sums: of :mod:`segment_states`; logits, lse, own, picked: of :mod:`gates`.
+        states, decays: of :mod:`segment_states`; decays None for linear.
+        gates: of :mod:`gates`; None where they are fused or not learned.
         partial [heads, span, top_k, DV]: of :mod:`grouped_read`, gates times reads without ``scale``.
-        seg_last: None where every segment is one piece.
         tiles: of BT tokens, of those that this launch is about.
         first_head, heads, first_token, span: which those are.
     """
-    _, T, H, _ = q.shape
-    bv = min(BV, PV)
-    together = math.gcd(heads, 8)
-    read_forward_kernel[(triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)](
-        q=q, k=k, v=v, states=states, past=past, begin=begin, end=end, segment=segment, entering=entering,
-        seg_first=seg_first, tiles=tiles, y=y, scale=scale, together=together, T=T, H=H, N=seg_first.shape[0],
-        P=begin.shape[0], DK=DK, DV=DV, PK=PK, SK=SK, SV=SV, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
+    T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
+    bv, together = min(BV, PV), math.gcd(heads, 8)
+    grid = (triton.cdiv(DV, bv) * tiles.shape[0] * together, heads // together)
+    rows, dims = Rows(q, k, v), Dims(DK, DV, PK, PV, SK, SV)
+    spans = Spans(
+        tables.begin, tables.end, tables.segment, tables.entering, seg_first=tables.seg_first,
+        seg_last=tables.seg_last if P > N else None,
+    )  # fmt: skip
+    read_summed_kernel[grid](
+        rows=rows, states=states.operand, past=states.past, spans=spans, tiles=tiles, y=y, scale=scale,
+        together=together, T=T, H=H, N=N, P=P, dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .common import Gates, States, Tables
+
 num_stages = 2
 
 # Triton 3.9 calls it async_load.
@@ -246,15 +248,9 @@ def read_specialized(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    states: torch.Tensor,
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-    begin: torch.Tensor,
-    end: torch.Tensor,
-    segment: torch.Tensor,
-    entering: torch.Tensor,
-    seg_first: torch.Tensor,
-    seg_last: torch.Tensor | None,
+    states: States,
+    gates: Gates,
+    tables: Tables,
     tiles: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
@@ -263,17 +259,17 @@ def read_specialized(
     Args:
         q, k, v [B, T, H, 128]: of one dtype of 16 bits. Values of the 127 tokens after a piece are multiplied by 0, so
             that they must be finite.
-        states [B*H, P, 128, 128]: end states of the pieces, in q's dtype.
-        logits, lse: of :mod:`gates`.
-        seg_last: None where every segment is one piece.
+        states: of :mod:`segment_states`, the operands of which are read; gates: of :mod:`gates`.
         tiles: of 256 tokens.
     """
     B, T, H, _ = q.shape
+    N, P = tables.seg_first.shape[0], tables.begin.shape[0]
     y = torch.empty_like(v)
     read_specialized_kernel[(tiles.shape[0], B * H)](
         q=_descriptor(q.flatten(2).flatten(0, 1), 64), k=_descriptor(k.flatten(2).flatten(0, 1), 128),
-        v=_descriptor(v.flatten(2).flatten(0, 1), 128), states=_descriptor(states.flatten(0, 2), 128), logits=logits,
-        lse=lse, begin=begin, end=end, segment=segment, entering=entering, seg_first=seg_first, seg_last=seg_last,
-        tiles=tiles, y=y, scale=scale, T=T, H=H, N=seg_first.shape[0], P=begin.shape[0], STAGES=num_stages, num_warps=4,
+        v=_descriptor(v.flatten(2).flatten(0, 1), 128), states=_descriptor(states.operand.flatten(0, 2), 128),
+        logits=gates.logits, lse=gates.lse, begin=tables.begin, end=tables.end, segment=tables.segment,
+        entering=tables.entering, seg_first=tables.seg_first, seg_last=tables.seg_last if P > N else None, tiles=tiles,
+        y=y, scale=scale, T=T, H=H, N=N, P=P, STAGES=num_stages, num_warps=4,
     )  # fmt: skip
     return y
