@@ -11,17 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 
 
-class Dims(NamedTuple):
-    """Of keys and values: DK, DV in rows; PK, PV in blocks that hold a whole row; SK, SV in states in memory."""
-
-    DK: int
-    DV: int
-    PK: int
-    PV: int
-    SK: int
-    SV: int
-
-
 class Rows(NamedTuple):
     """q, k, u ``[B, T, H, DK]`` and v, dy ``[B, T, H, DV]``, of one dtype."""
 
@@ -30,15 +19,6 @@ class Rows(NamedTuple):
     v: torch.Tensor | None = None
     u: torch.Tensor | None = None
     dy: torch.Tensor | None = None
-
-
-class Decays(NamedTuple):
-    """Of SWLA's writes, of :mod:`segment_states`, float32: cum, now and after ``[B*H, T]``, before ``[B*H, P]``."""
-
-    cum: torch.Tensor | None = None
-    now: torch.Tensor | None = None
-    after: torch.Tensor | None = None
-    before: torch.Tensor | None = None
 
 
 class Gates(NamedTuple):

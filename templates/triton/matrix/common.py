@@ -117,39 +117,6 @@ class Decays(NamedTuple):
     before: torch.Tensor | None = None
 
 
-class Pieces(NamedTuple):
-    """int32: end, segment and entering ``[P]`` of pieces, seg_first and seg_last ``[N]`` of segments."""
-
-    end: torch.Tensor
-    segment: torch.Tensor
-    entering: torch.Tensor
-    seg_first: torch.Tensor
-    seg_last: torch.Tensor
-
-
-class Pulls(NamedTuple):
-    """At the keys, through the mean keys, float32; of :mod:`gates_backward`, None where gates are not learned."""
-
-    dmeans: torch.Tensor | None
-    pull: torch.Tensor | None
-    pulls: torch.Tensor | None
-
-
-class Leads(NamedTuple):
-    """Gradients of the row before a piece, float32; of :mod:`state_backward`, None where no piece is entered."""
-
-    dk_lead: torch.Tensor | None
-    dv_lead: torch.Tensor | None
-
-
-class Sums(NamedTuple):
-    """``[B*H, T]`` float32, for the gradients of SWLA's gates: D of t = j, D of later t, and E; None for linear."""
-
-    diagonal: torch.Tensor | None
-    tail: torch.Tensor | None
-    ending: torch.Tensor | None
-
-
 @triton.jit
 def load_rows(x, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """``[ROWS, COLS]``: rows from ``first``, ``stride`` apart, columns from ``column``; 0 beyond ``end`` and WIDTH."""

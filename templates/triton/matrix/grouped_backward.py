@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Dims, Gates, Tables, last_pieces
-from .common import load_state
+from .backward_common import Gates, Tables, last_pieces
+from .common import Dims, load_state
 
 
 @triton.jit(do_not_specialize=["heads", "top_k", "T", "H", "N", "P"])

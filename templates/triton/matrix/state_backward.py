@@ -13,17 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import (
-    Decays,
-    Dims,
-    Pieces,
-    Rows,
-    Segments,
-    StateGradients,
-    Tables,
-    last_pieces,
-)
-from .common import load_rows, load_state
+from .backward_common import Pieces, Rows, Segments, StateGradients, Tables, last_pieces
+from .common import Decays, Dims, load_rows, load_state
 
 
 @triton.jit(do_not_specialize=["heads", "T", "H", "N", "P"])

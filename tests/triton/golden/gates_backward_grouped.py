@@ -15,17 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import (
-    Dims,
-    GateGradients,
-    Gates,
-    Keys,
-    Pieces,
-    ReadGradients,
-    Segments,
-    Tables,
-)
-from .common import load_rows
+from .backward_common import GateGradients, Gates, Keys, Pieces, ReadGradients, Segments, Tables
+from .common import Dims, load_rows
 
 DK = 128
 PK = 128

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import Decays, Dims, Gates, Pieces, ReadGradients, Rows, Segments, Tables, last_pieces
-from .common import block_and_head, load_rows, load_state
+from .backward_common import Gates, Pieces, ReadGradients, Rows, Segments, Tables, last_pieces
+from .common import Decays, Dims, block_and_head, decay_scores, load_rows, load_state
 
 DK = 128
 PK = 128
@@ -47,16 +47,6 @@ class Reads(NamedTuple):
     states: torch.Tensor | None
     past: torch.Tensor | None
     partial: torch.Tensor | None
-
-
-@triton.jit
-def decay_scores(scores, t, j, cum_t, now_t, cum, after, stop):
-    """SWLA: ``scores`` of tokens t and j, each times what j weighs in the memory at t; cum and after: of the head."""
-    cum_next = tl.load(cum + j + 1, mask=j + 1 < stop, other=0.0)
-    after_j = tl.load(after + j, mask=j + 1 < stop, other=0.0)
-    decayed = after_j[None, :] * tl.exp(tl.minimum(cum_t[:, None] - cum_next[None, :], 0.0))
-    weights = tl.where(t[:, None] > j[None, :], decayed, 0.0)
-    return scores * tl.where(t[:, None] == j[None, :], now_t[:, None], weights)
 
 
 @triton.jit

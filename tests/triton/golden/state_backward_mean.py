@@ -13,15 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import (
-    Decays,
-    Dims,
-    Pieces,
-    Segments,
-    StateGradients,
-    Tables,
-)
-from .common import load_rows
+from .backward_common import Pieces, Segments, StateGradients, Tables
+from .common import Decays, Dims, load_rows
 
 DK = 48
 PK = 64

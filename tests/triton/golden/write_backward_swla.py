@@ -16,18 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .backward_common import (
-    Decays,
-    Dims,
-    GateGradients,
-    Pieces,
-    Rows,
-    Segments,
-    StateGradients,
-    Tables,
-    last_pieces,
-)
-from .common import load_rows, load_state
+from .backward_common import GateGradients, Pieces, Rows, Segments, StateGradients, Tables, last_pieces
+from .common import Decays, Dims, load_rows, load_state
 
 DK = 128
 PK = 128
