@@ -12,7 +12,7 @@ TRITONS := 3.6.0 3.9.0
 # What compiles for the CPU that it runs on.
 COMPILED := tests/kernels tests/emit tests/workers/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
 
-# Of the machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
+# The machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
 # minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).
 PYTHON_OF_GPU := 3.12
 GPU_PYTHON := python3

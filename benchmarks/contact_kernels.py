@@ -216,7 +216,7 @@ UNDECIDED = 1e-3
 
 
 def error_of(found: Tensor, wanted: Tensor, aggregation: str) -> float:
-    """RMS of the difference over that of what is wanted; inf where a result is no number.
+    """RMS of the difference over that of what is wanted; inf where a result is NaN.
 
     Of ssc without the tokens, so few, at which two logits that tie to rounding may have changed places.
     """

@@ -177,7 +177,7 @@ _COMBINATIONS = {"forward": _forward, "backward": _backward, "decode": _decode}
 
 @cache
 def _configs(pass_: str) -> tuple[Config, ...]:
-    """Of the valid configurations, or a few of them far apart, those with most news."""
+    """The most different ones of the valid configurations, or of a few of them far apart."""
     rng, space = random.Random(0), SPACES[pass_]
     pools = [list(_points(space, one) if pass_ == "decode" else _walk(rng, space, one)) for one in wanted(pass_)]
     # Where all are known, a value that few of the problems allow is the greater news.

@@ -42,7 +42,7 @@ class Aggregation:
 
     @property
     def weights(self) -> str:
-        """Of the cached states: ``even`` (all have one), ``dense`` (a gate each), ``sparse`` (a gate for few)."""
+        """How cached states are read: ``even`` (all alike), ``dense`` (a gate each), ``sparse`` (a few have one)."""
         return "sparse" if self.sparse else "dense" if self.routed else "even"
 
 

@@ -39,7 +39,7 @@ def model(recurrence: str) -> nn.Module:
 
 
 def gradients(network: nn.Module, rows: slice) -> list[Tensor]:
-    """Of the mean square of the outputs on these rows of the joint batch."""
+    """The gradients of the mean square of the outputs on these rows of the joint batch."""
     x = torch.randn(2 * WORLD, 37, 8, generator=torch.Generator().manual_seed(1))[rows]
     network(x).square().mean().backward()
     return [p.grad for p in network.parameters() if p.grad is not None]

@@ -215,7 +215,7 @@ def test_tokens_taken_back(recurrence: str) -> None:
 
 
 def test_no_further_back_than_inputs_are_kept() -> None:
-    """Of a crop that the memory could do and the convolutions could not, the caller hears; nothing has changed then."""
+    """A crop that the memory could do and the convolutions could not is refused, and nothing has changed then."""
     layer = MemoryCaching(16, 2, segment_length=2, layer_idx=0, backend="eager", **EVERYTHING)
     x = torch.randn(1, 9, 16)
     with torch.no_grad():

@@ -192,7 +192,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("problem", (LINEAR, SWLA), ids=problem_id)
 @pytest.mark.parametrize("backend", ("tvm", "eager"))
 def test_any_layout(layout: str, problem: Problem, backend: str, tuned_table: Table) -> None:
-    """Of the arguments and of dy; results are contiguous and stand by themselves."""
+    """The arguments and dy have any layout; results are contiguous and stand by themselves."""
     tensors, options = draw(problem)
     moved = {name: layouts(x)[layout].requires_grad_() for name, x in tensors.items()}
     assert not any(x.is_contiguous() for x in moved.values())

@@ -92,7 +92,7 @@ def test_a_model_goes_on_with_a_given_cache(recurrence: str) -> None:
 
 @pytest.mark.parametrize("recurrence", GATES)
 def test_prompts_leave_rounded_states(recurrence: str) -> None:
-    """Of a batch, of a packed row past a bound, and before a window of ``rewind``."""
+    """For a batch, a packed row past a bound, and before a window of ``rewind``."""
     call = case(recurrence, "checkpoint", "grm", dtype=torch.float32)
     hold_rounded(remember(call, state_dtype=torch.float16), remember(call), torch.float16)
     one = case(recurrence, "checkpoint", "grm", B=1, dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_a_prompt_on_a_kernel_leaves_rounded_states(tuned_table: Table) -> None:
 @pytest.mark.parametrize(("recurrence", "state_init"), EVERY)
 @pytest.mark.parametrize("bound", [None, 1])
 def test_crop_within_the_window_is_exact(recurrence: str, state_init: str, bound: int | None) -> None:
-    """Of a float64 call, whose order of summation does not show in 16 bits."""
+    """In a float64 call, whose order of summation does not show in 16 bits."""
     call = case(recurrence, state_init)
     wanted = fed(MemoryCache(bound, state_dtype=torch.bfloat16), call, 0, *range(1, T + 1))
     hold_near(wanted, fed(MemoryCache(bound), call, 0, *range(1, T + 1)))

@@ -98,7 +98,7 @@ def test_every_balanced_value_begins_with_the_first_default_that_is_valid_with_i
 
 
 def test_a_formulation_with_parameters_of_its_own_does_not_crowd_out_the_others() -> None:
-    """Of the valid points, one in 1,001 is plain."""
+    """One valid point in 1,001 is plain."""
     tiles = (Int(f"tile{i}", range(10)) for i in range(3))
     space = SearchSpace((*tiles, Choice("form", ("plain", "tiled")), Int("unroll", range(50))))
 

@@ -44,7 +44,7 @@ from mctune.runtime.kernels.triton.tables import DEVICE
 WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
 """Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""
 SHARE = 0.6
-"""Of the time that is left, for compiling beforehand."""
+"""The share of the time left that compiling beforehand may take."""
 _INSIDE = (sys.executable, "-m", "mctune.measure.gpu.run")
 DECISIVE = 4
 """Shapes that come first, and are measured again with other kernels."""

@@ -64,7 +64,7 @@ class ReadGradients(NamedTuple):
 
 
 class GateGradients(NamedTuple):
-    """Of learned gates, of :mod:`gates_backward`; all None where gates are equal.
+    """Gradients of learned gates, by :mod:`gates_backward`; all None where gates are equal.
 
     Attributes:
         du [B, T, H, DK]: of u, in its dtype; the others are float32.
@@ -82,7 +82,7 @@ class GateGradients(NamedTuple):
 
 
 class StateGradients(NamedTuple):
-    """Of end states, and of what enters pieces, of :mod:`state_backward`.
+    """Gradients of end states, and of what enters pieces, by :mod:`state_backward`.
 
     Attributes:
         dends [B*H, P, SK, SV]: of the end states of pieces, in q's dtype. The others are float32, and None for linear

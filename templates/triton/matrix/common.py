@@ -144,7 +144,7 @@ def load_state(x, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
 
 @triton.jit
 def block_and_head(together):
-    """Of a program, where blocks of a head are in order and ``together`` heads take turns.
+    """The block and the head of a program, where blocks of a head are in order and ``together`` heads take turns.
 
     The longest come first of all these heads, so that few programs are left for the end.
     """

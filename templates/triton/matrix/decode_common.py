@@ -1,4 +1,4 @@
-"""Of decoding: groups of pointers, and jit helpers for logits, writes and lists of the best. None has a flag."""
+"""For decoding: groups of pointers, jit helpers for writes and lists of the best, and logits. None has a flag."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NONE = tl.constexpr(-(1 << 63))
 
 
 class Tokens(NamedTuple):
-    """Of one dtype: q, k, u ``[B, T, H, DK]``, v, y ``[B, T, H, DV]``; in a kernel, from a head's first row on."""
+    """In one dtype: q, k, u ``[B, T, H, DK]``, v, y ``[B, T, H, DV]``; in a kernel, from a head's first row on."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of a layer: states ``[B, H, capacity, DK, DV]``; float32: descriptors ``[B, H, capacity, DK]``, online
+    """A layer's: states ``[B, H, capacity, DK, DV]``; float32: descriptors ``[B, H, capacity, DK]``, online
     ``[B, H, DK, DV]``, key_sum and last_key ``[B, H, DK]``, last_value ``[B, H, DV]``.
 
     cached and filled: int32 ``[B]``, states and tokens of the segment under way; None where all sequences are alike.
@@ -63,7 +63,7 @@ class Memory(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Of a step's softmaxes over the online state and each split, float32: parts ``[B*H*n, SPLITS + 1, DV]``, weighted
+    """A step's softmaxes over the online state and each split, float32: parts ``[B*H*n, SPLITS + 1, DV]``, weighted
     reads; stats ``[.., 2]``, largest logit and size; logits ``[B*H, n, CP]``, where computed before."""
 
     parts: torch.Tensor | None
@@ -209,3 +209,45 @@ def take_best(order, slots, score, some, CP: tl.constexpr):
         logit = ordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         score = tl.where((pick == i)[None, :], logit, score)
     return order, slots, score
+
+
+@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length"])
+def logits_kernel(
+    u, memory, logits, cached_all, filled_all, first, n, total, H, capacity, length,
+    CP: tl.constexpr, BS: tl.constexpr, dims: tl.constexpr,
+):  # fmt: skip
+    """logits [B * H, n, CP] of n tokens against the states cached before them; a program has BS states."""
+    bh = tl.program_id(0).to(tl.int64)
+    used, _ = load_place(memory, cached_all, filled_all, bh // H, first, length)
+    u += ((bh // H * total + first) * H + bh % H) * dims.DK
+    state = tl.program_id(1) * BS + tl.arange(0, BS)
+    d = tl.arange(0, dims.PK)
+    inside = (state < used)[:, None] & (d < dims.DK)[None, :]
+    rows = memory.descriptors + (bh * capacity + state[:, None]) * dims.DK
+    p = tl.load(rows + d[None, :], mask=inside, other=0.0)
+    for i in range(0, n):
+        x = load_row(u + i * H * dims.DK, dims.DK, dims.PK)
+        tl.store(logits + (bh * n + i) * CP + state, tl.sum(p * x[None, :], 1), mask=state < used)
+
+
+def logits_of(
+    u: torch.Tensor,
+    memory: Memory,
+    cached_all: int,
+    filled_all: int,
+    first: int,
+    n: int,
+    length: int,
+    CP: int,
+    dims: NamedTuple,
+) -> torch.Tensor:
+    """logits ``[B*H, n, CP]`` of tokens first to first + n against the states cached before them."""
+    B, total, H, _ = u.shape
+    capacity = memory.descriptors.shape[2]
+    logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=u.device)
+    memory = memory._replace(states=None, online=None, key_sum=None, last_key=None, last_value=None)
+    logits_kernel[(B * H, triton.cdiv(capacity, 16))](
+        u=u, memory=memory, logits=logits, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total,
+        H=H, capacity=capacity, length=length, CP=CP, BS=16, dims=dims, num_warps=4,
+    )  # fmt: skip
+    return logits

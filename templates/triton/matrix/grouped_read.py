@@ -51,7 +51,7 @@ def grouped_read_kernel(
         if pairs.runs is not None:
             order += tl.load(pairs.runs + (bh * blocks + block) * (N + 1) + i) - tl.load(starts + i)
         picked = gates.picked + bh * (T * top_k)
-        # Of the heads and the tokens of this launch.
+        # The heads and the tokens of this launch.
         span = T // blocks
         partial += ((bh - first_head) * span - block * span) * top_k * dims.DV
         keys = tl.arange(0, dims.PK)

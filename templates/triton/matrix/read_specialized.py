@@ -236,7 +236,7 @@ def read_specialized_kernel(
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Of blocks of ``rows`` x 128 of a matrix; TMA takes addresses that are multiples of 16 bytes."""
+    """A descriptor of blocks of ``rows`` x 128 of a matrix; TMA takes addresses that are multiples of 16 bytes."""
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, SIDE.value], layout)

@@ -38,6 +38,7 @@ from .decode_common import (
     leave,
     load_place,
     load_row,
+    logits_of,
     ordered,
     scores,
     take_best,
@@ -57,25 +58,6 @@ NEAR = 64
 SPLITS = 4
 STAGES = 2
 num_warps = 4
-
-
-@triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length"])
-def logits_kernel(
-    u, memory, logits, cached_all, filled_all, first, n, total, H, capacity, length,
-    CP: tl.constexpr, BS: tl.constexpr, dims: tl.constexpr,
-):  # fmt: skip
-    """logits [B * H, n, CP] of n tokens against the states cached before them; a program has BS states."""
-    bh = tl.program_id(0).to(tl.int64)
-    used, _ = load_place(memory, cached_all, filled_all, bh // H, first, length)
-    u += ((bh // H * total + first) * H + bh % H) * dims.DK
-    state = tl.program_id(1) * BS + tl.arange(0, BS)
-    d = tl.arange(0, dims.PK)
-    inside = (state < used)[:, None] & (d < dims.DK)[None, :]
-    rows = memory.descriptors + (bh * capacity + state[:, None]) * dims.DK
-    p = tl.load(rows + d[None, :], mask=inside, other=0.0)
-    for i in range(0, n):
-        x = load_row(u + i * H * dims.DK, dims.DK, dims.PK)
-        tl.store(logits + (bh * n + i) * CP + state, tl.sum(p * x[None, :], 1), mask=state < used)
 
 
 @triton.jit
@@ -293,29 +275,6 @@ def step_kernel(
             tl.store(place, out.to(tokens.y.dtype.element_ty), mask=inside)
 
 
-def _logits(
-    u: torch.Tensor,
-    memory: Memory,
-    cached_all: int,
-    filled_all: int,
-    first: int,
-    n: int,
-    length: int,
-    CP: int,
-    dims: Dims,
-) -> torch.Tensor:
-    """logits ``[B*H, n, CP]`` of tokens first to first + n against the states cached before them."""
-    B, total, H, _ = u.shape
-    capacity = memory.descriptors.shape[2]
-    logits = torch.empty(B * H, n, CP, dtype=torch.float32, device=u.device)
-    memory = memory._replace(states=None, online=None, key_sum=None, last_key=None, last_value=None)
-    logits_kernel[(B * H, triton.cdiv(capacity, 16))](
-        u=u, memory=memory, logits=logits, cached_all=cached_all, filled_all=filled_all, first=first, n=n, total=total,
-        H=H, capacity=capacity, length=length, CP=CP, BS=16, dims=dims, num_warps=4,
-    )  # fmt: skip
-    return logits
-
-
 def decode_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -359,7 +318,7 @@ def decode_step(
     TT = 1
     BS = max(4, min(PK, 4096 // CP))
     if capacity > NEAR:
-        logits = _logits(u, memory, cached_all, filled_all, first, n, length, CP, dims)
+        logits = logits_of(u, memory, cached_all, filled_all, first, n, length, CP, dims)
     programs, bv, bo = 1, PV, PV
     if SPLITS > 1:
         bv, bo = min(BV, PV), min(BO, PV)

@@ -154,7 +154,7 @@ def carry_kernel(
         if carried is not None:
             height = SIZE
             if operand is not None:
-                # Of the pieces inside a segment the operands are read, not these.
+                # Inside a segment the operands of the pieces are read, not these.
                 height = tl.where(tl.load(seg_last + tl.load(segment + piece)) == piece, SIZE, 0)
             tl.store(carried + matrix, state, mask=place < height)
         if operand is not None:

@@ -222,7 +222,7 @@ def strength_kernel(
     place = (bh // H * T + t) * H + bh % H
     cum_t = tl.load(decays.cum + line, mask=here, other=0.0)
     cum_end = tl.load(decays.cum + bh * T + stop - 1)
-    # Of the token before t in the piece, or of the row before the piece.
+    # For the token before t in the piece, or the row before the piece.
     left = tl.exp(tl.minimum(cum_end - cum_t, 0.0))
     ended = left * tl.load(made.ending + line - 1, mask=inner, other=0.0)
     strong = tl.load(decays.after + line - 1, mask=inner, other=0.0)

@@ -103,7 +103,7 @@ def test_rows_of_another_base_are_not_mixed_with_this_one(
 
 
 def whole_context(data: Any) -> torch.Tensor:
-    """Of the last token, [B, H, 1, D], in float64."""
+    """The attention of the last token, [B, H, 1, D], in float64."""
     q, k, v = (x.transpose(1, 2).double() for x in (data.q[:, -1:], data.k, data.v))
     return F.scaled_dot_product_attention(q, k, v)
 

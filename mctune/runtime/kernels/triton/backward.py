@@ -53,7 +53,7 @@ class TritonBackward:
     """
 
     device, dtype = DEVICE, None
-    """Of the tensors that it reads; the dtype is the call's own, one for dy, q, k, v and u."""
+    """What the tensors that it reads are on and in; the dtype is the call's own, one for dy, q, k, v and u."""
 
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts

@@ -31,7 +31,7 @@ class TritonForward:
     """
 
     device, dtype = DEVICE, None
-    """Of the tensors that it reads; the dtype is the call's own, one for q, k, v and u."""
+    """What the tensors that it reads are on and in; the dtype is the call's own, one for q, k, v and u."""
 
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts

@@ -15,7 +15,7 @@ import torch
 from ...segments import Segments
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-"""Of the tensors that kernels read; torch calls AMD's GPUs ``cuda`` too. Triton's interpreter runs on a CPU."""
+"""Where the tensors that kernels read are; torch calls AMD's GPUs ``cuda`` too. Triton's interpreter runs on a CPU."""
 
 Span = tuple[int, int, int]
 

@@ -49,7 +49,7 @@ class TvmBackward:
     """
 
     device, dtype = "cpu", torch.float32
-    """Of the tensors that it reads."""
+    """What the tensors that it reads are on and in."""
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))

@@ -28,7 +28,7 @@ class TvmDecode:
     """
 
     device, dtype = "cpu", torch.float32
-    """Of the tensors that it reads."""
+    """What the tensors that it reads are on and in."""
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         self.decode_step = load_library(runnable(library, record))["decode_step"]

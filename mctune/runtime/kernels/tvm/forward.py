@@ -47,7 +47,7 @@ class TvmForward:
     """
 
     device, dtype = "cpu", torch.float32
-    """Of the tensors that it reads."""
+    """What the tensors that it reads are on and in."""
     gives = frozenset(("states", "means"))
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
