@@ -64,6 +64,9 @@ def load_package(path: Path) -> ModuleType:
         raise UsageError(
             f"{path} is not an emitted package (no tuned.json); `mctune search` leaves one, `mctune emit` too"
         )
+    if (root / "runtime" / "dispatch.py").is_file():
+        reason = "it still runs, but emit it again for this command"
+        raise UsageError(f"{path} was emitted by an earlier mctune: {reason}")
     loaded = sys.modules.get(root.name)
     if loaded is not None:
         if loaded.__file__ != str(root / "__init__.py"):
@@ -77,10 +80,6 @@ def load_package(path: Path) -> ModuleType:
     sys.modules[root.name] = module
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module.runtime, "kernels"):
-            raise UsageError(
-                f"{path} was emitted by an earlier mctune: it still runs, but emit it again for this command"
-            )
     except BaseException:
         del sys.modules[root.name]
         raise

@@ -21,6 +21,7 @@ from mctune.core.winner import Winner
 from mctune.emit import emit_package
 from mctune.emit import package as emitter
 from mctune.runtime.api import functional
+from mctune.runtime.kernels import dispatch
 from mctune.runtime.manifest import digest
 from mctune.verify.inputs import make_inputs
 from mctune.verify.package import check_package, load_package
@@ -48,13 +49,13 @@ def assert_not_importable(out: Path) -> None:
 
 def test_contents(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     assert emit_package(out, target, winners) == out
-    runtime = {f"runtime/{path.name}" for path in Path(emitter._RUNTIME).iterdir() if path.is_file()}
+    runtime = {f"runtime/{name}" for name in emitted(emitter._RUNTIME)}
     names = {path.name for path in (winners[0].library, winners[0].source, winners[0].portable) if path}
     expected = {"__init__.py", "README.md", "tuned.json", "manifest.json", "kernels/threads.so", *runtime}
     assert emitted(out) == expected | {f"kernels/{name}" for name in names}
     assert {"runtime/api/functional.py", "runtime/kernels/tvm/threads.c"} <= runtime
     for name in runtime:
-        assert (out / name).read_bytes() == (emitter._RUNTIME / Path(name).name).read_bytes()
+        assert (out / name).read_bytes() == (emitter._RUNTIME.parent / name).read_bytes()
     files = json.loads((out / "manifest.json").read_text())["files"]
     assert set(files) == emitted(out) - {"manifest.json"}
     assert all(digest(out / name) == value for name, value in files.items())
@@ -105,7 +106,8 @@ def test_the_portable_build_serves_a_lesser_cpu(
     emit_package(out, target, [replace(winners[0], cpu_flags=("avx2", "amx_of_tomorrow"))])
     package = load_package(out)
     loader, launcher = (
-        __import__(f"{out.name}.runtime.{name}", fromlist=["x"]) for name in ("tvm_loader", "tvm_forward")
+        __import__(f"{out.name}.runtime.{name}", fromlist=["x"])
+        for name in ("kernels.tvm.loader", "kernels.tvm.forward")
     )
     loaded: list[str] = []
     real = loader.load_library
@@ -121,7 +123,7 @@ def test_operators_of_a_package_and_of_mctune_live_side_by_side(
 ) -> None:
     """Each has its own table; loading one must not put its operators in the place of the other's."""
     package = load_package(emit_package(out, target, winners))
-    assert functional.forward.__globals__["NAMESPACE"] == "mctune"
+    assert dispatch.NAMESPACE == "mctune"
     call = make_inputs(GRM, 0).arguments(GRM)
     expected = functional.memory_caching(**call, backend="eager")
     for namespace, memory_caching in ((out.name, package.memory_caching), ("mctune", functional.memory_caching)):
@@ -167,8 +169,10 @@ def test_a_damaged_file_is_refused_by_name(
         if name == "__init__.py":
             # A changed byte may break the syntax: the manifest's check must come first.
             (out / name).write_text("from .runtime.api.functional import memory_caching\n")
-        if name == "runtime/read.py":
-            (out / name).write_text((emitter._RUNTIME / "read.py").read_text() + "\n# changed\n" * (damage is spoil))
+        if name == "runtime/eager/read.py":
+            (out / name).write_text(
+                (emitter._RUNTIME / "eager" / "read.py").read_text() + "\n# changed\n" * (damage is spoil)
+            )
             if damage is not spoil:
                 (out / name).unlink()
         with pytest.raises((RuntimeError, ImportError)) as refused:
@@ -257,8 +261,8 @@ def test_an_interrupted_emission_is_refused_and_mended(
 def test_a_package_of_an_earlier_layout_is_told_from_others(tmp_path: Path) -> None:
     old = tmp_path / "mctune_old_layout"
     (old / "runtime").mkdir(parents=True)
-    for path, text in ((".", "from . import runtime\n"), ("runtime", "")):
-        (old / path / "__init__.py").write_text(text)
+    for path in ("__init__.py", "runtime/__init__.py", "runtime/dispatch.py"):
+        (old / path).write_text("")
     (old / "tuned.json").write_text('{"schema": 1, "entries": []}')
     with pytest.raises(UsageError, match="was emitted by an earlier mctune: it still runs, but emit it again"):
         load_package(old)

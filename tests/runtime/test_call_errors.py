@@ -41,7 +41,7 @@ BOUNDS = torch.tensor([0, 6], dtype=torch.int32)
         ({"recurrence": "swla", "g": GATE + 0.5}, "g reaches 0.5; it is the logarithm of a decay, at most 0"),
         ({"recurrence": "swla", "lam": GATE[:, :3]}, r"lam is \[1, 3, 2\]; it must be \[B, T, H\] = \[1, 6, 2\]"),
         ({"recurrence": "swla", "lam": GATE.long()}, "lam is torch.int64; it must be float32"),
-        ({"W_up": torch.zeros(2, 4, 8)}, "W_up with recurrence='linear', which has no layers; use dla or titans"),
+        ({"W_up": torch.zeros(2, 4, 8)}, "W_up with recurrence='linear', which has no layers; use 'dla' or 'titans'"),
         ({"segmentation": "packed"}, "segmentation='packed' needs cu_seqlens"),
         ({"cu_seqlens": BOUNDS}, "cu_seqlens with segmentation='constant': use segmentation='packed'"),
         ({"segmentation": "packed", "cu_seqlens": BOUNDS + 1}, "cu_seqlens runs from 1 to 7; .* from 0 to T=6"),
