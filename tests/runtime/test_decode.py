@@ -122,7 +122,7 @@ def test_operator_keeps_its_schema() -> None:
     inputs = (call.q, call.k, call.v, call.u, call.g, call.beta, call.lam, None, None, None, None)
     stores = (memory.states, memory.descriptors, memory.online, memory.key_sum, memory.last_key, memory.last_value)
     stores = (*(list(s) if isinstance(s, tuple) else s for s in stores), [], [], memory.cached, memory.filled)
-    options = ("swla", "ssc", "independent", C, 1, 0.5, True, 3, "eager")
+    options = ("swla", "ssc", C, "independent", 1, 0.5, True, 3, "eager")
     torch.library.opcheck(_operator, (*inputs, *stores, *options), test_utils=("test_schema", "test_faketensor"))
 
 

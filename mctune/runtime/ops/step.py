@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +14,13 @@ from ..kernels.dispatch import NAMESPACE, decode_kernel, fall_back
 from ..kernels.launch import options, rows
 from ..kernels.tvm.loader import KernelError
 from ..memory import LayerMemory
+from ..options import NAMES
+from .run import TENSORS
 
 Tensor = torch.Tensor
+_SEVERAL = ("states", "online", "start", "momentum")
+"""Stores of a memory that are several tensors."""
+_WRITTEN = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "start", "momentum")
 
 
 def extend(call: Call, memory: LayerMemory, backend: str) -> Tensor:
@@ -50,129 +55,46 @@ def advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
     if not torch.compiler.is_compiling():
         memory.reserve(n)
     # An operator is opaque to a graph and refuses a backward; elsewhere a plain call saves its overhead.
-    run = _operator if torch.compiler.is_compiling() or call.requires_grad else _run
-    y: Tensor = run(
-        call.q,
-        call.k,
-        call.v,
-        call.u,
-        call.g,
-        call.beta,
-        call.lam,
-        call.eta,
-        call.mu,
-        call.W_up,
-        call.W_down,
-        memory.states,
-        memory.descriptors,
-        memory.online,
-        memory.key_sum,
-        memory.last_key,
-        memory.last_value,
-        memory.start,
-        memory.momentum,
-        memory.cached,
-        memory.filled,
-        call.recurrence,
-        call.aggregation,
-        call.state_init,
-        call.segment_length,
-        call.top_k,
-        call.scale,
-        call.memory_residual,
-        call.inner_chunk,
-        backend,
-    )
+    if torch.compiler.is_compiling() or call.requires_grad:
+        given = [getattr(call, name) for name in (*TENSORS, *_OPTIONS)]
+        stores = [getattr(memory, name) for name in _STORES]
+        y: Tensor = _operator(*given[: len(TENSORS)], *stores, *given[len(TENSORS) :], backend)
+    else:
+        y = _step(call, memory, backend)
     memory.advance(n, call.segment_length)
     return y
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    g: Tensor | None,
-    beta: Tensor | None,
-    lam: Tensor | None,
-    eta: Tensor | None,
-    mu: Tensor | None,
-    W_up: Tensor | None,
-    W_down: Tensor | None,
-    states: Sequence[Tensor],
-    descriptors: Tensor,
-    online: Sequence[Tensor],
-    key_sum: Tensor,
-    last_key: Tensor,
-    last_value: Tensor,
-    start: Sequence[Tensor],
-    momentum: Sequence[Tensor],
-    cached: Tensor,
-    filled: Tensor,
-    recurrence: str,
-    aggregation: str,
-    state_init: str,
-    segment_length: int,
-    top_k: int,
-    scale: float,
-    memory_residual: bool,
-    inner_chunk: int,
-    backend: str,
-) -> Tensor:
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        u=u,
-        recurrence=recurrence,
-        aggregation=aggregation,
-        segmentation="constant",
-        segment_length=segment_length,
-        state_init=state_init,
-        top_k=top_k,
-        scale=scale,
-        g=g,
-        beta=beta,
-        lam=lam,
-        eta=eta,
-        mu=mu,
-        W_up=W_up,
-        W_down=W_down,
-        memory_residual=memory_residual,
-        inner_chunk=inner_chunk,
-        cu_seqlens=None,
-    )
-    initial: tuple[Tensor, ...] = ()
-    if W_up is not None and W_down is not None:
-        initial = tuple(W.detach().to(key_sum.dtype) for W in (W_up, W_down))
-    memory = LayerMemory(
-        tuple(states),
-        descriptors,
-        tuple(online),
-        key_sum,
-        last_key,
-        last_value,
-        tuple(start),
-        tuple(momentum),
-        cached,
-        filled,
-        initial=initial,
-    )
-    needed = int((cached + (filled + q.shape[1]) // segment_length).max())
-    if needed > memory.capacity:
-        raise ArgumentError(
-            f"{q.shape[1]} more tokens need room for {needed} states and the memory has room for {memory.capacity}; a "
-            f"compiled step cannot grow it: call memory.reserve(tokens), or MemoryCache.reserve, beforehand"
-        )
+def _step(call: Call, memory: LayerMemory, backend: str) -> Tensor:
+    """y of the new tokens, and the stores of the memory written; its counts are as they were."""
     kernel = decode_kernel(call, backend)
     if kernel is not None:
         try:
             return _launch(kernel, call, memory)
         except KernelError as error:
             fall_back(error, backend)
+    if call.W_up is not None and call.W_down is not None:
+        initial = tuple(W.detach().to(memory.key_sum.dtype) for W in (call.W_up, call.W_down))
+        memory = replace(memory, initial=initial)
     y = decode(call, memory)
     assert y is not None
     return y
+
+
+def _run(*arguments: Any) -> Tensor:
+    """What the operator computes; :data:`_SCHEMA` has its arguments."""
+    named = dict(zip((*TENSORS, *_STORES, *_OPTIONS), arguments[:-1], strict=True))
+    stores: dict[str, Any] = {name: named.pop(name) for name in _STORES}
+    call = Call(**named, segmentation="constant")
+    memory = LayerMemory(**stores | {name: tuple(stores[name]) for name in _SEVERAL})
+    needed = int((memory.cached + (memory.filled + call.q.shape[1]) // call.segment_length).max())
+    if needed > memory.capacity:
+        raise ArgumentError(
+            f"{call.q.shape[1]} more tokens need room for {needed} states and the memory has room for "
+            f"{memory.capacity}; a compiled step cannot grow it: call memory.reserve(tokens), or MemoryCache.reserve, "
+            "beforehand"
+        )
+    return _step(call, memory, arguments[-1])
 
 
 def _launch(kernel: Any, call: Call, memory: LayerMemory) -> Tensor:
@@ -180,10 +102,22 @@ def _launch(kernel: Any, call: Call, memory: LayerMemory) -> Tensor:
     return y.to(call.q.dtype)
 
 
+_STORES = (*_WRITTEN, "cached", "filled")
+_OPTIONS = tuple(name for name in NAMES if name != "segmentation")
+_TYPES = {
+    "segment_length": "SymInt", "top_k": "SymInt", "inner_chunk": "SymInt", "scale": "float", "memory_residual": "bool",
+}  # fmt: skip
+_SCHEMA = ", ".join(
+    (
+        *(f"Tensor{'' if name in TENSORS[:3] else '?'} {name}" for name in TENSORS),
+        *(f"Tensor(a{i}!){'[]' if name in _SEVERAL else ''} {name}" for i, name in enumerate(_WRITTEN)),
+        "Tensor cached, Tensor filled",
+        *(f"{_TYPES.get(name, 'str')} {name}" for name in _OPTIONS),
+        "str backend",
+    )
+)
 _operator = torch.library.custom_op(
-    f"{NAMESPACE}::memory_caching_decode",
-    _run,
-    mutates_args=("states", "descriptors", "online", "key_sum", "last_key", "last_value", "start", "momentum"),
+    f"{NAMESPACE}::memory_caching_decode", _run, mutates_args=_WRITTEN, schema=f"({_SCHEMA}) -> Tensor"
 )
 
 
