@@ -35,7 +35,7 @@ from mctune.measure.gpu.contenders import Contender, contenders
 from mctune.measure.gpu.goals import HEADS, Rates, goals, rows, surroundings, table
 from mctune.measure.gpu.record import ALL, Record, Trying, identity, this_target
 from mctune.measure.gpu.shapes import KINDS, Shape
-from mctune.measure.gpu.supervise import AGAIN, supervise
+from mctune.measure.gpu.supervise import AGAIN, COMMAND, supervise
 from mctune.measure.gpu.timings import Lost, lost, measured, rates, told
 from mctune.measure.gpu.tuners import time_briefly
 from mctune.measure.gpu.warm import run_one, warm
@@ -45,7 +45,6 @@ WARM_S, FAIR_S, LEAST_S = 300.0, 100.0, 20.0
 """Most seconds that compiling beforehand may take; so many that what takes longer twice is given up; fewest."""
 SHARE = 0.6
 """The share of the time left that compiling beforehand may take."""
-_INSIDE = (sys.executable, "-m", "mctune.measure.gpu.run")
 DECISIVE = 4
 """Shapes that come first, and are measured again with other kernels."""
 
@@ -195,7 +194,7 @@ def compare(given: Sequence[str]) -> int:
         time_briefly()
         return run(options)
     this_target()
-    return supervise([*_INSIDE, *given], options.budget, options.out, identity(options.package), options.small)
+    return supervise([*COMMAND, *given], options.budget, options.out, identity(options.package), options.small)
 
 
 def main() -> None:

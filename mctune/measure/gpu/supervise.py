@@ -16,6 +16,8 @@ from pathlib import Path
 from mctune.core.remark import say
 from mctune.measure.gpu.record import ALL, Identity, Record, Trying
 
+COMMAND = (sys.executable, "-m", "mctune.measure.gpu.run")
+"""What measures, and compiles beforehand."""
 AGAIN = 75
 """Exit status of a process that has recorded a fault and cannot go on."""
 HANG_S = 150.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from mctune.core.remark import say
 from mctune.measure.gpu.contenders import Contender, contenders
 from mctune.measure.gpu.record import this_target
 from mctune.measure.gpu.shapes import Data, Shape
+from mctune.measure.gpu.supervise import COMMAND
 from mctune.measure.gpu.tuners import compile_part
 
 _CHECKED, _REHEARSED_S = 2048, 20.0
@@ -79,7 +79,7 @@ def warm(
         try:
             if left <= 0:
                 raise subprocess.TimeoutExpired(arguments, limit_s)
-            command = [sys.executable, "-m", "mctune.measure.gpu.run", *arguments]
+            command = [*COMMAND, *arguments]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=left, env=env)
         except subprocess.TimeoutExpired:
             say(f"  {job.name} is not compiled after {limit_s:.0f} s at {job.shape}")

@@ -277,7 +277,7 @@ def test_compiling_beforehand(
         f"open({str(tmp_path)!r} + f'/{{name}} {{shape[\"T\"]}} {{shape[\"C\"]}}', 'w')\n"
         "if name == 'slow': time.sleep(60)\nif name == 'fla': raise SystemExit('planted: no such kernel')\n"
     )
-    monkeypatch.setattr(module, "_MAIN", script)
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, str(script)))
     long, short, other = (gpu.Shape("forward", 1, T, 16, 128, C) for T, C in ((65536, 256), (16384, 256), (16384, 64)))
     made = {name: gpu.Contender(name, "", lambda *_: None, exact=name == "exact")  # type: ignore[arg-type,return-value]
             for name in ("mctune grm", "fla", "exact", "slow")}  # fmt: skip
