@@ -47,7 +47,7 @@ class Steps:
         return SimpleNamespace(**found, g=-0.1 * torch.rand(1, T, sizes.H, generator=generator, device=DEVICE))
 
     def shape(self, kind: str, T: int) -> Any:
-        """As the contenders of `benchmarks/gpu.py` take it."""
+        """As the contenders of `mctune bench` take it."""
         from mctune.measure.gpu.contenders import Shape
 
         sizes = self.sizes
@@ -122,7 +122,7 @@ class Steps:
                 self.profile(step, aggregation, T, part, calls[part])
 
     def others(self, step: str, kind: str, T: int, data: Any, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
-        """Calls of the contenders of `benchmarks/gpu.py` whose names contain one of ``names``; each by itself, once."""
+        """Calls of the contenders of `mctune bench` whose names contain one of ``names``; each by itself, once."""
         found: dict[str, Callable[[], Any]] = {}
         if not names:
             return found

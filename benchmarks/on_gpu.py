@@ -2,7 +2,7 @@
 
     faults      kernels that are wrong, touch what is not theirs or never end: recorded, and the GPU usable after each
     verify      every template against the float64 oracle, in bfloat16 first
-    benchmark   benchmarks/gpu.py, the decisive shapes first, with the kernels that an earlier search has found too
+    benchmark   `mctune bench`, the decisive shapes first, with the kernels that an earlier search has found too
     search      a measured search of the shapes that the comparison decides by
     paper       a measured search of the `paper` workload, in the time that is left
     report      tables, and the cost model fitted to what was measured

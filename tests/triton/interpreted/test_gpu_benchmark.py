@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, rehearsed: checked, timed, written row by row, gone on with, and read by `mctune report`."""
+"""`mctune bench` on a GPU, rehearsed: checked, timed, written row by row, gone on with, and read by `mctune report`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py compares, and what it makes of the figures."""
+"""What `mctune bench` compares on a GPU, and what it makes of the figures."""
 
 from __future__ import annotations
 
