@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError
-from .options import NAMES, Options
+from .options import Options
 from .segments import Segments, make_segments
 from .traits import RECURRENCES, any_of
 
@@ -57,9 +57,12 @@ class Call(Options):
     @property
     def requires_grad(self) -> bool:
         """Whether autograd wants a gradient of any argument."""
-        tensors = (self.q, self.k, self.v, self.u, self.g, self.beta, self.lam, self.eta, self.mu)
-        needed = any(x is not None and x.requires_grad for x in (*tensors, self.W_up, self.W_down))
-        return needed and torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return False
+        if self.q.requires_grad or self.k.requires_grad or self.v.requires_grad:
+            return True
+        others = (self.u, self.g, self.beta, self.lam, self.eta, self.mu, self.W_up, self.W_down)
+        return any(x is not None and x.requires_grad for x in others)
 
 
 def check_call(
@@ -94,9 +97,30 @@ def check_call(
             f"q has B={B} with segmentation='packed': the sequences stand in one row, so B is 1; put the batch into "
             "cu_seqlens"
         )
-    named: dict[str, Any] = {name: getattr(options, name) for name in NAMES} | dict(gates)
-    named["scale"] = Dk**-0.5 if scale is None else scale
-    return Call(**named, q=q, k=k, v=v, u=u, W_up=W_up, W_down=W_down, cu_seqlens=cu_seqlens)
+    # Spelled out: this is on the way of every call, and gathering names would cost microseconds.
+    return Call(
+        recurrence=options.recurrence,
+        aggregation=options.aggregation,
+        segmentation=options.segmentation,
+        segment_length=options.segment_length,
+        state_init=options.state_init,
+        top_k=options.top_k,
+        scale=Dk**-0.5 if scale is None else scale,
+        memory_residual=options.memory_residual,
+        inner_chunk=options.inner_chunk,
+        q=q,
+        k=k,
+        v=v,
+        u=u,
+        g=gates["g"],
+        beta=gates["beta"],
+        lam=gates["lam"],
+        eta=gates["eta"],
+        mu=gates["mu"],
+        W_up=W_up,
+        W_down=W_down,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None) -> None:

@@ -55,23 +55,24 @@ class Options:
         Raises:
             ArgumentError: on an unknown name, or a size below 1.
         """
-        choices: dict[str, Collection[str]] = {
-            "recurrence": RECURRENCES,
-            "aggregation": AGGREGATIONS,
-            "segmentation": SEGMENTATIONS,
-            "state_init": STATE_INITS,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ArgumentError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-        used = {
-            "inner_chunk": self.deep,
-            "top_k": self.reads.sparse,
-            "segment_length": self.segmentation != "logarithmic",
-        }
-        for name in [name for name, is_used in used.items() if is_used]:
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ArgumentError(f"{name}={size!r}: must be an integer of at least 1")
+        _known("recurrence", self.recurrence, RECURRENCES)
+        _known("aggregation", self.aggregation, AGGREGATIONS)
+        _known("segmentation", self.segmentation, SEGMENTATIONS)
+        _known("state_init", self.state_init, STATE_INITS)
+        if self.segmentation != "logarithmic":
+            _positive("segment_length", self.segment_length)
+        if self.reads.sparse:
+            _positive("top_k", self.top_k)
+        if self.deep:
+            _positive("inner_chunk", self.inner_chunk)
         return self
+
+
+def _known(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _positive(name: str, size: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ArgumentError(f"{name}={size!r}: must be an integer of at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from ..traits import PASSES, RECURRENCES
 
@@ -53,6 +54,7 @@ def served(device: str | None = None, family: str | None = None, backend: str | 
     )
 
 
+@cache
 def support(recurrence: str, device: str, dtype: str) -> Support:
     """Whether there can be a kernel for a call, tuned or not."""
     family = RECURRENCES[recurrence].family
