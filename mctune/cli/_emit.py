@@ -12,7 +12,7 @@ from mctune.study.events import SearchReport, SearchRequest
 def emit_report(request: SearchRequest, report: SearchReport) -> Path | None:
     """Write the package of every point of every frontier into ``request.out``; ``None`` if there is none."""
     from mctune.emit import emit_package
-    from mctune.runtime.kernels.tvm.loader import KernelError
+    from mctune.runtime.errors import KernelError
     from mctune.study.run import ship
 
     winners = ship(request, report, say)

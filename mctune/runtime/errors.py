@@ -13,3 +13,7 @@ class BackendError(RuntimeError):
 
 class PackageError(RuntimeError):
     """A file of an emitted package is missing, has changed, or cannot be read."""
+
+
+class KernelError(RuntimeError):
+    """A compiled kernel cannot be run here: says what is missing and what to do."""

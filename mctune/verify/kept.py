@@ -10,7 +10,7 @@ from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import segment_states
 from mctune.runtime.kernels.kept import CHOICE, LOGITS, Names, Sizes, make_kept, make_pairs, shape
-from mctune.runtime.kernels.tvm.forward import padded
+from mctune.runtime.kernels.results import padded
 from mctune.runtime.segments import Segments, make_segments
 from mctune.verify.inputs import Inputs
 

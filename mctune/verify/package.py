@@ -94,7 +94,7 @@ def launcher_of(module: ModuleType, entry: Any) -> Any:
     """
     try:
         return module.runtime.kernels.dispatch.launcher(entry)
-    except module.runtime.kernels.tvm.loader.KernelError as error:
+    except module.runtime.errors.KernelError as error:
         raise MctuneError(f"{entry.kernel.name}: {error}") from error
 
 

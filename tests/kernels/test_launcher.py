@@ -21,11 +21,11 @@ from mctune.core.problem import Problem
 from mctune.reference import error_ratio
 from mctune.reference import memory_caching as oracle
 from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.kernels.table import Entry, Table
 from mctune.runtime.kernels.tvm import loader as tvm_loader
 from mctune.runtime.kernels.tvm.forward import TvmForward
-from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.runtime.segments import make_segments
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import TOLERANCE, poisoned_memory

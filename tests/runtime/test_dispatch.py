@@ -16,11 +16,10 @@ from tables import PROBLEM, entry
 from torch import Tensor
 
 from mctune.runtime.api.functional import memory_caching
-from mctune.runtime.errors import BackendError
+from mctune.runtime.errors import BackendError, KernelError
 from mctune.runtime.kernels import dispatch
+from mctune.runtime.kernels.results import Forward
 from mctune.runtime.kernels.table import Entry, Table
-from mctune.runtime.kernels.tvm.forward import Forward
-from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.verify.judge import poisoned_memory
 
 

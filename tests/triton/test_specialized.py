@@ -19,8 +19,8 @@ from mctune.core.outcome import Predicted
 from mctune.core.problem import Problem
 from mctune.core.target import resolve, targets
 from mctune.core.workload import Case
+from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels.triton import forward as triton_forward
-from mctune.runtime.kernels.tvm.loader import KernelError
 from mctune.study import calibrate, run
 from mctune.study.events import SearchRequest
 from mctune.verify.spread import draw_specialized

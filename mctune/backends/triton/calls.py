@@ -9,7 +9,7 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.runtime.kernels.kept import Sizes, shape
-from mctune.runtime.kernels.tvm.forward import padded
+from mctune.runtime.kernels.results import padded
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
 

@@ -18,10 +18,11 @@ from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
+from mctune.runtime.kernels.results import padded
 from mctune.runtime.kernels.support import Support
 from mctune.runtime.kernels.tvm.backward import TvmBackward
 from mctune.runtime.kernels.tvm.decode import TvmDecode
-from mctune.runtime.kernels.tvm.forward import TvmForward, padded
+from mctune.runtime.kernels.tvm.forward import TvmForward
 
 LAUNCHERS = {"forward": TvmForward, "backward": TvmBackward, "decode": TvmDecode}
 

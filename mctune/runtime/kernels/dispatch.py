@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from ..call import Call
-from ..errors import BackendError
+from ..errors import BackendError, KernelError
 from ..manifest import PACKAGE, ROOT
 from ..traits import AGGREGATIONS
 from .kept import OF_SEGMENTS, Names, given, kept, segments_at_most, wanted
 from .support import BACKENDS as _WITH_KERNELS
 from .support import Support, support
 from .table import Entry, Request, find, load_table, serving
-from .tvm.loader import KernelError
 
 TABLE = load_table(ROOT)
 NAMESPACE = PACKAGE.replace(".", "_")

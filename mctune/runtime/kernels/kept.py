@@ -14,7 +14,7 @@ import torch
 from ..call import Call
 from ..segments import Segments
 from ..traits import AGGREGATIONS, RECURRENCES
-from .tvm.forward import padded
+from .results import padded
 
 Tensor = torch.Tensor
 Names = tuple[str, ...]

@@ -11,11 +11,11 @@ from ..call import Call
 from ..eager.forward import by_head, lay_out, run_eager, swla_gates
 from ..eager.gates import descriptors
 from ..eager.matrix import run_linear
+from ..errors import KernelError
 from ..kernels.dispatch import fall_back, kernel_for
 from ..kernels.kept import OF_SEGMENTS, make_kept, segments_at_most
 from ..kernels.launch import as_read, options, rows
-from ..kernels.tvm.forward import padded
-from ..kernels.tvm.loader import KernelError
+from ..kernels.results import padded
 
 Tensor = torch.Tensor
 TENSORS = ("q", "k", "v", "u", "g", "beta", "lam", "eta", "mu", "W_up", "W_down")

@@ -9,10 +9,9 @@ import torch
 
 from ..call import Call
 from ..eager.decode import decode
-from ..errors import ArgumentError
+from ..errors import ArgumentError, KernelError
 from ..kernels.dispatch import NAMESPACE, decode_kernel, fall_back
 from ..kernels.launch import options, rows
-from ..kernels.tvm.loader import KernelError
 from ..memory import LayerMemory
 from ..options import NAMES
 from .run import TENSORS

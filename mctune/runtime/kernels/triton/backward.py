@@ -11,7 +11,7 @@ import torch
 from ...segments import Segments
 from ...traits import RECURRENCES
 from ..kept import CHOICE, LOGITS, wanted
-from ..tvm.backward import Gradients
+from ..results import Gradients
 from .forward import decays, states_of
 from .loader import load_parts
 from .tables import DEVICE, Tables, make_tables

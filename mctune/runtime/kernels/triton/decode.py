@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import KernelError
 from ...memory import LayerMemory
 from ...traits import AGGREGATIONS
-from ..tvm.loader import KernelError
 from .loader import load_parts
 from .tables import DEVICE
 

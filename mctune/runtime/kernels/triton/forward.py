@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ...errors import KernelError
 from ...segments import Segments
 from ...traits import AGGREGATIONS, RECURRENCES
 from ..kept import OF_SEGMENTS, given
-from ..tvm.forward import Forward
-from ..tvm.loader import KernelError
+from ..results import Forward
 from .loader import load_parts
 from .tables import DEVICE, Tables, make_tables, share_out
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from ..tvm.loader import KernelError
+from ...errors import KernelError
 
 
 def load_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, ModuleType]:

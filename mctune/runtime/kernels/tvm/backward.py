@@ -11,25 +11,10 @@ import torch
 from ...segments import Segments
 from ...traits import AGGREGATIONS, RECURRENCES
 from ..kept import wanted
+from ..results import Gradients, padded
 from .arguments import launch
-from .forward import check_reach, flat_gates, flat_rows, padded
+from .forward import check_reach, flat_gates, flat_rows
 from .loader import load_library, runnable
-
-
-class Gradients(NamedTuple):
-    """Gradients of q, k, v, u and the gates, float32, in the shapes of the inputs.
-
-    q's is that of the read alone: u's, which stands by itself, is added to it where u is q. Gates that the recurrence
-    does not have are ``None``, and so may be u's where gates are not learned: it is zero.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    u: torch.Tensor | None
-    g: torch.Tensor | None
-    beta: torch.Tensor | None
-    lam: torch.Tensor | None
 
 
 class TvmBackward:

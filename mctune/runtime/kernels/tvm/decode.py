@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ...errors import KernelError
 from ...memory import LayerMemory
 from ...traits import RECURRENCES
 from .arguments import launch
 from .forward import check_reach
-from .loader import KernelError, load_library, runnable
+from .loader import load_library, runnable
 
 
 class TvmDecode:

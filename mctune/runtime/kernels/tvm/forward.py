@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ...errors import KernelError
 from ...segments import Segments
 from ...traits import RECURRENCES
+from ..results import Forward, padded
 from .arguments import launch
-from .loader import KernelError, load_library, runnable
+from .loader import load_library, runnable
 
-LANES = 16
-"""Kernels are compiled for widths that are multiples of this many floats; others are padded with zeros here."""
 _ALIGNMENT = 64
 _INT32 = 2**31 - 1
-
-
-def padded(width: int) -> int:
-    """The width that a kernel is compiled for."""
-    return -(-width // LANES) * LANES
-
-
-class Forward(NamedTuple):
-    """y ``[B, T, H, Dv]``; and for a backward or a cache the arrays that were to be kept (:mod:`kept`)."""
-
-    y: torch.Tensor
-    kept: Mapping[str, torch.Tensor]
 
 
 class TvmForward:

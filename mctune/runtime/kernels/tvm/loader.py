@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ...errors import KernelError
 from ...manifest import ROOT
 
 FFI_VERSION = "0.1.14.post1"
@@ -33,10 +34,6 @@ _SYMBOLS = {
     "__TVMBackendAllocWorkspace": "mctune_alloc_workspace",
     "__TVMBackendFreeWorkspace": "mctune_free_workspace",
 }
-
-
-class KernelError(RuntimeError):
-    """A compiled kernel cannot be run here: says what is missing and what to do."""
 
 
 @cache
