@@ -153,7 +153,8 @@ def test_kernels_run_on_the_threads_of_torch(build: Build, scratch: ctypes.CDLL)
         pool = set(os.listdir("/proc/self/task"))
         scratch.mctune_test_callers()
         y_of(kernel, problem, inputs)
-        assert set(os.listdir("/proc/self/task")) == pool
+        # One of another test may end meanwhile.
+        assert set(os.listdir("/proc/self/task")) <= pool
         return int(scratch.mctune_test_callers())
 
     try:
