@@ -139,9 +139,12 @@ class Scheduler:
         self.schedule()
 
     def mark_test_pending(self, item: str) -> None:
+        """Part of xdist's interface, which asks for it to run a crashed test again: here none is."""
         raise NotImplementedError
 
     def remove_pending_tests_from_node(self, node: WorkerController, indices: Sequence[int]) -> None:
+        """Part of xdist's interface: a worker's answer when tests are stolen from it, and this scheduler takes only
+        what was not sent yet."""
         raise NotImplementedError
 
     def remove_node(self, node: WorkerController) -> str | None:

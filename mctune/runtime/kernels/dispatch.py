@@ -186,11 +186,6 @@ def beyond_kernels(request: Request) -> Support:
     return support(request.recurrence, request.device, request.dtype)
 
 
-def entry_for(call: Call, pass_: str, backend: str = "auto") -> Entry | None:
-    """The tuned kernel of a pass (forward, backward, decode) nearest to the call; ``None`` if none fits."""
-    return find(TABLE, make_request(call, pass_), _named_backend(backend))
-
-
 def _named_backend(backend: str) -> str | None:
     return None if backend == "auto" else backend
 
