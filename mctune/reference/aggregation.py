@@ -101,4 +101,5 @@ def aggregate(
         soup = tuple(torch.einsum("bnh,bnhij->bhij", cached, W) + online * last for W, last in pairs)
         return read(soup, x, residual)
     answers = torch.cat((read(cache.states, x.unsqueeze(1), residual), read(memory, x, residual).unsqueeze(1)), 1)
-    return (gamma.unsqueeze(-1) * answers).sum(1)
+    # Not by its gate of 0: what is not chosen may be inf.
+    return torch.where(gamma.unsqueeze(-1) == 0, 0.0, gamma.unsqueeze(-1) * answers).sum(1)

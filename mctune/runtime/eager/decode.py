@@ -16,7 +16,8 @@ from torch.nn.functional import gelu
 from ..call import Call
 from ..memory import LayerMemory
 from .deep import Coefficients, Layer, coefficients, error_rows, gelu_slope, next_momentum
-from .gates import best, even, gamma
+from .gates import best, chosen, even, gamma
+from .masked import mix, pairs
 from .matrix import swla_weights
 from .plan import CHUNK
 
@@ -114,11 +115,18 @@ class _Matrix:
     weights: Tensor
     decay: Tensor | None
 
+    @property
+    def seen(self) -> Tensor:
+        """bool [m, m], or [m, m + 1] after the row before."""
+        m, n = self.weights.shape[-2:]
+        return torch.ones(m, n, dtype=torch.bool, device=self.keys.device).tril(n - m)
+
     def read(self, layer: int, x: Tensor) -> Tensor:
         carried = x @ self.state
         if self.decay is not None:
             carried = self.decay[..., None] * carried
-        return (x @ self.keys.mT * self.weights) @ self.values + carried
+        seen = None if x.shape[1] == 1 else self.seen
+        return mix(pairs(x, self.keys, seen) * self.weights, self.values, seen) + carried
 
 
 def _write_matrix(call: Call, memory: LayerMemory, piece: _Tokens, filled: list[int]) -> _Online:
@@ -251,4 +259,4 @@ def _shares(
     past = piece.u @ memory.descriptors.flatten(0, 1)[:, :count].mT
     if visible is not None:
         past = past.masked_fill(~visible, float("-inf"))
-    return gamma(call.reads, past, own, call.top_k)
+    return gamma(past, own, chosen(call.reads, past, call.top_k, visible))

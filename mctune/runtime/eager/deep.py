@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu
 
+from .masked import mix, pairs
 from .matrix import decay_between
 from .plan import Plan
 
@@ -66,7 +67,8 @@ class Layer:
             y = by.state[..., None] * y
         if by.momentum is not None and self.momentum is not None:
             y = y - by.momentum[..., None] * (x @ self.momentum)
-        return y - (by.rows * (x @ self.inputs.mT)) @ self.errors
+        seen = torch.ones(by.rows.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        return y - mix(by.rows * pairs(x, self.inputs, seen), self.errors, seen)
 
     def leave(self, state: Tensor | None, momentum: Tensor | None, rows: Tensor) -> Tensor:
         """c W_0 - d S_0 - sum_j c_j x_j^T e_j, for c, d [G, A] and c_j [G, A, b]."""
@@ -173,10 +175,13 @@ def coefficients(
     state = None if g is None else g.cumsum(-1).exp()
     eta = eta[..., None, :]
     if mu is None:
-        return Coefficients(state, None, eta * span), None, None
+        return Coefficients(state, None, (eta * span).tril()), None, None
     since = torch.where(ones.tril(-1) > 0, mu[..., :, None], 1.0).cumprod(-2).tril()
     upto = mu.cumprod(-1)
-    return Coefficients(state, (span @ upto[..., None])[..., 0], eta * (span @ since)), upto, eta * since
+    seen = ones > 0
+    # A NaN in mu reaches the rows after it, and is not lost in those before.
+    rows = (eta * mix(span, since, seen)).tril()
+    return Coefficients(state, mix(span, upto[..., None], seen)[..., 0], rows), upto, (eta * since).tril()
 
 
 def next_momentum(layer: Layer, decay: Tensor, rows: Tensor) -> Tensor:

@@ -41,8 +41,18 @@ def run_eager(call: Call, layout: Layout) -> Tensor:
         gate = make_gate(call.reads, call.top_k, u, k, layout)
         run = _run_deep if call.deep else _run_linear
         y = run(call, layout, q * call.scale, k, v, gate)
+        if not gate.reads.routed and call.u is not None:
+            y = y + _unread(u, call.reads.routed)
         B, T, H, _ = call.q.shape
         return y.view(B, H, T, -1).transpose(1, 2).to(call.q.dtype).contiguous()
+
+
+def _unread(u: Tensor, gates: bool) -> Tensor:
+    """Zeros to add to y, so that a connector without influence has a gradient, zero.
+
+    ``gates``: in a single segment every gate is 1, but that of a logit that is NaN.
+    """
+    return (0 * u).sum(-1, keepdim=True) if gates else u[:, :0].sum()
 
 
 def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..traits import AGGREGATIONS, Aggregation
+from .masked import mix, pairs
 from .plan import Block, Layout
 
 Tensor = torch.Tensor
@@ -29,7 +30,8 @@ def descriptors(u: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     plan = layout.keys
     rows = plan.take(k)
-    running = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril() @ rows
+    ones = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril()
+    running = mix(ones, rows, ones > 0)
     if len(plan.steps) > 1:
         totals = plan.at_last(running)
         carried, before = torch.zeros_like(totals[:, : plan.steps[0].stop]), []
@@ -61,19 +63,26 @@ class Gate:
     def logits(self, block: Block) -> tuple[Tensor, Tensor]:
         """Logits of the cached segments, [G, t, n], -inf where unreadable, and of the online one, [G, t, 1]."""
         assert self.u is not None and self.p is not None and self.r is not None
-        past = self.u[:, block.begin : block.end] @ self.p[:, block.lo : block.hi].mT
+        past = pairs(self.u[:, block.begin : block.end], self.p[:, block.lo : block.hi], block.visible)
         if block.visible is not None:
             past = past.masked_fill(~block.visible, float("-inf"))
         return past, self.r[:, block.begin : block.end, None]
 
-    def weights(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Weights of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1]."""
+    def weights(self, block: Block) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights of the cached segments, [G or 1, t, n], and of the online one, [G or 1, t, 1].
+
+        Then which cached ones are read at all, bool [G or 1, t, n]: the others' weights are 0. ``None``: all of them.
+        """
         if self.reads.routed:
-            return gamma(self.reads, *self.logits(block), self.top_k)
+            past, online = self.logits(block)
+            seen = chosen(self.reads, past, self.top_k, None if block.visible is None else block.visible[None])
+            share, own = gamma(past, online, seen)
+            return (share if seen is None else share.masked_fill(~seen, 0)), own, seen
         past = self.like.new_ones(1, block.end - block.begin, block.hi - block.lo)
-        if block.visible is not None:
-            past = past * block.visible
-        return even(self.reads, past, block.rank[None, :, None].to(past.dtype))
+        seen = None if block.visible is None else block.visible[None]
+        if seen is not None:
+            past = past * seen
+        return *even(self.reads, past, block.rank[None, :, None].to(past.dtype)), seen
 
 
 def make_gate(reads: Aggregation, top_k: int, u: Tensor, k: Tensor, layout: Layout) -> Gate:
@@ -83,19 +92,26 @@ def make_gate(reads: Aggregation, top_k: int, u: Tensor, k: Tensor, layout: Layo
     return Gate(reads, top_k, k, u, *descriptors(u, k, layout)) if reads.routed else Gate(reads, top_k, k)
 
 
-def gamma(reads: Aggregation, past: Tensor, online: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def chosen(reads: Aggregation, past: Tensor, top_k: int, visible: Tensor | None) -> Tensor | None:
+    """Which of the visible cached segments are read, from their logits [..., n] (Eq. 16-17); ``None``: all of them."""
+    if not reads.sparse or top_k >= past.shape[-1]:
+        return visible
+    read = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, top_k)[0], True)
+    return read if visible is None else read & visible
+
+
+def gamma(past: Tensor, online: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weights of a routed aggregation: a softmax over the states that may be read (Eq. 8-10, 16-17).
 
     Args:
-        past, online: logits of the cached segments [..., n], -inf where a token may not look, and of the online one
-            [..., 1].
+        past, online: logits of the cached segments [..., n], and of the online one [..., 1].
+        seen: which cached ones are read; ``None``: all of them.
 
     Returns:
         Weights in the shapes of the logits.
     """
-    if reads.sparse and top_k < past.shape[-1]:
-        chosen = torch.zeros_like(past, dtype=torch.bool).scatter_(-1, best(past, top_k)[0], True)
-        past = past.masked_fill(~chosen, float("-inf"))
+    if seen is not None:
+        past = past.masked_fill(~seen, float("-inf"))
     every = torch.cat([past, online], -1).softmax(-1)
     return every[..., :-1], every[..., -1:]
 
@@ -112,18 +128,18 @@ def even(reads: Aggregation, visible: Tensor, count: Tensor) -> tuple[Tensor, Te
 
 
 def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Indices [..., top_k] of the largest logits, among equals the earlier one, and whether each is more than -inf.
+    """Indices [..., top_k] of the largest logits, among equals the earlier one, and whether each is not -inf.
 
-    The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
+    NaN counts as the largest, so that it is not lost. The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
     """
     left = logits.detach()
     if not 1 <= top_k <= _FEW:
         value, index = left.sort(dim=-1, descending=True, stable=True)
-        return index[..., :top_k], value[..., :top_k] > float("-inf")
+        return index[..., :top_k], value[..., :top_k] != float("-inf")
     left, values, indices = left.clone(), [], []
     for _ in range(top_k):
         value, index = left.max(-1, keepdim=True)
         left.scatter_(-1, index, float("-inf"))
         values.append(value)
         indices.append(index)
-    return torch.cat(indices, -1), torch.cat(values, -1) > float("-inf")
+    return torch.cat(indices, -1), torch.cat(values, -1) != float("-inf")

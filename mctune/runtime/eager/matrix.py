@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 
+from .masked import mix, pairs
 from .plan import Layout, Plan
 
 Tensor = torch.Tensor
@@ -34,12 +35,12 @@ def run_linear(
         keys, values = plan.take(k), plan.take(v)
         weights = torch.ones(1, 1, plan.size, plan.size, dtype=q.dtype, device=q.device).tril()
         weights_last = plan.at_last(weights.expand(1, len(plan.last), -1, -1))
-        decay = None
+        decay, seen = None, weights[0, 0] > 0
     else:
         keys, values = plan.take_previous(k), plan.take_previous(v)
         weights, decay = _swla_weights(plan, *gates)
-        weights_last = plan.at_last(weights)
-    online = (rows @ keys.mT * weights) @ values
+        weights_last, seen = plan.at_last(weights), sees(plan.size, q.device)
+    online = mix(pairs(rows, keys, seen) * weights, values, seen)
     writes = keys.mT @ (weights_last[..., None] * values)
     decay_last = None if decay is None else plan.at_last(decay)[..., None, None]
     state = torch.zeros_like(writes[:, : plan.steps[0].stop])
@@ -62,16 +63,24 @@ def run_linear(
 
 def _swla_weights(plan: Plan, g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     g, beta, lam = plan.take(g), plan.take(beta), plan.take(lam)
-    return swla_weights(g, torch.cat([beta[..., :1] * plan.follows[:, None], beta[..., 1:]], -1), lam)
+    # The first decay of a lane has nothing to scale; its NaN is seen all the same, as that of beta is.
+    first = beta[..., :1] * plan.follows[:, None] + 0 * g[..., :1].exp()
+    return swla_weights(g, torch.cat([first, beta[..., 1:]], -1), lam)
 
 
 def swla_weights(g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """From gates [..., b], the weight of the previous row and of each row of a chunk at each of its rows,
     [..., b, b + 1], and the decay of what enters the chunk, [..., b]."""
     span = decay_between(g)
-    weights = torch.nn.functional.pad(lam[..., None, :] * span, (1, 0))
-    weights = weights + torch.nn.functional.pad(beta[..., None, :] * span, (0, 1))
+    # The zeros of the span would not do: a gate that is not finite must not reach the rows before it.
+    weights = torch.nn.functional.pad((lam[..., None, :] * span).tril(), (1, 0))
+    weights = weights + torch.nn.functional.pad((beta[..., None, :] * span).tril(), (0, 1))
     return weights, g.cumsum(-1).exp()
+
+
+def sees(size: int, device: torch.device) -> Tensor:
+    """bool [b, b + 1]: which of the previous row and the rows of a chunk each of its rows sees."""
+    return torch.ones(size, size + 1, dtype=torch.bool, device=device).tril(1)
 
 
 def decay_between(g: Tensor) -> Tensor:

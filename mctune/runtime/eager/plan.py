@@ -60,9 +60,10 @@ class Plan:
         return _take(x, self.tokens)
 
     def take_previous(self, x: Tensor) -> Tensor:
-        """[G, T, ...] to [G, M, b + 1, ...]: each chunk after the token before it (any token, where there is none)."""
-        rows = torch.cat([(self.tokens[:, :1] - 1).clamp(min=0), self.tokens], 1)
-        return _take(x, rows)
+        """[G, T, D] to [G, M, b + 1, D]: each chunk after the token before it (zeros, where there is none)."""
+        before = x.index_select(1, (self.tokens[:, 0] - 1).clamp(min=0))
+        before = torch.where(self.follows[:, None], before, 0)
+        return torch.cat([before[:, :, None], _take(x, self.tokens)], 2)
 
     def put(self, chunks: Tensor) -> Tensor:
         """Chunks back to tokens: [G, M, b, ...] to [G, T, ...]."""

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import gelu
 
 from .gates import Gate, best
+from .masked import mix, pairs, sound
 from .plan import Block, Layout
 
 Tensor = torch.Tensor
@@ -22,8 +23,9 @@ DENSE_STATES = 4
 class Memories(Protocol):
     """Cached states that can be read."""
 
-    def read(self, x: Tensor, past: Tensor, block: Block) -> Tensor:
-        """sum_i past_i M_i(x): x [G, t, D], past [G or 1, t, n] over the segments of ``block`` -> [G, t, D']."""
+    def read(self, x: Tensor, past: Tensor, seen: Tensor | None, block: Block) -> Tensor:
+        """sum_i past_i M_i(x) over what is seen: x [G, t, D], past and seen [G or 1, t, n] as :meth:`Gate.weights`
+        gives them of ``block`` -> [G, t, D']."""
 
     def split(self) -> list[tuple[Tensor, ...]]:
         """The parameters of each of the G * N states."""
@@ -38,10 +40,9 @@ class Linear:
 
     states: Tensor
 
-    def read(self, x: Tensor, past: Tensor, block: Block) -> Tensor:
+    def read(self, x: Tensor, past: Tensor, seen: Tensor | None, block: Block) -> Tensor:
         """One long-K product: the gated x times the stacked states."""
-        gated = past[..., None] * x[:, :, None]
-        return gated.flatten(2) @ self.states[:, block.lo : block.hi].flatten(1, 2)
+        return _gated(past, x[:, :, None], seen, self.states[:, block.lo : block.hi])
 
     def split(self) -> list[tuple[Tensor, ...]]:
         return [(state,) for state in self.states.flatten(0, 1).unbind(0)]
@@ -58,11 +59,11 @@ class Deep:
     down: Tensor
     residual: bool
 
-    def read(self, x: Tensor, past: Tensor, block: Block) -> Tensor:
+    def read(self, x: Tensor, past: Tensor, seen: Tensor | None, block: Block) -> Tensor:
         up, down = (W[:, block.lo : block.hi] for W in (self.up, self.down))
-        hidden = x @ up.transpose(1, 2).flatten(2)
+        hidden = pairs(x, up.mT.flatten(1, 2), seen)
         z = gelu(hidden, approximate="tanh").view(*hidden.shape[:2], up.shape[1], up.shape[3])
-        y = (past[..., None] * z).flatten(2) @ down.flatten(1, 2)
+        y = _gated(past, z, seen, down)
         return y + past.sum(-1, keepdim=True) * x if self.residual else y
 
     def split(self) -> list[tuple[Tensor, ...]]:
@@ -71,6 +72,14 @@ class Deep:
     def read_one(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         y = gelu(x @ state[0], approximate="tanh") @ state[1]
         return y + x if self.residual else y
+
+
+def _gated(past: Tensor, rows: Tensor, seen: Tensor | None, states: Tensor) -> Tensor:
+    """sum_i past_i rows_i W_i over what is seen: rows [G, t, n or 1, D], states [G, n, D, D'] -> [G, t, D']."""
+    gated = past[..., None] * rows
+    if seen is not None and not sound(rows):
+        gated = gated.masked_fill(~seen[..., None], 0)
+    return mix(gated.flatten(2), states.flatten(1, 2), seen)
 
 
 def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layout) -> Tensor:
@@ -86,10 +95,10 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layo
     # Not slices: Inductor (torch 2.13, CPU) generates wrong code for the sum of four of their gradients.
     sizes = [block.end - block.begin for block in layout.blocks]
     for block, rows, own in zip(layout.blocks, torch.split(x, sizes, 1), torch.split(online, sizes, 1), strict=True):
-        past, share = gate.weights(block)
+        past, share, seen = gate.weights(block)
         y = share * own
         if block.hi > block.lo:
-            y = y + memories.read(rows, past, block)
+            y = y + memories.read(rows, past, seen, block)
         parts.append(y)
     return torch.cat(parts, 1)
 
