@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 
+from .arguments import shown
 from .errors import ArgumentError
 from .options import Options
-from .segments import Segments, make_segments
+from .segments import Segments, check_bounds_type, check_packing, make_segments
 from .traits import RECURRENCES, any_of
 
 Tensor = torch.Tensor
@@ -82,16 +84,22 @@ def check_call(
     Raises:
         ArgumentError: naming the argument, what it is, what it must be.
     """
-    options.checked()
+    options = options.checked()
     _check_tensors(q, k, v, u)
     B, _, _, Dk = q.shape
     for name, gate in gates.items():
         if gate is not None:
             _check_gate(name, gate, options.recurrence, q)
     _check_deep(options.recurrence, W_up, W_down, options.memory_residual, q, v.shape[-1])
-    scale = options.scale
-    if scale is not None and not math.isfinite(scale):
-        raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
+    scale = None if options.scale is None else _checked_scale(options.scale)
+    check_packing(options.segmentation, cu_seqlens)
+    if cu_seqlens is not None:
+        check_bounds_type(cu_seqlens)
+        # torch would take the whole call for one on meta, and hand out memory that nothing has written.
+        if cu_seqlens.is_meta and not q.is_meta:
+            raise ArgumentError(
+                f"cu_seqlens is on meta, which holds no values, and q on {q.device}; pass it on the CPU"
+            )
     if options.segmentation == "packed" and B != 1:
         raise ArgumentError(
             f"q has B={B} with segmentation='packed': the sequences stand in one row, so B is 1; put the batch into "
@@ -124,6 +132,10 @@ def check_call(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_dense(name, x)
+    if u is not None:
+        _check_dense("u", u)
     if q.dim() != 4 or 0 in q.shape:
         raise ArgumentError(f"q is {list(q.shape)}; it must be [B, T, H, Dk] with no axis of length 0")
     if q.dtype not in DTYPES:
@@ -140,12 +152,40 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None) -> None:
         _check_device(name, x, q)
 
 
+def _check_dense(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"{name} is {shown(x)}; it must be a torch.Tensor")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ArgumentError(f"{name} is a {kind} tensor; it must be dense and strided")
+
+
+def _checked_scale(scale: Any) -> float:
+    if not isinstance(scale, float):
+        if isinstance(scale, Tensor):
+            raise ArgumentError(
+                "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
+            )
+        if isinstance(scale, torch.SymFloat):
+            return scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise ArgumentError(f"scale={shown(scale)}: must be a number; leave it out for Dk ** -0.5")
+        try:
+            scale = float(scale)
+        except OverflowError:
+            scale = math.inf
+    if not math.isfinite(scale):
+        raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
+    return scale
+
+
 def _check_device(name: str, x: Tensor | None, q: Tensor) -> None:
     if x is not None and x.device != q.device:
         raise ArgumentError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
 
 
 def _check_gate(name: str, gate: Tensor, recurrence: str, q: Tensor) -> None:
+    _check_dense(name, gate)
     takes = RECURRENCES[recurrence].gates
     if name not in takes:
         users = ", ".join(repr(user) for user, row in RECURRENCES.items() if name in row.gates)
@@ -153,7 +193,7 @@ def _check_gate(name: str, gate: Tensor, recurrence: str, q: Tensor) -> None:
         raise ArgumentError(f"{name} with recurrence={recurrence!r}, which {has}; {name} belongs to {users}")
     if gate.shape != q.shape[:3]:
         raise ArgumentError(f"{name} is {list(gate.shape)}; it must be [B, T, H] = {list(q.shape[:3])}")
-    if not gate.is_floating_point():
+    if gate.dtype not in DTYPES:
         raise ArgumentError(f"{name} is {gate.dtype}; it must be float32")
     _check_device(name, gate, q)
     if name == "g" and _readable(gate) and bool((gate > 0).any()):
@@ -170,6 +210,9 @@ def _check_deep(
     recurrence: str, W_up: Tensor | None, W_down: Tensor | None, memory_residual: bool, q: Tensor, Dv: int
 ) -> None:
     H, Dk = q.shape[2:]
+    for name, weight in (("W_up", W_up), ("W_down", W_down)):
+        if weight is not None:
+            _check_dense(name, weight)
     if not RECURRENCES[recurrence].deep:
         for name, weight in (("W_up", W_up), ("W_down", W_down)):
             if weight is not None:
@@ -184,8 +227,8 @@ def _check_deep(
     if W_down.shape != (H, W_up.shape[2], Dv):
         raise ArgumentError(f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}")
     for name, weight in (("W_up", W_up), ("W_down", W_down)):
-        if not weight.is_floating_point():
-            raise ArgumentError(f"{name} is {weight.dtype}; it must be floating point")
+        if weight.dtype not in DTYPES:
+            raise ArgumentError(f"{name} is {weight.dtype}; it must be floating point of at least 16 bits")
         _check_device(name, weight, q)
     if memory_residual and Dk != Dv:
         raise ArgumentError(

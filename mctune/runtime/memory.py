@@ -91,6 +91,8 @@ class LayerMemory:
             self.dropped = torch.zeros_like(self.cached)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def empty(
         cls, call: Call, rows: int, bound: int | None = None, state_dtype: torch.dtype | None = None
     ) -> LayerMemory:
@@ -107,7 +109,7 @@ class LayerMemory:
         online: tuple[Tensor, ...] = (zeros(rows, H, Dk, Dv),)
         if call.W_up is not None and call.W_down is not None:
             initial = tuple(W.detach().to(call.compute_dtype).clone() for W in (call.W_up, call.W_down))
-            online = tuple(W.expand(rows, -1, -1, -1).contiguous() for W in initial)
+            online = tuple(W.repeat(rows, 1, 1, 1) for W in initial)  # a copy, also of one row
         deep = call.deep
         return cls(
             tuple(zeros(rows, H, FIRST_CAPACITY, *x.shape[2:], dtype=state_dtype or x.dtype) for x in online),
@@ -147,17 +149,37 @@ class LayerMemory:
         self.cached += total // segment_length
         self.filled.copy_(total % segment_length)
 
+    def needed(self, tokens: int, segment_length: int) -> int:
+        """How many states a sequence has at most after ``tokens`` more.
+
+        Raises:
+            ArgumentError: if a count is out of bounds: a kernel would write outside the memory.
+        """
+        room, most = self.capacity, 0
+        for cached, filled in zip(self.cached.tolist(), self.filled.tolist(), strict=True):
+            if not (0 <= cached <= room and 0 <= filled < segment_length):
+                raise ArgumentError(
+                    f"a memory with cached={cached}, filled={filled}: they must be from 0 to {room}, its capacity, and "
+                    f"less than segment_length={segment_length}; start with an empty memory"
+                )
+            most = max(most, cached + (filled + tokens) // segment_length)
+        return most
+
     def reserve(self, tokens: int) -> None:
         """Make room for the states that ``tokens`` more tokens of every sequence add; room at least doubles."""
         assert self.rules is not None
-        needed = int((self.cached + (self.filled + tokens) // self.rules.segment_length).max())
+        needed = self.needed(tokens, self.rules.segment_length)
         # Tokens come at most a segment at a time where there is a bound, and it drops one state for each new one.
         self.make_room(needed if self.bound is None else min(needed, self.bound + 1))
 
     def make_room(self, needed: int) -> None:
         """Have room for ``needed`` states of every sequence; room at least doubles."""
-        if needed <= self.capacity:
-            return
+        if needed > self.capacity:
+            self._grow(needed)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _grow(self, needed: int) -> None:
         capacity = max(needed, 2 * self.capacity)
 
         def grown(x: Tensor) -> Tensor:
@@ -209,6 +231,10 @@ class LayerMemory:
         new, here = (B, H, Dk, call.v.shape[3]), (*self.key_sum.shape, self.last_value.shape[2])
         if new != here:
             raise ArgumentError(f"tokens of [B, H, Dk, Dv] = {list(new)} on a memory of {list(here)}; these must agree")
+        if call.deep and call.W_up is not None and call.W_up.shape[2] != self.online[0].shape[3]:
+            raise ArgumentError(
+                f"W_up is {list(call.W_up.shape)} on a memory of E={self.online[0].shape[3]}; these must agree"
+            )
         if call.q.device != self.key_sum.device:
             raise ArgumentError(f"q is on {call.q.device} and the memory on {self.key_sum.device}; move the memory")
 
@@ -223,7 +249,9 @@ class LayerMemory:
                 return tuple(function(part) for part in x)
             return function(x) if isinstance(x, Tensor) else x
 
-        return replace(self, **{f.name: each(f.name, getattr(self, f.name)) for f in fields(self)})
+        # Written in place later, perhaps in another mode than this one.
+        with torch.inference_mode(False), torch.no_grad():
+            return replace(self, **{f.name: each(f.name, getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> LayerMemory:
         """The same on a device. Counts stay on the CPU."""

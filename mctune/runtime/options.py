@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .errors import ArgumentError
+from .arguments import flag, known, positive
 from .traits import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Aggregation, Recurrence
 
 NAMES = (
@@ -50,29 +50,34 @@ class Options:
         return self.state_init == "checkpoint"
 
     def checked(self) -> Options:
-        """These options.
+        """These options, with defaults for what is ``None`` and used by nothing in the call.
 
         Raises:
-            ArgumentError: on an unknown name, or a size below 1.
+            ArgumentError: on an unknown name, a size below 1 or beyond 32 bits, or a value of another type.
         """
-        _known("recurrence", self.recurrence, RECURRENCES)
-        _known("aggregation", self.aggregation, AGGREGATIONS)
-        _known("segmentation", self.segmentation, SEGMENTATIONS)
-        _known("state_init", self.state_init, STATE_INITS)
-        if self.segmentation != "logarithmic":
-            _positive("segment_length", self.segment_length)
-        if self.reads.sparse:
-            _positive("top_k", self.top_k)
-        if self.deep:
-            _positive("inner_chunk", self.inner_chunk)
-        return self
-
-
-def _known(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ArgumentError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-
-
-def _positive(name: str, size: int) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ArgumentError(f"{name}={size!r}: must be an integer of at least 1")
+        known("recurrence", self.recurrence, RECURRENCES)
+        known("aggregation", self.aggregation, AGGREGATIONS)
+        known("segmentation", self.segmentation, SEGMENTATIONS)
+        known("state_init", self.state_init, STATE_INITS)
+        # Spelled out: this is on the way of every call.
+        deep, unused = self.deep, []
+        if self.segment_length is not None or self.segmentation != "logarithmic":
+            positive("segment_length", self.segment_length)
+        else:
+            unused.append("segment_length")
+        if self.top_k is not None or self.reads.sparse:
+            positive("top_k", self.top_k)
+        else:
+            unused.append("top_k")
+        if self.inner_chunk is not None or deep:
+            positive("inner_chunk", self.inner_chunk)
+        else:
+            unused.append("inner_chunk")
+        if self.memory_residual is not None or deep:
+            flag("memory_residual", self.memory_residual)
+        else:
+            unused.append("memory_residual")
+        if not unused:
+            return self
+        defaults: dict[str, Any] = {name: getattr(Options, name) for name in unused}
+        return replace(self, **defaults)

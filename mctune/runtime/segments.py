@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from .arguments import shown
 from .errors import ArgumentError
 from .traits import SEGMENTATIONS
 
@@ -60,20 +61,29 @@ def make_segments(
         raise ArgumentError(f"T={T}: there must be at least 1 token")
     if segmentation != "logarithmic" and segment_length < 1:
         raise ArgumentError(f"segment_length={segment_length}: a segment has at least 1 token (for example 256)")
-    if segmentation != "packed":
-        if cu_seqlens is not None:
-            raise ArgumentError(f"cu_seqlens with segmentation={segmentation!r}: use segmentation='packed'")
-        return _one_sequence(T, None if segmentation == "logarithmic" else segment_length)
+    check_packing(segmentation, cu_seqlens)
     if cu_seqlens is None:
+        return _one_sequence(T, None if segmentation == "logarithmic" else segment_length)
+    return _packed(segment_length, check_bounds(T, cu_seqlens))
+
+
+def check_packing(segmentation: str, cu_seqlens: torch.Tensor | None) -> None:
+    """Refuse bounds without ``packed``, and ``packed`` without bounds."""
+    if segmentation != "packed" and cu_seqlens is not None:
+        raise ArgumentError(f"cu_seqlens with segmentation={segmentation!r}: use segmentation='packed'")
+    if segmentation == "packed" and cu_seqlens is None:
         raise ArgumentError("segmentation='packed' needs cu_seqlens, int32 [S + 1], from 0 to T")
-    return _packed(segment_length, _checked_bounds(T, cu_seqlens))
 
 
-def _checked_bounds(T: int, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
-        raise ArgumentError(
-            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; it must be int32 [S + 1] with S of at least 1"
-        )
+def check_bounds(T: int, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    """The bounds as integers.
+
+    Raises:
+        ArgumentError: if they do not cut up T tokens.
+    """
+    check_bounds_type(cu_seqlens)
+    if cu_seqlens.is_meta:
+        raise ArgumentError("cu_seqlens is on meta, which holds no values; pass it on the CPU")
     bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
     if bounds[0] != 0 or bounds[-1] != T:
         raise ArgumentError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to T={T}")
@@ -81,6 +91,21 @@ def _checked_bounds(T: int, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
         if right < left:
             raise ArgumentError(f"cu_seqlens falls from {left} to {right} at sequence {sequence}; it must not decrease")
     return bounds
+
+
+def check_bounds_type(cu_seqlens: torch.Tensor) -> None:
+    """Refuse bounds that are no integer tensor, [S + 1]; their values are not looked at.
+
+    Raises:
+        ArgumentError: naming what they are.
+    """
+    must = "it must be int32 [S + 1] with S of at least 1, a torch.Tensor"
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ArgumentError(f"cu_seqlens is {shown(cu_seqlens)}; {must}")
+    if cu_seqlens.is_nested or cu_seqlens.layout != torch.strided:
+        raise ArgumentError(f"cu_seqlens is a nested or sparse tensor; {must}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
+        raise ArgumentError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; {must}")
 
 
 @lru_cache(maxsize=256)

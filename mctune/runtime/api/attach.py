@@ -330,4 +330,4 @@ def _mix(
     )
     gates = {name: getattr(mixed, name, None) for name in GATES}
     call = check_call(mixed.q, mixed.k, mixed.v, None, options, gates=gates, cu_seqlens=cu_seqlens)
-    return mixed.finish(cache.extend(call, index, "auto"))
+    return mixed.finish(cache.extend(call, index, "auto", layer))

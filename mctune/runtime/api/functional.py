@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import known
 from ..call import check_call
-from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
 from ..ops.serve import serve
 from ..options import Options
@@ -80,8 +80,7 @@ def memory_caching(
         >>> y.shape
         torch.Size([2, 96, 4, 16])
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    known("backend", backend, BACKENDS)
     options = Options(
         recurrence=recurrence,
         aggregation=aggregation,

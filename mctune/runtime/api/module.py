@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import elu, linear, normalize, relu, sigmoid, silu, softplus
 
+from ..arguments import flag, known, positive, shown, whole
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
 from ..errors import ArgumentError
@@ -17,6 +18,7 @@ from ..options import Options
 from ..traits import AGGREGATIONS, RECURRENCES
 from .conv import ShortConv
 from .functional import memory_caching
+from .inputs import check_hidden, check_packed, check_past, check_rows
 from .padding import check_cached, padded, unpadded
 
 Tensor = torch.Tensor
@@ -89,23 +91,32 @@ class MemoryCaching(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        Options(
+        options = Options(
             recurrence=recurrence,
             aggregation=aggregation,
             segmentation=segmentation,
             state_init=state_init,
             segment_length=segment_length,
             top_k=top_k,
+            memory_residual=memory_residual,
             inner_chunk=inner_chunk,
         ).checked()
-        if backend not in BACKENDS:
-            raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-        if feature_map is not None and feature_map not in FEATURE_MAPS:
-            raise ArgumentError(f"feature_map={feature_map!r} is not None or one of {', '.join(FEATURE_MAPS)}")
+        known("backend", backend, BACKENDS)
+        if feature_map is not None and not (isinstance(feature_map, str) and feature_map in FEATURE_MAPS):
+            raise ArgumentError(f"feature_map={shown(feature_map)} is not None or one of {', '.join(FEATURE_MAPS)}")
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "expansion": expansion, "conv_size": conv_size}
         for name, size in sizes.items():
-            if size < 1:
-                raise ArgumentError(f"{name}={size}: must be at least 1")
+            positive(name, size)
+        if head_dim is not None:
+            positive("head_dim", head_dim)
+        if layer_idx is not None:
+            whole("layer_idx", layer_idx, 0)
+        flags = {"connector": connector, "qk_norm": qk_norm, "use_short_conv": use_short_conv}
+        for name, value in (flags | {"use_output_gate": use_output_gate}).items():
+            flag(name, value)
+        for name, number, least in (("expand_v", expand_v, "above"), ("norm_eps", norm_eps, "at least")):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+                raise ArgumentError(f"{name}={shown(number)}: must be a finite number, {least} 0")
         if head_dim is None and hidden_size % num_heads:
             raise ArgumentError(
                 f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; pass head_dim, or change one"
@@ -125,8 +136,8 @@ class MemoryCaching(nn.Module):
                 "memory_residual=False or expand_v=1"
             )
         self.recurrence, self.aggregation, self.segmentation = recurrence, aggregation, segmentation
-        self.segment_length, self.state_init, self.top_k = segment_length, state_init, top_k
-        self.inner_chunk, self.memory_residual, self.backend = inner_chunk, memory_residual, backend
+        self.segment_length, self.state_init, self.top_k = options.segment_length, state_init, options.top_k
+        self.inner_chunk, self.memory_residual, self.backend = options.inner_chunk, options.memory_residual, backend
         self.feature_map, self.qk_norm, self.layer_idx = feature_map, qk_norm, layer_idx
         self.conv_size = conv_size
         keys, values = num_heads * self.head_dim, num_heads * self.value_dim
@@ -193,20 +204,19 @@ class MemoryCaching(nn.Module):
         Raises:
             ArgumentError: if the shape is another, or arguments contradict each other, the segmentation or the cache.
         """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
-            raise ArgumentError(
-                f"hidden_states is {list(hidden_states.shape)}; it must be [B, T, hidden_size={self.hidden_size}]"
-            )
+        check_hidden(hidden_states, self.hidden_size)
         cache = MemoryCache() if use_cache and past_key_values is None else past_key_values
         if cache is not None:
             self._check_cache(cache)
+            if cu_seqlens is None:
+                check_rows(cache, self._index, hidden_states)
         found = None
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ArgumentError("attention_mask with cu_seqlens: a packed row has no padding; pass one of them")
             started = cache is not None and cache.layer(self._index) is not None
             if cache is not None:
-                check_cached(attention_mask, hidden_states.shape[1], started)
+                check_cached(attention_mask, hidden_states.shape[1], started, len(hidden_states))
             found = None if started else unpadded(attention_mask, hidden_states)
         if found is None:
             return self._mix(hidden_states, cu_seqlens, cache), None, cache
@@ -242,6 +252,7 @@ class MemoryCaching(nn.Module):
         segmentation = self.segmentation
         started = cache is not None and cache.layer(self._index) is not None
         if cu_seqlens is not None:
+            check_packed(x, cu_seqlens, read=bool(self.convs))
             if started:
                 raise ArgumentError(
                     "cu_seqlens after the first call with this cache: its sequences are rows now; pass their next "
@@ -259,7 +270,7 @@ class MemoryCaching(nn.Module):
         parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         kept = []
         if self.convs:
-            past = None if cache is None else cache.conv_state(self._index)
+            past = None if cache is None else check_past(cache, self._index, self.convs, x)
             keep = self.conv_size - 1 + (0 if cache is None else cache.rewind)
             for number, conv in enumerate(self.convs):
                 parts[number], newest = conv(parts[number], None if past is None else past[number], cu_seqlens, keep)
@@ -336,7 +347,7 @@ class MemoryCaching(nn.Module):
         )
         weights = {"W_up": self.W_up, "W_down": self.W_down}
         call = check_call(q, k, v, u, options, gates=gates, **weights, cu_seqlens=cu_seqlens)
-        return cache.extend(call, self._index, self.backend)
+        return cache.extend(call, self._index, self.backend, self)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], self.num_heads, -1)

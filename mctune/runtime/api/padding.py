@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import shown
 from ..errors import ArgumentError
 
 Tensor = torch.Tensor
@@ -23,6 +24,7 @@ def unpadded(attention_mask: Tensor, hidden_states: Tensor) -> tuple[Tensor, Ten
     Raises:
         ArgumentError: on another shape, other values, padding between tokens, or a mask without tokens.
     """
+    _check_type(attention_mask)
     shape = list(hidden_states.shape[:2])
     if list(attention_mask.shape) != shape:
         raise ArgumentError(f"attention_mask is {list(attention_mask.shape)}; it must be [B, T] = {shape}")
@@ -42,21 +44,35 @@ def unpadded(attention_mask: Tensor, hidden_states: Tensor) -> tuple[Tensor, Ten
     return tokens.flatten().nonzero()[:, 0].to(hidden_states.device), bounds
 
 
+def _check_type(attention_mask: Tensor) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.is_nested or attention_mask.layout != torch.strided:
+        raise ArgumentError(f"attention_mask is {shown(attention_mask)}; it must be a dense torch.Tensor, [B, T]")
+    if attention_mask.is_meta:
+        raise ArgumentError("attention_mask is on meta, which holds no values; pass it on the CPU")
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def check_cached(attention_mask: Tensor, tokens: int, started: bool) -> None:
+def check_cached(attention_mask: Tensor, tokens: int, started: bool, rows: int | None = None) -> None:
     """Refuse padding that a cache cannot skip.
 
     Raises:
         ArgumentError: unless padding is on the left, and among the first tokens of the sequences.
     """
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
-        raise ArgumentError(f"attention_mask is {list(attention_mask.shape)}; it must be [B, T] with T={tokens}")
+    _check_type(attention_mask)
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[1] < tokens
+        or attention_mask.shape[0] != (attention_mask.shape[0] if rows is None else rows)
+    ):
+        size = "" if rows is None else f"B={rows} and "
+        raise ArgumentError(f"attention_mask is {list(attention_mask.shape)}; it must be [B, T] with {size}T={tokens}")
     if started and not bool(attention_mask[:, -tokens:].all()):
         raise ArgumentError(
             "attention_mask has padding after the first call with this cache; only the call that starts the sequences "
             "may have some, on the left"
         )
-    if not bool(attention_mask[:, -1].all()):
+    # A row of nothing but padding is a sequence that has no token yet.
+    if not started and bool(((attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)).any()):
         raise ArgumentError("attention_mask has padding on the right with a cache; pad on the left")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import known, shown
 from ..call import check_call
 from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
@@ -70,8 +71,9 @@ def memory_caching_step(
         >>> memory_caching_step(q, k, v, memory=cache.layer(0), segment_length=32).shape
         torch.Size([2, 1, 4, 16])
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    known("backend", backend, BACKENDS)
+    if not isinstance(memory, LayerMemory):
+        raise ArgumentError(f"memory is {shown(memory)}; it must be a layer of a MemoryCache: cache.layer(0)")
     options = Options(
         recurrence=recurrence,
         aggregation=aggregation,

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
+from ..arguments import LARGEST, positive, shown, whole
 from ..call import Call
 from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..ops.step import extend
+from ..segments import check_bounds
 from .crop import check_crop, crop_layer
 from .file import read_layers, write_layers
-from .prefill import as_batch, between, joined, prefill, sequence_lengths
+from .prefill import between, joined, prefill, sequence_lengths
 from .rewind import History, extend_recorded
+from .rows import check_alike, check_rows, extend_prompt
 
 Tensor = torch.Tensor
 STATE_DTYPES = (torch.bfloat16, torch.float16)
@@ -26,6 +31,11 @@ STATE_DTYPES = (torch.bfloat16, torch.float16)
 class _Layer:
     memory: LayerMemory
     history: History | None
+    owner: ReferenceType[object] | None = None
+    """Which layer of a model writes here, as long as it lives; copies and files of a cache do not know it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"owner": None}
 
 
 @dataclass(eq=False)
@@ -67,13 +77,12 @@ class MemoryCache:
     """
 
     def __init__(self, max_states: int | None = None, rewind: int = 0, state_dtype: torch.dtype | None = None) -> None:
-        if max_states is not None and max_states < 0:
-            raise ArgumentError(f"max_states={max_states}: must be at least 0; None keeps all states")
-        if rewind < 0:
-            raise ArgumentError(f"rewind={rewind}: must be at least 0")
-        if state_dtype is not None and state_dtype not in STATE_DTYPES:
+        if max_states is not None:
+            whole("max_states", max_states, 0, "; None keeps all states")
+        whole("rewind", rewind, 0)
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype in STATE_DTYPES):
             raise ArgumentError(
-                f"state_dtype={state_dtype!r} is not one of {', '.join(map(str, STATE_DTYPES))}; None keeps what "
+                f"state_dtype={state_dtype if isinstance(state_dtype, torch.dtype) else shown(state_dtype)} is not one of {', '.join(map(str, STATE_DTYPES))}; None keeps what "
                 "states are computed in, float32 unless the model is float64"
             )
         self.max_states, self.rewind, self.state_dtype = max_states, rewind, state_dtype
@@ -89,7 +98,7 @@ class MemoryCache:
         layer = self._layers.get(layer_idx)
         return None if layer is None else layer.memory
 
-    def extend(self, call: Call, layer_idx: int, backend: str = "auto") -> Tensor:
+    def extend(self, call: Call, layer_idx: int, backend: str = "auto", owner: object | None = None) -> Tensor:
         """Write and read the tokens of a checked call, as :func:`memory_caching` would with all tokens before them.
 
         Args:
@@ -97,6 +106,7 @@ class MemoryCache:
                 after that, the next tokens of every row, without ``cu_seqlens``.
             layer_idx: whose memory.
             backend: as in :func:`memory_caching`.
+            owner: the layer that calls, so that another one with the same index is noticed.
 
         Returns:
             y, [B, n, H, Dv], in the dtype of q.
@@ -108,8 +118,12 @@ class MemoryCache:
         layer = self._layers.get(layer_idx)
         if layer is None:
             y: Tensor
-            y, self._layers[layer_idx] = self._begin(call, backend)
+            y, layer = self._begin(call, backend)
+            self._layers[layer_idx] = layer
+            layer.owner = None if owner is None else ref(owner)
             return y
+        if owner is not None:
+            _check_owner(layer, layer_idx, owner)
         if call.cu_seqlens is not None:
             raise ArgumentError(
                 f"cu_seqlens on a cache that holds {layer.memory.rows} sequences: only a prompt can be packed; pass "
@@ -119,13 +133,14 @@ class MemoryCache:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, call: Call, backend: str) -> tuple[Tensor, _Layer]:
+        if call.cu_seqlens is not None:
+            check_bounds(call.q.shape[1], call.cu_seqlens)
         if self.rewind == 0 or call.segmentation == "logarithmic":
             y, memory = prefill(call, backend, self.max_states, self.state_dtype)
             return y, _Layer(memory, None)
         # The newest tokens are written one snapshot later, so that they can be taken back.
         lengths = sequence_lengths(call)
-        tail = min(self.rewind, *lengths)
-        heads = [length - tail for length in lengths]
+        heads = [max(0, length - self.rewind) for length in lengths]
         outputs = []
         if max(heads) > 0:
             head = between(call, [0] * len(heads), heads)
@@ -133,18 +148,11 @@ class MemoryCache:
             outputs.append(y)
         else:
             memory = LayerMemory.empty(call, len(heads), self.max_states, self.state_dtype)
-        layer = _Layer(memory, History(self.rewind))
-        assert layer.history is not None
-        layer.history.restart(memory)
-        if tail == 0:
-            return outputs[0], layer
         rest = between(call, heads, lengths)
-        if call.cu_seqlens is None:
-            outputs.append(_go_on(rest, layer, backend))
-        else:
-            outputs.append(_go_on(as_batch(rest, len(heads)), layer, backend).flatten(0, 1)[None])
+        y, history = extend_prompt(rest, memory, self.rewind, backend)
+        outputs.append(y)
         stops = [heads, lengths] if len(outputs) == 2 else [lengths]
-        return joined(call, outputs, stops), layer
+        return joined(call, outputs, stops), _Layer(memory, history)
 
     def conv_state(self, layer_idx: int) -> tuple[Tensor, ...] | None:
         """What :meth:`set_conv_state` was given last, less what has been cropped; ``None`` if there is nothing."""
@@ -179,20 +187,26 @@ class MemoryCache:
 
         Without it a memory grows by itself, except in a graph of ``torch.compile``, which needs the room beforehand.
         """
+        whole("tokens", tokens, 0)
         for layer in self._layers.values():
             layer.memory.reserve(tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was (beam search); ``beam_idx`` is an integer tensor, [B]."""
-        self.batch_select_indices(beam_idx)
+        self._select("beam_idx", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; a row may be kept several times. ``indices`` is an integer tensor, [rows]."""
-        self._map(lambda x: x.index_select(0, indices.to(x.device, torch.int64)))
+        self._select("indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, copies side by side."""
+        positive("repeats", repeats)
         self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _select(self, name: str, indices: Tensor) -> None:
+        check_rows(name, indices, next((layer.memory.rows for layer in self._layers.values()), None))
+        self._map(lambda x: x.index_select(0, indices.to(x.device, torch.int64)))
 
     def _map(self, rowwise: Callable[[Tensor], Tensor]) -> None:
         for layer in self._layers.values():
@@ -221,9 +235,15 @@ class MemoryCache:
             >>> cache.lengths
             tensor([35])
         """
+        if not isinstance(max_length, int) or isinstance(max_length, bool):
+            raise ArgumentError(
+                f"max_length={shown(max_length)}: must be an integer; a negative one drops newest tokens"
+            )
         if not self._layers:
             return
         lengths = self.lengths
+        check_alike({index: layer.memory for index, layer in self._layers.items()})
+        max_length = max(-LARGEST, min(max_length, LARGEST))
         targets = (lengths + max_length).clamp(min=0) if max_length < 0 else lengths.clamp(max=max_length)
         if bool((targets == lengths).all()):
             return
@@ -236,7 +256,7 @@ class MemoryCache:
         for layer in self._layers.values():
             check_crop(layer.memory, layer.history, targets)
         for layer in self._layers.values():
-            crop_layer(layer.memory, layer.history, targets)
+            layer.history = crop_layer(layer.memory, layer.history, targets)
         for kept in self._convolutions.values():
             _crop_convolution(kept, removed)
 
@@ -247,6 +267,10 @@ class MemoryCache:
 
     def to(self, device: torch.device | str) -> MemoryCache:
         """Move to a device, in place; returns itself. Counts stay on the CPU."""
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise ArgumentError(f"device={shown(device)} is no device of torch") from error
 
         def move(x: Tensor) -> Tensor:
             return x if x.dtype in (torch.int32, torch.int64) else x.to(device)
@@ -310,6 +334,18 @@ class MemoryCache:
             cache._layers[index] = _Layer(memory, history)
         cache._convolutions = {index: _Convolution(*kept) for index, kept in convolutions.items()}
         return cache
+
+
+def _check_owner(layer: _Layer, layer_idx: int, owner: object) -> None:
+    """The first layer that calls is the one; what was not known, or is gone, is the layer that calls now."""
+    known = None if layer.owner is None else layer.owner()
+    if known is None:
+        layer.owner = ref(owner)
+    elif known is not owner:
+        raise ArgumentError(
+            f"layer_idx={layer_idx} of the cache belongs to another layer: give every layer of a model its own "
+            "layer_idx=0, 1, ...; to go on with another model's layer, pass copy.deepcopy(cache)"
+        )
 
 
 def _go_on(call: Call, layer: _Layer, backend: str) -> Tensor:

@@ -22,8 +22,8 @@ def check_crop(memory: LayerMemory, history: History | None, targets: Tensor) ->
     """
     assert memory.rules is not None
     lengths, C = memory.lengths, memory.rules.segment_length
-    depth = 0 if history is None else history.depth
-    for row, (length, target) in enumerate(zip(lengths.tolist(), targets.tolist(), strict=True)):
+    depths = [0] * memory.rows if history is None else history.depths
+    for row, (length, target, depth) in enumerate(zip(lengths.tolist(), targets.tolist(), depths, strict=True)):
         if length - target <= depth or target == 0:
             continue
         reason = _why_not_boundary(memory, row, target)
@@ -37,9 +37,18 @@ def check_crop(memory: LayerMemory, history: History | None, targets: Tensor) ->
             step = "" if len(ends) == 1 else f" to {ends[-1]} in steps of {C}"
             places += f", {ends[0]}{step}"
         raise ArgumentError(
-            f"crop of sequence {row} from {length} tokens to {target}: {reason}. It can go to {places}; to go back "
-            f"further, pass MemoryCache(rewind={length - target}) before the prompt"
+            f"crop of sequence {row} from {length} tokens to {target}: {reason}. It can go to {places}; "
+            f"{_remedy(length - target, 0 if history is None else history.reach)}"
         )
+
+
+def _remedy(count: int, reach: int) -> str:
+    if count > reach:
+        return f"to go back further, pass MemoryCache(rewind={count}) before the prompt"
+    return (
+        f"the window of rewind={reach} begins anew where a cache was loaded, and an earlier crop has used it up as far "
+        f"as it went: run the prompt again, or pass MemoryCache(rewind={reach + count}) before it"
+    )
 
 
 def _why_not_boundary(memory: LayerMemory, row: int, target: int) -> str | None:
@@ -62,22 +71,25 @@ def _why_not_boundary(memory: LayerMemory, row: int, target: int) -> str | None:
     return None
 
 
-def crop_layer(memory: LayerMemory, history: History | None, targets: Tensor) -> None:
-    """Restore targets that :func:`check_crop` has passed; in place."""
-    removed = memory.lengths - targets
-    if history is not None and bool((removed == removed[0]).all()) and int(removed[0]) <= history.depth:
-        history.take_back(memory, int(removed[0]))
-        return
-    for row, (target, count) in enumerate(zip(targets.tolist(), removed.tolist(), strict=True)):
-        if count == 0:
-            continue
+def crop_layer(memory: LayerMemory, history: History | None, targets: Tensor) -> History | None:
+    """Restore targets that :func:`check_crop` has passed, in place; the history from then on."""
+    removed = (memory.lengths - targets).tolist()
+    if history is not None and history.even and len(set(removed)) == 1 and removed[0] <= history.depths[0]:
+        history.take_back(memory, removed[0])
+        return history
+    pasts = []
+    for row, (target, count) in enumerate(zip(targets.tolist(), removed, strict=True)):
         alone = memory.map(partial(_row, row))
-        if history is not None and count <= history.depth:
-            history.map(partial(_row, row), memory.rows).take_back(alone, count)
-        else:
+        past = None if history is None else history.map(partial(_row, row), memory.rows)
+        if past is not None and 0 < count <= past.depths[0]:
+            past.take_back(alone, count)
+        elif count:
             _to_boundary(alone, target)
-    if history is not None:
-        history.restart(memory)
+            if past is not None:
+                past.restart(alone)
+        if past is not None:
+            pasts.append(past)
+    return History.together(pasts, memory) if pasts else None
 
 
 def _row(row: int, x: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+import os
+import threading
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..memory import LayerMemory, Rules
+from ..memory import LayerMemory
+from . import stored
 
 Tensor = torch.Tensor
 FORMAT = "memory-cache-1"
@@ -53,44 +56,41 @@ def write_layers(
         about["convolutions"][index] = spare
         for number, x in enumerate(inputs):
             tensors[f"{index}.convolution.{number}"] = x.detach().contiguous().clone()
-    library.save_file(tensors, str(path), metadata={"format": FORMAT, "cache": json.dumps(about)})
+    # Beside and renamed: a file that is there stays whole until the new one is.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        library.save_file(tensors, str(beside), metadata={"format": FORMAT, "cache": json.dumps(about)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_layers(path: Path) -> tuple[dict[int, LayerMemory], _Convolutions, int | None, int, torch.dtype | None]:
     """What :func:`write_layers` wrote: memories, convolutions, max_states, rewind, state_dtype.
 
+    A file may come from anyone: nothing in it is used before :mod:`stored` has held it to the rest.
+
     Raises:
-        ArgumentError: if the file is of another kind, or without the safetensors package.
+        ArgumentError: if the file is of another kind, contradicts itself, or without the safetensors package.
     """
     library = _safetensors()
-    with import_module("safetensors").safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise ArgumentError(f"{path} is no file of MemoryCache.save: its format is {metadata.get('format')!r}")
-    about, tensors = json.loads(metadata["cache"]), library.load_file(str(path))
-    layers = {}
-    for index, layer in about["layers"].items():
-        parts: dict[str, Any] = {}
-        for f in fields(LayerMemory):
-            whole = f"{index}.{f.name}"
-            if whole in tensors:
-                parts[f.name] = tensors[whole]
-            elif f.name in ("states", "online", "start", "momentum", "initial"):
-                parts[f.name] = _numbered(tensors, whole)
-        parts["bound"] = about["max_states"]
-        layers[int(index)] = LayerMemory(rules=Rules(**layer["rules"]), **parts)
-    convolutions = {
-        int(index): (_numbered(tensors, f"{index}.convolution"), spare)
-        for index, spare in about["convolutions"].items()
-    }
-    # Files written before state_dtype existed do not have it.
-    name = about.get("state_dtype")
-    return layers, convolutions, about["max_states"], about["rewind"], None if name is None else getattr(torch, name)
-
-
-def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    count = sum(key.startswith(f"{name}.") for key in tensors)
-    return tuple(tensors[f"{name}.{number}"] for number in range(count))
+    try:
+        with import_module("safetensors").safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ArgumentError(f"{path} is no file of MemoryCache.save: its format is {metadata.get('format')!r}")
+        found = library.load_file(str(path))
+    except import_module("safetensors").SafetensorError as error:
+        raise ArgumentError(f"{path} is no file of MemoryCache.save: {error}") from error
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            # Copies: what the library hands out is the file itself, and changes with it.
+            tensors = {name: x.clone() for name, x in found.items()}
+            about = json.loads(metadata.get("cache", "null"))
+            return stored.layers(about, tensors), stored.convolutions(about, tensors), *stored.options(about, tensors)
+    except (ArgumentError, RecursionError, ValueError) as error:
+        reason = "its metadata cannot be read" if not isinstance(error, ArgumentError) else str(error)
+        raise ArgumentError(f"{path} is no file of MemoryCache.save: {reason}") from error
 
 
 def _safetensors() -> Any:

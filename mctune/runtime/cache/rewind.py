@@ -40,6 +40,8 @@ class _Lost:
     states: tuple[Tensor, ...]
 
 
+_ABSENT = {"g": 0.0, "beta": 0.0, "lam": 1.0, "eta": 1.0, "mu": 0.0}
+"""What a gate is that was not given."""
 _KEPT = ("online", "key_sum", "last_key", "last_value", "start", "momentum", "cached", "filled")
 
 
@@ -48,7 +50,8 @@ class History:
     """At least the newest ``reach`` tokens of every sequence can be taken back; a few times as many are kept.
 
     A snapshot is taken every ``reach`` tokens; going back restores the last one before the place, and writes the
-    tokens between again.
+    tokens between again. Rows are aligned at the present: one that has fewer tokens than the others misses the first
+    ``missing`` of the history, int64 [B] on the CPU.
     """
 
     reach: int
@@ -56,11 +59,18 @@ class History:
     snapshots: list[_Snapshot] = field(default_factory=list)
     records: list[tuple[int, Call]] = field(default_factory=list)
     lost: list[_Lost] = field(default_factory=list)
+    missing: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
-    def depth(self) -> int:
-        """Tokens that can be taken back now."""
-        return self.total - self.snapshots[0].at if self.snapshots else 0
+    def depths(self) -> list[int]:
+        """Tokens of each row that can be taken back now."""
+        oldest = self.snapshots[0].at
+        return [self.total - max(oldest, missing) for missing in self.missing.tolist()]
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows can be taken back as one."""
+        return len(set(self.depths)) == 1
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +89,7 @@ class History:
     def restart(self, memory: LayerMemory) -> None:
         """Nothing before the present state can be restored."""
         self.total, self.records, self.lost = 0, [], []
-        self.snapshots = [_take(memory, 0)]
+        self.snapshots, self.missing = [_take(memory, 0)], torch.zeros(memory.rows, dtype=torch.int64)
 
     def record(self, call: Call) -> None:
         """Keep what is about to be written: at most ``reach`` tokens."""
@@ -103,8 +113,8 @@ class History:
         self.lost = [lost for lost in self.lost if lost.at > oldest]
 
     def take_back(self, memory: LayerMemory, count: int) -> None:
-        """Make ``memory`` what it was ``count`` tokens ago; at most :attr:`depth`."""
-        target = self.total - count
+        """Make ``memory`` what it was ``count`` tokens ago; at most :attr:`depths`, and rows are even."""
+        target, missing = self.total - count, int(self.missing.max())
         while self.snapshots[-1].at > target:
             self.snapshots.pop()
         snapshot = self.snapshots[-1]
@@ -118,13 +128,19 @@ class History:
         self.records = [(at, call) for at, call in self.records if at < snapshot.at]
         self.total = snapshot.at
         for at, call in again:
-            part = tokens(call, 0, min(call.k.shape[1], target - at))
-            self.record(part)
-            decode(part, memory, read=False)
-            memory.advance(part.k.shape[1], call.segment_length)
-            gone_again = memory.evict()
-            if gone_again is not None:
-                self.lost.append(_Lost(self.total, *gone_again))
+            begin, stop = max(missing - at, 0), min(call.k.shape[1], target - at)
+            while begin < stop:
+                end = stop
+                if memory.bound is not None:
+                    end = min(stop, begin + call.segment_length - int(memory.filled.max()))
+                part, self.total = tokens(call, begin, end), at + begin
+                self.record(part)
+                decode(part, memory, read=False)
+                memory.advance(end - begin, call.segment_length)
+                gone_again = memory.evict()
+                if gone_again is not None:
+                    self.lost.append(_Lost(self.total, *gone_again))
+                begin = end
 
     def map(self, rowwise: Callable[[Tensor], Tensor], rows: int) -> History:
         """The history of other sequences: ``rowwise`` picks them from a tensor whose axis 0 has ``rows`` rows."""
@@ -137,7 +153,54 @@ class History:
             gates = {name: None if x is None else rowwise(x) for name, x in gates.items()}
             records.append((at, replace(call, q=k, k=k, v=rowwise(call.v), **gates)))
         lost = [_Lost(x.at, *_spread(x, rowwise, rows)) for x in self.lost]
-        return History(self.reach, self.total, snapshots, records, lost)
+        return History(self.reach, self.total, snapshots, records, lost, rowwise(self.missing))
+
+    @classmethod
+    def together(cls, rows: list[History], memory: LayerMemory) -> History:
+        """The histories of single rows as one; ``memory`` is that of all of them now."""
+        depths = [past.depths[0] for past in rows]
+        all_, deepest = cls(rows[0].reach), max(depths)
+        all_.restart(memory)
+        if deepest == 0:
+            return all_
+        kept = {}
+        for name in _KEPT:
+            each = [_flat(getattr(past.snapshots[0], name)) for past in rows]
+            kept[name] = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+            if not isinstance(getattr(memory, name), tuple):
+                (kept[name],) = kept[name]
+        all_.total, all_.snapshots = deepest, [_Snapshot(0, **kept)]
+        all_.records = [(0, _aligned(rows, depths))]
+        all_.missing = deepest - torch.tensor(depths)
+        for row, past in enumerate(rows):
+            for x in past.lost:
+                if len(x.rows):
+                    all_.lost.append(_Lost(deepest - past.total + x.at, x.rows + row, x.states))
+        all_.lost.sort(key=lambda x: x.at)
+        all_.settle(memory, None)
+        return all_
+
+
+def _aligned(rows: list[History], depths: list[int]) -> Call:
+    """The tokens that each row can take back, as one call; zeros before those of rows that have fewer."""
+    calls = [[call for _, call in past.records] for past in rows]
+    like = next(call for each in calls for call in each)
+
+    def joined(name: str, row: int) -> Tensor:
+        parts = []
+        for call in calls[row]:
+            x = getattr(call, name)
+            parts.append(call.k.new_full(call.k.shape[:3], _ABSENT[name]) if x is None else x)
+        tokens_ = torch.cat(parts, 1)[:, -depths[row] :] if depths[row] else getattr(like, name)[:1, :0]
+        room = tokens_.new_zeros(1, max(depths) - depths[row], *tokens_.shape[2:])
+        return torch.cat([room, tokens_], 1)
+
+    names = [name for name in GATES if any(getattr(call, name) is not None for each in calls for call in each)]
+    like = next(call for each in calls for call in each if all(getattr(call, name) is not None for name in names))
+    made: dict[str, Any] = {
+        name: torch.cat([joined(name, row) for row in range(len(rows))]) for name in ("k", "v", *names)
+    }
+    return replace(like, q=made["k"], **made)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

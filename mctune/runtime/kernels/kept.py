@@ -154,7 +154,7 @@ def make_kept(
     Float arrays have the dtype of ``states`` but for operands of products, which have ``dtype``. ``top_k``: of ssc.
     """
     made = {"states": states.flatten(0, 1), "means": means.flatten(0, 1)}
-    made["operand"] = made["states"].to(dtype)
+    made["operand"] = made["states"].to(dtype, copy=True)  # an operator's results share no memory
     if "past" in names:
         made["past"] = _past(states, segments).flatten(0, 1).to(dtype)
     if "lse" in names:

@@ -86,7 +86,7 @@ def _run(*arguments: Any) -> Tensor:
     stores: dict[str, Any] = {name: named.pop(name) for name in _STORES}
     call = Call(**named, segmentation="constant")
     memory = LayerMemory(**stores | {name: tuple(stores[name]) for name in _SEVERAL})
-    needed = int((memory.cached + (memory.filled + call.q.shape[1]) // call.segment_length).max())
+    needed = memory.needed(call.q.shape[1], call.segment_length)
     if needed > memory.capacity:
         raise ArgumentError(
             f"{call.q.shape[1]} more tokens need room for {needed} states and the memory has room for "

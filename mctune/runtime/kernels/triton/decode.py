@@ -73,6 +73,7 @@ class TritonDecode:
         place. Counts on the device are not waited for: a state that there is no room for is left out of the cache.
 
         Raises:
+            ArgumentError: if a count of the memory on the CPU is out of bounds.
             KernelError: if the memory has no room for the states of the tokens, or more states than ssc's kernels take.
         """
         n, capacity = q.shape[1], memory.descriptors.shape[2]
@@ -112,7 +113,7 @@ class TritonDecode:
         if cached.device.type != "cpu":
             return (cached, filled), (0, 0)
         where = set(zip(cached.tolist(), filled.tolist(), strict=True))
-        needed = max((used + (begun + n) // length for used, begun in where), default=0)
+        needed = memory.needed(n, length)
         if needed > capacity:
             raise KernelError(
                 f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "

@@ -56,6 +56,7 @@ class TvmDecode:
         The tensors of ``memory``, float32, contiguous and of any alignment, are written in place; its counts stay.
 
         Raises:
+            ArgumentError: if a count of the memory is out of bounds.
             KernelError: if the cached states are of 16 bits, the memory has no room for those of the tokens, or an
                 array has more elements than the kernel's 32-bit indices reach.
         """
@@ -92,8 +93,7 @@ class TvmDecode:
                 f"cached states of {states.dtype}, and kernels of the CPU read torch.float32; use "
                 "MemoryCache(state_dtype=None)"
             )
-        cached, filled = memory.cached.tolist(), memory.filled.tolist()
-        needed: int = max(used + (begun + n) // segment_length for used, begun in zip(cached, filled, strict=True))
+        needed = memory.needed(n, segment_length)
         room, Dk, Dv = memory.descriptors.shape[2], online.shape[2], online.shape[3]
         if needed > room:
             raise KernelError(
