@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import elu, linear, normalize, relu, sigmoid, silu, softplus
+from torch.nn.functional import elu, normalize, relu, sigmoid, silu, softplus
 
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
@@ -17,6 +17,7 @@ from ..options import Options
 from ..traits import AGGREGATIONS, RECURRENCES
 from .conv import ShortConv
 from .functional import memory_caching
+from .gate import GateLinear
 from .padding import check_cached, padded, unpadded
 
 Tensor = torch.Tensor
@@ -136,7 +137,7 @@ class MemoryCaching(nn.Module):
         reads_u = connector and AGGREGATIONS[aggregation].routed
         self.u_proj = nn.Linear(hidden_size, keys, bias=False) if reads_u else None
         self.convs = nn.ModuleList(ShortConv(width, conv_size) for width in (keys, keys, values) if use_short_conv)
-        self.gates = nn.ModuleDict({f"{name}_proj": nn.Linear(hidden_size, num_heads) for name in writes.gates})
+        self.gates = nn.ModuleDict({f"{name}_proj": GateLinear(hidden_size, num_heads) for name in writes.gates})
         self.W_up: nn.Parameter | None = None
         self.W_down: nn.Parameter | None = None
         if writes.deep:
@@ -351,8 +352,8 @@ class MemoryCaching(nn.Module):
         return {name: self._gate(name, x) if name in takes else None for name in GATES}
 
     def _gate(self, name: str, hidden_states: Tensor) -> Tensor:
-        layer = self._gate_layer(name)
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        # Called, not read: an adapter, a hook, a quantised or a sharded layer may stand there.
+        x: Tensor = self.gates[f"{name}_proj"](hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x = linear(hidden_states.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+            x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             return -softplus(x) if name == "g" else sigmoid(x)
