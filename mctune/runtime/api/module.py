@@ -15,10 +15,11 @@ from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
 from ..options import Options
 from ..traits import AGGREGATIONS, RECURRENCES
+from .packing import TAKES, refuse_rest, take_bounds
 from .conv import ShortConv
 from .functional import memory_caching
 from .gate import GateLinear
-from .padding import check_cached, padded, unpadded
+from .padding import check_cached, packed
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
@@ -186,7 +187,9 @@ class MemoryCaching(nn.Module):
             past_key_values: what earlier calls left; this call goes on from it, and changes it.
             use_cache: whether to start a cache if there is none.
             cu_seqlens: int32 [S + 1], from 0 to T, the bounds of the sequences of a packed row (and then B = 1).
-            kwargs: ignored, for models that pass more to a token mixer.
+            kwargs: other names of the same: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``seq_idx``, [B, T], the number of
+                each token's sequence, ``position_ids``, [B, T], which start again with every sequence. What asks for
+                nothing (``None``, ``False``) may be passed too; all else is refused.
 
         Returns:
             The output, ``None`` in the place of attention's weights, and the cache, ``None`` without one.
@@ -201,19 +204,21 @@ class MemoryCaching(nn.Module):
         cache = MemoryCache() if use_cache and past_key_values is None else past_key_values
         if cache is not None:
             self._check_cache(cache)
+        B, T = hidden_states.shape[:2]
+        bounds = take_bounds(kwargs, (B, T), cu_seqlens, attention_mask)
+        refuse_rest("MemoryCaching.forward", kwargs, TAKES)
+        started = cache is not None and cache.layer(self._index) is not None
+        if cache is not None and attention_mask is not None:
+            check_cached(attention_mask, T, started)
         found = None
-        if attention_mask is not None:
-            if cu_seqlens is not None:
-                raise ArgumentError("attention_mask with cu_seqlens: a packed row has no padding; pass one of them")
-            started = cache is not None and cache.layer(self._index) is not None
-            if cache is not None:
-                check_cached(attention_mask, hidden_states.shape[1], started)
-            found = None if started else unpadded(attention_mask, hidden_states)
+        if attention_mask is not None and not started:
+            found = packed(attention_mask, hidden_states)
+        elif bounds is not None:
+            found = hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1)
         if found is None:
-            return self._mix(hidden_states, cu_seqlens, cache), None, cache
-        places, bounds = found
-        y = self._mix(hidden_states.flatten(0, 1).index_select(0, places)[None], bounds, cache)
-        return padded(y, places, hidden_states.shape[:2]), None, cache
+            return self._mix(hidden_states, None, cache), None, cache
+        row, bounds, restored = found
+        return restored(self._mix(row, bounds, cache)), None, cache
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
