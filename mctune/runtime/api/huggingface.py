@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ..cache.cache import MemoryCache
+from ..copies import own, package_of
 from ..errors import ArgumentError
 from .module import MemoryCaching
 from .packing import refuse_rest, take_bounds
@@ -190,7 +191,7 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Called after the children, so that the layer's own initialisation stays.
-        if isinstance(module, MemoryCaching):
+        if package_of(MemoryCaching, module) is not None:
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -353,8 +354,8 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
     ) -> None:
         """Called by ``generate``: the cache that is given, or a new one."""
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, MemoryCache):
-            raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
+        if cache is not None:
+            own("past_key_values", cache, MemoryCache)
         if generation_config.cache_implementation is not None:
             raise ArgumentError(
                 f"cache_implementation={generation_config.cache_implementation!r}: this model's cache is a "

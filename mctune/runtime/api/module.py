@@ -11,6 +11,7 @@ from torch.nn.functional import elu, normalize, relu, sigmoid, silu, softplus
 
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
+from ..copies import own
 from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
 from ..options import Options
@@ -234,8 +235,7 @@ class MemoryCaching(nn.Module):
         return self.layer_idx
 
     def _check_cache(self, cache: MemoryCache) -> None:
-        if not isinstance(cache, MemoryCache):
-            raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
+        own("past_key_values", cache, MemoryCache)
         if self.layer_idx is None:
             raise ArgumentError("layer_idx=None with a cache: give every MemoryCaching its own layer_idx=0, 1, ...")
         if self.segmentation == "logarithmic":
