@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,13 +167,21 @@ def test_mix_serves_what_is_not_known() -> None:
             super().__init__()
             self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v, finish, *_ = mix(self, x)
+            scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+            ages = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+            return finish(torch.einsum("bhts,bshd->bthd", scores.tril() * torch.exp(-0.1 * ages), v))
+
     model, x = built(Decayed()), hidden()
     layer = model[1]
-    g = torch.full((2, T, H), -0.1, dtype=torch.float64)
 
-    def mix(layer: nn.Module, x: Tensor) -> Mixed:
+    def mix(layer: nn.Module, x: Tensor, decay: float = -0.1) -> Mixed:
         q, k, v = layer.qkv(x).view(*x.shape[:2], 3, H, -1).unbind(2)  # type: ignore[operator]
+        g = x.new_full((*x.shape[:2], H), decay)
         return Mixed(q, k, v, lambda y: layer.out(y.flatten(2)), recurrence="swla", g=g)  # type: ignore[operator]
+
+    base = model(x)
 
     with pytest.raises(ArgumentError, match="has no layer of MemoryCaching and none with q_proj"):
         attach_memory_caching(model)
@@ -181,12 +190,14 @@ def test_mix_serves_what_is_not_known() -> None:
     with pytest.raises(ArgumentError, match="mix= without layers="):
         attach_memory_caching(model, mix=mix)
     attached = attach_memory_caching(model, 4, layers=["1"], mix=mix)
-    q, k, v, finish, *_ = mix(layer, x)
+    q, k, v, finish, *_, g, _, _ = mix(layer, x)
     y = oracle(q, k, v, recurrence="swla", g=g, aggregation="mean", segment_length=4, state_init="checkpoint")
     torch.testing.assert_close(model(x), finish(y), rtol=1e-9, atol=1e-9)
     attached.detach()
-    with pytest.raises(NotImplementedError):
-        model(x)
+    assert torch.equal(model(x), base)
+    with pytest.raises(ArgumentError, match=r"would change within one segment.*or a mix= that does what the layer does"):
+        attach_memory_caching(model, 4, layers=["1"], mix=partial(mix, decay=-0.101))
+    assert torch.equal(model(x), base)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,9 @@ def test_returns_what_token_mixers_return() -> None:
 )  # fmt: skip
 def test_refused_calls(arguments: dict[str, Any], message: str) -> None:
     """The options of the layer stand among the arguments of the call."""
-    options = {"layer_idx": 0} | {name: arguments[name] for name in ("segmentation", "layer_idx") if name in arguments}
+    arguments = dict(arguments)
+    options = {"layer_idx": 0}
+    options |= {name: arguments.pop(name) for name in ("segmentation", "layer_idx") if name in arguments}
     with pytest.raises(ArgumentError, match=message):
         MemoryCaching(16, 2, **options)(torch.zeros(2, 5, 16), **arguments)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ from torch import nn
 
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
+from ..copies import own, package_of
 from ..errors import ArgumentError
 from ..options import Options
 from .functional import memory_caching
 from .module import MemoryCaching
-from .padding import check_cached, padded, unpadded
+from .packing import TAKES, refuse_rest, take_bounds
+from .padding import check_cached, packed
+from .unchanged import why_not_same
 
 Tensor = torch.Tensor
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,7 +32,7 @@ _KNOWN = (*PROJECTIONS, *_FEATURES, "norm")
 """All that a layer of plain linear attention may be made of."""
 _SOFTMAX = ("is_causal", "attention_dropout", "attn_dropout", "rotary_emb", "rotary")
 """What tells a layer of softmax attention, which has the same projections."""
-_TRAITS = ("aggregation", "segment_length", "segmentation", "state_init")
+_TRAITS = ("aggregation", "segment_length", "segmentation", "state_init", "top_k")
 
 
 class Mixed(NamedTuple):
@@ -43,7 +46,8 @@ class Mixed(NamedTuple):
         ...     q, k, v = layer(hidden_states)[:, :, None].chunk(3, -1)
         ...     return Mixed(q, k, v, finish=lambda y: y.flatten(2))
         >>> model = nn.Sequential(nn.Linear(16, 48))
-        >>> attached = attach_memory_caching(model, segment_length=32, layers=["0"], mix=mix)
+        >>> # This layer alone mixes no tokens, so there is no output to compare with.
+        >>> attached = attach_memory_caching(model, segment_length=32, layers=["0"], mix=mix, check=False)
     """
 
     q: Tensor
@@ -80,12 +84,11 @@ class Attached:
         """Restore the layers; calling it again does nothing."""
         for name in self.layers:
             layer = self.model.get_submodule(name)
-            before = layer.__dict__.pop("_before_attaching", None)
-            if isinstance(before, dict):
-                for trait, value in before.items():
+            for trait, value in layer.__dict__.pop("_before_attaching", {}).items():
+                if trait == "forward" and value is None:
+                    del layer.forward
+                else:
                     setattr(layer, trait, value)
-            elif before is not None:
-                del layer.forward
 
 
 def attach_memory_caching(
@@ -97,14 +100,18 @@ def attach_memory_caching(
     *,
     state_init: str | None = None,
     top_k: int = 2,
+    check: bool | Tensor = True,
 ) -> Attached:
     """Let the linear-attention layers of a trained model read the cached states of their past; nothing is trained.
 
     Up to ``segment_length`` tokens a layer's output is what it was. Layers of :class:`MemoryCaching` keep their
-    recurrence and gates. Others need q_proj, k_proj, v_proj, o_proj and num_heads; num_kv_heads, feature_map_q and
-    feature_map_k (or feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are used too.
-    They then take ``cu_seqlens``, ``attention_mask`` and a :class:`MemoryCache` as ``past_key_values``, and return
-    (output, None, cache) if their own forward knows past_key_values, else the output.
+    recurrence and gates, and change from the end of their own first segment on if that is earlier. Others need q_proj,
+    k_proj, v_proj, o_proj and num_heads; num_kv_heads (or num_key_value_heads), feature_map_q and feature_map_k (or
+    feature_map), norm_q and norm_k (division by the sum), norm (of each head) and scale are used too. They are run on
+    random hidden states beside what would replace them, and refused if the outputs differ by more than rounding does;
+    if one layer is refused, none is changed. They then take ``cu_seqlens``, ``attention_mask`` and a
+    :class:`MemoryCache` as ``past_key_values``, and return (output, None, cache) if their own forward knows
+    past_key_values, else the output.
 
     Args:
         model: changed in place; its weights and state_dict are not.
@@ -115,6 +122,8 @@ def attach_memory_caching(
         state_init: as in :func:`memory_caching`; ``None`` is a MemoryCaching layer's own, and ``checkpoint`` for
             others: they were trained with one memory for the whole sequence.
         top_k: cached segments that ``ssc`` reads for each token; other aggregations ignore it.
+        check: hidden states, [B, T, hidden_size], to compare layers on instead of random ones; ``False`` compares
+            nothing, for layers that cannot be run alone or yet (on the meta device).
 
     Returns:
         Which layers were changed, and how to undo it.
@@ -131,35 +140,77 @@ def attach_memory_caching(
     """
     start = state_init or "checkpoint"
     Options(aggregation=aggregation, state_init=start, segment_length=segment_length, top_k=top_k).checked()
-    found = dict(_find(model, layers, mix))
+    if not isinstance(check, bool | Tensor):
+        raise ArgumentError(f"check is a {type(check).__name__}; it must be True, False or hidden states, a tensor")
+    found = _find(model, layers, mix)
+    replaced = {}
     for name, layer in found.items():
         if "_before_attaching" in layer.__dict__:
             raise ArgumentError(f"layer {name!r} has memory caching attached already: call detach() of the first one")
-    for layer in found.values():
-        if isinstance(layer, MemoryCaching) and mix is None:
-            layer.__dict__["_before_attaching"] = {trait: getattr(layer, trait) for trait in (*_TRAITS, "top_k")}
-            layer.aggregation, layer.segment_length, layer.top_k = aggregation, segment_length, top_k
-            layer.state_init = state_init or layer.state_init
-            layer.segmentation = "constant" if layer.segmentation == "logarithmic" else layer.segmentation
+        if mix is None and _is_ours(layer):
             continue
-        triple = "past_key_values" in inspect.signature(layer.forward).parameters
-        how = _How(mix or linear_attention, segment_length, aggregation, state_init or "checkpoint", top_k, triple)
-        layer.__dict__["_before_attaching"] = how
-        layer.forward = partial(_forward, layer, how)
+        how = _How.of(layer, mix, segment_length, aggregation, start, top_k)
+        if check is not False:
+            alone = partial(_forward, layer, how.for_a_check())
+            reason = why_not_same(layer, alone, how.triple, None if check is True else check)
+            if reason is not None:
+                raise _refusal(name, layer, reason, mix)
+        replaced[name] = how
+    for name, layer in found.items():
+        if name in replaced:
+            # An instance has a forward of its own where something else has replaced it before.
+            layer.__dict__["_before_attaching"] = {"forward": layer.__dict__.get("forward")}
+            layer.forward = partial(_forward, layer, replaced[name])
+            continue
+        ours: Any = layer
+        layer.__dict__["_before_attaching"] = {trait: getattr(layer, trait) for trait in _TRAITS}
+        ours.aggregation, ours.segment_length, ours.top_k = aggregation, segment_length, top_k
+        ours.state_init = state_init or ours.state_init
+        ours.segmentation = "constant" if ours.segmentation == "logarithmic" else ours.segmentation
     return Attached(model, tuple(found))
 
 
 @dataclass(frozen=True)
 class _How:
+    """How the replacement of a layer runs.
+
+    Attributes:
+        names: of the arguments that the layer's own forward takes by their places.
+        defaults: what its arguments are if they are not given.
+        triple: whether its own forward knows ``past_key_values``, and then returns (output, None, cache).
+    """
+
     mix: Mix
     segment_length: int
     aggregation: str
     state_init: str
     top_k: int
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
     triple: bool
+    backend: str = "auto"
+
+    @classmethod
+    def of(cls, layer: nn.Module, mix: Mix | None, length: int, aggregation: str, start: str, top_k: int) -> _How:
+        """For a layer whose forward is still its own."""
+        parameters = inspect.signature(layer.forward).parameters.values()
+        places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = tuple(p.name for p in parameters if p.kind in places) or ("hidden_states",)
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        triple = any(p.name == "past_key_values" for p in parameters)
+        return cls(mix or linear_attention, length, aggregation, start, top_k, names, defaults, triple)
+
+    def for_a_check(self) -> _How:
+        """The same where all tokens are of one segment, on the path that warns of nothing."""
+        return replace(self, segment_length=1 << 30, backend="eager")
 
 
-def _find(model: nn.Module, layers: Iterable[str] | None, mix: Mix | None) -> Iterable[tuple[str, nn.Module]]:
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether it is a MemoryCaching, of this copy of the runtime or of another that has the same options."""
+    return package_of(MemoryCaching, layer) is not None and all(hasattr(layer, trait) for trait in _TRAITS)
+
+
+def _find(model: nn.Module, layers: Iterable[str] | None, mix: Mix | None) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     if layers is None:
         if mix is not None:
@@ -167,7 +218,7 @@ def _find(model: nn.Module, layers: Iterable[str] | None, mix: Mix | None) -> It
         found = {
             name: layer
             for name, layer in modules.items()
-            if isinstance(layer, MemoryCaching) or all(hasattr(layer, part) for part in PROJECTIONS)
+            if _is_ours(layer) or all(hasattr(layer, part) for part in PROJECTIONS)
         }
         if not found:
             raise ArgumentError(
@@ -181,13 +232,17 @@ def _find(model: nn.Module, layers: Iterable[str] | None, mix: Mix | None) -> It
                 raise ArgumentError(f"layers has {name!r}, which is not among the names of model.named_modules()")
         found = {name: modules[name] for name in names}
     for name, layer in found.items():
-        reason = None if mix is not None or isinstance(layer, MemoryCaching) else _unknown(layer)
+        reason = None if mix is not None or _is_ours(layer) else _unknown(layer)
         if reason is not None:
-            raise ArgumentError(
-                f"layer {name!r}, a {type(layer).__name__}, {reason}: pass layers= without it, or layers=[{name!r}] "
-                "and mix=, which takes q, k and v from such a layer"
-            )
-    return found.items()
+            raise _refusal(name, layer, reason, mix)
+    return found
+
+
+def _refusal(name: str, layer: nn.Module, reason: str, mix: Mix | None) -> ArgumentError:
+    remedy = f"or layers=[{name!r}] and mix=, which takes q, k and v from such a layer"
+    if mix is not None:
+        remedy = "or a mix= that does what the layer does"
+    return ArgumentError(f"layer {name!r}, a {type(layer).__name__}, {reason}: pass layers= without it, {remedy}")
 
 
 def _unknown(layer: nn.Module) -> str | None:
@@ -228,7 +283,8 @@ def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
     """
     parts: Any = layer
     heads = parts.num_heads
-    groups = heads // (getattr(parts, "num_kv_heads", None) or heads)
+    shared_heads = getattr(parts, "num_kv_heads", None) or getattr(parts, "num_key_value_heads", None)
+    groups = heads // (shared_heads or heads)
 
     def by_head(x: Tensor, count: int) -> Tensor:
         return x.reshape(*x.shape[:2], count, -1)
@@ -257,38 +313,46 @@ def linear_attention(layer: nn.Module, hidden_states: Tensor) -> Mixed:
     return Mixed(q, k, v, finish, scale if isinstance(scale, float) else None)
 
 
-def _forward(
-    layer: nn.Module,
-    how: _How,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    past_key_values: MemoryCache | None = None,
-    use_cache: bool | None = False,
-    cu_seqlens: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | tuple[Tensor, None, MemoryCache | None]:
-    """The attached layer's forward, called as :meth:`MemoryCaching.forward` is."""
-    cache = MemoryCache() if use_cache and past_key_values is None and how.triple else past_key_values
+def _forward(layer: nn.Module, how: _How, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None, Any]:
+    """The attached layer's forward, called as its own is, or as :meth:`MemoryCaching.forward`."""
+    where = f"the forward of a {type(layer).__name__} with memory caching attached"
+    if len(args) > len(how.names):
+        raise ArgumentError(f"{len(args)} arguments by place for {where}, which takes {', '.join(how.names)}")
+    given = dict(zip(how.names, args, strict=False)) | kwargs
+    hidden_states = given.pop(how.names[0] if how.names[0] in given else "hidden_states", None)
+    if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
+        raise ArgumentError(f"{how.names[0]} of {where} must be a tensor, [B, T, hidden_size]")
+    mask, cache = given.pop("attention_mask", None), given.pop("past_key_values", None)
+    if given.pop("use_cache", None) and cache is None and how.triple:
+        cache = MemoryCache()
     index = getattr(layer, "layer_idx", None)
-    if cache is not None and not isinstance(cache, MemoryCache):
-        raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
-    if cache is not None and index is None:
-        raise ArgumentError("a cache for a layer without layer_idx: give every layer its own layer_idx=0, 1, ...")
+    if cache is not None:
+        cache = own("past_key_values", cache, MemoryCache)
+        if index is None:
+            raise ArgumentError("a cache for a layer without layer_idx: give every layer its own layer_idx=0, 1, ...")
+    B, T = hidden_states.shape[:2]
+    bounds = take_bounds(given, (B, T), given.pop("cu_seqlens", None), mask)
+    # An argument that says what the layer does anyway was there when the layer was checked.
+    rest = {name: value for name, value in given.items() if not _same(value, how.defaults.get(name))}
+    refuse_rest(where, rest, TAKES)
     started = cache is not None and cache.layer(index or 0) is not None
+    if cache is not None and mask is not None:
+        check_cached(mask, T, started)
     found = None
-    if attention_mask is not None:
-        if cu_seqlens is not None:
-            raise ArgumentError("attention_mask with cu_seqlens: a packed row has no padding; pass one of them")
-        if cache is not None:
-            check_cached(attention_mask, hidden_states.shape[1], started)
-        found = None if started else unpadded(attention_mask, hidden_states)
+    if mask is not None and not started:
+        found = packed(mask, hidden_states)
+    elif bounds is not None:
+        found = hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1)
     if found is None:
-        y = _mix(layer, how, hidden_states, cu_seqlens, cache, index)
+        y = _mix(layer, how, hidden_states, None, cache, index)
     else:
-        places, bounds = found
-        row = hidden_states.flatten(0, 1).index_select(0, places)[None]
-        y = padded(_mix(layer, how, row, bounds, cache, index), places, hidden_states.shape[:2])
+        row, bounds, restored = found
+        y = restored(_mix(layer, how, row, bounds, cache, index))
     return (y, None, cache) if how.triple else y
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, bool | int | float | str) and value == default)
 
 
 def _mix(
@@ -317,6 +381,7 @@ def _mix(
             beta=mixed.beta,
             lam=mixed.lam,
             cu_seqlens=cu_seqlens,
+            backend=how.backend,
         )
         return mixed.finish(y)
     options = Options(
@@ -330,4 +395,4 @@ def _mix(
     )
     gates = {name: getattr(mixed, name, None) for name in GATES}
     call = check_call(mixed.q, mixed.k, mixed.v, None, options, gates=gates, cu_seqlens=cu_seqlens)
-    return mixed.finish(cache.extend(call, index, "auto", layer))
+    return mixed.finish(cache.extend(call, index, how.backend, layer))

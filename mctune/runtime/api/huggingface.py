@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ..cache.cache import MemoryCache
+from ..copies import own, package_of
 from ..errors import ArgumentError
 from .module import MemoryCaching
+from .packing import refuse_rest, take_bounds
 
 try:
     from transformers import (
@@ -39,6 +43,9 @@ class MemoryCachingConfig(PreTrainedConfig):
         intermediate_size: width inside the SwiGLU MLPs; ``None`` is 8/3 of hidden_size, up to a multiple of 32.
         initializer_range: standard deviation of the embedding's and the MLPs' first weights.
         use_cache: whether calls outside training hand out a cache unless told otherwise.
+
+    Raises:
+        ArgumentError: on a name that is neither an option here nor one of transformers' own.
 
     Examples:
         >>> config = MemoryCachingConfig(hidden_size=256, num_heads=4, aggregation="ssc", ssc_top_k=4)
@@ -81,9 +88,37 @@ class MemoryCachingConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            _check_field(name, [*type(self).__dataclass_fields__, *self.attribute_map])
+        if kwargs.get("output_attentions"):
+            raise ArgumentError("output_attentions=True: a memory has no attention weights; leave it out")
         if self.intermediate_size is None:
             self.intermediate_size = 32 * -(-self.hidden_size // 12)
         super().__post_init__(**kwargs)
+
+
+_TRANSFORMERS = (
+    # What transformers 5 reads or writes besides its dataclass's fields, and what its earlier versions had as fields.
+    "model_type", "name_or_path", "torch_dtype", "num_labels", "output_attentions", "attn_implementation",
+    "experts_implementation", "per_layer_config", "quantization_config", "auto_map", "custom_pipelines",
+    "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "finetuning_task",
+    "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "is_decoder",
+    "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tie_last_hidden_states",
+)  # fmt: skip
+_TAKES = (
+    "input_ids or inputs_embeds, attention_mask, past_key_values, use_cache, labels, cu_seqlens and what else names the "
+    "sequences of a packed row"
+)
+_RENAMED = {"top_k": "ssc_top_k", "n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers"}
+
+
+def _check_field(name: str, fields: list[str]) -> None:
+    """Refuse a field that nothing reads. transformers would keep it, or drop it where it is an option of generate."""
+    if name.startswith("_") or name in (*_TRANSFORMERS, *fields):
+        return
+    near = [_RENAMED[name]] if name in _RENAMED else get_close_matches(name, fields, 1)
+    remedy = f"did you mean {near[0]}?" if near else "leave it out"
+    raise ArgumentError(f"{name} is not a field of MemoryCachingConfig, nothing would read it; {remedy}")
 
 
 _MIXER = (
@@ -156,7 +191,7 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Called after the children, so that the layer's own initialisation stays.
-        if isinstance(module, MemoryCaching):
+        if package_of(MemoryCaching, module) is not None:
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -202,7 +237,9 @@ class MemoryCachingModel(MemoryCachingPreTrainedModel):
             cu_seqlens: int32 [S + 1], bounds of the sequences of a packed row (B = 1).
             output_hidden_states: whether to return what enters each block, and the output.
             return_dict: ``False`` returns a tuple.
-            kwargs: ignored.
+            kwargs: what transformers' flattening collator adds, the same as ``cu_seqlens``: ``cu_seq_lens_q`` and
+                ``cu_seq_lens_k``, ``seq_idx`` [B, T], ``position_ids`` [B, T] that start again with every sequence. What
+                asks for nothing (``None``, ``False``) may be passed too; all else is refused.
 
         Returns:
             ``BaseModelOutputWithPast``: hidden states, [B, T, hidden_size], and the cache.
@@ -213,22 +250,30 @@ class MemoryCachingModel(MemoryCachingPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("input_ids and inputs_embeds: pass exactly one of them")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is not None and attention_mask.shape == x.shape[:2] and bool(attention_mask.all()):
+        shape = x.shape
+        # A graph cannot depend on what a mask holds.
+        traced = torch.compiler.is_compiling()
+        if not traced and attention_mask is not None and attention_mask.shape == shape[:2] and attention_mask.all():
             attention_mask = None
+        bounds = take_bounds(kwargs, (shape[0], shape[1]), cu_seqlens, attention_mask)
+        refuse_rest(f"{type(self).__name__}.forward", kwargs, _TAKES)
+        if bounds is not None:
+            x = x.reshape(1, -1, shape[2])
         if past_key_values is None:
             if use_cache is None:
-                right = attention_mask is not None and not bool(attention_mask[:, -1].all())
+                right = traced or (attention_mask is not None and not bool(attention_mask[:, -1].all()))
                 use_cache = self.config.use_cache and not torch.is_grad_enabled() and not right
             past_key_values = MemoryCache() if use_cache else None
         every = [x]
         for layer in self.layers:
-            x = layer(x, attention_mask=attention_mask, past_key_values=past_key_values, cu_seqlens=cu_seqlens)
+            x = layer(x, attention_mask=attention_mask, past_key_values=past_key_values, cu_seqlens=bounds)
             every.append(x)
-        x = self.norm(x)
+        x = self.norm(x).view(shape)
+        asked = _asked(output_hidden_states, self.config.output_hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=(*every[:-1], x) if _asked(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=(*(y.view(shape) for y in every[:-1]), x) if asked else None,
         )
         return output if _asked(return_dict, self.config.return_dict) else output.to_tuple()
 
@@ -272,11 +317,12 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
             use_cache, cu_seqlens, output_hidden_states, return_dict: as there.
             labels: int64 [B, T], for the loss: token t + 1 is what position t should predict; -100 is left out.
             logits_to_keep: how many of the newest tokens get logits, or their positions, int64; 0 is all.
-            kwargs: for the loss.
+            kwargs: as there, and what ``loss_function`` takes, such as ``num_items_in_batch``.
 
         Returns:
             ``CausalLMOutputWithPast``: logits, [B, T, vocab_size], the loss if there are labels, and the cache.
         """
+        for_loss = self._take_for_loss(kwargs) if kwargs else {}
         inner = self.model(
             input_ids,
             attention_mask,
@@ -286,24 +332,30 @@ class MemoryCachingForCausalLM(MemoryCachingPreTrainedModel, GenerationMixin):
             cu_seqlens,
             output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(inner.last_hidden_state[:, places])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or for_loss.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=inner.past_key_values, hidden_states=inner.hidden_states
         )
         return output if _asked(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _take_for_loss(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the loss takes besides what it always gets, taken out."""
+        names = set(signature(self.loss_function).parameters) - {"logits", "labels", "vocab_size"}
+        return {name: given.pop(name) for name in names & set(given)}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Called by ``generate``: the cache that is given, or a new one."""
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, MemoryCache):
-            raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
+        if cache is not None:
+            own("past_key_values", cache, MemoryCache)
         if generation_config.cache_implementation is not None:
             raise ArgumentError(
                 f"cache_implementation={generation_config.cache_implementation!r}: this model's cache is a "

@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import elu, linear, normalize, relu, sigmoid, silu, softplus
+from torch.nn.functional import elu, normalize, relu, sigmoid, silu, softplus
 
 from ..arguments import flag, known, positive, shown, whole
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
+from ..copies import own
 from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
 from ..options import Options
 from ..traits import AGGREGATIONS, RECURRENCES
 from .conv import ShortConv
 from .functional import memory_caching
+from .gate import GateLinear
 from .inputs import check_hidden, check_packed, check_past, check_rows
-from .padding import check_cached, padded, unpadded
+from .packing import TAKES, refuse_rest, take_bounds
+from .padding import check_cached, packed
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
@@ -147,7 +150,7 @@ class MemoryCaching(nn.Module):
         reads_u = connector and AGGREGATIONS[aggregation].routed
         self.u_proj = nn.Linear(hidden_size, keys, bias=False) if reads_u else None
         self.convs = nn.ModuleList(ShortConv(width, conv_size) for width in (keys, keys, values) if use_short_conv)
-        self.gates = nn.ModuleDict({f"{name}_proj": nn.Linear(hidden_size, num_heads) for name in writes.gates})
+        self.gates = nn.ModuleDict({f"{name}_proj": GateLinear(hidden_size, num_heads) for name in writes.gates})
         self.W_up: nn.Parameter | None = None
         self.W_down: nn.Parameter | None = None
         if writes.deep:
@@ -196,7 +199,9 @@ class MemoryCaching(nn.Module):
             past_key_values: what earlier calls left; this call goes on from it, and changes it.
             use_cache: whether to start a cache if there is none.
             cu_seqlens: int32 [S + 1], from 0 to T, the bounds of the sequences of a packed row (and then B = 1).
-            kwargs: ignored, for models that pass more to a token mixer.
+            kwargs: other names of the same: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``seq_idx``, [B, T], the number of
+                each token's sequence, ``position_ids``, [B, T], which start again with every sequence. What asks for
+                nothing (``None``, ``False``) may be passed too; all else is refused.
 
         Returns:
             The output, ``None`` in the place of attention's weights, and the cache, ``None`` without one.
@@ -208,21 +213,23 @@ class MemoryCaching(nn.Module):
         cache = MemoryCache() if use_cache and past_key_values is None else past_key_values
         if cache is not None:
             self._check_cache(cache)
-            if cu_seqlens is None:
-                check_rows(cache, self._index, hidden_states)
+        B, T = hidden_states.shape[:2]
+        bounds = take_bounds(kwargs, (B, T), cu_seqlens, attention_mask)
+        refuse_rest("MemoryCaching.forward", kwargs, TAKES)
+        if cache is not None and bounds is None:
+            check_rows(cache, self._index, hidden_states)
+        started = cache is not None and cache.layer(self._index) is not None
+        if cache is not None and attention_mask is not None:
+            check_cached(attention_mask, T, started, B)
         found = None
-        if attention_mask is not None:
-            if cu_seqlens is not None:
-                raise ArgumentError("attention_mask with cu_seqlens: a packed row has no padding; pass one of them")
-            started = cache is not None and cache.layer(self._index) is not None
-            if cache is not None:
-                check_cached(attention_mask, hidden_states.shape[1], started, len(hidden_states))
-            found = None if started else unpadded(attention_mask, hidden_states)
+        if attention_mask is not None and not started:
+            found = packed(attention_mask, hidden_states)
+        elif bounds is not None:
+            found = hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1)
         if found is None:
-            return self._mix(hidden_states, cu_seqlens, cache), None, cache
-        places, bounds = found
-        y = self._mix(hidden_states.flatten(0, 1).index_select(0, places)[None], bounds, cache)
-        return padded(y, places, hidden_states.shape[:2]), None, cache
+            return self._mix(hidden_states, None, cache), None, cache
+        row, bounds, restored = found
+        return restored(self._mix(row, bounds, cache)), None, cache
 
     def extra_repr(self) -> str:
         """The options, for ``print(module)``."""
@@ -238,8 +245,7 @@ class MemoryCaching(nn.Module):
         return self.layer_idx
 
     def _check_cache(self, cache: MemoryCache) -> None:
-        if not isinstance(cache, MemoryCache):
-            raise ArgumentError(f"past_key_values is a {type(cache).__name__}; it must be a MemoryCache")
+        own("past_key_values", cache, MemoryCache)
         if self.layer_idx is None:
             raise ArgumentError("layer_idx=None with a cache: give every MemoryCaching its own layer_idx=0, 1, ...")
         if self.segmentation == "logarithmic":
@@ -362,8 +368,8 @@ class MemoryCaching(nn.Module):
         return {name: self._gate(name, x) if name in takes else None for name in GATES}
 
     def _gate(self, name: str, hidden_states: Tensor) -> Tensor:
-        layer = self._gate_layer(name)
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        # Called, not read: an adapter, a hook, a quantised or a sharded layer may stand there.
+        x: Tensor = self.gates[f"{name}_proj"](hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x = linear(hidden_states.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+            x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             return -softplus(x) if name == "g" else sigmoid(x)

@@ -21,7 +21,7 @@ from .support import Support, support
 from .table import Entry, Request, find, load_table, serving
 
 TABLE = load_table(ROOT)
-NAMESPACE = PACKAGE.replace(".", "_")
+NAMESPACE = PACKAGE.replace(".", "__")
 """This copy's namespace in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
 BACKENDS = ("auto", "eager", *_WITH_KERNELS)
 _TYPICAL = {"B": 1, "T": 4096, "H": 4, "segment_length": 256}
