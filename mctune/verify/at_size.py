@@ -1,8 +1,8 @@
 """A problem at the size that is timed: its arguments, and what a kernel must give for them.
 
-The oracle goes token by token. Here the eager path computes the reference, in float32, a few heads at a time; tests hold
-it to the oracle on small problems. The same arguments serve every candidate of a problem, so they are made once and kept
-in a file.
+The oracle goes token by token. Here the eager path computes the reference, in float32, a few heads at a time; tests
+hold it to the oracle on small problems. The same arguments serve every candidate of a problem, so they are made once
+and kept in a file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,13 @@ class AtSize:
         if problem.pass_ == "decode":
             last = slice(problem.T - 1, problem.T)
             rows = tuple(x[:, last].contiguous() for x in rows)
-            own = {"segment_length": problem.segment_length, "memory": _memory(problem, self.given)}
+            memory = _memory(problem, self.given)
+            own = {"segment_length": problem.segment_length, "memory": memory}
             return Arguments(POSITIONAL[4], rows, {**options(problem, inputs, last), **own})
-        own = {"segments": segments_of(problem, inputs)}
+        shared = {**options(problem, inputs), "segments": segments_of(problem, inputs)}
         if problem.pass_ == "forward":
-            return Arguments(POSITIONAL[4], rows, {**options(problem, inputs), **own, "keep": ()})
-        return Arguments(POSITIONAL[5], (inputs.dy, *rows), {**options(problem, inputs), **own, "kept": self.given})
+            return Arguments(POSITIONAL[4], rows, {**shared, "keep": ()})
+        return Arguments(POSITIONAL[5], (inputs.dy, *rows), {**shared, "kept": self.given})
 
     def results(self, found: Any, arguments: Arguments) -> Results:
         """By name what a kernel returned, and left in what it was called with."""
@@ -108,9 +109,8 @@ def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSi
     if problem.reads.sparse:
         inputs = replace(inputs, u=_decided(problem, inputs, seed))
     if problem.pass_ == "forward":
-        return AtSize(
-            problem, inputs, {}, {"y": _joined([_forward(p, x) for p, x in _parts(problem, inputs)], problem)}
-        )
+        y = _joined([_forward(part, x) for part, x in _parts(problem, inputs)], problem)
+        return AtSize(problem, inputs, {}, {"y": y})
     parts = list(_parts(problem, inputs))
     found = [gradients(_eager, part, x, torch.float32) for part, x in parts]
     wanted = {name: _joined([one[name] for one in found], problem) for name in found[0]}
@@ -169,10 +169,9 @@ def _call(problem: Problem, inputs: Inputs, cu_seqlens: Tensor | None, tokens: s
     arguments = inputs.arguments(problem)
     chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
     gates = {name: x[:, tokens] for name, x in inputs.gates.items()}
-    rows = (x[:, tokens].float() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return check_call(
-        *rows, chosen, gates=dict.fromkeys(("g", "beta", "lam", "eta", "mu")) | gates, cu_seqlens=cu_seqlens
-    )
+    q, k, v, u = (x[:, tokens].float() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    given = {name: gates.get(name) for name in ("g", "beta", "lam", "eta", "mu")}
+    return check_call(q, k, v, u, chosen, gates=given, cu_seqlens=cu_seqlens)
 
 
 def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
@@ -245,7 +244,7 @@ def _make_decode(problem: Problem, inputs: Inputs, seed: int) -> AtSize:
 
 
 def _tensor(memory: LayerMemory, name: str) -> Tensor:
-    x = getattr(memory, name)
+    x: Tensor | tuple[Tensor, ...] = getattr(memory, name)
     return x[0] if isinstance(x, tuple) else x
 
 
@@ -269,10 +268,7 @@ def _after(problem: Problem, memory: LayerMemory) -> dict[str, Tensor]:
 
 
 def _save(case: AtSize, file: Path) -> None:
-    inputs: dict[str, Any] = {
-        name: getattr(case.inputs, name) for name in ("q", "k", "v", "u", "dy", "gates", "weights")
-    }
-    inputs["cu_seqlens"] = case.inputs.cu_seqlens
+    inputs = {field.name: getattr(case.inputs, field.name) for field in fields(Inputs)}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
     torch.save({"inputs": inputs, "given": case.given, "wanted": case.wanted}, scratch)

@@ -57,11 +57,11 @@ class Fences:
         return None
 
 
-class FencedAllocations(TorchDispatchMode):
+class FencedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside ``with``, whatever torch allocates stands between ``fences``."""
 
     def __init__(self, fences: Fences) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fences = fences
 
     def __torch_dispatch__(

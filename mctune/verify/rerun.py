@@ -60,8 +60,8 @@ class Reruns:
     """A kernel at the size that is timed, on its own copies of the arguments, or on those of ``beside``.
 
     Raises:
-        Miss: from any method, if a run missed the reference, gave other bits than the first, wrote to an input or beside
-            an array.
+        Miss: from any method, if a run missed the reference, gave other bits than the first, wrote to an input or
+            beside an array.
     """
 
     def __init__(self, kernel: Kernel, case: AtSize, beside: Reruns | None = None) -> None:

@@ -140,7 +140,7 @@ class _Bench:
             given = None if case.given else sharing.get(case.problem)
             held.append(Reruns(kernel, case, given))
             sharing.setdefault(case.problem, held[-1])
-        left, failures = list(held), []
+        left, failures = list(held), list[str]()
         while left:
             try:
                 for one in left:
@@ -228,10 +228,11 @@ class _Handler:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
-    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without
-    a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship``
-    returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or ``{"compare":
-    [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples", "failures"}``.
+    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one
+    without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
+    ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
+    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
+    "failures"}``.
 
     On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """
