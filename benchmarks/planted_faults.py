@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,15 @@ class Tally:
         }
 
 
-def draw(rng: random.Random) -> str:
-    """A fault: mostly one that must be found out, sometimes none."""
+def draw(rng: random.Random, kinds: Sequence[str]) -> str:
+    """A fault of ``kinds``: mostly one that must be found out, sometimes none."""
     chance = rng.random()
     if chance < RIGHT_SHARE:
         return "none"
-    if chance < RIGHT_SHARE + SLOW_SHARE:
-        return rng.choice(SLOW)
-    return rng.choice([fault for fault in (*WRONG, *HARMFUL) if fault not in SLOW and fault != "none"])
+    slow = [fault for fault in SLOW if fault in kinds]
+    if slow and chance < RIGHT_SHARE + SLOW_SHARE:
+        return rng.choice(slow)
+    return rng.choice([fault for fault in kinds if fault not in SLOW and fault != "none"])
 
 
 def one(worker: Worker, fault: str, seed: int, tally: Tally) -> None:
@@ -112,7 +114,9 @@ def left_behind() -> int:
     return found
 
 
-def run(evaluations: int, seconds: float, workers: int, seed: int, folder: Path) -> Tally:
+def run(
+    evaluations: int, seconds: float, workers: int, seed: int, folder: Path, kinds: Sequence[str] = (*WRONG, *HARMFUL)
+) -> Tally:
     """So many evaluations, or so many seconds of them, in so many workers."""
     tally, started = Tally(), time.monotonic()
 
@@ -124,7 +128,7 @@ def run(evaluations: int, seconds: float, workers: int, seed: int, folder: Path)
         }  # fmt: skip
         with Worker("mctune.workers.evaluate:start", setup, env={"OMP_NUM_THREADS": "1"}) as worker:
             while tally.evaluations < evaluations and time.monotonic() - started < seconds:
-                one(worker, draw(rng), rng.randrange(1 << 31), tally)
+                one(worker, draw(rng, kinds), rng.randrange(1 << 31), tally)
 
     threads = [threading.Thread(target=loop, args=(number,)) for number in range(workers)]
     for thread in threads:
@@ -145,10 +149,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 20))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--kinds", nargs="+", default=(*WRONG, *HARMFUL), help="of faults, by default all")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        tally = run(args.evaluations, args.seconds, args.workers, args.seed, Path(folder))
+        tally = run(args.evaluations, args.seconds, args.workers, args.seed, Path(folder), args.kinds)
     report = tally.to_dict() | {"seed": args.seed, "left_behind": left_behind(), "workers": args.workers}
     text = json.dumps(report, indent=1)
     print(text)

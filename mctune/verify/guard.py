@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,16 +38,18 @@ class Arguments:
         """All of them, by name."""
         return {**dict(zip(self.names, self.positional, strict=True)), **self.keywords}
 
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, by where it is."""
         return named_tensors(self.named())
 
+    @cached_property
     def written(self) -> dict[str, Tensor]:
         """The tensors that a kernel may write to: those of a memory, its counts apart."""
         memories = {name for name, value in self.named().items() if isinstance(value, LayerMemory)}
-        parts = {name: name.split(".") for name in self.tensors()}
+        parts = {name: name.split(".") for name in self.tensors}
         names = [name for name, part in parts.items() if part[0] in memories and part[1] not in _COUNTS]
-        return {name: self.tensors()[name] for name in names}
+        return {name: self.tensors[name] for name in names}
 
     def copied(self, fences: Fences) -> Arguments:
         """Copies of them, each tensor between fences."""
@@ -56,18 +59,15 @@ class Arguments:
         keywords = {name: map_tensors(fences.around, value, name) for name, value in self.keywords.items()}
         return Arguments(self.names, positional, keywords)
 
-    def restore(self, copy: Arguments, written_only: bool = True) -> None:
-        """Give ``copy`` the values of these tensors again."""
-        left = copy.written() if written_only else copy.tensors()
-        own = self.tensors()
-        for name, x in left.items():
-            x.copy_(own[name])
+    def restore(self, copy: Arguments) -> None:
+        """Give what may have been written to in ``copy`` the values that it has here."""
+        for name, x in copy.written.items():
+            x.copy_(self.tensors[name])
 
     def overwritten(self, copy: Arguments) -> str | None:
         """The first tensor of ``copy``, where those that may be written to do not count, that has changed."""
-        allowed = copy.written()
-        for name, x in self.tensors().items():
-            if name not in allowed and not same(copy.tensors()[name], x):
+        for name, x in self.tensors.items():
+            if name not in copy.written and not same(copy.tensors[name], x):
                 return f"it wrote to its input {name}"
         return None
 

@@ -117,7 +117,7 @@ class Reruns:
 
     def _watched(self) -> Results:
         # What a decode step writes to is copied back, and the next run needs it as it is.
-        arguments = self._arguments.copied(Fences()) if self._arguments.written() else self._arguments
+        arguments = self._arguments.copied(Fences()) if self._arguments.written else self._arguments
         try:
             with poisoned_memory():
                 found = arguments.run(Guarded(self._kernel))
