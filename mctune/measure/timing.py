@@ -10,6 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -23,21 +25,50 @@ _HOST_CALLS = 5
 Function = Callable[[], object]
 
 
+class Timed(Protocol):
+    """What is timed, and what comes before and after each run of it, outside of the time."""
+
+    def prepare(self) -> None:
+        """Before a run."""
+
+    def call(self) -> object:
+        """The run."""
+
+    def compare(self, found: Any) -> None:
+        """After a run, with what it returned."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A function with nothing before and after it."""
+
+    call: Function
+
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def compare(self, found: Any) -> None:
+        """Nothing."""
+
+
 class _Cpu:
     """Times on this CPU."""
 
     def __init__(self) -> None:
         self.scratch = torch.zeros(_FLUSH_BYTES // 4)
 
-    def prepare(self, functions: Sequence[Function]) -> None:
+    def prepare(self, functions: Sequence[Timed]) -> None:
         """Nothing: a CPU is warm as it is."""
 
-    def once(self, function: Function) -> float:
+    def once(self, timed: Timed) -> float:
         """Milliseconds of one run on cold caches."""
+        timed.prepare()
         _flush(self.scratch)
         start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e3
+        found = timed.call()
+        took = (time.perf_counter() - start) * 1e3
+        timed.compare(found)
+        return took
 
 
 class _Gpu:
@@ -49,34 +80,37 @@ class _Gpu:
         self.sums = torch.zeros(_FLUSH_ROWS, device=device)
         self.flushes: dict[int, int] = {}
 
-    def prepare(self, functions: Sequence[Function]) -> None:
+    def prepare(self, functions: Sequence[Timed]) -> None:
         """Bring the clocks up, and see how long the host takes to launch each function."""
         deadline = time.monotonic() + _WARM_S
         while time.monotonic() < deadline:
             self._flush(10)
             torch.cuda.synchronize()
         # Ten in a row, so that the time includes no launch overhead of the first.
-        flush = self._events(lambda: self._flush(10)) / 10
+        flush = self._events(lambda: self._flush(10))[0] / 10
         for function in functions:
-            queued = host_ms(function)
+            queued = host_ms(function.call)
             self.flushes[id(function)] = min(max(math.ceil(1.5 * queued / flush), 1), _MOST_FLUSHES)
 
-    def once(self, function: Function) -> float:
+    def once(self, timed: Timed) -> float:
         """Milliseconds of one run on a cold L2."""
-        self._flush(self.flushes[id(function)])
-        return self._events(function)
+        timed.prepare()
+        self._flush(self.flushes[id(timed)])
+        took, found = self._events(timed.call)
+        timed.compare(found)
+        return took
 
     def _flush(self, times: int) -> None:
         for _ in range(times):
             _flush_by_reading(self.scratch, self.sums)
 
-    def _events(self, function: Function) -> float:
+    def _events(self, function: Function) -> tuple[float, object]:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
-        function()
+        found = function()
         after.record()
         after.synchronize()
-        return float(before.elapsed_time(after))
+        return float(before.elapsed_time(after)), found
 
 
 def _flush(scratch: torch.Tensor) -> None:
@@ -102,7 +136,7 @@ def host_ms(function: Function) -> float:
 
 
 def time_rotated(
-    functions: Sequence[Function],
+    functions: Sequence[Function | Timed],
     *,
     rounds: int,
     warmup: int = 1,
@@ -111,13 +145,17 @@ def time_rotated(
 ) -> list[list[float]]:
     """Milliseconds of each function in each round; every round starts one function later than the one before.
 
+    What else belongs to a run of a :class:`Timed` is outside of its time, its warm-up included.
+
     Stops early, after whole rounds and at least three of them, when ``limit_s`` seconds are over.
     """
     clock = _Cpu() if device == "cpu" else _Gpu(device)
-    for function in functions:
+    all_ = [Alone(function) if callable(function) else function for function in functions]
+    for timed in all_:
         for _ in range(warmup):
-            function()
-    clock.prepare(functions)
+            timed.prepare()
+            timed.compare(timed.call())
+    clock.prepare(all_)
     samples: list[list[float]] = [[] for _ in functions]
     deadline = time.monotonic() + limit_s
     for round_ in range(rounds):
@@ -125,7 +163,7 @@ def time_rotated(
             break
         for offset in range(len(functions)):
             index = (round_ + offset) % len(functions)
-            samples[index].append(clock.once(functions[index]))
+            samples[index].append(clock.once(all_[index]))
     return samples
 
 

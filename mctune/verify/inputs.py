@@ -107,17 +107,25 @@ def judged(problem: Problem) -> Problem:
 
 
 def odd_problems(problem: Problem) -> tuple[Problem, ...]:
-    """Small relatives of a problem: one token; less than a segment; more segments than ssc reads, and B * H over 1.
+    """Small relatives of a problem: one token; less than a segment; more segments than ssc reads, and B * H over 4.
 
     They stay cheap for the oracle, which goes token by token: the last one's segments are at most 64 tokens, and what
     is less than a segment at most ``_LONGEST``.
     """
     segment = problem.segment_length or 32
     short = min(segment, 64)
-    batch = 1 if problem.segmentation == "packed" else 2
-    many = problem.replace(B=batch, T=((problem.top_k or 2) + 3) * short + short // 2 + 1, H=2)
+    B, H = (1, 5) if problem.segmentation == "packed" else (2, 3)
+    many = problem.replace(B=B, T=((problem.top_k or 2) + 3) * short + short // 2 + 1, H=H)
     return (
         problem.replace(B=1, T=1, H=1),
         problem.replace(B=1, T=min(max(1, segment - 1), _LONGEST), H=1),
         many.replace(segment_length=problem.segment_length and short),
     )
+
+
+def sized_problems(problem: Problem) -> tuple[Problem, ...]:
+    """Those that a candidate is held to at size: the problem itself; and several of its segments, if it has fewer."""
+    C = problem.segment_length
+    if C is None or problem.T > 2 * C:
+        return (problem,)
+    return problem, problem.replace(B=1, T=2 * C + 1, H=1)

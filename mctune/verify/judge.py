@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from mctune.backends.protocol import Kernel
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
 from mctune.reference import error_ratio
+from mctune.verify.guard import Fault, Guarded, same
 from mctune.verify.inputs import Inputs, make_inputs, odd_problems
 from mctune.verify.kept import OPTIONAL, oracle_states, segments_of
 from mctune.verify.passes import PASSES, Results
@@ -95,8 +96,12 @@ def _choice_gap(problem: Problem, inputs: Inputs) -> float:
 
 
 def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
-    """What a compiled candidate computes."""
-    return PASSES[problem.pass_].run(kernel, problem, inputs)
+    """What a compiled candidate computes, watched.
+
+    Raises:
+        Fault: if it wrote to an input, or beside an array.
+    """
+    return PASSES[problem.pass_].run(Guarded(kernel), problem, inputs)
 
 
 Run = Callable[[Problem, Inputs], Results]
@@ -118,7 +123,7 @@ def error_of(results: Results, wanted: Results) -> float:
     if set(results) != set(wanted):
         return float("inf")
     sizes = {name: float(x.double().square().mean().sqrt()) if x.numel() else 0.0 for name, x in wanted.items()}
-    floor = _VANISHING * max(size for name, size in sizes.items() if not name.startswith(OPTIONAL))
+    floor = vanishing({name: size for name, size in sizes.items() if not name.startswith(OPTIONAL)})
     worst = 0.0
     for name, reference in wanted.items():
         if reference.numel() == 0 and results[name].shape == reference.shape:
@@ -130,23 +135,42 @@ def error_of(results: Results, wanted: Results) -> float:
     return worst
 
 
+def vanishing(sizes: Mapping[str, float]) -> float:
+    """The RMS below which a result is not held to its own, of the RMS of all results."""
+    return _VANISHING * max(sizes.values())
+
+
 def verify_case(run: Run, problem: Problem, seed: int) -> float:
     """The error of one run on fresh random inputs, as :func:`error_of` has it."""
     return _error(run, judge(problem, seed))
 
 
-def verify(run: Run, problem: Problem, cases: Iterable[Judged]) -> float | Wrong:
-    """The largest error over ``cases``, those of :func:`judge_all`, or what was wrong with the first that failed."""
-    worst = 0.0
+def verify(run: Run, problem: Problem, cases: Iterable[Judged], repeats: int = 1, exact: bool = False) -> float | Wrong:
+    """The largest error over ``cases``, those of :func:`judge_all`, or what was wrong with the first that failed.
+
+    Every case is run ``repeats`` times, each time held to the oracle and, if ``exact``, to the bits of the first time.
+    """
+    worst, limit = 0.0, tolerance(problem)
     for case in cases:
-        error = _error(run, case)
-        if not error <= tolerance(problem):
-            return Wrong(error, tolerance(problem), str(case.problem))
-        worst = max(worst, error)
+        first: Results | None = None
+        for number in range(repeats):
+            try:
+                results = _run(run, case)
+            except Fault as fault:
+                return Wrong(float("inf"), limit, f"{case.problem}: {fault}")
+            error = error_of(results, case.wanted)
+            if not error <= limit:
+                return Wrong(error, limit, str(case.problem))
+            worst, first = max(worst, error), first or results
+            if exact and not all(same(x, first[name]) for name, x in results.items()):
+                return Wrong(error, limit, f"{case.problem}, where run {number + 1} gave other bits than the first")
     return worst
 
 
 def _error(run: Run, case: Judged) -> float:
+    return error_of(_run(run, case), case.wanted)
+
+
+def _run(run: Run, case: Judged) -> Results:
     with poisoned_memory():
-        results = run(case.problem, case.inputs)
-    return error_of(results, case.wanted)
+        return run(case.problem, case.inputs)

@@ -34,15 +34,13 @@ class Pass:
     Attributes:
         expected: the oracle's results, float64.
         run: a candidate's results.
-        call: what is timed: one run of a candidate, prepared.
     """
 
     expected: Callable[[Problem, Inputs], Results]
     run: Callable[[Kernel, Problem, Inputs], Results]
-    call: Callable[[Kernel, Problem, Inputs], Callable[[], object]]
 
 
-def _options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
+def options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
     """Keyword arguments that the launchers of every pass share."""
     gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
     return {
@@ -61,14 +59,10 @@ def _forward_expected(problem: Problem, inputs: Inputs) -> Results:
 
 
 def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
-    found = _forward_call(kernel, problem, inputs, kept.checked_names(kernel, problem))()
+    inputs, keep = inputs.to(kernel.device), kept.checked_names(kernel, problem)
+    keywords = {**options(problem, inputs), "segments": segments_of(problem, inputs), "keep": keep}
+    found = kernel(inputs.q, inputs.k, inputs.v, inputs.u, **keywords)
     return {"y": found.y, **kept.comparable(problem, inputs, found.kept)}
-
-
-def _forward_call(kernel: Kernel, problem: Problem, inputs: Inputs, keep: Names = ()) -> Callable[[], Any]:
-    inputs = inputs.to(kernel.device)
-    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "keep": keep}
-    return lambda: kernel(inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
 
 # --- backward
@@ -89,22 +83,18 @@ def _backward_expected(problem: Problem, inputs: Inputs) -> Results:
 
 
 def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
-    found = _backward(kernel, problem, inputs, kept.kept_by(problem, inputs, wants(kernel, problem)))()
+    given = kept.kept_by(problem, inputs, wants(kernel, problem))
+    inputs = inputs.to(kernel.device)
+    given = {name: x.to(kernel.device) for name, x in given.items()}
+    keywords = {**options(problem, inputs), "segments": segments_of(problem, inputs), "kept": given}
+    return gradients_of(kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **keywords), inputs)
+
+
+def gradients_of(found: Any, inputs: Inputs) -> Results:
+    """What a backward kernel returned, by name."""
     made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
     # Where gates do not depend on u, its gradient is zero, and a kernel need not write it.
     return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
-
-
-def _backward_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
-    names = wants(kernel, problem)
-    return _backward(kernel, problem, inputs, kept.likely(problem, segments_of(problem, inputs), names, kernel.device))
-
-
-def _backward(kernel: Kernel, problem: Problem, inputs: Inputs, given: Mapping[str, Tensor]) -> Callable[[], Any]:
-    inputs = inputs.to(kernel.device)
-    given = {name: x.to(kernel.device) for name, x in given.items()}
-    options = {**_options(problem, inputs), "segments": segments_of(problem, inputs), "kept": given}
-    return lambda: kernel(inputs.dy, inputs.q, inputs.k, inputs.v, inputs.u, **options)
 
 
 def wants(kernel: Kernel, problem: Problem) -> Names:
@@ -118,10 +108,10 @@ def wants(kernel: Kernel, problem: Problem) -> Names:
 
 
 def _decode_expected(problem: Problem, inputs: Inputs) -> Results:
-    left = memory_of(problem, inputs, problem.T, torch.float64)
+    after = memory_of(problem, inputs, problem.T, torch.float64)
     with torch.no_grad():
         y = memory_caching(**inputs.arguments(problem))
-    return {"y": y[:, problem.T - min(problem.T, BLOCK) :], **_left(left)}
+    return {"y": y[:, problem.T - min(problem.T, BLOCK) :], **left(after)}
 
 
 def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
@@ -131,34 +121,22 @@ def _decode_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
     parts = []
     for begin, end in ((first, first + 1), (first + 1, T)):
         if begin < end:
-            parts.append(_decode(kernel, problem, inputs, slice(begin, end), memory)())
+            parts.append(_decode(kernel, problem, inputs, slice(begin, end), memory))
             memory.advance(end - begin, C)
-    return {"y": torch.cat(parts, 1), **_left(memory)}
+    return {"y": torch.cat(parts, 1), **left(memory)}
 
 
-def _decode_call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Callable[[], Any]:
-    """The last token alone; the values of the memory do not matter."""
-    T, C = problem.T, problem.segment_length or 1
-    memory = _empty(problem, problem.B, -(-T // C)).to(kernel.device)
-    inputs = inputs.to(kernel.device)
-    for tensor in (memory.states[0], memory.descriptors, memory.online[0], memory.key_sum):
-        tensor.normal_()
-    memory.advance(T - 1, C)
-    return _decode(kernel, problem, inputs, slice(T - 1, T), memory)
-
-
-def _decode(
-    kernel: Kernel, problem: Problem, inputs: Inputs, tokens: slice, memory: LayerMemory
-) -> Callable[[], Tensor]:
-    options = {**_options(problem, inputs, tokens), "segment_length": problem.segment_length, "memory": memory}
+def _decode(kernel: Kernel, problem: Problem, inputs: Inputs, tokens: slice, memory: LayerMemory) -> Tensor:
+    keywords = {**options(problem, inputs, tokens), "segment_length": problem.segment_length, "memory": memory}
     q, k, v, u = (x[:, tokens].contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return lambda: kernel(q, k, v, u, **options)
+    y: Tensor = kernel(q, k, v, u, **keywords)
+    return y
 
 
 def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
     """What a layer remembers after the first ``tokens`` tokens, by the oracle; unused states hold NaN."""
     C, T = problem.segment_length or 1, problem.T
-    memory = _empty(problem, inputs.q.shape[0], T // C + 1, dtype)
+    memory = empty_memory(problem, inputs.q.shape[0], T // C + 1, dtype)
     memory.states[0].fill_(float("nan"))
     memory.descriptors.fill_(float("nan"))
     if tokens == 0:
@@ -177,7 +155,8 @@ def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype 
     return memory
 
 
-def _empty(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+def empty_memory(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
+    """A memory of ``B`` sequences without a token, with room for ``capacity`` states."""
     H, Dk, Dv = problem.H, problem.Dk, problem.Dv
     return LayerMemory(
         states=(torch.zeros(B, H, capacity, Dk, Dv, dtype=dtype),),
@@ -193,7 +172,7 @@ def _empty(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.f
     )
 
 
-def _left(memory: LayerMemory) -> dict[str, Tensor]:
+def left(memory: LayerMemory) -> dict[str, Tensor]:
     """What is left behind, the cached states in use."""
     used = int(memory.cached[0])
     return {
@@ -205,7 +184,7 @@ def _left(memory: LayerMemory) -> dict[str, Tensor]:
 
 
 PASSES = {
-    "forward": Pass(_forward_expected, _forward_run, _forward_call),
-    "backward": Pass(_backward_expected, _backward_run, _backward_call),
-    "decode": Pass(_decode_expected, _decode_run, _decode_call),
+    "forward": Pass(_forward_expected, _forward_run),
+    "backward": Pass(_backward_expected, _backward_run),
+    "decode": Pass(_decode_expected, _decode_run),
 }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,16 @@ from mctune.backends import get_backend
 from mctune.backends.protocol import Backend, Built, Kernel
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, describe, to_json
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
 from mctune.measure.timing import summary, time_rotated
-from mctune.verify.inputs import Inputs, make_inputs, odd_problems
+from mctune.verify.at_size import AtSize, at_size
+from mctune.verify.inputs import odd_problems, sized_problems
 from mctune.verify.judge import Judged, judge_all, run_kernel, verify
-from mctune.verify.passes import PASSES
+from mctune.verify.rerun import CANDIDATE, FINALIST, Effort, Miss, Reruns
+from mctune.workers.watch import REFERENCE
 from mctune.workers.worker import Handler, Stage
 
 _ROUNDS = 7
@@ -62,6 +68,7 @@ class _Bench:
 
     def evaluate(self, problem: Problem, config: Config, prepared: Prepared, stage: Stage) -> Outcome:
         """What became of one candidate; a crash or hang takes the process with it, and the parent records it."""
+        begun = time.monotonic()
         stage("build")
         try:
             kernel = self._load(problem, config, prepared.built)
@@ -69,29 +76,84 @@ class _Bench:
             raise
         except Exception as error:
             return FailedBuild(first_line(error))
+        stage(REFERENCE)
+        cases = self._at_size(kernel, problem)
         stage("verify")
+        samples: list[float] = []
+
+        def timed(held: Reruns) -> None:
+            samples[:] = time_rotated([held], rounds=_ROUNDS, warmup=0, limit_s=_TIMING_S, device=kernel.device)[0]
+            held.repeat(CANDIDATE, time.monotonic() - begun)
+
         try:
-            cases = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config))
-            error_ = verify(partial(run_kernel, kernel), problem, cases)
+            judged = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config))
+            error_ = _verify(kernel, problem, judged, CANDIDATE)
+            if isinstance(error_, Wrong):
+                return error_
+            stage("time")
+            for case in cases[1:]:
+                _hold(Reruns(kernel, case))
+            _hold(Reruns(kernel, cases[0]), timed)
+        except Miss as miss:
+            return miss.outcome
         except Exception as error:
             if kernel.device != "cpu":
                 raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
-        if isinstance(error_, Wrong):
-            return error_
-        stage("time")
-        call = self._call(kernel, problem)
-        samples = time_rotated([call], rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)[0]
         ms, low, high = summary(samples)
         return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device))
 
-    def compare(self, candidates: list[tuple[Problem, Config, Built | None]], stage: Stage) -> list[list[float]]:
-        """Milliseconds of each finalist in each round, in rotated order."""
+    def check(
+        self, problem: Problem, config: Config, prepared: Prepared, stage: Stage, target: Target | None = None
+    ) -> tuple[Built, float | Wrong]:
+        """Hold what may ship to the oracle again, on other inputs, and ten times as often to all else."""
+        begun = time.monotonic()
+        stage("build")
+        built = prepared.built or self.backend.build(problem, config, target or self.target, self.folder)
+        kernel = self.backend.load(problem, config, built)
+        stage(REFERENCE)
+        cases = self._at_size(kernel, problem)
+        stage("verify")
+        judged = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config) + 1)
+        error = _verify(kernel, problem, judged, FINALIST)
+        if isinstance(error, Wrong):
+            return built, error
+        try:
+            for case in cases:
+                _hold(Reruns(kernel, case), lambda held: held.repeat(FINALIST, time.monotonic() - begun))
+        except Miss as miss:
+            return built, miss.outcome
+        return built, error
+
+    def compare(
+        self, candidates: list[tuple[Problem, Config, Built | None]], stage: Stage
+    ) -> tuple[list[list[float]], list[str]]:
+        """Milliseconds of each finalist in each round, in rotated order; and what was wrong with those without any."""
         stage("build")
         kernels = [self._load(problem, config, built) for problem, config, built in candidates]
-        calls = [self._call(kernel, problem) for kernel, (problem, _, _) in zip(kernels, candidates, strict=True)]
+        stage(REFERENCE)
+        cases = [self._at_size(kernel, one[0])[0] for kernel, one in zip(kernels, candidates, strict=True)]
         stage("time")
-        return time_rotated(calls, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S, device=kernels[0].device)
+        held: list[Reruns] = []
+        sharing: dict[Problem, Reruns] = {}
+        for kernel, case in zip(kernels, cases, strict=True):
+            given = None if case.given else sharing.get(case.problem)
+            held.append(Reruns(kernel, case, given))
+            sharing.setdefault(case.problem, held[-1])
+        left, failures = list(held), list[str]()
+        while left:
+            try:
+                for one in left:
+                    one.first()
+                samples = time_rotated(left, rounds=_FINAL_ROUNDS, warmup=0, limit_s=_FINAL_S, device=kernels[0].device)
+                for one in left:
+                    one.last()
+                found = dict(zip(map(id, left), samples, strict=True))
+                return [found.get(id(one), []) for one in held], failures
+            except Miss as miss:
+                failures.append(describe(miss.outcome))
+                left.remove(miss.reruns)
+        return [[] for _ in held], failures
 
     def ship(
         self, problem: Problem, config: Config, portable_arch: str | None, prepared: Prepared, stage: Stage
@@ -105,22 +167,18 @@ class _Bench:
             )
             reply["portable"] = str(portable.library)
             reply["errors"].append(error)
+        reply["cases"] += [str(case) for case in sized_problems(problem)]
         return reply
 
     def _checked(
         self, problem: Problem, config: Config, target: Target, prepared: Prepared, stage: Stage
     ) -> tuple[Built, float]:
-        """Build for ``target`` and verify.
+        """Build for ``target`` and check.
 
         Raises:
             MctuneError: if the result is wrong.
         """
-        stage("build")
-        built = prepared.built or self.backend.build(problem, config, target, self.folder)
-        stage("verify")
-        kernel = self.backend.load(problem, config, built)
-        cases = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config) + 1)
-        error = verify(partial(run_kernel, kernel), problem, cases)
+        built, error = self.check(problem, config, prepared, stage, target)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
@@ -129,39 +187,65 @@ class _Bench:
         built = built or self.backend.build(problem, config, self.target, self.folder)
         return self.backend.load(problem, config, built)
 
-    def _call(self, kernel: Kernel, problem: Problem) -> Callable[[], object]:
-        # The tensors do not depend on how a row is cut into segments, and large ones take seconds to draw.
-        drawn = problem.replace(segment_length=problem.T) if problem.segmentation == "constant" else problem
-        return PASSES[problem.pass_].call(kernel, problem, _inputs(drawn, self.seed))
+    def _at_size(self, kernel: Kernel, problem: Problem) -> list[AtSize]:
+        return [at_size(kernel, one, self.seed, self.folder / "references") for one in sized_problems(problem)]
+
+
+def _verify(kernel: Kernel, problem: Problem, cases: Iterable[Judged], effort: Effort) -> float | Wrong:
+    exact = getattr(kernel, "pair_order", None) is None
+    return verify(partial(run_kernel, kernel), problem, cases, effort.repeats, exact)
+
+
+def _hold(held: Reruns, between: Callable[[Reruns], None] = lambda held: None) -> None:
+    """Hold a kernel at size before and after what is between."""
+    held.first()
+    between(held)
+    held.last()
+
+
+@dataclass(frozen=True)
+class _Handler:
+    """The handler, with what the process that calls it asks of it."""
+
+    bench: _Bench
+    isolated: bool
+    memory_bytes: int | None
+
+    def __call__(self, payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        bench, prepared = self.bench, Prepared.of(payload)
+        if "ship" in payload:
+            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], prepared, stage)
+        if "check" in payload:
+            _, error = bench.check(*candidate(payload["check"]), prepared, stage)
+            return {"outcome": to_json(error if isinstance(error, Wrong) else Predicted(0.0, "", error))}
+        if "compare" in payload:
+            finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
+            samples, failures = bench.compare(finalists, stage)
+            return {"samples": samples, "failures": failures}
+        return {"outcome": to_json(bench.evaluate(*candidate(payload["evaluate"]), prepared, stage))}
 
 
 def start(setup: dict[str, Any]) -> Handler:
-    """The worker's handler. ``setup``: backend, target, folder, seed, threads.
+    """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
-    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
-    ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns,
-    both with what another process has left, ``"prepared"`` and ``"built"``, or without; or
-    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples"}``.
+    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one
+    without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
+    ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
+    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
+    "failures"}``.
+
+    On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
     bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
-
-    def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
-        if "ship" in payload:
-            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], Prepared.of(payload), stage)
-        if "compare" in payload:
-            finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
-            return {"samples": bench.compare(finalists, stage)}
-        problem, config = candidate(payload["evaluate"])
-        return {"outcome": to_json(bench.evaluate(problem, config, Prepared.of(payload), stage))}
-
-    return handle
-
-
-@lru_cache(maxsize=2)
-def _inputs(problem: Problem, seed: int) -> Inputs:
-    return make_inputs(problem, seed)
+    isolated = target.on_cpu and sys.platform == "linux"
+    if isolated:
+        # Forks have what is imported before; each of them would take seconds.
+        for name in ("tvm", "tvm_ffi"):
+            with suppress(ImportError):
+                importlib.import_module(name)
+    return _Handler(bench, isolated, setup.get("memory_bytes"))
 
 
 def seed_of(seed: int, problem: Problem, config: Config) -> int:

@@ -91,7 +91,10 @@ class Workers:
                 return _noted(_within(self._device, payload, limit_s, until), reply["outcome"])
 
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
-        """``{"samples"}``: milliseconds of each finalist in each round."""
+        """``{"samples"}``: milliseconds of each finalist in each round; none of those that are not right after all.
+
+        ``"failures"``: what is wrong with those.
+        """
         assert self._device is not None, "only a measured search times finalists"
         if self._compilers:
             with ThreadPoolExecutor(self.count) as pool:
@@ -99,7 +102,33 @@ class Workers:
             if not all(isinstance(reply, dict) for reply in built):
                 return next(reply for reply in built if isinstance(reply, WorkerDied | WorkerTimedOut))
             candidates = [one | reply for one, reply in zip(candidates, built, strict=True) if isinstance(reply, dict)]
-        return self._device.call({"compare": candidates}, limit_s)
+        failures = {}
+        for number, one in enumerate(candidates):
+            wrong = self._wrong(one, limit_s)
+            if wrong is not None:
+                failures[number] = wrong
+        left = [one for number, one in enumerate(candidates) if number not in failures]
+        reply = self._device.call({"compare": left}, limit_s) if left else {"samples": [], "failures": []}
+        if not isinstance(reply, dict):
+            return reply
+        samples = iter(reply["samples"])
+        return {
+            "samples": [[] if number in failures else next(samples) for number in range(len(candidates))],
+            "failures": [*failures.values(), *reply["failures"]],
+        }
+
+    def _wrong(self, candidate: dict[str, Any], limit_s: float) -> str | None:
+        """What is wrong with a finalist, which is held to everything once more by itself."""
+        assert self._device is not None
+        payload = {"check": candidate} | ({"built": candidate["built"]} if "built" in candidate else {})
+        match self._device.call(payload, limit_s):
+            case WorkerDied(message, stage):
+                return f"crashed: {message} ({stage})"
+            case WorkerTimedOut(seconds, stage):
+                return f"timed out: {stage} took longer than {seconds:g} s"
+            case reply:
+                outcome = from_json(reply["outcome"])
+                return None if isinstance(outcome, Predicted) else describe(outcome)
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
         """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right."""

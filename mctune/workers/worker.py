@@ -1,42 +1,41 @@
 """A process that runs candidates and can be killed: a crash, a hang or a poisoned device context dies with it.
 
-Parent and child speak JSON lines over two pipes of their own, so whatever a candidate prints cannot disturb them. The
-child leads a process group (compilers it starts die with it) and dies with its parent.
+Parent and child speak JSON lines over two pipes of their own, so whatever a candidate prints cannot disturb them, and
+every answer carries the number of its request, so that a line too many is nobody's answer. The child leads a process
+group (compilers it starts die with it) and dies with its parent; what it does in between is in ``child``.
 
 A worker is called by one thread at a time; any other may ``halt`` it meanwhile.
 """
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import importlib
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
 from mctune.core.errors import MctuneError, UsageError
+from mctune.workers.child import LOG_TAIL, Handler, Stage, write_all
+from mctune.workers.watch import Deadline, described, parsed
 
-Stage = Callable[[str], None]
-Handler = Callable[[dict[str, Any], Stage], dict[str, Any]]
+__all__ = ["Handler", "Stage", "Worker", "WorkerDied", "WorkerTimedOut"]
 
-_LOG_TAIL = 4000
 _POLL_S = 0.5
-_PR_SET_PDEATHSIG = 1
-_MAIN = "from mctune.workers.worker import main; main()"
+_GRACE_S = 20.0
+"""A child that runs candidates in forks ends one that is late by itself, and has so long to say so."""
+_END_S = 5.0
+_MAIN = "from mctune.workers.child import main; main()"
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
-"""Starts all children. Linux ends them with the thread that did (see :func:`_die_with`): this one lasts."""
+"""Starts all children. Linux ends them with the thread that did (``_die_with`` of ``child``): this one lasts."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class Worker:
 
     ``entry`` is ``"module:function"``. In the child, ``function(setup)`` is called once and returns the handler;
     ``handler(payload, stage)`` is called for each payload and returns a JSON-able dict; it calls ``stage("build")`` and
-    so on as it goes. A handler that raises loses its process: only a fresh one is known to be sound.
+    so on as it goes. A handler that raises loses its process: only a fresh one is known to be sound. One that has the
+    attribute ``isolated`` has a process for each payload, and ``memory_bytes`` is what one may take.
 
     Args:
         entry: what to run.
@@ -126,24 +126,25 @@ class Worker:
             self.started += 1
             if self._halted:
                 self._child.end()
-            answer = self._child.ask({"setup": self._setup}, self._start_limit_s)
+            answer = self._child.ask(self._setup, self._start_limit_s)
             if not isinstance(answer, dict):
                 self.close()
                 what = answer.message if isinstance(answer, WorkerDied) else f"no answer in {answer.seconds:g} s"
                 log = f"\n{answer.log}" if isinstance(answer, WorkerDied) and answer.log else ""
                 raise MctuneError(f"the worker process for {self._entry} did not start: {what}{log}")
+            self._child.isolates = answer["isolated"]
         return self._child
 
 
 class _Child:
-    """One process; ``in_step`` is false from a request until its answer."""
+    """One process; ``in_step`` is false from a request until its answer, ``isolates`` whether it runs them in forks."""
 
     def __init__(self, entry: str, env: Mapping[str, str]) -> None:
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         self._log: IO[bytes] = tempfile.TemporaryFile("a+b", buffering=0)
         self._buffer = b""
-        self.in_step = True
+        self.in_step, self.isolates = True, False
         try:
             self._process = _started(
                 [sys.executable, "-c", _MAIN, entry, str(requests), str(answers), str(os.getpid())],
@@ -161,33 +162,40 @@ class _Child:
             os.close(requests)
             os.close(answers)
 
-    def ask(self, message: dict[str, Any], limit_s: float) -> dict[str, Any] | WorkerDied | WorkerTimedOut:
-        """Send one message and wait for the answer, its stages noted on the way."""
-        deadline, stage = time.monotonic() + limit_s, "start"
-        line = json.dumps(message).encode() + b"\n"
+    def ask(self, payload: Any, limit_s: float) -> dict[str, Any] | WorkerDied | WorkerTimedOut:
+        """Send one payload and wait for the answer, its stages noted on the way."""
+        deadline = Deadline(limit_s + (_GRACE_S if self.isolates else 0.0))
+        number = secrets.token_hex(8)
+        line = json.dumps({"number": number, "limit_s": limit_s, "payload": payload}).encode() + b"\n"
         self.in_step = False
         self._log.truncate(0)
         try:
-            _write_all(self._requests, line)
+            write_all(self._requests, line)
         except BrokenPipeError:
-            return WorkerDied(self._exit_message(), stage, self._tail())
+            return WorkerDied(self._exit_message(), deadline.stage, self._tail())
         while True:
             answer = self._next_line(deadline)
             if answer is None:
-                return WorkerTimedOut(limit_s, stage)
+                return WorkerTimedOut(limit_s, deadline.stage)
             if answer == b"":
-                return WorkerDied(self._exit_message(), stage, self._tail())
-            try:
-                values = json.loads(answer)
-                kind, content = values["kind"], values["content"]
-            except (ValueError, TypeError, KeyError):
-                return WorkerDied(f"the worker sent what is not an answer: {answer[:200]!r}", stage, self._tail())
-            if kind == "stage":
-                stage = content
-            elif kind == "raised":
+                return WorkerDied(self._exit_message(), deadline.stage, self._tail())
+            found = parsed(answer, number)
+            if found is not None and found[0] == "stage":
+                deadline.reached(found[1])
+            elif found is not None:
+                return self._answer(*found, deadline.stage)
+
+    def _answer(self, kind: str, content: Any, stage: str) -> dict[str, Any] | WorkerDied | WorkerTimedOut:
+        """What an answer says; the child goes on after one, unless it raised itself or says that it is its last."""
+        self.in_step = self.isolates or kind == "reply"
+        match kind:
+            case "raised":
                 return WorkerDied(content["message"], stage, content["traceback"])
-            else:
-                self.in_step = True
+            case "died":
+                return WorkerDied(content["message"], content["stage"], self._tail())
+            case "late":
+                return WorkerTimedOut(content["seconds"], content["stage"])
+            case _:
                 reply: dict[str, Any] = content
                 return reply
 
@@ -196,7 +204,13 @@ class _Child:
         return self._process.poll() is not None
 
     def end(self) -> None:
-        """End the process and everything in its group."""
+        """End the process and everything in its group; where it keeps what its forks started, it ends that first."""
+        try:
+            if self.isolates:
+                self._process.terminate()
+                self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            pass
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):  # no process left, or (macOS) only a zombie
@@ -213,10 +227,10 @@ class _Child:
         os.close(self._answers)
         self._log.close()
 
-    def _next_line(self, deadline: float) -> bytes | None:
+    def _next_line(self, deadline: Deadline) -> bytes | None:
         """The next line without its end; ``b""`` when the process is gone, ``None`` past the deadline."""
         while b"\n" not in self._buffer:
-            wait = deadline - time.monotonic()
+            wait = deadline.left()
             if wait <= 0:
                 return None
             # A grandchild may hold the pipe open after the child's death: look at the process too.
@@ -234,18 +248,14 @@ class _Child:
     def _exit_message(self) -> str:
         """How the process ended; its pipe has closed, so it is ending, unless a candidate closed the pipe."""
         try:
-            status = self._process.wait(timeout=2.0)
+            return described(self._process.wait(timeout=2.0))
         except subprocess.TimeoutExpired:
             return "the worker process closed its pipe"
-        if status >= 0:
-            return f"the worker process exited with status {status}"
-        name = signal.Signals(-status).name
-        return f"the worker process was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
 
     def _tail(self) -> str:
         """The end of what the child printed since the last request."""
         size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - _LOG_TAIL))
+        self._log.seek(max(0, size - LOG_TAIL))
         return self._log.read().decode(errors="replace").strip("\0 \n")
 
 
@@ -261,55 +271,3 @@ def _started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     except KeyboardInterrupt:
         future.result().kill()
         raise
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def main() -> None:
-    """The child: ``ENTRY REQUEST_FD ANSWER_FD PARENT_PID``, then JSON lines until the request pipe closes."""
-    entry, requests, answers, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    _die_with(parent)
-    faulthandler.enable()
-    os.set_inheritable(requests, False)
-    os.set_inheritable(answers, False)
-
-    def send(kind: str, content: Any) -> None:
-        _write_all(answers, json.dumps({"kind": kind, "content": content}).encode() + b"\n")
-
-    def stage(name: str) -> None:
-        send("stage", name)
-
-    handler: Handler | None = None
-    with os.fdopen(requests, "rb") as lines:
-        for line in lines:
-            message = json.loads(line)
-            try:
-                if handler is None:
-                    module, _, function = entry.partition(":")
-                    handler = getattr(importlib.import_module(module), function)(message["setup"])
-                    reply: dict[str, Any] = {}
-                else:
-                    reply = handler(message, stage)
-                send("reply", reply)
-            except BaseException as error:
-                send("raised", {"message": _one_line(error), "traceback": traceback.format_exc()[-_LOG_TAIL:]})
-                # No interpreter shutdown: it may hang or crash on what the candidate left behind.
-                os._exit(1)
-    os._exit(0)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux), which does with its process;
-    elsewhere the closing pipe ends an idle one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call
-            os._exit(1)

@@ -1,0 +1,281 @@
+"""A problem at the size that is timed: its arguments, and what a kernel must give for them.
+
+The oracle goes token by token. Here the eager path computes the reference, in float32, a few heads at a time; tests
+hold it to the oracle on small problems. The same arguments serve every candidate of a problem, so they are made once
+and kept in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mctune.backends.protocol import Kernel
+from mctune.core.problem import Problem
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.call import Call, check_call
+from mctune.runtime.eager.decode import decode
+from mctune.runtime.eager.forward import by_head, lay_out, swla_gates
+from mctune.runtime.eager.matrix import run_linear
+from mctune.runtime.kernels.kept import Names, make_kept
+from mctune.runtime.kernels.results import padded
+from mctune.runtime.memory import LayerMemory
+from mctune.runtime.options import NAMES, Options
+from mctune.runtime.segments import Segments
+from mctune.verify.guard import POSITIONAL, Arguments
+from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.kept import segments_of
+from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
+
+Tensor = torch.Tensor
+_AT_ONCE = 1 << 26
+"""Numbers of one array of the eager path, about: more heads than make so many are computed one after another."""
+_GAP = 1e-4
+"""Logits at the edge of ssc's choice are at least so far apart; float32 decides them."""
+_DRAWS = 50
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """One problem, what its kernels are called with, and what they must give.
+
+    Attributes:
+        given: what a backward is given of its forward, by name; the tensors of a decode step's memory.
+        wanted: the results, float32.
+    """
+
+    problem: Problem
+    inputs: Inputs
+    given: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+
+    def to(self, device: str) -> AtSize:
+        """The same on a device."""
+        given, wanted = ({name: x.to(device) for name, x in one.items()} for one in (self.given, self.wanted))
+        return AtSize(self.problem, self.inputs.to(device), given, wanted)
+
+    def arguments(self) -> Arguments:
+        """What a kernel is called with."""
+        problem, inputs = self.problem, self.inputs
+        rows: tuple[Tensor, ...] = (inputs.q, inputs.k, inputs.v, inputs.u)
+        if problem.pass_ == "decode":
+            last = slice(problem.T - 1, problem.T)
+            rows = tuple(x[:, last].contiguous() for x in rows)
+            memory = _memory(problem, self.given)
+            own = {"segment_length": problem.segment_length, "memory": memory}
+            return Arguments(POSITIONAL[4], rows, {**options(problem, inputs, last), **own})
+        shared = {**options(problem, inputs), "segments": segments_of(problem, inputs)}
+        if problem.pass_ == "forward":
+            return Arguments(POSITIONAL[4], rows, {**shared, "keep": ()})
+        return Arguments(POSITIONAL[5], (inputs.dy, *rows), {**shared, "kept": self.given})
+
+    def results(self, found: Any, arguments: Arguments) -> Results:
+        """By name what a kernel returned, and left in what it was called with."""
+        match self.problem.pass_:
+            case "forward":
+                return {"y": found.y}
+            case "backward":
+                return gradients_of(found, self.inputs)
+            case _:
+                return {"y": found, **_after(self.problem, arguments.keywords["memory"])}
+
+
+def at_size(kernel: Kernel, problem: Problem, seed: int, folder: Path) -> AtSize:
+    """The case of ``problem`` at its own size, on the kernel's device; from a file in ``folder`` if it is there.
+
+    To be called before a candidate has run in this process: the file serves those that follow.
+    """
+    names = wants(kernel, problem) if problem.pass_ == "backward" else ()
+    digest = hashlib.sha256(f"{seed} {problem.key} {names}".encode()).hexdigest()[:16]
+    file = folder / f"at_size_{digest}.pt"
+    if not file.is_file():
+        _save(make(problem, seed, names, kernel.device), file)
+    return _load(problem, file).to(kernel.device)
+
+
+def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSize:
+    """Draw the arguments, and compute what they must give; ``names``: what a backward is given of its forward."""
+    # The tensors do not depend on how a row is cut into segments.
+    drawn = problem.replace(segment_length=problem.T) if problem.segmentation == "constant" else problem
+    inputs = make_inputs(drawn, seed).to(device)
+    if problem.pass_ == "decode":
+        return _make_decode(problem, inputs, seed)
+    if problem.reads.sparse:
+        inputs = replace(inputs, u=_decided(problem, inputs, seed))
+    if problem.pass_ == "forward":
+        y = _joined([_forward(part, x) for part, x in _parts(problem, inputs)], problem)
+        return AtSize(problem, inputs, {}, {"y": y})
+    parts = list(_parts(problem, inputs))
+    found = [gradients(_eager, part, x, torch.float32) for part, x in parts]
+    wanted = {name: _joined([one[name] for one in found], problem) for name in found[0]}
+    kept = [_kept(part, x, names) for part, x in parts] if names else []
+    given = {name: torch.cat([one[name] for one in kept]) for name in names}
+    return AtSize(problem, inputs, given, wanted)
+
+
+# --- a few heads at a time
+
+
+def _parts(problem: Problem, inputs: Inputs) -> Iterator[tuple[Problem, Inputs]]:
+    """The problem cut up by sequences and heads, in the order of heads; each part's arrays fit in memory."""
+    wide = problem.Dk + problem.Dv + segments_of(problem, inputs).count
+    heads = max(1, min(problem.H, _AT_ONCE // (problem.T * wide)))
+    while problem.H % heads:
+        heads -= 1
+    for row in range(problem.B):
+        for head in range(0, problem.H, heads):
+            rows, of = slice(row, row + 1), slice(head, head + heads)
+            own = {name: getattr(inputs, name)[rows, :, of] for name in ("q", "k", "v", "u", "dy")}
+            gates = {name: x[rows, :, of] for name, x in inputs.gates.items()}
+            yield problem.replace(B=1, H=heads), replace(inputs, **own, gates=gates)
+
+
+def _joined(parts: list[Tensor], problem: Problem) -> Tensor:
+    """[1, T, heads, ...] of each part as [B, T, H, ...]."""
+    each = len(parts) // problem.B
+    return torch.cat([torch.cat(parts[row * each : (row + 1) * each], 2) for row in range(problem.B)])
+
+
+def _eager(**arguments: Any) -> Tensor:
+    return memory_caching(**arguments, backend="eager")
+
+
+def _forward(problem: Problem, inputs: Inputs) -> Tensor:
+    arguments = inputs.arguments(problem)
+    with torch.no_grad():
+        return _eager(**arguments | {name: arguments[name].float() for name in "qkvu"})
+
+
+def _states(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """End states, [heads, N, Dk, Dv], and mean keys, [heads, N, Dk], of every segment, float32."""
+    call = _call(problem, inputs, inputs.cu_seqlens)
+    q, k, v = (by_head(x, torch.float32) for x in (call.q, call.k, call.v))
+    with torch.no_grad():
+        _, states = run_linear(q, k, v, lay_out(call).states, swla_gates(call))
+        return states, _means(k, call.segments)
+
+
+def _means(k: Tensor, segments: Segments) -> Tensor:
+    return torch.stack([k[:, begin:end].mean(1) for begin, end, _ in segments.spans], 1)
+
+
+def _call(problem: Problem, inputs: Inputs, cu_seqlens: Tensor | None, tokens: slice = slice(None)) -> Call:
+    arguments = inputs.arguments(problem)
+    chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
+    gates = {name: x[:, tokens] for name, x in inputs.gates.items()}
+    q, k, v, u = (x[:, tokens].float() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    given = {name: gates.get(name) for name in ("g", "beta", "lam", "eta", "mu")}
+    return check_call(q, k, v, u, chosen, gates=given, cu_seqlens=cu_seqlens)
+
+
+def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
+    """What a forward keeps of these heads."""
+    states, means = _states(problem, inputs)
+    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
+    states = torch.nn.functional.pad(states, (0, columns, 0, rows))
+    means = torch.nn.functional.pad(means, (0, rows))
+    u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
+    return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype)
+
+
+# --- ssc: what it chooses must not depend on rounding
+
+
+def _decided(problem: Problem, inputs: Inputs, seed: int) -> Tensor:
+    """u, drawn again for every token whose choice is within ``_GAP`` of another."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    u, segments = inputs.u.clone(), segments_of(problem, inputs)
+    means = [_means(by_head(k, torch.float32), segments) for k in inputs.k[:, :, None].unbind(0)]
+    assert problem.top_k is not None
+    for row, head in ((row, head) for row in range(problem.B) for head in range(problem.H)):
+        for number, (begin, end, first) in enumerate(segments.spans):
+            if number - first <= problem.top_k:
+                continue
+            own, keys = u[row, begin:end, head], means[row][head, first:number]
+            for _ in range(_DRAWS):
+                tied = _gaps(own.float() @ keys.mT, problem.top_k) < _GAP
+                if not bool(tied.any()):
+                    break
+                fresh = torch.randn(int(tied.sum()), problem.Dk, generator=generator) * problem.Dk**-0.25
+                own[tied] = fresh.to(own)
+    return u
+
+
+def _gaps(logits: Tensor, top_k: int) -> Tensor:
+    """Between the last logit that is chosen and the first that is not: [..., N] to [...]."""
+    best = logits.topk(top_k + 1, dim=-1).values
+    return best[..., -2] - best[..., -1]
+
+
+# --- decode: the last token, after a memory of random numbers
+
+
+_MEMORY = ("states", "descriptors", "online", "key_sum", "last_key", "last_value")
+
+
+def _make_decode(problem: Problem, inputs: Inputs, seed: int) -> AtSize:
+    cached = (problem.T - 1) // (problem.segment_length or 1)
+    for draw in range(_DRAWS):
+        generator = torch.Generator().manual_seed(seed + draw)
+        memory = empty_memory(problem, problem.B, -(-problem.T // (problem.segment_length or 1)))
+        given = {}
+        for name in _MEMORY:
+            x = _tensor(memory, name)
+            given[name] = torch.randn(x.shape, generator=generator).to(inputs.q.device)
+        if not problem.reads.sparse or cached <= (problem.top_k or 1):
+            break
+        u = inputs.u[:, -1].float()
+        logits = torch.einsum("bhd,bhnd->bhn", u, given["descriptors"][:, :, :cached])
+        if float(_gaps(logits, problem.top_k or 1).min()) >= _GAP:
+            break
+    if problem.state_init == "independent" and (problem.T - 1) % (problem.segment_length or 1) == 0:
+        given |= {name: torch.zeros_like(given[name]) for name in _MEMORY[2:]}
+    case = AtSize(problem, inputs, given, {})
+    memory = _memory(problem, {name: x.clone() for name, x in given.items()})
+    y = decode(_call(problem, inputs, None, slice(problem.T - 1, problem.T)), memory)
+    assert y is not None
+    return replace(case, wanted={"y": y, **{name: x.clone() for name, x in _after(problem, memory).items()}})
+
+
+def _tensor(memory: LayerMemory, name: str) -> Tensor:
+    x: Tensor | tuple[Tensor, ...] = getattr(memory, name)
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _memory(problem: Problem, given: dict[str, Tensor]) -> LayerMemory:
+    """A memory of all tokens but the last, of these tensors."""
+    C = problem.segment_length or 1
+    parts: dict[str, Any] = {name: (x,) if name in ("states", "online") else x for name, x in given.items()}
+    memory = replace(empty_memory(problem, problem.B, 0), **parts)
+    memory.advance(problem.T - 1, C)
+    return memory
+
+
+def _after(problem: Problem, memory: LayerMemory) -> dict[str, Tensor]:
+    """What a step leaves, without what it may leave as it was."""
+    counted = replace(memory, cached=memory.cached.clone(), filled=memory.filled.clone())
+    counted.advance(1, problem.segment_length or 1)
+    return left(counted)
+
+
+# --- in a file
+
+
+def _save(case: AtSize, file: Path) -> None:
+    inputs = {field.name: getattr(case.inputs, field.name) for field in fields(Inputs)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    torch.save({"inputs": inputs, "given": case.given, "wanted": case.wanted}, scratch)
+    scratch.replace(file)
+
+
+def _load(problem: Problem, file: Path) -> AtSize:
+    # Mapped privately: what a candidate writes to it stays in its own process.
+    values = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    return AtSize(problem, Inputs(**values["inputs"]), values["given"], values["wanted"])
