@@ -337,7 +337,7 @@ def _forward(layer: nn.Module, how: _How, *args: Any, **kwargs: Any) -> Tensor |
     refuse_rest(where, rest, TAKES)
     started = cache is not None and cache.layer(index or 0) is not None
     if cache is not None and mask is not None:
-        check_cached(mask, T, started)
+        check_cached(mask, T, started, B)
     found = None
     if mask is not None and not started:
         found = packed(mask, hidden_states)
