@@ -29,7 +29,7 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
 @click.option("--sampler", metavar="NAME", default="mix", show_default=True,
               help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip

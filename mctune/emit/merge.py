@@ -89,9 +89,7 @@ def merge(
     ]
 
 
-def _recommended(
-    winners: Sequence[Winner], recommend: Callable[[Sequence[Winner]], Winner]
-) -> Iterator[Winner]:
+def _recommended(winners: Sequence[Winner], recommend: Callable[[Sequence[Winner]], Winner]) -> Iterator[Winner]:
     """One of each operation; a predicted time is not compared with a measured one."""
     groups: dict[str, list[Winner]] = {}
     for winner in winners:

@@ -121,8 +121,8 @@ def _check_target(out: Path, target: Target) -> None:
     ours = [target.name, target.title, target.arch]
     if theirs != ours:
         raise UsageError(
-            f"{out} is a package for another target, {', '.join(theirs)}, not {', '.join(ours)}: give another --out, or "
-            "--replace to write over it"
+            f"{out} is a package for another target, {', '.join(theirs)}, not {', '.join(ours)}: give another --out, "
+            "or --replace to write over it"
         )
 
 

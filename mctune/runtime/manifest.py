@@ -59,6 +59,8 @@ class Contents:
 
 CONTENTS: Contents | None = None
 """Of the emitted package that this is part of; ``None`` in mctune itself, which holds no kernels."""
+if globals().get("__spec__") is not None and (ROOT / NAME).exists():  # not run by an __init__.py that mctune wrote
+    raise PackageError(f"__init__.py of the package {ROOT} is not the one that it was emitted with; {_REMEDY}")
 
 
 def guard(package: str, root: str) -> None:

@@ -210,7 +210,7 @@ def _entry(record: Any, contents: Contents) -> Entry:
     if any(not isinstance(flag, str) for flag in _typed("cpu_flags", record.get("cpu_flags", []), list)):
         raise ValueError("cpu_flags are not strings")
     files = [kernel, *(f"{kernel.rpartition('/')[0]}/{_typed('parts', part, str)}" for part in parts.values())]
-    if record.get("portable"):
+    if record.get("portable") is not None:
         files.append(_typed("portable", record["portable"], str))
     for file in files:
         if file not in contents.files:
