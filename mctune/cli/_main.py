@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 import mctune
 import mctune.cli
-from mctune.core.errors import MctuneError
+from mctune.cli._output import check_stdout, flush_stdout
+from mctune.core.errors import MctuneError, UsageError
 
 INTERRUPTED = 130
 _ORDER = ("search", "emit", "verify", "warm", "bench", "explain", "report", "calibrate", "targets", "spaces", "doctor")
@@ -39,10 +42,20 @@ def group() -> None:
     Data goes to stdout (--json on every command), progress to stderr. Exit codes: 0 done, 2 usage, 3 no such device,
     4 no valid configuration, 130 interrupted.
     """
+    check_stdout()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
+    code = _run(arguments)
+    if (why := flush_stdout()) is not None:
+        with suppress(OSError):
+            click.echo(f"mctune: error: stdout cannot be written to: {why}", err=True)
+        return code or UsageError.exit_code
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = group.main(list(arguments) if arguments is not None else None, "mctune", standalone_mode=False)
     except click.ClickException as error:
@@ -54,4 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("mctune: interrupted", err=True)
         return INTERRUPTED
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO):
+            raise
+        click.echo(f"mctune: error: what this command prints cannot be written: {error.strerror}", err=True)
+        return UsageError.exit_code
     return status if isinstance(status, int) else 0

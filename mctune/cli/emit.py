@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mctune.cli._cases import cases_of, default_out, measured
-from mctune.cli._emit import emit_report
+from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._output import json_option, print_json, say
 from mctune.cli.search import report_text
 from mctune.core.errors import NoValidConfigError
@@ -26,15 +26,20 @@ from mctune.study.events import SearchRequest
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
+@replace_option
+@click.option("--sign", "key", type=click.Path(path_type=Path, dir_okay=False), metavar="KEY",
+              help="Sign the package with the Ed25519 private key in this PEM file.")  # fmt: skip
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, storage: str | None,
-    out: Path | None, max_slowdown: float, as_json: bool,
+    out: Path | None, max_slowdown: float, replace: bool, key: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Emit the package of a search again: from its studies as far as they went, without searching or timing.
 
     Give the options that the search was given. Every kernel is built and verified again; the times are the trials' own.
+    A package for the same target that is in DIR already is added to: of two kernels for a problem the better one stays.
     """
+    from mctune.emit import Signer, check_out
     from mctune.study.run import stored
 
     target, note = resolve(target_name)
@@ -45,8 +50,10 @@ def command(
         target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
         max_slowdown=max_slowdown, measure=measured(target, False),
     )  # fmt: skip
+    signer = Signer.of(key) if key else None
+    check_out(request.out, target, replace=replace)
     report = stored(request)
-    package = emit_report(request, report)
+    package = emit_report(request, report, replace, signer)
     if package is None:
         raise NoValidConfigError("no study holds a candidate that was verified and timed; search on: `mctune search`")
     if as_json:

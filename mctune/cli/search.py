@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mctune.cli._cases import cases_of, default_out, measured
-from mctune.cli._emit import emit_report
+from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
 from mctune.core.errors import NoValidConfigError
@@ -29,7 +29,7 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
 @click.option("--sampler", metavar="NAME", default="mix", show_default=True,
               help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
@@ -37,18 +37,20 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--trial-timeout", type=float, default=60.0, show_default=True, metavar="SECONDS",
               help="Kill a candidate after this time.")  # fmt: skip
+@replace_option
 @click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, trials: int | None,
     timeout: float | None, sampler: str, seed: int, storage: str | None, out: Path | None, max_slowdown: float,
-    trial_timeout: float, measure: bool, as_json: bool,
+    trial_timeout: float, replace: bool, measure: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
     Each candidate is built, verified against the oracle, then timed, in a process that can be killed. For a GPU that is
     not on this machine each is compiled, and its time predicted by a cost model; the fastest are verified. The same
-    command again goes on where an interrupted one stopped.
+    command again goes on where an interrupted one stopped. A package for the same target that is in DIR already is
+    added to: of two kernels for a problem the better one stays.
     """
     target, note = resolve(target_name)
     if note:
@@ -70,15 +72,20 @@ def command(
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mctune.cli._progress import SearchProgress
+    from mctune.emit import check_out
     from mctune.study.run import search
 
+    check_out(request.out, target, replace=replace)
     with SearchProgress() as progress:
         report = search(request, progress)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        click.echo(report_text(report))
-    package = emit_report(request, report)
+    try:
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            click.echo(report_text(report))
+    finally:
+        # What was found is not lost with whoever reads the output.
+        package = emit_report(request, report, replace)
     if not request.measure:
         say(f"{target.name} is not on this machine: every time above is predicted, none is measured")
     if package is not None:

@@ -15,7 +15,7 @@ from mctune.core.errors import MctuneError, UsageError
 
 @click.command()
 @click.argument("package", required=False, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the random inputs.")
 @click.option("--gpu", "target_name", metavar="NAME",
               help="Hold Triton's templates instead, as they are for this GPU.")  # fmt: skip
 @click.option("--record", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",

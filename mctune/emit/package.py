@@ -3,48 +3,98 @@
 from __future__ import annotations
 
 import json
-import keyword
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mctune.core.environment import environment
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit.card import card
+from mctune.emit.place import check_name, check_place
+from mctune.emit.replace import replace_package
+from mctune.emit.sign import Signer
 from mctune.runtime import manifest
 from mctune.runtime.kernels.table import NAME as TABLE
 from mctune.runtime.kernels.table import SCHEMA
 from mctune.runtime.kernels.tvm.loader import build_threads_library
 
 _RUNTIME = Path(manifest.__file__).parent
-_FILES = (manifest.NAME, "__init__.py", "README.md")
-_FOLDERS = ("runtime", "kernels")
+_GUARD = "runtime/manifest.py"
 _INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
 
-from .runtime.api.attach import attach_memory_caching
-from .runtime.cache import MemoryCache
-from .runtime.api.functional import memory_caching
-from .runtime.api.module import MemoryCaching
+import hashlib as _hashlib
+import os as _os
+import sys as _sys
+import types as _types
+
+
+class PackageError(RuntimeError):
+    """The file that verifies the others is missing or has changed."""
+
+
+def _verify():
+    """Hold every file to manifest.json before any other runs: {guard} does it, and is itself held to its digest."""
+    root = _os.path.dirname(_os.path.abspath(__file__))
+    for folder in (root, _os.path.join(root, "{next}")):
+        path = _os.path.join(folder, *"{guard}".split("/"))
+        if not _os.path.isfile(path):
+            continue
+        with open(path, "rb") as file:
+            source = file.read()
+        if _hashlib.sha256(source).hexdigest() == "{digest}":
+            break
+    else:
+        raise PackageError(
+            "{guard} is missing or has changed since the package " + root + " was emitted; emit the package again with "
+            "`mctune emit`"
+        )
+    name = __name__ + ".runtime.manifest"
+    module = _sys.modules[name] = _types.ModuleType(name)
+    module.__file__ = _os.path.join(root, *"{guard}".split("/"))
+    try:
+        exec(compile(source, module.__file__, "exec", dont_inherit=True), module.__dict__)
+        module.guard(__name__, root)
+    except BaseException:
+        del _sys.modules[name]
+        raise
+
+
+_verify()
+
+from .runtime.api.attach import attach_memory_caching  # noqa: E402
+from .runtime.cache import MemoryCache  # noqa: E402
+from .runtime.api.functional import memory_caching  # noqa: E402
+from .runtime.api.module import MemoryCaching  # noqa: E402
 
 __all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
 '''
 
 
-def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
+def emit_package(out: Path, target: Target, winners: Sequence[Winner], signer: Signer | None = None) -> Path:
     """Write the package into ``out`` and return it; what else is in ``out`` (a study, say) stays.
 
-    The manifest goes first and comes back last, and the table is there from the start: a package that was interrupted
-    while it was written is refused when it is imported, and writing it again mends it.
+    At every moment the package that was there before can be imported, or the new one. With ``signer`` the manifest is
+    signed.
 
     Raises:
-        UsageError: without winners, or if ``out`` holds files that are not a package's.
+        UsageError: without winners, or if ``out`` cannot be imported or holds files that are not a package's.
+        MctuneError: if it cannot be written.
     """
     if not winners:
         raise UsageError("nothing to emit: the studies have no candidate that was verified and has a time")
-    if not out.name.isidentifier() or keyword.iskeyword(out.name):
-        raise UsageError(f"{out.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
+    check_name(out)
+    check_place(out)
+    try:
+        replace_package(out, _files(out.name, target, winners, signer))
+    except OSError as error:
+        raise MctuneError(f"{out} cannot be written, and is as it was: {error}") from error
+    return out
+
+
+def _files(name: str, target: Target, winners: Sequence[Winner], signer: Signer | None) -> dict[str, bytes]:
+    """Every file of the package by its path."""
     made_with = environment(target)
     table = {
         "schema": SCHEMA,
@@ -52,42 +102,35 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
         "versions": made_with["versions"],
         "entries": [winner.record() for winner in winners],
     }
-    _make_room(out)
-    (out / TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copytree(_RUNTIME, out / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    kernels = out / "kernels"
-    kernels.mkdir()
+    files = {f"runtime/{name}": data for name, data in runtime_files().items()}
     for winner in winners:
         for path in (winner.library, winner.source, winner.portable, *(part for _, part in winner.parts)):
             if path is not None:
-                shutil.copyfile(path, kernels / path.name)
+                files[f"kernels/{path.name}"] = path.read_bytes()
     if target.on_cpu:
-        build_threads_library(kernels / "threads.so")
-    (out / "__init__.py").write_text(_INIT.format(target=target.name), encoding="utf-8")
-    (out / "README.md").write_text(card(out.name, table), encoding="utf-8")
-    _write_manifest(out)
-    return out
+        files["kernels/threads.so"] = _threads_library()
+    guard = manifest.digest(files[_GUARD])
+    init = _INIT.format(target=target.name, guard=_GUARD, next=manifest.NEXT, digest=guard)
+    files |= {
+        TABLE: (json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n").encode(),
+        "__init__.py": init.encode(),
+        "README.md": card(name, table).encode(),
+    }
+    digests = {name: manifest.digest(data) for name, data in sorted(files.items())}
+    files[manifest.NAME] = (json.dumps({"files": digests}, indent=1) + "\n").encode()
+    if signer is not None:
+        files[manifest.SIGNATURE] = signer.sign(files[manifest.NAME])
+    return files
 
 
-def _make_room(out: Path) -> None:
-    """Remove an earlier package from ``out``, and nothing else: only a package of ours has a tuned table."""
-    strangers = [out / name for name in (*_FOLDERS, *_FILES) if (out / name).exists()]
-    if strangers and not (out / TABLE).is_file():
-        raise UsageError(
-            f"{strangers[0]} is in the way: {out} is not a package that mctune wrote (it has no {TABLE}); give another "
-            "--out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        (out / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
-        if (out / name).exists():
-            shutil.rmtree(out / name)
+def runtime_files() -> dict[str, bytes]:
+    """The runtime's own files, by their paths in its folder."""
+    paths = sorted(path for path in _RUNTIME.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(_RUNTIME).as_posix(): path.read_bytes() for path in paths}
 
 
-def _write_manifest(out: Path) -> None:
-    """SHA-256 of every file of the package."""
-    paths = [out / "__init__.py", out / "README.md", out / TABLE]
-    paths += sorted(path for name in _FOLDERS for path in (out / name).rglob("*") if path.is_file())
-    files = {path.relative_to(out).as_posix(): manifest.digest(path) for path in paths}
-    (out / manifest.NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+def _threads_library() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "threads.so"
+        build_threads_library(library)
+        return library.read_bytes()

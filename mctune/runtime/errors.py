@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .manifest import PackageError as PackageError
+
 
 class ArgumentError(ValueError):
     """The arguments of a call contradict each other, or one is out of range."""
@@ -9,10 +11,6 @@ class ArgumentError(ValueError):
 
 class BackendError(RuntimeError):
     """The backend that was asked for by name cannot serve this call."""
-
-
-class PackageError(RuntimeError):
-    """A file of an emitted package is missing, has changed, or cannot be read."""
 
 
 class KernelError(RuntimeError):

@@ -60,11 +60,11 @@ class SearchRequest:
         check_sampler(self.sampler)
         if self.trials < 1:
             raise UsageError(f"trials={self.trials}: must be at least 1")
-        if self.max_slowdown < 1:
+        if not self.max_slowdown >= 1:
             raise UsageError(f"max_slowdown={self.max_slowdown:g}: a factor of at least 1 (1.10 allows 10% more time)")
         for name, seconds in (("timeout", self.timeout_s), ("trial_timeout", self.trial_timeout_s)):
-            if seconds is not None and not seconds > 0:
-                raise UsageError(f"{name}={seconds:g}: must be more than 0 seconds")
+            if seconds is not None and not 0 < seconds < float("inf"):
+                raise UsageError(f"{name}={seconds:g}: must be more than 0 seconds, and not infinite")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.outcome import Predicted, Timed
@@ -12,6 +13,21 @@ from mctune.study.events import FrontierPoint
 from mctune.study.study import Trial
 
 SEGMENT_LENGTH = "segment_length"
+
+
+class Solved(Protocol):
+    """A problem with the time of what solves it."""
+
+    @property
+    def problem(self) -> Problem:
+        """Its segment length counts."""
+
+    @property
+    def outcome(self) -> Timed | Predicted:
+        """Its time counts."""
+
+
+_S = TypeVar("_S", bound=Solved)
 
 
 def frontier(trials: Sequence[Trial], problem: Problem) -> tuple[FrontierPoint, ...]:
@@ -36,7 +52,7 @@ def frontier(trials: Sequence[Trial], problem: Problem) -> tuple[FrontierPoint, 
     return tuple(fastest[length][1] for length in sorted(fastest, key=lambda length: length or 0))
 
 
-def recommend(points: Sequence[FrontierPoint], max_slowdown: float = 1.10) -> FrontierPoint:
+def recommend(points: Sequence[_S], max_slowdown: float = 1.10) -> _S:
     """The shortest segment (the most memory) whose time is within ``max_slowdown`` of the fastest point's.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +17,12 @@ import torch
 
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_INITS, Problem
+from mctune.runtime import manifest
 from mctune.runtime.api import functional
+from mctune.runtime.errors import PackageError
 from mctune.runtime.kernels.support import served
+from mctune.runtime.kernels.table import load_table
+from mctune.runtime.manifest import Contents
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import Run, tolerance, verify_case
 from mctune.verify.passes import PASSES, gradients
@@ -54,36 +58,60 @@ class Check:
 
 
 def load_package(path: Path) -> ModuleType:
-    """Import the emitted package at ``path`` under its own name.
+    """Import the emitted package at ``path`` under its own name, from what was verified, its ``__init__.py`` included.
 
     Raises:
         UsageError: if there is no package at ``path``, or its name is taken by another module.
+        MctuneError: if a file of it is missing, has changed or was added.
     """
-    root = path.resolve()
-    if not (root / "tuned.json").is_file() or not (root / "__init__.py").is_file():
+    root, contents = _contents(path)
+    loaded, init = sys.modules.get(root.name), root / "__init__.py"
+    if loaded is not None:
+        if loaded.__file__ != str(init):
+            raise UsageError(f"a module named {root.name} is already imported from {loaded.__file__}")
+        return loaded
+    if not root.name.isidentifier():
+        raise UsageError(f"{root.name!r} cannot be imported: name the directory like a Python module (mctune_cpu)")
+    spec = importlib.util.spec_from_file_location(root.name, init, submodule_search_locations=[str(root)])
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[root.name] = module
+    try:
+        # No bytecode: what runs is what was verified.
+        exec(compile(contents.files["__init__.py"], str(init), "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        del sys.modules[root.name]
+        if isinstance(error, RuntimeError) and type(error).__name__ == "PackageError":
+            raise MctuneError(str(error)) from error
+        raise
+    return module
+
+
+def _contents(path: Path) -> tuple[Path, Contents]:
+    """Where the package at ``path`` is, links not followed, and what it holds.
+
+    Raises:
+        UsageError: if there is none.
+        MctuneError: if a file of it is missing, has changed or was added.
+    """
+    root = Path(os.path.abspath(path))
+    if not any(os.path.lexists(root / name) for name in ("tuned.json", manifest.NAME, f"{manifest.NEXT}/tuned.json")):
         raise UsageError(
             f"{path} is not an emitted package (no tuned.json); `mctune search` leaves one, `mctune emit` too"
         )
     if (root / "runtime" / "dispatch.py").is_file():
         reason = "it still runs, but emit it again for this command"
         raise UsageError(f"{path} was emitted by an earlier mctune: {reason}")
-    loaded = sys.modules.get(root.name)
-    if loaded is not None:
-        if loaded.__file__ != str(root / "__init__.py"):
-            raise UsageError(f"a module named {root.name} is already imported from {loaded.__file__}")
-        return loaded
-    spec = importlib.util.spec_from_file_location(
-        root.name, root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[root.name] = module
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[root.name]
-        raise
-    return module
+        contents = manifest.verify(root)
+        if "__init__.py" not in contents.files:
+            raise PackageError(
+                f"__init__.py is not in the manifest of {root}; emit the package again with `mctune emit`"
+            )
+        load_table(contents)
+    except PackageError as error:
+        raise MctuneError(str(error)) from error
+    return root, contents
 
 
 def launcher_of(module: ModuleType, entry: Any) -> Any:
@@ -99,9 +127,12 @@ def launcher_of(module: ModuleType, entry: Any) -> Any:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a package's tuned table."""
-    entries: list[dict[str, Any]] = json.loads((path / "tuned.json").read_text(encoding="utf-8"))["entries"]
-    return entries
+    """The entries of a package's tuned table.
+
+    Raises:
+        UsageError, MctuneError: as :func:`load_package`.
+    """
+    return [dict(entry.record) for entry in load_table(_contents(path)[1]).entries]
 
 
 def needs_interpreter(path: Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +62,8 @@ class Planted:
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Planted]:
+    monkeypatch.chdir(tmp_path)
     stand_in, module = Planted(), ModuleType("mctune.study.run")
     module.search = stand_in.search  # type: ignore[attr-defined]
     module.ship = lambda request, report, note: []  # type: ignore[attr-defined]
@@ -81,13 +84,13 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
 def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tmp_path: Path) -> None:
     ran = run(
         "search", "--gpu", "h100", "--problem", FIELDS, "--segment-lengths", "64,32", "--trials", "7", "--timeout", "9",
-        "--sampler", "random", "--seed", "3", "--storage", "sqlite:///x.db", "--out", str(tmp_path),
+        "--sampler", "random", "--seed", "3", "--storage", "sqlite:///x.db", "--out", str(tmp_path / "tuned_here"),
         "--max-slowdown", "1.5", "--trial-timeout", "2.5",
     )  # fmt: skip
     assert ran.code == 0 and "h100 means h100-sxm" in ran.err
     problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
     assert planted.request == SearchRequest(
-        target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=tmp_path, trials=7, timeout_s=9.0,
+        target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=tmp_path / "tuned_here", trials=7, timeout_s=9.0,
         sampler="random", seed=3, storage="sqlite:///x.db", max_slowdown=1.5, trial_timeout_s=2.5,
         measure=False,
     )  # fmt: skip
@@ -156,6 +159,18 @@ def test_an_interrupted_search_prints_what_it_has_and_exits_130(run: Callable[..
         (("--sampler", "magic"), "'magic' is not one of mix, tpe, gp, cmaes, random, grid, nor module:Class"),
         (("--sampler", "optuna.samplers:"), "'optuna.samplers:' is not one of"),
         (("--max-slowdown", "0.9"), "max_slowdown=0.9"),
+        (("--max-slowdown", "nan"), "max_slowdown=nan"),
+        (("--timeout", "nan"), "timeout=nan"),
+        (("--seed", "-1"), "-1 is not in the range"),
+        (("--out", "run-1"), "'run-1' cannot be imported"),
+        (("--out", "my kernels"), "'my kernels' cannot be imported"),
+        (("--out", "class"), "'class' cannot be imported"),
+        (("--out", "\ufb01ne"), "cannot be imported"),
+        (("--out", "torch"), "'torch' is a module that is installed here"),
+        (("--out", "somewhere/mctune"), "'mctune' is a module that is installed here"),
+        (("--out", "json"), "'json' is a module of Python's standard library"),
+        (("--out", "aten"), "torch has operators under the name 'aten'"),
+        (("--out", "/proc/mctune_cpu"), "--out /proc/mctune_cpu cannot be written to"),
         (("--timeout", "0"), "timeout=0"),
         (("--trial-timeout", "-1"), "trial_timeout=-1"),
     ],
@@ -164,6 +179,41 @@ def test_usage_errors(run: Callable[..., Any], planted: Planted, arguments: tupl
     ran = run("search", *arguments)
     assert ran.code == 2 and message in ran.err
     assert planted.request is None
+
+
+@pytest.mark.parametrize("name", ("README.md", "__init__.py", "tuned.json", "kernels", "runtime"))
+def test_what_others_have_written_is_seen_before_the_search(run: Callable[..., Any], planted: Planted, name: str) -> None:
+    Path("mine").mkdir()
+    Path("mine", name).write_text("{}")
+    ran = run("search", "--out", "mine")
+    assert ran.code == 2 and f"mine/{name} is in the way" in ran.err and planted.request is None
+    assert [path.name for path in Path("mine").iterdir()] == [name]
+    Path("file").write_text("")
+    assert run("search", "--out", "file").code == run("search", "--out", "file/below").code == 2
+    assert planted.request is None
+
+
+def test_a_package_for_another_target_is_refused_before_the_search(run: Callable[..., Any], planted: Planted) -> None:
+    target = resolve("a100")[0]
+    Path("there").mkdir()
+    known = {"name": target.name, "title": target.title, "arch": target.arch}
+    Path("there", "tuned.json").write_text(json.dumps({"schema": 1, "entries": [], "target": known}))
+    ran = run("search", "--out", "there")
+    assert ran.code == 2 and "is a package for another target, a100-80g" in ran.err and "--replace" in ran.err
+    assert planted.request is None
+    assert run("search", "--gpu", "a100", "--out", "there").code == run("search", "--out", "there", "--replace").code == 0
+
+
+def test_a_full_stdout_is_seen_before_the_search(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "mctune", "search", "--problem", FIELDS]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "stdout cannot be written to: No space left on device" in done.stderr
 
 
 def test_problems_as_text_and_as_json() -> None:

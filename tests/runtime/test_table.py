@@ -13,7 +13,7 @@ from tables import PROBLEM, entry
 from mctune.core.problem import Problem
 from mctune.runtime.errors import PackageError
 from mctune.runtime.kernels.table import Entry, Request, Table, find, load_table
-from mctune.runtime.manifest import check_manifest, digest
+from mctune.runtime.manifest import digest, verify
 
 REQUEST = Request("forward", "linear", "grm", "constant", "independent", 1, 1024, 4, 4, 4, 4, None, "float32")
 
@@ -23,42 +23,42 @@ def write_package(root: Path, **data: Any) -> Path:
     (root / "kernels" / "a.so").write_bytes(b"kernel")
     record = {"problem": PROBLEM, "backend": "tvm", "kernel": "kernels/a.so", "config": {}}
     (root / "tuned.json").write_text(json.dumps({"schema": 1, "target": {"name": "host"}, "entries": [record]} | data))
-    files = {name: digest(root / name) for name in ("kernels/a.so", "tuned.json")}
+    files = {name: digest((root / name).read_bytes()) for name in ("kernels/a.so", "tuned.json")}
     (root / "manifest.json").write_text(json.dumps({"files": files}))
     return root
 
 
 def test_table_loads(tmp_path: Path) -> None:
-    table = load_table(write_package(tmp_path))
+    table = load_table(verify(write_package(tmp_path)))
     assert table.target == "host"
     assert [(e.backend, e.kernel) for e in table.entries] == [("tvm", tmp_path / "kernels" / "a.so")]
     assert find(table, REQUEST) is table.entries[0]
 
 
-def test_no_table_is_an_empty_table(tmp_path: Path) -> None:
-    assert load_table(tmp_path).entries == ()
+def test_mctune_itself_has_no_kernels() -> None:
+    assert load_table(None).entries == ()
 
 
 def test_changed_file_is_refused(tmp_path: Path) -> None:
     (write_package(tmp_path) / "kernels" / "a.so").write_bytes(b"kernel!")
     with pytest.raises(PackageError, match=r"kernels/a\.so has changed since .* `mctune emit`"):
-        load_table(tmp_path)
+        load_table(verify(tmp_path))
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     (write_package(tmp_path) / "kernels" / "a.so").unlink()
     with pytest.raises(PackageError, match=r"kernels/a\.so is in the manifest of .* and missing from it"):
-        load_table(tmp_path)
+        load_table(verify(tmp_path))
 
 
 def test_missing_or_broken_manifest_is_refused(tmp_path: Path) -> None:
     manifest = write_package(tmp_path) / "manifest.json"
     manifest.write_text('{"files": []}')
     with pytest.raises(PackageError, match=r"manifest\.json is missing or unreadable"):
-        check_manifest(tmp_path)
+        verify(tmp_path)
     manifest.unlink()
     with pytest.raises(PackageError, match=r"manifest\.json is missing or unreadable"):
-        load_table(tmp_path)
+        load_table(verify(tmp_path))
 
 
 @pytest.mark.parametrize("left_out", ("kernels/a.so", "tuned.json"))
@@ -68,12 +68,12 @@ def test_file_outside_the_manifest_is_refused(tmp_path: Path, left_out: str) -> 
     del files[left_out]
     manifest.write_text(json.dumps({"files": files}))
     with pytest.raises(PackageError, match=f"{left_out} is .*not in the manifest"):
-        load_table(tmp_path)
+        load_table(verify(tmp_path))
 
 
 def test_unknown_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="schema 2, this runtime reads 1"):
-        load_table(write_package(tmp_path, schema=2))
+        load_table(verify(write_package(tmp_path, schema=2)))
 
 
 @pytest.mark.parametrize(

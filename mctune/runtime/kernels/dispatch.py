@@ -13,14 +13,14 @@ import torch
 
 from ..call import Call
 from ..errors import BackendError, KernelError
-from ..manifest import PACKAGE, ROOT
+from ..manifest import CONTENTS, PACKAGE
 from ..traits import AGGREGATIONS
 from .kept import OF_SEGMENTS, Names, given, kept, segments_at_most, wanted
 from .support import BACKENDS as _WITH_KERNELS
 from .support import Support, support
 from .table import Entry, Request, find, load_table, serving
 
-TABLE = load_table(ROOT)
+TABLE = load_table(CONTENTS)
 NAMESPACE = PACKAGE.replace(".", "__")
 """This copy's namespace in torch.ops: ``mctune``, or the name of the emitted package, which has its own table."""
 BACKENDS = ("auto", "eager", *_WITH_KERNELS)

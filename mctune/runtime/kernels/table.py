@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import PackageError
-from ..manifest import NAME as MANIFEST
-from ..manifest import check_manifest
-from ..traits import AGGREGATIONS, RECURRENCES, alike
-from .support import Served, served
+from ..manifest import Contents
+from ..traits import AGGREGATIONS, PASSES, RECURRENCES, alike
+from .support import BACKENDS, Served, served
 
 NAME = "tuned.json"
 SCHEMA = 1
+_REMEDY = "emit the package again with `mctune emit`"
+_T = TypeVar("_T")
 _NARROW = ("bfloat16", "float16")
 
 
@@ -149,33 +150,75 @@ def serving(table: Table, request: Request, backend: str | None = None) -> tuple
     return tuple(entry for entry in table.entries if backend in (None, entry.backend) and entry.serves(request))
 
 
-def load_table(root: Path) -> Table:
-    """The table of the package at ``root``, after checking every file against the manifest; empty without either.
+def load_table(contents: Contents | None) -> Table:
+    """The table of a verified package; empty for ``None``, which is mctune itself.
 
     Raises:
-        PackageError: if a file is missing, has changed, or is not what the table needs.
+        PackageError: if there is no table, or it is not what this runtime reads.
     """
-    path = root / NAME
-    if not path.is_file() and not (root / MANIFEST).is_file():
+    if contents is None:
         return Table()
-    vouched = check_manifest(root)
-    if NAME not in vouched:
-        raise PackageError(f"{NAME} is not in the manifest of {root}; emit the package again with `mctune emit`")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise PackageError(
-            f"{path} has schema {data.get('schema')!r}, this runtime reads {SCHEMA}; emit the package again with "
-            "`mctune emit`"
-        )
-    entries = []
-    for record in data["entries"]:
-        beside = Path(record["kernel"]).parent
-        files = [record["kernel"], *((beside / part).as_posix() for part in record.get("parts", {}).values())]
-        for file in files:
-            if file not in vouched:
-                raise PackageError(
-                    f"{file} is in {NAME} and not in the manifest of {root}; emit the package again with `mctune emit`"
-                )
-        kernel = root / record["kernel"]
-        entries.append(Entry(record["problem"], record["backend"], kernel, record))
-    return Table(tuple(entries), str(data.get("target", {}).get("name")))
+    path = contents.root / NAME
+    if NAME not in contents.files:
+        raise PackageError(f"{NAME} is not in the manifest of {contents.root}; {_REMEDY}")
+    try:
+        data = json.loads(contents.files[NAME], parse_constant=_refuse)
+        if not isinstance(data, dict) or not isinstance(data.get("target"), dict):
+            raise ValueError("it has no target")
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"it has schema {data.get('schema')!r}, this runtime reads {SCHEMA}")
+        if not isinstance(data.get("entries"), list):
+            raise ValueError("it has no entries")
+        entries = tuple(_entry(record, contents) for record in data["entries"])
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{path} is not a tuned table: {error}; {_REMEDY}") from error
+    return Table(entries, str(data["target"].get("name")))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _entry(record: Any, contents: Contents) -> Entry:
+    """An entry of the table.
+
+    Raises:
+        ValueError: if a field that a call or a launcher reads is missing or of another type, or a file is not listed.
+    """
+    record = _typed("an entry", record, dict)
+    problem = _typed("problem", record.get("problem"), dict)
+    for name, known in (("recurrence", RECURRENCES), ("aggregation", AGGREGATIONS)):
+        if _typed(name, problem.get(name), str) not in known:
+            raise ValueError(f"{name} {problem[name]!r} is not one of {', '.join(known)}")
+    if problem.get("pass", "forward") not in PASSES:
+        raise ValueError(f"pass {problem['pass']!r} is not one of {', '.join(PASSES)}")
+    for name in ("segmentation", "state_init"):
+        _typed(name, problem.get(name), str)
+    _typed("dtype", problem.get("dtype", "float32"), str)
+    for name, value in (
+        *((name, problem.get(name)) for name in ("T", "H", "Dk", "Dv")),
+        *((name, problem[name]) for name in ("B", "segment_length", "top_k") if problem.get(name) is not None),
+    ):
+        if _typed(name, value, int) < 1 or isinstance(value, bool) or value >= 1 << 62:
+            raise ValueError(f"{name}={value!r} is not a size")
+    backend = _typed("backend", record.get("backend"), str)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    kernel = _typed("kernel", record.get("kernel"), str)
+    _typed("config", record.get("config", {}), dict)
+    parts = _typed("parts", record.get("parts", {}), dict)
+    if any(not isinstance(flag, str) for flag in _typed("cpu_flags", record.get("cpu_flags", []), list)):
+        raise ValueError("cpu_flags are not strings")
+    files = [kernel, *(f"{kernel.rpartition('/')[0]}/{_typed('parts', part, str)}" for part in parts.values())]
+    if record.get("portable") is not None:
+        files.append(_typed("portable", record["portable"], str))
+    for file in files:
+        if file not in contents.files:
+            raise ValueError(f"{file} is not in the manifest of {contents.root}")
+    return Entry(problem, backend, contents.root / kernel, record)
+
+
+def _typed(name: str, value: Any, kind: type[_T]) -> _T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r:.60}, which is not of type {kind.__name__}")
+    return value

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ...errors import KernelError
+from ...manifest import CONTENTS, PACKAGE
 
 
 def load_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, ModuleType]:
@@ -21,8 +22,15 @@ def load_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, ModuleType]:
     Raises:
         KernelError: if Triton or a file is missing, or a module cannot be imported.
     """
-    package = _package(folder.resolve())
+    package = _of_package(folder) or _package(folder.resolve())
     return {operation: _load(package, file) for operation, file in parts.items()}
+
+
+def _of_package(folder: Path) -> ModuleType | None:
+    """The emitted package's folder of kernels, whose modules come from what was verified."""
+    if CONTENTS is None or folder != CONTENTS.root / "kernels":
+        return None
+    return importlib.import_module(f"{PACKAGE}.kernels")
 
 
 def _package(folder: Path) -> ModuleType:
@@ -39,11 +47,13 @@ def _load(package: ModuleType, file: str) -> ModuleType:
     name = f"{package.__name__}.{file.removesuffix('.py')}"
     if name in sys.modules:
         return sys.modules[name]
-    path = Path(package.__path__[0]) / file
-    if not path.is_file():
-        raise KernelError(f"kernel module {path} is missing; emit the package again with `mctune emit`")
-    # A folder that was read before may have got the file since.
-    importlib.invalidate_caches()
+    path = Path(file)
+    if package.__path__:
+        path = Path(package.__path__[0]) / file
+        if not path.is_file():
+            raise KernelError(f"kernel module {path} is missing; emit the package again with `mctune emit`")
+        # A folder that was read before may have got the file since.
+        importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ImportError as error:

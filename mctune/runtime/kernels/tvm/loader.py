@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
-from ...manifest import ROOT
+from ...manifest import CONTENTS, ROOT
 
 FFI_VERSION = "0.1.14.post1"
 """The apache-tvm-ffi that the kernels are exported and tested with; 0.1.15 crashes with apache-tvm 0.27."""
@@ -46,14 +47,41 @@ def load_library(path: Path) -> Any:
     functions = _host_functions()
     import tvm_ffi
 
-    if not path.is_file():
-        raise KernelError(f"kernel library {path} is missing; emit the package again with `mctune emit`")
+    file = _file(path)
     # A library takes its pointers as it is loaded, and an `import tvm` at any time puts its own pool in their place.
     _register(functions)
     try:
-        return tvm_ffi.load_module(str(path))
+        # What `tvm_ffi.load_module` does, which tells by the path's ending that it is a library.
+        module = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")(file, "so")
+        tvm_ffi.get_global_func("ffi.ModuleGlobalsAdd")(module)
+        return module
     except (OSError, RuntimeError) as error:
         raise KernelError(f"kernel library {path.name} does not load: {error}") from error
+
+
+def _file(library: Path) -> str:
+    """What the dynamic linker opens for a library: of a package, a private copy in memory of what was verified.
+
+    Whatever becomes of the package's file, before it is loaded or while it is mapped, does not reach the process.
+
+    Raises:
+        KernelError: if there is none, or no such copy can be made.
+    """
+    if CONTENTS is None:
+        if not library.is_file():
+            raise KernelError(f"kernel library {library} is missing; emit the package again with `mctune emit`")
+        return str(library)
+    data = CONTENTS.of(library)
+    if data is None:
+        raise KernelError(f"{library} is not in the package's manifest; emit the package again with `mctune emit`")
+    try:
+        # It stays open: by its number the linker tells it from others.
+        descriptor = os.memfd_create(library.name)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+    except OSError as error:
+        raise KernelError(f"no memory file for {library.name} can be made here: {error}") from error
+    return f"/proc/self/fd/{descriptor}"
 
 
 @cache
@@ -89,7 +117,7 @@ def _host_functions() -> dict[str, ctypes.c_void_p]:
             'use backend="eager"'
         )
     _check_ffi()
-    threads = ctypes.CDLL(str(_threads_library()))
+    threads = ctypes.CDLL(_threads_library())
     threads.mctune_set_openmp(*_openmp())
     return {symbol: ctypes.cast(getattr(threads, name), ctypes.c_void_p) for symbol, name in _SYMBOLS.items()}
 
@@ -131,33 +159,39 @@ def _openmp() -> list[ctypes.c_void_p]:
     raise KernelError('torch\'s OpenMP library was not found; use backend="eager"')
 
 
-def _threads_library() -> Path:
-    """The compiled ``tvm_threads.c``: the package's own, or built once into the user's cache."""
-    if _PREBUILT.is_file():
-        return _PREBUILT
+def _threads_library() -> str:
+    """The compiled ``threads.c``: the package's own, or built once into the user's cache."""
+    if CONTENTS is not None:
+        return _file(_PREBUILT)
     digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = cache_home / "mctune" / f"threads-{digest}.so"
     if not library.is_file():
         build_threads_library(library)
-    return library
+    return str(library)
 
 
 def build_threads_library(library: Path) -> None:
-    """Compile ``tvm_threads.c`` into ``library`` with the C compiler of the machine.
+    """Compile ``threads.c`` into ``library`` with the C compiler of the machine; it has the modes of the umask.
 
     Raises:
-        KernelError: if there is no C compiler, or it fails.
+        KernelError: if there is no C compiler, or it fails, or there is no room.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise KernelError("no C compiler was found for tvm_threads.c: install gcc (for example `apt-get install gcc`)")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as scratch:
-        pass
-    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", str(_SOURCE), "-o", scratch.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        Path(scratch.name).unlink()
-        raise KernelError(f"{compiler} failed on {_SOURCE.name}: {done.stderr.strip()[-500:]}")
-    Path(scratch.name).replace(library)
+    named = shlex.split(os.environ.get("CC", ""))
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not named and found is None:
+        raise KernelError("no C compiler was found for threads.c: install gcc (for example `apt-get install gcc`)")
+    compiler = named or [str(found)]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # A folder, since a temporary file would be readable for its owner alone, and so would be the library.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            command = [*compiler, "-O2", "-std=c11", "-shared", "-fPIC", str(_SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0 or not built.is_file():
+                said = done.stderr.strip()[-500:] or f"exit code {done.returncode}, and no library"
+                raise KernelError(f"{shlex.join(compiler)} failed on {_SOURCE.name}: {said}")
+            built.replace(library)
+    except OSError as error:
+        raise KernelError(f"{library} cannot be built with {shlex.join(compiler)}: {error}") from error
