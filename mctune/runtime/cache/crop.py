@@ -64,6 +64,15 @@ def _why_not_boundary(memory: LayerMemory, row: int, target: int) -> str | None:
 
 def crop_layer(memory: LayerMemory, history: History | None, targets: Tensor) -> None:
     """Restore targets that :func:`check_crop` has passed; in place."""
+    before = memory.cached.tolist()
+    _restore(memory, history, targets)
+    # What lies past the states in use weighs nothing where it is read beside those of longer rows: it must be finite.
+    for row, (used, now) in enumerate(zip(before, memory.cached.tolist(), strict=True)):
+        for store in (*memory.states, memory.descriptors):
+            store[row, :, now:used] = 0
+
+
+def _restore(memory: LayerMemory, history: History | None, targets: Tensor) -> None:
     removed = memory.lengths - targets
     if history is not None and bool((removed == removed[0]).all()) and int(removed[0]) <= history.depth:
         history.take_back(memory, int(removed[0]))

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from ..modes import for_now, ordinary
 from ..segments import Segments
 
 Tensor = torch.Tensor
@@ -173,9 +174,18 @@ class Layout:
     closing: Tensor
 
 
-@lru_cache(maxsize=64)
 def make_layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
     """Lay out ``segments``: states in chunks of ``size`` tokens, their lanes as :func:`make_plan` says."""
+    return for_now(_layout(segments, size, carried, device))
+
+
+@lru_cache(maxsize=64)
+def _layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
+    with ordinary(), torch.device("cpu"):
+        return _make_layout(segments, size, carried, device)
+
+
+def _make_layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
     begin, end, first = (bound.long() for bound in (segments.begin, segments.end, segments.first))
     of = torch.arange(segments.count).repeat_interleave(end - begin)
     place = torch.arange(1, len(of) + 1) - begin[of]
