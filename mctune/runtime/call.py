@@ -12,6 +12,7 @@ import torch
 
 from .arguments import shown
 from .errors import ArgumentError
+from .modes import readable
 from .options import Options
 from .segments import Segments, check_bounds_type, check_packing, make_segments
 from .traits import RECURRENCES, any_of
@@ -196,14 +197,8 @@ def _check_gate(name: str, gate: Tensor, recurrence: str, q: Tensor) -> None:
     if gate.dtype not in DTYPES:
         raise ArgumentError(f"{name} is {gate.dtype}; it must be float32")
     _check_device(name, gate, q)
-    if name == "g" and _readable(gate) and bool((gate > 0).any()):
+    if name == "g" and readable(gate) and bool((gate > 0).any()):
         raise ArgumentError(f"g reaches {float(gate.max()):g}; it is the logarithm of a decay, at most 0")
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether values can be checked: doing so would stall a GPU, break a graph, and is impossible under vmap."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return x.device.type == "cpu" and not traced
 
 
 def _check_deep(

@@ -10,6 +10,7 @@ import torch
 
 from .call import Call
 from .errors import ArgumentError
+from .modes import in_ordinary_mode, kept
 from .traits import RECURRENCES
 
 Tensor = torch.Tensor
@@ -84,15 +85,15 @@ class LayerMemory:
     rules: Rules | None = None
     initial: tuple[Tensor, ...] = ()
     bound: int | None = None
-    dropped: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    dropped: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32, device="cpu"))
 
     def __post_init__(self) -> None:
         if len(self.dropped) != len(self.cached):
-            self.dropped = torch.zeros_like(self.cached)
+            with kept():
+                self.dropped = torch.zeros_like(self.cached)
 
     @classmethod
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @in_ordinary_mode
     def empty(
         cls, call: Call, rows: int, bound: int | None = None, state_dtype: torch.dtype | None = None
     ) -> LayerMemory:
@@ -120,8 +121,8 @@ class LayerMemory:
             zeros(rows, H, Dv),
             tuple(x.clone() for x in online) if deep else (),
             tuple(torch.zeros_like(x) for x in online) if deep else (),
-            torch.zeros(rows, dtype=torch.int32),
-            torch.zeros(rows, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32, device="cpu"),
+            torch.zeros(rows, dtype=torch.int32, device="cpu"),
             rules_of(call),
             initial,
             bound,
@@ -172,13 +173,12 @@ class LayerMemory:
         # Tokens come at most a segment at a time where there is a bound, and it drops one state for each new one.
         self.make_room(needed if self.bound is None else min(needed, self.bound + 1))
 
+    @in_ordinary_mode
     def make_room(self, needed: int) -> None:
         """Have room for ``needed`` states of every sequence; room at least doubles."""
         if needed > self.capacity:
             self._grow(needed)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _grow(self, needed: int) -> None:
         capacity = max(needed, 2 * self.capacity)
 
@@ -238,6 +238,7 @@ class LayerMemory:
         if call.q.device != self.key_sum.device:
             raise ArgumentError(f"q is on {call.q.device} and the memory on {self.key_sum.device}; move the memory")
 
+    @in_ordinary_mode
     def map(self, rowwise: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] | None = None) -> LayerMemory:
         """A memory with ``rowwise`` applied to every tensor that has a row a sequence, ``shared`` to ``initial``."""
 

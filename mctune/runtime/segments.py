@@ -10,6 +10,7 @@ import torch
 
 from .arguments import shown
 from .errors import ArgumentError
+from .modes import ordinary
 from .traits import SEGMENTATIONS
 
 
@@ -130,5 +131,6 @@ def _packed(segment_length: int, bounds: tuple[int, ...]) -> Segments:
 
 
 def _build(spans: list[tuple[int, int, int]]) -> Segments:
-    begin, end, first = torch.tensor(spans, dtype=torch.int32).T.contiguous().unbind(0)
+    with ordinary():
+        begin, end, first = torch.tensor(spans, dtype=torch.int32, device="cpu").T.contiguous().unbind(0)
     return Segments(begin, end, first, max(right - left for left, right, _ in spans), tuple(spans))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import elu, normalize, relu, sigmoid, silu, softplus
+from torch.nn.functional import elu, relu, sigmoid, silu, softplus
 
 from ..arguments import flag, known, positive, shown, whole
 from ..cache.cache import MemoryCache
@@ -26,6 +26,8 @@ from .padding import check_cached, packed
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
+_UNIT_EPS = 1e-6
+"""Added to the square of a length that divides: a gradient grows by at most 1000, also that of a row of zeros."""
 
 
 class MemoryCaching(nn.Module):
@@ -36,8 +38,8 @@ class MemoryCaching(nn.Module):
     be multiplied by silu of a gate that is linear in the hidden states; one projection mixes the heads. The memory's
     gates are linear in the hidden states, one value a head, computed in float32 also under autocast:
     g = -softplus(x) <= 0, beta, lam, eta and mu = sigmoid(x). Their weights start at zero, so at first each is the
-    constant that its bias gives: e^g 0.95, lam 0.9, beta 0.1, mu 0.5, and eta 1 / (2 inner_chunk), small enough that
-    the writes of one inner chunk, which share their gradient's state, do not overshoot together. Projections start
+    constant that its bias gives: e^g 0.95, lam 0.9, beta 0.1, mu 0.5, and an eta small enough that no memory diverges
+    (:func:`first_eta`). Projections start
     normal with variance 1 / fan-in, as do the deep memory's first layers W_up; its last layers W_down start at a tenth
     of that.
 
@@ -171,7 +173,9 @@ class MemoryCaching(nn.Module):
             assert isinstance(conv, ShortConv)
             conv.reset_parameters()
         # The values of sigmoid(x) at first. e^g is sigmoid(-x), so it starts at 0.95.
-        starts = {"g": 0.05, "beta": 0.1, "lam": 0.9, "mu": 0.5, "eta": 0.5 / self.inner_chunk}
+        starts = {"g": 0.05, "beta": 0.1, "lam": 0.9, "mu": 0.5}
+        if self.W_up is not None:
+            starts["eta"] = first_eta(self.recurrence, self.inner_chunk, *self.W_up.shape[1:], self.qk_norm)
         for name in RECURRENCES[self.recurrence].gates:
             layer = self._gate_layer(name)
             nn.init.zeros_(layer.weight)
@@ -303,8 +307,12 @@ class MemoryCaching(nn.Module):
                 x = silu(x)
             case "softmax":
                 x = x.softmax(-1)
+        if self.qk_norm:
+            # In 16 bits the squares leave the range, and an epsilon is zero.
+            x = x if x.dtype == torch.float64 else x.float()
+            x = x * (x.square().sum(-1, keepdim=True) + _UNIT_EPS).rsqrt()
         # Autocast widens some of these.
-        return (normalize(x, dim=-1) if self.qk_norm else x).to(dtype)
+        return x.to(dtype)
 
     def _remember(
         self,
@@ -373,3 +381,16 @@ class MemoryCaching(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             return -softplus(x) if name == "g" else sigmoid(x)
+
+
+def first_eta(recurrence: str, inner_chunk: int, Dk: int, E: int, unit_keys: bool) -> float:
+    """The eta that a fresh layer's memory starts with: its writes converge, one by one and together.
+
+    The tokens of an inner chunk share their gradient's state and must not overshoot together; few of them leave a
+    bound by the curvature along one key, which grows with its squared length and with the width of the hidden layer.
+    Without a decay (dla) what is written only adds up, so the bound is lower.
+    """
+    alone = 0.05 if "g" in RECURRENCES[recurrence].gates else 0.01
+    # Of keys without a norm some are much longer than most, the more so the narrower they are.
+    squared_length = 1 if unit_keys else 2 * (Dk + 4)
+    return min(0.5 / inner_chunk, alone) / (squared_length * max(1.0, E / (4 * Dk)))

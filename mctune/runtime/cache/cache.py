@@ -175,7 +175,7 @@ class MemoryCache:
         """int64 [B] on the CPU: tokens of each sequence; [0] while the cache is empty."""
         for layer in self._layers.values():
             return layer.memory.lengths
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest sequence in a layer; 0 before its first call."""

@@ -73,6 +73,16 @@ def _why_not_boundary(memory: LayerMemory, row: int, target: int) -> str | None:
 
 def crop_layer(memory: LayerMemory, history: History | None, targets: Tensor) -> History | None:
     """Restore targets that :func:`check_crop` has passed, in place; the history from then on."""
+    before = memory.cached.tolist()
+    history = _restore(memory, history, targets)
+    # What lies past the states in use weighs nothing where it is read beside those of longer rows: it must be finite.
+    for row, (used, now) in enumerate(zip(before, memory.cached.tolist(), strict=True)):
+        for store in (*memory.states, memory.descriptors):
+            store[row, :, now:used] = 0
+    return history
+
+
+def _restore(memory: LayerMemory, history: History | None, targets: Tensor) -> History | None:
     removed = (memory.lengths - targets).tolist()
     if history is not None and history.even and len(set(removed)) == 1 and removed[0] <= history.depths[0]:
         history.take_back(memory, removed[0])

@@ -98,9 +98,9 @@ def _places(call: Call, begins: list[int], ends: list[int]) -> tuple[Tensor, Ten
     assert call.cu_seqlens is not None
     starts = call.cu_seqlens.tolist()
     index = torch.cat(
-        [torch.arange(at + begin, at + end) for at, begin, end in zip(starts, begins, ends, strict=False)]
+        [torch.arange(at + begin, at + end, device="cpu") for at, begin, end in zip(starts, begins, ends, strict=False)]
     )
-    counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)])
+    counts = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)], device="cpu")
     return index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
 
 
@@ -163,7 +163,7 @@ def remember(
             layout = lay_out(call)
             states, momentum, start = (_deep_ends if call.deep else _matrix_ends)(call, layout, k, v)
             means = descriptors(k, k, layout)[0]
-    counts = torch.tensor(lengths, dtype=torch.int32)
+    counts = torch.tensor(lengths, dtype=torch.int32, device="cpu")
     memory.cached.copy_(counts // C)
     memory.filled.copy_(counts % C)
     memory.make_room(int(memory.cached.max()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from .gates import best, chosen, even, gamma
 from .masked import mix, pairs
 from .matrix import swla_weights
 from .plan import CHUNK
+from .read import weigh
 
 Tensor = torch.Tensor
 
@@ -201,21 +203,22 @@ def _read(
 ) -> Tensor:
     """y [G, m, Dv] of the piece, whose queries are x [G, m, Dk]."""
     count = max(cached)
-    past, own = _shares(call, memory, piece, cached, filled)
+    past, own, seen = _shares(call, memory, piece, cached, filled)
     states = [store.flatten(0, 1)[:, :count] for store in memory.states]
     sparse = call.reads.sparse and x.shape[1] * call.top_k < count
+    gated = partial(_few if sparse else _gated, seen=seen, call=call)
     if not call.deep:
-        return own * online.read(0, x) + (_few if sparse else _gated)(x, past, states, call)
+        return own * online.read(0, x) + gated(x, past, states)
     added = x if call.memory_residual else torch.zeros_like(x[..., :1])
     if call.reads.mixes_parameters:
         # One memory whose every parameter is the weighted mean of the states' (Eq. 14-15): two gated reads in a row.
-        z = gelu(own * online.read(0, x) + _gated(x, past, states[:1], call), approximate="tanh")
-        return own * online.read(1, z) + _gated(z, past, states[1:], call) + added
+        z = gelu(own * online.read(0, x) + gated(x, past, states[:1]), approximate="tanh")
+        return own * online.read(1, z) + gated(z, past, states[1:]) + added
     y = own * (online.read(1, gelu(online.read(0, x), approximate="tanh")) + added)
-    return y + (_few if sparse else _gated)(x, past, states, call) + past.sum(-1, keepdim=True) * added
+    return y + gated(x, past, states) + past.sum(-1, keepdim=True) * added
 
 
-def _gated(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
+def _gated(x: Tensor, past: Tensor, states: list[Tensor], seen: Tensor | None, call: Call) -> Tensor:
     """sum_i past_i M_i(x), without what a memory adds of its input, as one long-K product over all states."""
     if len(states) == 1:
         rows = x[:, :, None]
@@ -224,10 +227,10 @@ def _gated(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
         lanes = zip(x, states[0], strict=True)
         hidden = torch.stack([torch.bmm(row.expand(len(store), -1, -1), store.to(x.dtype)) for row, store in lanes])
         rows = gelu(hidden, approximate="tanh").transpose(1, 2)
-    return (past[..., None] * rows).flatten(2) @ states[-1].to(x.dtype).flatten(1, 2)
+    return weigh(past, rows, seen, states[-1].to(x.dtype))
 
 
-def _few(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
+def _few(x: Tensor, past: Tensor, states: list[Tensor], seen: Tensor | None, call: Call) -> Tensor:
     """The same for what is sparse, from the few states that each token chose."""
     index = best(past, call.top_k)[0]
     lane = torch.arange(len(past), device=past.device)[:, None, None]
@@ -239,8 +242,11 @@ def _few(x: Tensor, past: Tensor, states: list[Tensor], call: Call) -> Tensor:
 
 def _shares(
     call: Call, memory: LayerMemory, piece: _Tokens, cached: list[int], filled: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Weights of the cached states, [G, m, n], and of the online one, [G, m, 1] (Eq. 8-10, 16-17)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights of the cached states, [G, m, n], and of the online one, [G, m, 1] (Eq. 8-10, 16-17).
+
+    Then which of the cached ones are read, where that is a choice, bool [G, m, n]; what lies past them is finite.
+    """
     k, H, count = piece.k, call.q.shape[2], max(cached)
     G, m, _ = k.shape
 
@@ -252,11 +258,12 @@ def _shares(
         visible = torch.arange(count, device=k.device) < by_row(cached)
     if not call.reads.routed:
         past = k.new_ones(G, m, count) if visible is None else visible.to(k.dtype).expand(G, m, count)
-        return even(call.reads, past, (by_row(cached) + 1).expand(G, m, 1))
+        return *even(call.reads, past, (by_row(cached) + 1).expand(G, m, 1)), None
     place = by_row(filled) + torch.arange(1, m + 1, dtype=k.dtype, device=k.device)[:, None]
     mean = (memory.key_sum.flatten(0, 1)[:, None] + k.cumsum(1)) / place
     own = (piece.u * mean).sum(-1, keepdim=True)
     past = piece.u @ memory.descriptors.flatten(0, 1)[:, :count].mT
     if visible is not None:
         past = past.masked_fill(~visible, float("-inf"))
-    return gamma(past, own, chosen(call.reads, past, call.top_k, visible))
+    choice = chosen(call.reads, past, call.top_k, None)
+    return *gamma(past, own, choice), choice

@@ -35,11 +35,15 @@ def gelu_slope(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """Coefficients of one step's A lanes: c_t [G, A, b], d_t [G, A, b] or ``None`` (no momentum), c_tj [G, A, b, b]."""
+    """Coefficients of one step's A lanes: c_t [G, A, b], d_t [G, A, b] or ``None`` (no momentum), c_tj [G, A, b, b].
+
+    ``seen`` bool [b, b] or [A, b, b]: the rows j that row t sees.
+    """
 
     state: Tensor | None
     momentum: Tensor | None
     rows: Tensor
+    seen: Tensor
 
     def last(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Those of the last token: c, d [G, A] and c_j [G, A, b]."""
@@ -67,8 +71,7 @@ class Layer:
             y = by.state[..., None] * y
         if by.momentum is not None and self.momentum is not None:
             y = y - by.momentum[..., None] * (x @ self.momentum)
-        seen = torch.ones(by.rows.shape[-2:], dtype=torch.bool, device=x.device).tril()
-        return y - mix(by.rows * pairs(x, self.inputs, seen), self.errors, seen)
+        return y - mix(by.rows * pairs(x, self.inputs, by.seen), self.errors, by.seen)
 
     def leave(self, state: Tensor | None, momentum: Tensor | None, rows: Tensor) -> Tensor:
         """c W_0 - d S_0 - sum_j c_j x_j^T e_j, for c, d [G, A] and c_j [G, A, b]."""
@@ -123,6 +126,7 @@ class DeepWalk:
         keys, values = plan.take(self.k), plan.take(self.v)
         g, mu = (None if x is None else plan.take(x) for x in (self.g, self.mu))
         whole, decay, products = coefficients(plan.take(self.eta), g, mu)
+        seen = plan.seen()
         lanes = plan.steps[0].stop
         up, down = (W[:, None].expand(-1, lanes, -1, -1) for W in (self.W_up, self.W_down))
         s_up, s_down = (None, None) if self.mu is None else (torch.zeros_like(up), torch.zeros_like(down))
@@ -141,6 +145,7 @@ class DeepWalk:
                 None if whole.state is None else whole.state[:, part],
                 None if whole.momentum is None else whole.momentum[:, part],
                 whole.rows[:, part],
+                seen if seen.dim() == 2 else seen[part],
             )
             leaving = [None if x is None else self._last(x, part) for x in (by.state, by.momentum, by.rows)]
             assert leaving[2] is not None
@@ -171,17 +176,17 @@ def coefficients(
 ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
     """c_t, d_t, c_tj of chunks with gates [..., b]; then the momentum's own: prod mu up to t, eta_j prod mu past j."""
     ones = torch.ones(eta.shape[-1], eta.shape[-1], dtype=eta.dtype, device=eta.device).tril()
+    seen = ones > 0
     span = ones if g is None else decay_between(g)
     state = None if g is None else g.cumsum(-1).exp()
     eta = eta[..., None, :]
     if mu is None:
-        return Coefficients(state, None, (eta * span).tril()), None, None
+        return Coefficients(state, None, (eta * span).tril(), seen), None, None
     since = torch.where(ones.tril(-1) > 0, mu[..., :, None], 1.0).cumprod(-2).tril()
     upto = mu.cumprod(-1)
-    seen = ones > 0
     # A NaN in mu reaches the rows after it, and is not lost in those before.
     rows = (eta * mix(span, since, seen)).tril()
-    return Coefficients(state, mix(span, upto[..., None], seen)[..., 0], rows), upto, (eta * since).tril()
+    return Coefficients(state, mix(span, upto[..., None], seen)[..., 0], rows, seen), upto, (eta * since).tril()
 
 
 def next_momentum(layer: Layer, decay: Tensor, rows: Tensor) -> Tensor:

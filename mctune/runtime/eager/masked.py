@@ -1,6 +1,6 @@
 """Products that leave out what a mask hides: multiplying by zero would not, since 0 * NaN is NaN.
 
-Their backward leaves the same pairs out. Where values can be read (:func:`readable`) and all are finite, a product is
+Their backward leaves the same pairs out. Where values can be read (:func:`..modes.readable`) and all are finite, a product is
 the plain one: looking costs one sum.
 """
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from ..modes import readable
 
 Tensor = torch.Tensor
 
@@ -45,13 +47,6 @@ def mix(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
 def sound(x: Tensor) -> bool:
     """Whether all of ``x`` is known to be finite (a sum that overflows leaves that open)."""
     return readable(x) and bool(x.detach().sum().isfinite())
-
-
-def readable(x: Tensor) -> bool:
-    """Whether values can be read: doing so would stall a GPU, break a graph, and is impossible under vmap."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return False
-    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def _transformed() -> bool:

@@ -35,11 +35,11 @@ def run_linear(
         keys, values = plan.take(k), plan.take(v)
         weights = torch.ones(1, 1, plan.size, plan.size, dtype=q.dtype, device=q.device).tril()
         weights_last = plan.at_last(weights.expand(1, len(plan.last), -1, -1))
-        decay, seen = None, weights[0, 0] > 0
+        decay, seen = None, plan.seen()
     else:
         keys, values = plan.take_previous(k), plan.take_previous(v)
         weights, decay = _swla_weights(plan, *gates)
-        weights_last, seen = plan.at_last(weights), sees(plan.size, q.device)
+        weights_last, seen = plan.at_last(weights), plan.seen(1)
     online = mix(pairs(rows, keys, seen) * weights, values, seen)
     writes = keys.mT @ (weights_last[..., None] * values)
     decay_last = None if decay is None else plan.at_last(decay)[..., None, None]
@@ -76,11 +76,6 @@ def swla_weights(g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.nn.functional.pad((lam[..., None, :] * span).tril(), (1, 0))
     weights = weights + torch.nn.functional.pad((beta[..., None, :] * span).tril(), (0, 1))
     return weights, g.cumsum(-1).exp()
-
-
-def sees(size: int, device: torch.device) -> Tensor:
-    """bool [b, b + 1]: which of the previous row and the rows of a chunk each of its rows sees."""
-    return torch.ones(size, size + 1, dtype=torch.bool, device=device).tril(1)
 
 
 def decay_between(g: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from ..modes import for_now, ordinary
 from ..segments import Segments
 
 Tensor = torch.Tensor
@@ -42,6 +43,7 @@ class Plan:
         last: int64 [M], the last slot in use.
         segment: int64 [M], the segment that the chunk belongs to.
         follows: bool [M], whether the token before the chunk belongs to the same lane.
+        used: bool [M, b], the slots up to a chunk's end; ``None`` where that is all of them.
         slot: int64 [T], where each token stands among the M * b slots.
         order: int64 [N], where each segment stands in the order in which the steps close them.
     """
@@ -51,6 +53,7 @@ class Plan:
     last: Tensor
     segment: Tensor
     follows: Tensor
+    used: Tensor | None
     slot: Tensor
     order: Tensor
     steps: tuple[Step, ...]
@@ -64,6 +67,14 @@ class Plan:
         before = x.index_select(1, (self.tokens[:, 0] - 1).clamp(min=0))
         before = torch.where(self.follows[:, None], before, 0)
         return torch.cat([before[:, :, None], _take(x, self.tokens)], 2)
+
+    def seen(self, before: int = 0) -> Tensor:
+        """bool [b, before + b] or [M, b, before + b]: which slots a slot sees, ``before`` rows in front included.
+
+        Slots past a chunk's end see nothing: what they repeat of the last token is not to reach it twice.
+        """
+        seen = torch.ones(self.size, before + self.size, dtype=torch.bool, device=self.tokens.device).tril(before)
+        return seen if self.used is None else seen & self.used[:, :, None]
 
     def put(self, chunks: Tensor) -> Tensor:
         """Chunks back to tokens: [G, M, b, ...] to [G, T, ...]."""
@@ -116,6 +127,7 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
         last.to(device),
         segment.to(device),
         follows.to(device),
+        None if bool(used.all()) else used.to(device),
         slot.to(device),
         order.to(device),
         tuple(steps),
@@ -162,9 +174,18 @@ class Layout:
     closing: Tensor
 
 
-@lru_cache(maxsize=64)
 def make_layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
     """Lay out ``segments``: states in chunks of ``size`` tokens, their lanes as :func:`make_plan` says."""
+    return for_now(_layout(segments, size, carried, device))
+
+
+@lru_cache(maxsize=64)
+def _layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
+    with ordinary(), torch.device("cpu"):
+        return _make_layout(segments, size, carried, device)
+
+
+def _make_layout(segments: Segments, size: int, carried: bool, device: torch.device) -> Layout:
     begin, end, first = (bound.long() for bound in (segments.begin, segments.end, segments.first))
     of = torch.arange(segments.count).repeat_interleave(end - begin)
     place = torch.arange(1, len(of) + 1) - begin[of]

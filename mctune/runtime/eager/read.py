@@ -42,7 +42,7 @@ class Linear:
 
     def read(self, x: Tensor, past: Tensor, seen: Tensor | None, block: Block) -> Tensor:
         """One long-K product: the gated x times the stacked states."""
-        return _gated(past, x[:, :, None], seen, self.states[:, block.lo : block.hi])
+        return weigh(past, x[:, :, None], seen, self.states[:, block.lo : block.hi])
 
     def split(self) -> list[tuple[Tensor, ...]]:
         return [(state,) for state in self.states.flatten(0, 1).unbind(0)]
@@ -63,7 +63,7 @@ class Deep:
         up, down = (W[:, block.lo : block.hi] for W in (self.up, self.down))
         hidden = pairs(x, up.mT.flatten(1, 2), seen)
         z = gelu(hidden, approximate="tanh").view(*hidden.shape[:2], up.shape[1], up.shape[3])
-        y = _gated(past, z, seen, down)
+        y = weigh(past, z, seen, down)
         return y + past.sum(-1, keepdim=True) * x if self.residual else y
 
     def split(self) -> list[tuple[Tensor, ...]]:
@@ -74,7 +74,7 @@ class Deep:
         return y + x if self.residual else y
 
 
-def _gated(past: Tensor, rows: Tensor, seen: Tensor | None, states: Tensor) -> Tensor:
+def weigh(past: Tensor, rows: Tensor, seen: Tensor | None, states: Tensor) -> Tensor:
     """sum_i past_i rows_i W_i over what is seen: rows [G, t, n or 1, D], states [G, n, D, D'] -> [G, t, D']."""
     gated = past[..., None] * rows
     if seen is not None and not sound(rows):

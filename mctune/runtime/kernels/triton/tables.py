@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from ...modes import ordinary
 from ...segments import Segments
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -123,7 +124,8 @@ def _make(spans: tuple[Span, ...], length: int, checkpoint: bool, device: torch.
     past_end = [end for start, end in zip(starts, ends, strict=True) for _ in range(start, end)]
 
     def table(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+        with ordinary():
+            return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
     return Tables(
         begin=table([begin for begin, _, _ in pieces]),
@@ -152,4 +154,6 @@ def _tiles(pieces: tuple[Span, ...], rows: int, share: tuple[int, int] | None, d
         for start in range(begin, end, rows):
             work.append((cached, start - begin, number, start))
     work.sort(key=lambda tile: tile[:2], reverse=True)
-    return torch.tensor([tile[2:] for tile in work], dtype=torch.int32).to(device, non_blocking=True)
+    with ordinary():
+        table = torch.tensor([tile[2:] for tile in work], dtype=torch.int32, device="cpu")
+        return table.to(device, non_blocking=True)

@@ -34,7 +34,6 @@ class TvmDecode:
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         self.decode_step = load_library(runnable(library, record))["decode_step"]
         self.gated = RECURRENCES[record["problem"]["recurrence"]].gated
-        self._nothing = torch.zeros(1, 1, 1)
 
     def __call__(
         self,
@@ -69,7 +68,7 @@ class TvmDecode:
                 for gate, absent in ((g, 0.0), (beta, 0.0), (lam, 1.0))
             )
         else:
-            g = beta = lam = last_key = last_value = self._nothing
+            g = beta = lam = last_key = last_value = v.new_zeros(1, 1, 1)
         values = {
             "q": q.contiguous(), "u": u.contiguous(), "k": k.contiguous(), "v": v.contiguous(),
             "g": g, "beta": beta, "lam": lam, "states": memory.states[0], "descriptors": memory.descriptors,
