@@ -132,8 +132,9 @@ def check_call(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_dense(name, x)
+    _check_dense("q", q)
+    _check_dense("k", k)
+    _check_dense("v", v)
     if u is not None:
         _check_dense("u", u)
     if q.dim() != 4 or 0 in q.shape:
@@ -161,13 +162,11 @@ def _check_dense(name: str, x: Tensor) -> None:
 
 
 def _checked_scale(scale: Any) -> float:
-    if not isinstance(scale, float):
-        if isinstance(scale, Tensor):
-            raise ArgumentError(
-                "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
-            )
-        if isinstance(scale, torch.SymFloat):
-            return scale
+    if isinstance(scale, Tensor):
+        raise ArgumentError(
+            "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
+        )
+    if not isinstance(scale, float | torch.SymFloat):
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise ArgumentError(f"scale={shown(scale)}: must be a number; leave it out for Dk ** -0.5")
         try:
@@ -176,7 +175,8 @@ def _checked_scale(scale: Any) -> float:
             scale = math.inf
     if not math.isfinite(scale):
         raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
-    return scale
+    number: float = scale
+    return number
 
 
 def _check_device(name: str, x: Tensor | None, q: Tensor) -> None:
