@@ -91,7 +91,7 @@ def check_call(
         if gate is not None:
             _check_gate(name, gate, options.recurrence, q)
     _check_deep(options.recurrence, W_up, W_down, options.memory_residual, q, v.shape[-1])
-    scale = None if options.scale is None else _checked_scale(options.scale)
+    scale = None if options.scale is None else _checked_scale(options.scale, q.dtype)
     check_packing(options.segmentation, cu_seqlens)
     if cu_seqlens is not None:
         check_bounds_type(cu_seqlens)
@@ -161,7 +161,7 @@ def _check_dense(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name} is a {kind} tensor; it must be dense and strided")
 
 
-def _checked_scale(scale: Any) -> float:
+def _checked_scale(scale: Any, dtype: torch.dtype) -> float:
     if isinstance(scale, Tensor):
         raise ArgumentError(
             "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
@@ -175,6 +175,8 @@ def _checked_scale(scale: Any) -> float:
             scale = math.inf
     if not math.isfinite(scale):
         raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
+    if dtype != torch.float64 and abs(scale) > torch.finfo(torch.float32).max:
+        raise ArgumentError(f"scale={scale}: exceeds float32, in which {dtype} is computed")
     number: float = scale
     return number
 
@@ -225,7 +227,9 @@ def _check_deep(
     if W_up.dim() != 3 or W_up.shape[:2] != (H, Dk) or W_up.shape[2] == 0:
         raise ArgumentError(f"W_up is {list(W_up.shape)}; it must be [H, Dk, E] with H={H}, Dk={Dk} (usually E = 4 Dk)")
     if W_down.shape != (H, W_up.shape[2], Dv):
-        raise ArgumentError(f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}")
+        raise ArgumentError(
+            f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}, E of W_up, Dv of v"
+        )
     for name, weight in (("W_up", W_up), ("W_down", W_down)):
         if weight.dtype not in DTYPES:
             raise ArgumentError(f"{name} is {weight.dtype}; it must be floating point of at least 16 bits")

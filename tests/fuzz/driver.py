@@ -17,6 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mctune.runtime.kernels import dispatch
+from tests import compiled_before
+from tests.fuzz.kernels import table
+
 SECONDS = 10.0
 Case = Callable[[random.Random], str]
 """Draws a case, checks it, and says of which kind it was; what it raises is a fault."""
@@ -75,13 +79,17 @@ def in_suite(module: str, case: Case) -> None:
     assert not report.faults, f"seed {seed}\n{report.text}"
 
 
-def main(module: str, case: Case) -> None:
+def main(module: str, case: Case, on_kernels: Case) -> None:
     """The shell's form: every fault, once each, and how many cases there were."""
     parser = argparse.ArgumentParser(prog=f"python -m tests.fuzz.{module}")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--case", type=int, help="this one alone")
+    parser.add_argument("--kernels", action="store_true", help="on kernels of this CPU, compiled first")
     given = parser.parse_args()
+    if given.kernels:
+        dispatch.TABLE = table(compiled_before.kernels())
+        case = on_kernels
     print(f"seed {given.seed}", flush=True)
     report = fuzz(module, case, 60 * given.minutes, given.seed, given.case, stop=False)
     print(report.text)
