@@ -92,7 +92,7 @@ def check_call(
         if gate is not None:
             _check_gate(name, gate, options.recurrence, q)
     _check_deep(options.recurrence, W_up, W_down, options.memory_residual, q, v.shape[-1])
-    scale = None if options.scale is None else _checked_scale(options.scale)
+    scale = None if options.scale is None else _checked_scale(options.scale, q.dtype)
     check_packing(options.segmentation, cu_seqlens)
     if cu_seqlens is not None:
         check_bounds_type(cu_seqlens)
@@ -133,8 +133,9 @@ def check_call(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_dense(name, x)
+    _check_dense("q", q)
+    _check_dense("k", k)
+    _check_dense("v", v)
     if u is not None:
         _check_dense("u", u)
     if q.dim() != 4 or 0 in q.shape:
@@ -161,14 +162,12 @@ def _check_dense(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name} is a {kind} tensor; it must be dense and strided")
 
 
-def _checked_scale(scale: Any) -> float:
-    if not isinstance(scale, float):
-        if isinstance(scale, Tensor):
-            raise ArgumentError(
-                "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
-            )
-        if isinstance(scale, torch.SymFloat):
-            return scale
+def _checked_scale(scale: Any, dtype: torch.dtype) -> float:
+    if isinstance(scale, Tensor):
+        raise ArgumentError(
+            "scale is a tensor; it must be a number. To learn one, pass q * scale as q, q as u, and scale=1.0"
+        )
+    if not isinstance(scale, float | torch.SymFloat):
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise ArgumentError(f"scale={shown(scale)}: must be a number; leave it out for Dk ** -0.5")
         try:
@@ -177,7 +176,10 @@ def _checked_scale(scale: Any) -> float:
             scale = math.inf
     if not math.isfinite(scale):
         raise ArgumentError(f"scale={scale}: must be finite; leave it out for Dk ** -0.5")
-    return scale
+    if dtype != torch.float64 and abs(scale) > torch.finfo(torch.float32).max:
+        raise ArgumentError(f"scale={scale}: exceeds float32, in which {dtype} is computed")
+    number: float = scale
+    return number
 
 
 def _check_device(name: str, x: Tensor | None, q: Tensor) -> None:
@@ -220,7 +222,9 @@ def _check_deep(
     if W_up.dim() != 3 or W_up.shape[:2] != (H, Dk) or W_up.shape[2] == 0:
         raise ArgumentError(f"W_up is {list(W_up.shape)}; it must be [H, Dk, E] with H={H}, Dk={Dk} (usually E = 4 Dk)")
     if W_down.shape != (H, W_up.shape[2], Dv):
-        raise ArgumentError(f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}")
+        raise ArgumentError(
+            f"W_down is {list(W_down.shape)}; it must be [H, E, Dv] = {[H, W_up.shape[2], Dv]}, E of W_up, Dv of v"
+        )
     for name, weight in (("W_up", W_up), ("W_down", W_down)):
         if weight.dtype not in DTYPES:
             raise ArgumentError(f"{name} is {weight.dtype}; it must be floating point of at least 16 bits")

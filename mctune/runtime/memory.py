@@ -254,6 +254,12 @@ class LayerMemory:
         with torch.inference_mode(False), torch.no_grad():
             return replace(self, **{f.name: each(f.name, getattr(self, f.name)) for f in fields(self)})
 
+    def writable(self) -> LayerMemory:
+        """Itself; or a copy of what ``torch.inference_mode`` has made, outside of which that cannot be written."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not self.key_sum.is_inference():
+            return self
+        return self.map(torch.clone, torch.clone)
+
     def to(self, device: torch.device | str) -> LayerMemory:
         """The same on a device. Counts stay on the CPU."""
 

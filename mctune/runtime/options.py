@@ -60,7 +60,8 @@ class Options:
         known("segmentation", self.segmentation, SEGMENTATIONS)
         known("state_init", self.state_init, STATE_INITS)
         # Spelled out: this is on the way of every call.
-        deep, unused = self.deep, []
+        deep = self.deep
+        unused: list[str] = []
         if self.segment_length is not None or self.segmentation != "logarithmic":
             positive("segment_length", self.segment_length)
         else:

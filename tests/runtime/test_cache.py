@@ -234,7 +234,7 @@ def test_inputs_of_convolutions_are_cropped_or_refused() -> None:
     cache.set_conv_state(0, (inputs,), spare=3)
     cache.crop(-2)
     assert torch.equal(cache.conv_state(0)[0], inputs[:, :4])  # type: ignore[index]
-    with pytest.raises(ArgumentError, match=r"crop by 2 tokens with inputs of a convolution kept for 1: .*rewind=2\)"):
+    with pytest.raises(ArgumentError, match=r"crop by 2 tokens with inputs of a convolution kept for 1: .*"):
         cache.crop(-2)
     assert cache.get_seq_length() == T - 2
     cache.crop(0)

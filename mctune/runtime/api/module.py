@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import elu, relu, sigmoid, silu, softplus
 
-from ..arguments import flag, known, positive, shown, whole
+from ..arguments import LARGEST, flag, known, positive, shown, whole
 from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
 from ..copies import own
@@ -130,9 +130,9 @@ class MemoryCaching(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.value_dim = int(self.head_dim * expand_v)
-        if self.head_dim < 1 or self.value_dim != self.head_dim * expand_v or self.value_dim < 1:
+        if self.value_dim != self.head_dim * expand_v or not 1 <= self.value_dim <= LARGEST:
             raise ArgumentError(
-                f"head_dim={self.head_dim}, expand_v={expand_v}: head_dim and head_dim * expand_v must be "
+                f"head_dim={self.head_dim}, expand_v={shown(expand_v)}: head_dim and head_dim * expand_v must be "
                 "whole numbers of at least 1"
             )
         if writes.deep and memory_residual and self.value_dim != self.head_dim:

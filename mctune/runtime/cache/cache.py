@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..ops.step import extend
 from ..segments import check_bounds
-from .crop import check_crop, crop_layer
+from .crop import check_crop, crop_layer, remedy
 from .file import read_layers, write_layers
 from .prefill import between, joined, prefill, sequence_lengths
 from .rewind import History, extend_recorded
@@ -81,8 +81,9 @@ class MemoryCache:
             whole("max_states", max_states, 0, "; None keeps all states")
         whole("rewind", rewind, 0)
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype in STATE_DTYPES):
+            given = state_dtype if isinstance(state_dtype, torch.dtype) else shown(state_dtype)
             raise ArgumentError(
-                f"state_dtype={state_dtype if isinstance(state_dtype, torch.dtype) else shown(state_dtype)} is not one of {', '.join(map(str, STATE_DTYPES))}; None keeps what "
+                f"state_dtype={given} is not one of {', '.join(map(str, STATE_DTYPES))}; None keeps what "
                 "states are computed in, float32 unless the model is float64"
             )
         self.max_states, self.rewind, self.state_dtype = max_states, rewind, state_dtype
@@ -124,6 +125,7 @@ class MemoryCache:
             return y
         if owner is not None:
             _check_owner(layer, layer_idx, owner)
+        layer.memory = layer.memory.writable()
         if call.cu_seqlens is not None:
             raise ArgumentError(
                 f"cu_seqlens on a cache that holds {layer.memory.rows} sequences: only a prompt can be packed; pass "
@@ -189,6 +191,7 @@ class MemoryCache:
         """
         whole("tokens", tokens, 0)
         for layer in self._layers.values():
+            layer.memory = layer.memory.writable()
             layer.memory.reserve(tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -252,10 +255,11 @@ class MemoryCache:
             return
         removed = lengths - targets
         for kept in self._convolutions.values():
-            _check_convolution(kept, removed)
+            _check_convolution(kept, removed, self.rewind)
         for layer in self._layers.values():
             check_crop(layer.memory, layer.history, targets)
         for layer in self._layers.values():
+            layer.memory = layer.memory.writable()
             layer.history = crop_layer(layer.memory, layer.history, targets)
         for kept in self._convolutions.values():
             _crop_convolution(kept, removed)
@@ -355,13 +359,12 @@ def _go_on(call: Call, layer: _Layer, backend: str) -> Tensor:
     return y
 
 
-def _check_convolution(kept: _Convolution, removed: Tensor) -> None:
+def _check_convolution(kept: _Convolution, removed: Tensor, reach: int) -> None:
     most = int(removed.max())
     if most > kept.spare:
         raise ArgumentError(
-            f"crop by {most} tokens with inputs of a convolution kept for {kept.spare}: pass "
-            f"MemoryCache(rewind={most}) before the prompt, crop by at most {kept.spare}, or crop to 0 and run the "
-            "prompt again"
+            f"crop by {most} tokens with inputs of a convolution kept for {kept.spare}: crop by at most "
+            f"{kept.spare}, or to 0 and run the prompt again; {remedy(most, reach)}"
         )
 
 

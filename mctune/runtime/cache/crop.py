@@ -38,11 +38,12 @@ def check_crop(memory: LayerMemory, history: History | None, targets: Tensor) ->
             places += f", {ends[0]}{step}"
         raise ArgumentError(
             f"crop of sequence {row} from {length} tokens to {target}: {reason}. It can go to {places}; "
-            f"{_remedy(length - target, 0 if history is None else history.reach)}"
+            f"{remedy(length - target, 0 if history is None else history.reach)}"
         )
 
 
-def _remedy(count: int, reach: int) -> str:
+def remedy(count: int, reach: int) -> str:
+    """What lets the newest ``count`` tokens be dropped, for a message; ``reach`` is the cache's ``rewind``."""
     if count > reach:
         return f"to go back further, pass MemoryCache(rewind={count}) before the prompt"
     return (

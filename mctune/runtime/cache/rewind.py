@@ -141,6 +141,7 @@ class History:
                 if gone_again is not None:
                     self.lost.append(_Lost(self.total, *gone_again))
                 begin = end
+        self.total = target
 
     def map(self, rowwise: Callable[[Tensor], Tensor], rows: int) -> History:
         """The history of other sequences: ``rowwise`` picks them from a tensor whose axis 0 has ``rows`` rows."""
@@ -163,12 +164,11 @@ class History:
         all_.restart(memory)
         if deepest == 0:
             return all_
-        kept = {}
+        kept: dict[str, Any] = {}
         for name in _KEPT:
             each = [_flat(getattr(past.snapshots[0], name)) for past in rows]
-            kept[name] = tuple(torch.cat(parts) for parts in zip(*each, strict=True))
-            if not isinstance(getattr(memory, name), tuple):
-                (kept[name],) = kept[name]
+            parts = tuple(torch.cat(part) for part in zip(*each, strict=True))
+            kept[name] = parts if isinstance(getattr(memory, name), tuple) else parts[0]
         all_.total, all_.snapshots = deepest, [_Snapshot(0, **kept)]
         all_.records = [(0, _aligned(rows, depths))]
         all_.missing = deepest - torch.tensor(depths)

@@ -165,7 +165,7 @@ def _part(about: Any, name: str) -> dict[str, Any]:
 
 
 def _numbered(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    found = []
+    found: list[Tensor] = []
     while f"{name}.{len(found)}" in tensors:
         found.append(tensors[f"{name}.{len(found)}"])
     return tuple(found)

@@ -29,5 +29,5 @@ def options(call: Call) -> dict[str, Any]:
 
 
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as kernels read it."""
-    return x.detach().to(dtype).contiguous()
+    """``x`` as kernels read it: the memory itself, so a view that only counts as negated is none."""
+    return x.detach().to(dtype).contiguous().resolve_neg()
