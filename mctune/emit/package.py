@@ -19,7 +19,7 @@ from mctune.runtime.kernels.table import SCHEMA
 from mctune.runtime.kernels.tvm.loader import build_threads_library
 
 _RUNTIME = Path(manifest.__file__).parent
-_FILES = (manifest.NAME, "__init__.py", "README.md")
+_FILES = (manifest.NAME, "__init__.py", "huggingface.py", "README.md")
 _FOLDERS = ("runtime", "kernels")
 _INIT = '''"""Memory Caching with the kernels tuned for {target}; see README.md."""
 
@@ -29,6 +29,12 @@ from .runtime.api.functional import memory_caching
 from .runtime.api.module import MemoryCaching
 
 __all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
+'''
+_HUGGING_FACE = '''"""The Hugging Face model on this package's kernels; importing it needs transformers 5."""
+
+from .runtime.api.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM, MemoryCachingModel
+
+__all__ = ["MemoryCachingConfig", "MemoryCachingForCausalLM", "MemoryCachingModel"]
 '''
 
 
@@ -64,6 +70,7 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner]) -> Path:
     if target.on_cpu:
         build_threads_library(kernels / "threads.so")
     (out / "__init__.py").write_text(_INIT.format(target=target.name), encoding="utf-8")
+    (out / "huggingface.py").write_text(_HUGGING_FACE, encoding="utf-8")
     (out / "README.md").write_text(card(out.name, table), encoding="utf-8")
     _write_manifest(out)
     return out
@@ -87,7 +94,7 @@ def _make_room(out: Path) -> None:
 
 def _write_manifest(out: Path) -> None:
     """SHA-256 of every file of the package."""
-    paths = [out / "__init__.py", out / "README.md", out / TABLE]
+    paths = [out / "__init__.py", out / "huggingface.py", out / "README.md", out / TABLE]
     paths += sorted(path for name in _FOLDERS for path in (out / name).rglob("*") if path.is_file())
     files = {path.relative_to(out).as_posix(): manifest.digest(path) for path in paths}
     (out / manifest.NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")

@@ -183,7 +183,7 @@ def test_layers_are_refused_or_unchanged() -> None:
         else:
             taken = True
             after = run()
-            tolerance = {torch.bfloat16: 3e-2, torch.float32: 1e-3}.get(dtype, 1e-6) * float(before.abs().max())
+            tolerance = {torch.bfloat16: 6e-2, torch.float32: 1e-3}.get(dtype, 1e-6) * float(before.abs().max())
             assert float((after - before).abs().max()) <= tolerance, f"{choices} {dtype}"
             attached.detach()
         outcomes[taken] += 1
