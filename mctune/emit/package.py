@@ -70,6 +70,12 @@ from .runtime.api.module import MemoryCaching  # noqa: E402
 
 __all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
 '''
+_HUGGING_FACE = '''"""The Hugging Face model on this package's kernels; importing it needs transformers 5."""
+
+from .runtime.api.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM, MemoryCachingModel
+
+__all__ = ["MemoryCachingConfig", "MemoryCachingForCausalLM", "MemoryCachingModel"]
+'''
 
 
 def emit_package(out: Path, target: Target, winners: Sequence[Winner], signer: Signer | None = None) -> Path:
@@ -114,6 +120,7 @@ def _files(name: str, target: Target, winners: Sequence[Winner], signer: Signer 
     files |= {
         TABLE: (json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n").encode(),
         "__init__.py": init.encode(),
+        "huggingface.py": _HUGGING_FACE.encode(),
         "README.md": card(name, table).encode(),
     }
     digests = {name: manifest.digest(data) for name, data in sorted(files.items())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,14 @@ def test_weights_start_as_the_layer_says(tmp_path: Path) -> None:
     fresh = again.model.layers[0].mixer.q_proj.weight
     assert 0.15 < float(fresh.detach().std()) < 0.35
     assert torch.equal(again.model.layers[1].mixer.gates["beta_proj"].bias, mixer.gates["beta_proj"].bias)
+
+
+def test_places_to_import_it_from() -> None:
+    """The one that stays, and the one that scripts of earlier versions name."""
+    for name in ("mctune.huggingface", "mctune.runtime.huggingface"):
+        module = import_module(name)
+        assert module.MemoryCachingForCausalLM is MemoryCachingForCausalLM
+        assert module.MemoryCachingConfig is MemoryCachingConfig and "MemoryCachingModel" in module.__all__
 
 
 def test_without_transformers() -> None:
