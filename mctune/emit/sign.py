@@ -31,11 +31,7 @@ class Signer:
         try:
             private = load_pem_private_key(key.read_bytes(), None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise UsageError(
-                f"--sign {key} is not a private key in PEM without a password: {error}"
-            ) from error
+            raise UsageError(f"--sign {key} is not a private key in PEM without a password: {error}") from error
         if not isinstance(private, Ed25519PrivateKey):
-            raise UsageError(
-                f"--sign {key} is not an Ed25519 key: `openssl genpkey -algorithm ed25519` makes one"
-            )
+            raise UsageError(f"--sign {key} is not an Ed25519 key: `openssl genpkey -algorithm ed25519` makes one")
         return cls(private.sign)

@@ -188,12 +188,19 @@ def unlisted(base: Path, listed: Mapping[str, str]) -> Iterator[str]:
         for name in _walk(base, folder, 0):
             if name not in listed:
                 yield name
-    for entry in sorted(os.scandir(base), key=lambda entry: entry.name):
-        importable = entry.name.endswith(tuple(all_suffixes()))
-        if entry.name not in listed and not entry.name.startswith(".") and importable:
-            yield entry.name
-        if entry.name not in (*FOLDERS, "search") and os.path.isfile(os.path.join(entry.path, "__init__.py")):
-            yield f"{entry.name}/__init__.py"
+    for name in _names(base):
+        if name not in listed and name.endswith(tuple(all_suffixes())):
+            yield name
+        if name not in (*FOLDERS, "search") and (base / name / "__init__.py").is_file():
+            yield f"{name}/__init__.py"
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder, but for what is hidden: no module's name, and network file systems hide what is in use."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise PackageError(f"{folder} cannot be read: {error.strerror}; {_REMEDY}") from error
 
 
 def _walk(base: Path, folder: str, depth: int) -> Iterator[str]:
@@ -201,19 +208,11 @@ def _walk(base: Path, folder: str, depth: int) -> Iterator[str]:
     if depth > _DEEPEST:
         yield folder
         return
-    try:
-        entries = sorted(os.scandir(base / folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise PackageError(f"{folder} in the package {base} cannot be read: {error.strerror}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue  # no module's name, and what network file systems leave of a file that is in use
-        name = f"{folder}/{entry.name}"
-        if entry.is_dir():
+    for one in _names(base / folder) if (base / folder).is_dir() else ():
+        name = f"{folder}/{one}"
+        if (base / name).is_dir():
             yield from _walk(base, name, depth + 1)
-        elif not (folder.endswith("/__pycache__") and entry.name.endswith(".pyc")):
+        elif not (folder.endswith("/__pycache__") and one.endswith(".pyc")):
             yield name
 
 

@@ -88,9 +88,9 @@ def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tm
         "--max-slowdown", "1.5", "--trial-timeout", "2.5",
     )  # fmt: skip
     assert ran.code == 0 and "h100 means h100-sxm" in ran.err
-    problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16")
+    problem, out = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32, dtype="bfloat16"), tmp_path / "tuned_here"
     assert planted.request == SearchRequest(
-        target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=tmp_path / "tuned_here", trials=7, timeout_s=9.0,
+        target=resolve("h100")[0], cases=(Case(problem, (32, 64)),), out=out, trials=7, timeout_s=9.0,
         sampler="random", seed=3, storage="sqlite:///x.db", max_slowdown=1.5, trial_timeout_s=2.5,
         measure=False,
     )  # fmt: skip
@@ -182,7 +182,9 @@ def test_usage_errors(run: Callable[..., Any], planted: Planted, arguments: tupl
 
 
 @pytest.mark.parametrize("name", ("README.md", "__init__.py", "tuned.json", "kernels", "runtime"))
-def test_what_others_have_written_is_seen_before_the_search(run: Callable[..., Any], planted: Planted, name: str) -> None:
+def test_what_others_have_written_is_seen_before_the_search(
+    run: Callable[..., Any], planted: Planted, name: str
+) -> None:
     Path("mine").mkdir()
     Path("mine", name).write_text("{}")
     ran = run("search", "--out", "mine")
@@ -201,7 +203,9 @@ def test_a_package_for_another_target_is_refused_before_the_search(run: Callable
     ran = run("search", "--out", "there")
     assert ran.code == 2 and "is a package for another target, a100-80g" in ran.err and "--replace" in ran.err
     assert planted.request is None
-    assert run("search", "--gpu", "a100", "--out", "there").code == run("search", "--out", "there", "--replace").code == 0
+    assert (
+        run("search", "--gpu", "a100", "--out", "there").code == run("search", "--out", "there", "--replace").code == 0
+    )
 
 
 def test_a_full_stdout_is_seen_before_the_search(tmp_path: Path) -> None:

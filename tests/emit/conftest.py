@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packages import GRM, forget
@@ -94,3 +98,26 @@ def _closure() -> list[metadata.Distribution]:
             if "extra ==" not in requirement and (match := re.match(r"[\w.-]+", requirement))
         ]
     return list(found.values())
+
+
+@pytest.fixture(scope="session")
+def importer() -> Iterator[Callable[[Path], dict[str, Any]]]:
+    """Imports a package in another process."""
+    command = [
+        sys.executable,
+        "-P" if sys.version_info >= (3, 11) else "-E",
+        str(Path(__file__).with_name("importer.py")),
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    sending, receiving = process.stdin, process.stdout
+
+    def ask(path: Path) -> dict[str, Any]:
+        sending.write(f"{path.parent}\t{path.name}\n")
+        sending.flush()
+        answer: dict[str, Any] = json.loads(receiving.readline())
+        return answer
+
+    yield ask
+    sending.close()
+    process.wait(60)

@@ -1,7 +1,7 @@
 """Import packages one after another, each in a process of its own that has torch already: a second instead of four.
 
-Reads lines from stdin: the folder, a tab, the name of a package in it. Answers each with a JSON object: the error's type
-and message, or the number of kernels in the package's table.
+Reads lines from stdin: the folder, a tab, the name of a package in it. Answers each with a JSON object: the error's
+type and message, or the number of kernels in the package's table.
 """
 
 from __future__ import annotations

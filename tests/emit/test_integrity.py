@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +31,12 @@ from mctune.verify.package import load_package
 NAME = "emitted_whole"
 MARK = "it_ran"
 REFUSED = "PackageError"
-SECONDS = 12.0
+SECONDS = 6.0
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory, target: Target, winners: Sequence[Winner]) -> Path:
     return emit_package(tmp_path_factory.mktemp("whole") / NAME, target, winners)
-
-
-@pytest.fixture(scope="module")
-def importer() -> Iterator[Callable[[Path], dict[str, Any]]]:
-    """Imports a package in another process."""
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", str(Path(__file__).with_name("importer.py"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
-    sending, receiving = process.stdin, process.stdout
-
-    def ask(path: Path) -> dict[str, Any]:
-        sending.write(f"{path.parent}\t{path.name}\n")
-        sending.flush()
-        answer: dict[str, Any] = json.loads(receiving.readline())
-        return answer
-
-    yield ask
-    sending.close()
-    process.wait(60)
 
 
 def poison(folder: Path) -> bytes:
@@ -64,7 +45,7 @@ def poison(folder: Path) -> bytes:
 
 
 class Changes:
-    """Ways to change a copy of a package; each answers with the names of which one must be told, or none if harmless."""
+    """Ways to change a copy of a package; each answers with names of which one must be told, or none if harmless."""
 
     def __init__(self, copy: Path, draw: random.Random) -> None:
         self.copy, self.draw, self.poison = copy, draw, poison(copy.parent)
@@ -90,7 +71,9 @@ class Changes:
         return {name}
 
     def truncated(self) -> set[str]:
-        name = self.draw.choice([name for name in self.listed if (self.copy / name).stat().st_size and name != "__init__.py"])
+        name = self.draw.choice(
+            [name for name in self.listed if (self.copy / name).stat().st_size and name != "__init__.py"]
+        )
         os.truncate(self.copy / name, self.draw.randrange((self.copy / name).stat().st_size))
         return {name}
 
@@ -201,7 +184,9 @@ class Changes:
         return {manifest.NAME}
 
 
-HOW = sorted(name for name, value in vars(Changes).items() if callable(value) and name not in ("__init__", "file", "folder"))
+HOW = sorted(
+    name for name, value in vars(Changes).items() if callable(value) and name not in ("__init__", "file", "folder")
+)
 
 
 def changed_copy(package: Path, folder: Path, how: str, draw: random.Random) -> tuple[Path, set[str]]:
@@ -241,7 +226,7 @@ def test_many_changes_are_refused_by_name(package: Path, tmp_path: Path) -> None
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
-    until = time.monotonic() + SECONDS / 4
+    until = time.monotonic() + SECONDS / 2
     while time.monotonic() < until:
         folder = tmp_path / f"copy{time.monotonic_ns()}"
         how = draw.choice([how for how in HOW if how not in ("beside", "stale_bytecode", "link")])
@@ -321,7 +306,8 @@ print(package.memory_caching(x, x, x, segment_length=32, backend="tvm").shape)
         *({name: value} for name in ("T", "H", "Dk", "Dv") for value in (0, -1, 1.5, "64", None, True, 10**30)),
         *({"aggregation": value} for value in (None, 1, "fast")), {"pass": "sideways"}, {"pass": []}, {"dtype": 3},
         *({name: value} for name in ("kernel", "portable") for value in (1, "../other.so", "kernels/none.so", [])),
-        {"backend": "cuda"}, {"backend": None}, {"parts": ["a"]}, {"parts": {"read": 1}}, {"parts": {"read": "none.py"}},
+        {"backend": "cuda"}, {"backend": None}, {"parts": ["a"]}, {"parts": {"read": 1}},
+        {"parts": {"read": "none.py"}},
         {"cpu_flags": "avx2"}, {"cpu_flags": [1]}, {"config": []},
     ],
     ids=str,
@@ -341,7 +327,8 @@ def test_a_malformed_table_is_a_package_error(change: dict[str, Any], package: P
 
 
 @pytest.mark.parametrize(
-    "data", (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema": NaN}', b'{"schema": ' + b"1" * 5000 + b"}")
+    "data",
+    (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"schema": NaN}', b'{"schema": ' + b"1" * 5000 + b"}"),
 )
 def test_what_is_no_table_is_a_package_error(data: bytes, package: Path) -> None:
     contents = manifest.verify(package)
@@ -353,7 +340,16 @@ def test_what_is_no_table_is_a_package_error(data: bytes, package: Path) -> None
 
 @pytest.mark.parametrize(
     "files",
-    (None, [], {"../x": "0" * 64}, {"/etc/passwd": "0" * 64}, {"a//b": "0" * 64}, {"a": 1}, {"a": "0"}, {"a\0": "0" * 64}),
+    (
+        None,
+        [],
+        {"../x": "0" * 64},
+        {"/etc/passwd": "0" * 64},
+        {"a//b": "0" * 64},
+        {"a": 1},
+        {"a": "0"},
+        {"a\0": "0" * 64},
+    ),
     ids=str,
 )
 def test_a_malformed_manifest_is_a_package_error(files: object, tmp_path: Path) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packages import GRM, forget
+from packages import GRM
 
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted
@@ -144,7 +143,9 @@ def test_emitting_again_keeps_the_search_and_drops_stale_kernels(
     load_package(out)
 
 
-@pytest.mark.parametrize("name", ("__init__.py", "README.md", "runtime/mine.py", "kernels/mine.cu", "manifest.json", "tuned.json"))
+@pytest.mark.parametrize(
+    "name", ("__init__.py", "README.md", "runtime/mine.py", "kernels/mine.cu", "manifest.json", "tuned.json")
+)
 def test_a_folder_of_others_is_left_alone(name: str, out: Path, target: Target, winners: Sequence[Winner]) -> None:
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")

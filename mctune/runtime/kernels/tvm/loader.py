@@ -177,7 +177,10 @@ def build_threads_library(library: Path) -> None:
     Raises:
         KernelError: if there is no C compiler, or it fails, or there is no room.
     """
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise KernelError(f"CC={os.environ['CC']!r} is not a command: {error}") from error
     found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not named and found is None:
         raise KernelError("no C compiler was found for threads.c: install gcc (for example `apt-get install gcc`)")
