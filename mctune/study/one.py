@@ -14,11 +14,12 @@ from typing import Any
 from mctune.backends.protocol import Backend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, describe, from_json, kind
+from mctune.core.outcome import Outcome, Predicted, Timed, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
 from mctune.measure.timing import summary
+from mctune.study.confirm import checked, evaluated, outcome_of
 from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyReport
 from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
@@ -27,7 +28,7 @@ from mctune.study.rules import Rule
 from mctune.study.samplers import START
 from mctune.study.study import Trial, load_study, run_study
 from mctune.workers.pool import Workers
-from mctune.workers.worker import WorkerDied, WorkerTimedOut
+from mctune.workers.worker import WorkerDied
 
 _LEAST_START = 8
 _FINALISTS = 3  # for each segment length
@@ -158,8 +159,7 @@ class OneStudy:
         }
 
     def _evaluate(self, workers: Workers, config: Config, until: float | None) -> Outcome | None:
-        reply = workers.evaluate(self._candidate(config), self.request.trial_timeout_s, until)
-        return None if reply is None else _outcome(reply)
+        return evaluated(workers, self._candidate(config), self.request.trial_timeout_s, until)
 
     def _candidate(self, config: Config) -> dict[str, Any]:
         return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
@@ -170,7 +170,7 @@ class OneStudy:
         for length, group in self._groups(trials).items():
             fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
             for trial in fastest:
-                outcome = _outcome(workers.verify(self._candidate(trial.config), _FINALISTS_LIMIT_S))
+                outcome = outcome_of(workers.verify(self._candidate(trial.config), _FINALISTS_LIMIT_S))
                 if isinstance(outcome, Predicted):
                     assert isinstance(trial.outcome, Predicted)
                     leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
@@ -241,17 +241,6 @@ class OneStudy:
 
 def _length(config: Config) -> int | None:
     return config.integer(SEGMENT_LENGTH) if SEGMENT_LENGTH in config else None
-
-
-def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
-    """The candidate's outcome in a worker's answer."""
-    match reply:
-        case WorkerDied(message, stage):
-            return Crashed(f"{message} ({stage})")
-        case WorkerTimedOut(seconds, stage):
-            return TimedOut(seconds, stage)
-        case _:
-            return from_json(reply["outcome"])
 
 
 def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:

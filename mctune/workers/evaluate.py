@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,7 +17,7 @@ import torch
 from mctune.backends import get_backend
 from mctune.backends.protocol import Backend, Built, Kernel
 from mctune.core.config import Config
-from mctune.core.errors import MctuneError
+from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
@@ -24,8 +26,9 @@ from mctune.measure.timing import summary, time_rotated
 from mctune.verify.inputs import Inputs, make_inputs, odd_problems
 from mctune.verify.judge import Judged, judge_all, run_kernel, verify
 from mctune.verify.passes import PASSES
-from mctune.workers.worker import Handler, Stage
+from mctune.workers.worker import MACHINES, Handler, Stage
 
+_ALWAYS_COMPILE = os.environ.get("TRITON_ALWAYS_COMPILE", "0")
 _ROUNDS = 7
 _FINAL_ROUNDS = 21
 _TIMING_S = 2.0
@@ -65,7 +68,7 @@ class _Bench:
         stage("build")
         try:
             kernel = self._load(problem, config, prepared.built)
-        except MctuneError:
+        except (MctuneError, *MACHINES):
             raise
         except Exception as error:
             return FailedBuild(first_line(error))
@@ -74,7 +77,7 @@ class _Bench:
             cases = prepared.judged() or judge_all(problem, seed_of(self.seed, problem, config))
             error_ = verify(partial(run_kernel, kernel), problem, cases)
         except Exception as error:
-            if kernel.device != "cpu":
+            if kernel.device != "cpu" or isinstance(error, MACHINES):
                 raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
         if isinstance(error_, Wrong):
@@ -141,20 +144,24 @@ def start(setup: dict[str, Any]) -> Handler:
     A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, or
     ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns,
     both with what another process has left, ``"prepared"`` and ``"built"``, or without; or
-    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples"}``.
+    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples"}``; or
+    ``{"try_out": True}``, see :func:`try_out`.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
     bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "try_out" in payload:
+            return try_out(bench.backend, target, bench.folder, stage)
+        at_work = replace(bench, folder=folder_for(payload, bench.folder))
         if "ship" in payload:
-            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], Prepared.of(payload), stage)
+            return at_work.ship(*candidate(payload["ship"]), payload["portable_arch"], Prepared.of(payload), stage)
         if "compare" in payload:
             finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
             return {"samples": bench.compare(finalists, stage)}
         problem, config = candidate(payload["evaluate"])
-        return {"outcome": to_json(bench.evaluate(problem, config, Prepared.of(payload), stage))}
+        return {"outcome": to_json(at_work.evaluate(problem, config, Prepared.of(payload), stage))}
 
     return handle
 
@@ -181,6 +188,32 @@ def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str,
         "by": by,
         "cases": [str(case) for case in odd_problems(problem)],
     }
+
+
+def folder_for(payload: dict[str, Any], folder: Path) -> Path:
+    """Where a request's kernels are built: one that is made ``"again"`` uses nothing of what is kept on disk."""
+    again = bool(payload.get("again_from_scratch"))
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1" if again else _ALWAYS_COMPILE
+    if not again:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"again-{os.getpid()}-", dir=folder))
+
+
+def try_out(backend: Backend, target: Target, folder: Path, stage: Stage) -> dict[str, Any]:
+    """Build, load and run a kernel that anything can: what fails then is not a candidate's fault.
+
+    Raises:
+        DeviceError: with the reason.
+    """
+    stage("try out")
+    try:
+        backend.try_out(target, folder)
+    except DeviceError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"a trial kernel failed: {first_line(error)}") from error
+    return {}
 
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:

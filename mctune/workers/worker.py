@@ -26,11 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
-from mctune.core.errors import MctuneError, UsageError
+from mctune.core.errors import DeviceError, UsageError
 
 Stage = Callable[[str], None]
 Handler = Callable[[dict[str, Any], Stage], dict[str, Any]]
 
+MACHINES = (DeviceError, OSError)
+"""What is raised where a machine, not a candidate, is at fault: no space, no permission, no compiler."""
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
+_STARTS, _PAUSE_S = 3, 0.5
 _LOG_TAIL = 4000
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -41,11 +45,16 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed."""
+    """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed.
+
+    ``fault`` is whose it was, where that is known: ``machine`` (what was raised is one of :data:`MACHINES`), ``outside``
+    (a signal that no code of its own sends), else empty.
+    """
 
     message: str
     stage: str = ""
     log: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Worker:
         """The handler's reply to ``payload``, or what became of the child within ``limit_s`` (start-up apart).
 
         Raises:
-            MctuneError: the child could not be started: the entry does not import, or fails on ``setup``.
+            DeviceError: the child could not be started, again and again: the entry does not import, or fails on ``setup``.
         """
         with self._busy:
             if self._halted:
@@ -121,18 +130,34 @@ class Worker:
     def _ready_child(self) -> _Child:
         if self._child is not None and self._child.exited():
             self.close()
-        if self._child is None:
-            self._child = _Child(self._entry, self._env)
-            self.started += 1
+        for attempt in range(_STARTS):
+            if self._child is not None:
+                return self._child
+            if attempt:  # short of memory or processes, or killed: it may be over
+                time.sleep(_PAUSE_S * attempt)
+            failure = self._start()
             if self._halted:
-                self._child.end()
-            answer = self._child.ask({"setup": self._setup}, self._start_limit_s)
-            if not isinstance(answer, dict):
-                self.close()
-                what = answer.message if isinstance(answer, WorkerDied) else f"no answer in {answer.seconds:g} s"
-                log = f"\n{answer.log}" if isinstance(answer, WorkerDied) and answer.log else ""
-                raise MctuneError(f"the worker process for {self._entry} did not start: {what}{log}")
+                break
+        if self._child is None:
+            raise DeviceError(f"the worker process for {self._entry} did not start: {failure}")
         return self._child
+
+    def _start(self) -> str:
+        """Start a child; why that failed."""
+        try:
+            self._child = _Child(self._entry, self._env)
+        except OSError as error:
+            return str(error)
+        self.started += 1
+        if self._halted:
+            self._child.end()
+        answer = self._child.ask({"setup": self._setup}, self._start_limit_s)
+        if isinstance(answer, dict):
+            return ""
+        self.close()
+        if isinstance(answer, WorkerTimedOut):
+            return f"no answer in {answer.seconds:g} s"
+        return answer.message + (f"\n{answer.log}" if answer.log else "")
 
 
 class _Child:
@@ -170,13 +195,13 @@ class _Child:
         try:
             _write_all(self._requests, line)
         except BrokenPipeError:
-            return WorkerDied(self._exit_message(), stage, self._tail())
+            return self._died(stage)
         while True:
             answer = self._next_line(deadline)
             if answer is None:
                 return WorkerTimedOut(limit_s, stage)
             if answer == b"":
-                return WorkerDied(self._exit_message(), stage, self._tail())
+                return self._died(stage)
             try:
                 values = json.loads(answer)
                 kind, content = values["kind"], values["content"]
@@ -185,7 +210,7 @@ class _Child:
             if kind == "stage":
                 stage = content
             elif kind == "raised":
-                return WorkerDied(content["message"], stage, content["traceback"])
+                return WorkerDied(content["message"], stage, content["traceback"], content.get("fault", ""))
             else:
                 self.in_step = True
                 reply: dict[str, Any] = content
@@ -230,6 +255,11 @@ class _Child:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+    def _died(self, stage: str) -> WorkerDied:
+        message = self._exit_message()
+        outside = -(self._process.poll() or 0) in _FROM_OUTSIDE
+        return WorkerDied(message, stage, self._tail(), "outside" if outside else "")
 
     def _exit_message(self) -> str:
         """How the process ended; its pipe has closed, so it is ending, unless a candidate closed the pipe."""
@@ -295,7 +325,9 @@ def main() -> None:
                     reply = handler(message, stage)
                 send("reply", reply)
             except BaseException as error:
-                send("raised", {"message": _one_line(error), "traceback": traceback.format_exc()[-_LOG_TAIL:]})
+                fault = "machine" if isinstance(error, MACHINES) else ""
+                trace = traceback.format_exc()[-_LOG_TAIL:]
+                send("raised", {"message": _one_line(error), "traceback": trace, "fault": fault})
                 # No interpreter shutdown: it may hang or crash on what the candidate left behind.
                 os._exit(1)
     os._exit(0)
