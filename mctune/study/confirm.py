@@ -26,7 +26,7 @@ def checked(workers: Workers) -> None:
     """
     why = workers.try_out(_TRIAL_LIMIT_S) and workers.try_out(_TRIAL_LIMIT_S)
     if why:
-        raise DeviceError(f"{why.removeprefix('DeviceError: ')}; no candidate is to blame, so none was recorded for it")
+        raise DeviceError(_blameless(why))
 
 
 def evaluated(workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None) -> Outcome | None:
@@ -43,12 +43,15 @@ def evaluated(workers: Workers, candidate: dict[str, Any], limit_s: float, until
     if reply is None:
         return None
     if isinstance(reply, WorkerDied) and reply.fault == "machine":
-        raise DeviceError(f"{reply.message.removeprefix('DeviceError: ')} ({reply.stage}); no candidate is to blame, so "
-                          "none was recorded for it")
+        raise DeviceError(_blameless(f"{reply.message} ({reply.stage})"))
     outcome = outcome_of(reply)
     if isinstance(outcome, FailedBuild | Crashed | TimedOut):
         checked(workers)
     return outcome
+
+
+def _blameless(why: str) -> str:
+    return f"{why.removeprefix('DeviceError: ')}; no candidate is to blame: with this mended, the same command goes on"
 
 
 def outcome_of(reply: Reply) -> Outcome:

@@ -26,6 +26,7 @@ Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
 _GRACE_S = 10.0
 """A candidate that is under way when the time is over may take so much longer; then its process is killed."""
 _LEAST_S = 30.0
+_TRIAL_LIMIT_S = 120.0
 _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predicted:start"
 
 
@@ -65,7 +66,7 @@ class Workers:
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._compilers:
             self._free.put(worker)
-        self._timing = threading.Lock()
+        self._timing, self._trying, self._sound = threading.Lock(), threading.Lock(), False
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
@@ -97,13 +98,22 @@ class Workers:
             return ""
         return reply.message if isinstance(reply, WorkerDied) else f"a trial kernel took over {reply.seconds:g} s"
 
+    def _unsound(self) -> str:
+        """Why no candidate needs to be tried on this machine; looked into before the first one."""
+        with self._trying:
+            why = "" if self._sound else self.try_out(_TRIAL_LIMIT_S)
+            self._sound = not why
+        return why
+
     def evaluate(
         self, candidate: dict[str, Any], limit_s: float, until: float | None = None, *, again: bool = False
     ) -> Reply | None:
         """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it.
 
-        ``None`` if it was not done by ``until``, of ``time.monotonic``. ``again``: with nothing of what is kept on disk.
+        ``None`` if it was not done by ``until``, of ``time.monotonic``. ``again``: with nothing that is kept on disk.
         """
+        if why := self._unsound():
+            return WorkerDied(why, "try out", fault="machine")
         fresh = {"again_from_scratch": again}
         if self._device is None:
             return self._compile({"evaluate": candidate, **fresh}, limit_s, until)

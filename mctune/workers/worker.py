@@ -47,8 +47,8 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 class WorkerDied:
     """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed.
 
-    ``fault`` is whose it was, where that is known: ``machine`` (what was raised is one of :data:`MACHINES`), ``outside``
-    (a signal that no code of its own sends), else empty.
+    ``fault`` is whose it was, where that is known: ``machine`` (one of :data:`MACHINES` was raised), ``outside`` (it was
+    ended by a signal that no code of its own sends), else empty.
     """
 
     message: str
@@ -101,7 +101,8 @@ class Worker:
         """The handler's reply to ``payload``, or what became of the child within ``limit_s`` (start-up apart).
 
         Raises:
-            DeviceError: the child could not be started, again and again: the entry does not import, or fails on ``setup``.
+            DeviceError: the child could not be started, more than once: the entry does not import, or fails on
+                ``setup``.
         """
         with self._busy:
             if self._halted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 
@@ -71,10 +72,9 @@ class TritonBackend:
         Raises:
             Exception: what then fails for every candidate.
         """
-        from mctune.backends.triton.trial import try_out
-
+        trial = importlib.import_module("mctune.backends.triton.trial")  # it imports Triton
         with scratch_in(folder, "trial") as cache:
-            try_out(target, Path(cache))
+            trial.try_out(target, Path(cache))
 
     def identity(self) -> dict[str, str]:
         """The Triton and the templates that results depend on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -13,8 +14,8 @@ from mctune.core.errors import DeviceError
 from mctune.core.target import Target
 
 
-@triton.jit
-def add_one(x, y, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def add_one(x: Any, y: Any, BLOCK: tl.constexpr) -> None:
     at = tl.arange(0, BLOCK)
     tl.store(y + at, tl.load(x + at) + 1.0)
 

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from mctune.backends.kept import is_whole, keep, scratch_in
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
-from mctune.backends.kept import is_whole, keep, scratch_in
 from mctune.backends.tvm.link import link, try_linking
 from mctune.backends.tvm.templates import render, source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
@@ -84,7 +84,7 @@ class TvmBackend:
             y = torch.full_like(x, torch.nan)
             load_library(library)["add_one"](x, y)
         if not torch.equal(y, x + 1):
-            raise DeviceError(f"a trial kernel computed {y.tolist()} for 1 + {x.tolist()}; look at the compiler and TVM")
+            raise DeviceError(f"a trial kernel computed {y.tolist()} for 1 + {x.tolist()}")
 
     def identity(self) -> dict[str, str]:
         """The TVM and the templates that results depend on."""

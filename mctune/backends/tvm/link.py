@@ -29,7 +29,7 @@ def compiler() -> list[str]:
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise DeviceError(f"{name}={text!r} is not a command ({error}); set it to a C compiler, or unset it") from None
+            raise DeviceError(f"{name}={text!r} is not a command ({error}); set it to a C compiler") from None
         for word in words[:1]:
             if shutil.which(word) is None:
                 raise DeviceError(f"{name}={text!r}: there is no program {word!r}; set it to a C compiler, or unset it")
@@ -60,7 +60,7 @@ def link(output: str, files: Sequence[str], options: Sequence[str] | None = None
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line or "No space" in line), lines[-1] if lines else "")
         said = telling[:300] or f"exit status {done.returncode}, and not a word"
-        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and the space in {tempfile.gettempdir()}")
+        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({tempfile.gettempdir()})")
 
 
 def try_linking(folder: Path | None = None) -> None:

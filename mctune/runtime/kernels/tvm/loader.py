@@ -152,8 +152,8 @@ def _threads() -> ctypes.CDLL:
             return ctypes.CDLL(str(Path(folder, "threads.so")))  # what is mapped stays
     except OSError as error:
         raise KernelError(
-            f"{_SOURCE.name} cannot be compiled: neither {library} nor {tempfile.gettempdir()} can be written ({error}); "
-            "see that one of them exists and has room (XDG_CACHE_HOME, TMPDIR)"
+            f"{_SOURCE.name} cannot be compiled: neither {library} nor {tempfile.gettempdir()} can be written "
+            f"({error}); see that one of them exists and has room (XDG_CACHE_HOME, TMPDIR)"
         ) from error
 
 
