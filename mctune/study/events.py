@@ -128,8 +128,8 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a search found; ``interrupted`` when Ctrl-C ended it, and ``failure`` what else did (the machine, the storage),
-    with everything up to there in it."""
+    """What a search found until it ended: ``interrupted`` when that was Ctrl-C, ``failure`` when it was the machine or
+    the storage."""
 
     target: Target
     out: Path

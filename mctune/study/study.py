@@ -94,7 +94,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
 def run_study(
     space: SearchSpace,
-    rules: Sequence[Rule],
+    rules: Sequence[Rule] | Rule,
     evaluate: Callable[[Config], Outcome | None],
     *,
     trials: int,
@@ -118,7 +118,7 @@ def run_study(
 
     Args:
         space: the parameters. Their names and values are part of what a study is about.
-        rules: the constraints, each a function of a configuration; what meets all of them may be tried.
+        rules: the constraints, each a function of a configuration (or just one); what meets all of them may be tried.
         evaluate: builds, verifies and times a configuration; failures are returned, not raised. ``None`` says that the
             time was over before it was done: the candidate counts as cut off, and the run ends.
         trials: evaluated candidates in all, those of earlier runs included.
@@ -140,6 +140,7 @@ def run_study(
     """
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
+    rules = (rules,) if callable(rules) else rules
     chooser = sampler_of(sampler, space, rules, seed=seed, balance=balance, retry_failed=True, start=start)
     with held() as ctrl_c, alone(storage if guard else None):
         with _failing(storage):
@@ -302,7 +303,8 @@ def _open(storage: str | None, name: str, sampler: DiscreteSampler, about: dict[
     elif found != about:
         raise UsageError(
             f"the study {name!r} in {redacted(str(storage))} is about something else "
-            f"({_difference(found or {}, about)}); a study never mixes problems, targets or spaces: give another study name, storage or output directory"
+            f"({_difference(found or {}, about)}); a study never mixes problems, targets or spaces: give another study "
+            "name, storage or output directory"
         )
     return study
 

@@ -112,6 +112,8 @@ class Workers:
 
         ``None`` if it was not done by ``until``, of ``time.monotonic``. ``again``: with nothing that is kept on disk.
         """
+        if until is not None and time.monotonic() >= until:
+            return None
         if why := self._unsound():
             return WorkerDied(why, "try out", fault="machine")
         fresh = {"again_from_scratch": again}

@@ -47,8 +47,8 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 class WorkerDied:
     """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed.
 
-    ``fault`` is whose it was, where that is known: ``machine`` (one of :data:`MACHINES` was raised), ``outside`` (it was
-    ended by a signal that no code of its own sends), else empty.
+    ``fault`` is whose it was, where that is known: ``machine`` (one of :data:`MACHINES` was raised), ``outside`` (ended
+    by a signal that no code of its own sends), else empty.
     """
 
     message: str
