@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mctune.cli._output import say
 from mctune.core.errors import MctuneError
+from mctune.core.interrupt import held
 from mctune.study.events import SearchReport, SearchRequest
 
 
@@ -15,10 +16,11 @@ def emit_report(request: SearchRequest, report: SearchReport) -> Path | None:
     from mctune.runtime.errors import KernelError
     from mctune.study.run import ship
 
-    winners = ship(request, report, say)
-    if not winners:
-        return None
-    try:
-        return emit_package(request.out, request.target, winners)
-    except KernelError as error:
-        raise MctuneError(str(error)) from error
+    with held():  # a package is written whole
+        winners = ship(request, report, say)
+        if not winners:
+            return None
+        try:
+            return emit_package(request.out, request.target, winners)
+        except KernelError as error:
+            raise MctuneError(str(error)) from error
