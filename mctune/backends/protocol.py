@@ -92,6 +92,12 @@ class Backend(Protocol):
         Unless the target is ``here``, also one that lacks what verifying without it takes.
         """
 
+    def try_out(self, target: Target, folder: Path) -> None:
+        """Compile for the target, and run where that is a CPU, a kernel that no machine in order fails on.
+
+        Nothing that is kept on disk is used, and nothing stays in ``folder``. Called in a worker process.
+        """
+
     def identity(self) -> dict[str, str]:
         """What its results depend on besides problem, configuration and target: versions, the templates' digest."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def parse_problem(text: str) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             fields: dict[str, Any] = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--problem is not JSON: {error}") from error
         return fields
     fields = {}
@@ -64,7 +65,7 @@ def parse_problem(text: str) -> dict[str, Any]:
             continue
         if not equals or not value:
             raise UsageError(f"--problem: {part!r} is not of the form name=value")
-        fields[name] = int(value) if value.lstrip("-").isdigit() else value
+        fields[name] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
     return fields
 
 

@@ -12,6 +12,7 @@ import click
 
 from mctune.cli._output import say
 from mctune.core.errors import MctuneError
+from mctune.core.interrupt import held
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.core.workload import Case
 from mctune.study.events import FrontierPoint, SearchReport, SearchRequest, StudyReport
@@ -41,22 +42,23 @@ def emit_report(request: SearchRequest, report: SearchReport, over: bool, signer
     from mctune.study.frontier import recommend
     from mctune.study.run import ship
 
-    found = {point.problem.key for study in report.studies for point in study.frontier}
-    if not found:
-        return None
-    before = Before() if over else package_before(request.out, say)
-    again = tuple(_study(winner) for winner in before.stale if winner.problem.key not in found)
-    winners = ship(request, replace(report, studies=(*report.studies, *again)), say)
-    if not winners:
-        return None
-    rule: Callable[[Sequence[Winner]], Winner] = partial(recommend, max_slowdown=request.max_slowdown)
-    merged = merge(before.winners, winners, rule)
-    if kept := len({winner.problem.key for winner in before.winners} - found):
-        say(f"{kept} kernels of the package before this one go on in it; --replace leaves them out")
-    try:
-        return emit_package(request.out, request.target, merged, signer)
-    except KernelError as error:
-        raise MctuneError(str(error)) from error
+    with held():  # a package is written whole
+        found = {point.problem.key for study in report.studies for point in study.frontier}
+        if not found:
+            return None
+        before = Before() if over else package_before(request.out, say)
+        again = tuple(_study(winner) for winner in before.stale if winner.problem.key not in found)
+        winners = ship(request, replace(report, studies=(*report.studies, *again)), say)
+        if not winners:
+            return None
+        rule: Callable[[Sequence[Winner]], Winner] = partial(recommend, max_slowdown=request.max_slowdown)
+        merged = merge(before.winners, winners, rule)
+        if kept := len({winner.problem.key for winner in before.winners} - found):
+            say(f"{kept} kernels of the package before this one go on in it; --replace leaves them out")
+        try:
+            return emit_package(request.out, request.target, merged, signer)
+        except KernelError as error:
+            raise MctuneError(str(error)) from error
 
 
 def _study(winner: Winner) -> StudyReport:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
+import os
 import pkgutil
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -14,8 +19,12 @@ import mctune
 import mctune.cli
 from mctune.cli._output import check_stdout, flush_stdout
 from mctune.core.errors import MctuneError, UsageError
+from mctune.core.interrupt import leave
+from mctune.core.remark import redacted
 
 INTERRUPTED = 130
+_HOLD = ("search", "emit")
+"""Commands that hold Ctrl-C back where something would be left half done; elsewhere it ends them at once."""
 _ORDER = ("search", "emit", "verify", "warm", "bench", "explain", "report", "calibrate", "targets", "spaces", "doctor")
 
 
@@ -31,6 +40,8 @@ class _Commands(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         command: click.Command = importlib.import_module(f"mctune.cli.{cmd_name}").command
+        if cmd_name not in _HOLD and signal.getsignal(signal.SIGINT) is leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return command
 
 
@@ -47,29 +58,52 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
-    code = _run(arguments)
-    if (why := flush_stdout()) is not None:
-        with suppress(OSError):
-            click.echo(f"mctune: error: stdout cannot be written to: {why}", err=True)
-        return code or UsageError.exit_code
-    return code
-
-
-def _run(arguments: Sequence[str] | None) -> int:
+    before = signal.getsignal(signal.SIGINT)
+    ours = before in (signal.default_int_handler, leave) and threading.current_thread() is threading.main_thread()
     try:
-        status = group.main(list(arguments) if arguments is not None else None, "mctune", standalone_mode=False)
+        if ours:
+            signal.signal(signal.SIGINT, leave)
+        return _exit_code(sys.argv[1:] if arguments is None else list(arguments))
+    except (click.Abort, KeyboardInterrupt):
+        return _failed("interrupted", INTERRUPTED)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """The exit code of a command that is not interrupted."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a path may have what a locale has not
+                stream.reconfigure(errors="backslashreplace")
+        if "_MCTUNE_COMPLETE" in os.environ:
+            group.main(arguments, "mctune")
+        with group.make_context("mctune", arguments) as context:
+            status = group.invoke(context)
+        if (why := flush_stdout()) is not None:
+            return _failed(f"error: stdout cannot be written to: {why}", UsageError.exit_code)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except MctuneError as error:
-        click.echo(f"mctune: error: {error}", err=True)
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("mctune: interrupted", err=True)
-        return INTERRUPTED
+        return _failed(f"error: {redacted(str(error))}", error.exit_code)
+    except MemoryError:
+        return _failed("error: out of memory; free some, or take smaller problems", 1)
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO):
-            raise
-        click.echo(f"mctune: error: what this command prints cannot be written: {error.strerror}", err=True)
-        return UsageError.exit_code
-    return status if isinstance(status, int) else 0
+        where = f"{error.filename}: " if error.filename is not None else ""
+        if where or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+            return _failed(f"error: {where}{error.strerror or error}", 1)
+        flush_stdout()  # or Python tries once more, when it ends
+        return _failed(f"error: stdout cannot be written to: {error.strerror}", UsageError.exit_code)
+
+
+def _failed(what: str, status: int) -> int:
+    """One line on stderr, if there is one, and the exit code."""
+    with suppress(OSError, ValueError):
+        click.echo(f"mctune: {what}", err=True)
+    return status

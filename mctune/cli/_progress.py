@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -94,7 +95,8 @@ class SearchProgress:
         self._print(f"  done: {result}; {report.trials} trials: {outcomes or 'none'}")
 
     def _print(self, text: str) -> None:
-        self._console.print(escape(text), soft_wrap=True)
+        with suppress(OSError, ValueError):  # a terminal that was closed is no reason to end
+            self._console.print(escape(text), soft_wrap=True)
 
     def _best_text(self) -> str:
         return f"best {self._how}{self._best:.3f} ms" if self._best is not None else ""

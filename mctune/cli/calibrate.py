@@ -68,9 +68,9 @@ def _rows(text: str, target: Target) -> Iterator[Row]:
     path = Path(text)
     if "://" in text or path.suffix == ".db":
         from mctune.study.calibrate import measured_in_storage
+        from mctune.study.storage import url_of
 
-        url = text if "://" in text else f"sqlite:///{path}"
-        for backend, problem, config, timed in measured_in_storage(url, target):
+        for backend, problem, config, timed in measured_in_storage(url_of(text), target):
             yield Row.of(target.name, problem, backend, config, timed)
         return
     for row in read_csv(path) if path.suffix == ".csv" and path.is_file() else read_document(path).rows:

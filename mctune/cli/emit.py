@@ -21,7 +21,9 @@ from mctune.study.events import SearchRequest
 @click.option("--workload", metavar="NAME", help="Named set of problems that was searched.  [default: quick]")
 @click.option("--problem", metavar="FIELDS", help="The one problem that was searched instead.")
 @click.option("--segment-lengths", metavar="LIST", help="Segment lengths that were tried, if they were given.")
-@click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
+@click.option(
+    "--storage", metavar="URL", help="Optuna storage, or a SQLite file.  [default: SQLite in the output directory]"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,

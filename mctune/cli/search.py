@@ -11,7 +11,7 @@ from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
-from mctune.core.errors import NoValidConfigError
+from mctune.core.errors import MctuneError, NoValidConfigError
 from mctune.core.outcome import Predicted
 from mctune.core.target import resolve
 from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
@@ -30,7 +30,9 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--sampler", metavar="NAME", default="mix", show_default=True,
               help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--storage", metavar="URL", help="Optuna storage.  [default: SQLite in the output directory]")
+@click.option(
+    "--storage", metavar="URL", help="Optuna storage, or a SQLite file.  [default: SQLite in the output directory]"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
@@ -85,11 +87,16 @@ def command(
             click.echo(report_text(report))
     finally:
         # What was found is not lost with whoever reads the output.
-        package = emit_report(request, report, replace)
+        try:
+            package = emit_report(request, report, replace)
+        except MctuneError as error:
+            raise report.failure or error from error
     if not request.measure:
         say(f"{target.name} is not on this machine: every time above is predicted, none is measured")
     if package is not None:
         say(f"{package} is a package: `from {package.name} import memory_caching` with {package.parent} on PYTHONPATH")
+    if report.failure is not None:
+        raise report.failure
     if report.interrupted:
         say("interrupted: what stands above is the best so far; the same command goes on from here")
         return INTERRUPTED

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,30 @@ from mctune.core.paths import search_spaces_dir
 from mctune.core.problem import Problem
 from mctune.core.toml import read_toml
 
-_KEYS = ("description", "trials", "timeout_s", "segment_lengths", "gpu", "problems")
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "description": ("a text", lambda value: isinstance(value, str)),
+    "trials": ("a number of at least 1", _count),
+    "timeout_s": ("a number of seconds over 0", _seconds),
+    "segment_lengths": (
+        "a list of numbers of at least 1",
+        lambda value: isinstance(value, list) and all(map(_count, value)),
+    ),
+    "gpu": ("a table", lambda value: isinstance(value, dict)),
+    "problems": (
+        "a list of tables",
+        lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+    ),
+}
+_KEYS = tuple(_TYPES)
 
 
 @dataclass(frozen=True)
@@ -100,21 +124,36 @@ def read_workload(path: Path, gpu: bool = False) -> Workload:
     Raises:
         UsageError: for an unknown or missing key, or a problem that is not valid.
     """
-    values = read_toml(path)
+    try:
+        values = read_toml(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path.name} is not TOML: {error}") from error
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise UsageError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(_KEYS)}")
     absent = [key for key in ("description", "trials", "problems") if key not in values]
     if absent:
         raise UsageError(f"{path.name}: {absent[0]!r} is missing")
+    for key, value in values.items():
+        wanted, is_so = _TYPES[key]
+        if not is_so(value):
+            raise UsageError(f"{path.name}: {key} = {value!r} is not {wanted}")
     lengths = tuple(values.get("segment_lengths", ()))
     replaced = dict(values.get("gpu", {}))
     own_timeout = replaced.pop("timeout_s", values.get("timeout_s"))
+    if not (own_timeout is None or _seconds(own_timeout)):
+        raise UsageError(f"{path.name}: timeout_s = {own_timeout!r} is not a number of seconds over 0")
     try:
         entries = [on_gpu(entry) | replaced if gpu else entry for entry in values["problems"]]
         cases = tuple(Case.of(fields, lengths) for entry in entries for fields in _expand(entry))
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path.name}: a problem cannot be read ({error}); see `mctune spaces`") from error
+    if not cases:
+        raise UsageError(f"{path.name}: there is no problem in it")
     return Workload(
         path.stem, values["description"], values["trials"], own_timeout if gpu else values.get("timeout_s"), cases
     )

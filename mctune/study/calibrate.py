@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from sqlalchemy.exc import SQLAlchemyError
 
 from mctune.backends import backend_for, get_backend
 from mctune.backends.triton.cost.calibrated import calibration
@@ -21,8 +20,10 @@ from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Timed
 from mctune.core.problem import Problem
+from mctune.core.remark import redacted
 from mctune.core.target import Target
-from mctune.study.study import load_study
+from mctune.study.storage import BROKEN, opened, reason
+from mctune.study.study import PATIENCE_S, load_study
 
 LEAST = 8
 """Fewer measured candidates say too little about as many parameters."""
@@ -178,9 +179,9 @@ def measured_in_storage(url: str, target: Target) -> Iterable[tuple[str, Problem
         UsageError: if the storage cannot be opened.
     """
     try:
-        names = optuna.get_all_study_names(url)
-    except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
-        raise UsageError(f"cannot open the storage {url}: {(str(error).splitlines() or ['?'])[0]}") from error
+        names = optuna.get_all_study_names(opened(url, PATIENCE_S))
+    except BROKEN as error:
+        raise UsageError(f"cannot read the storage {redacted(url)}: {reason(error)}") from error
     for name in names:
         attrs, trials = load_study(url, name)
         if attrs.get("how") != "measured" or attrs.get("target", [None])[0] != target.name:

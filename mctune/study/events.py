@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mctune.core.config import Config
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Outcome, Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.target import Target
@@ -58,6 +58,8 @@ class SearchRequest:
         if not self.cases:
             raise UsageError("nothing to search: give a workload or a problem")
         check_sampler(self.sampler)
+        if self.seed < 0:
+            raise UsageError(f"seed={self.seed}: must be at least 0")
         if self.trials < 1:
             raise UsageError(f"trials={self.trials}: must be at least 1")
         if not self.max_slowdown >= 1:
@@ -126,13 +128,15 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a search found; ``interrupted`` when Ctrl-C ended it, with everything up to there in it."""
+    """What a search found until it ended: ``interrupted`` when that was Ctrl-C, ``failure`` when it was the machine or
+    the storage."""
 
     target: Target
     out: Path
     studies: tuple[StudyReport, ...]
     seconds: float
     interrupted: bool = False
+    failure: MctuneError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -141,6 +145,7 @@ class SearchReport:
             "out": str(self.out),
             "seconds": self.seconds,
             "interrupted": self.interrupted,
+            "failure": str(self.failure) if self.failure else None,
             "studies": [study.to_dict() for study in self.studies],
         }
 

@@ -13,23 +13,26 @@ from typing import Any
 
 from mctune.backends.protocol import Backend
 from mctune.core.config import Config
-from mctune.core.errors import UsageError
-from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, TimedOut, describe, from_json, kind
+from mctune.core.errors import DeviceError, MctuneError, UsageError
+from mctune.core.interrupt import held
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
 from mctune.measure.timing import summary
+from mctune.study.confirm import evaluated, outcome_of
 from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyReport
 from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.study.rules import Rule
 from mctune.study.samplers import START
-from mctune.study.study import Trial, load_study, run_study
+from mctune.study.study import CutShort, Trial, load_study, run_study
 from mctune.workers.pool import Workers
-from mctune.workers.worker import WorkerDied, WorkerTimedOut
+from mctune.workers.worker import WorkerDied
 
 _LEAST_START = 8
+_ALIKE = 12  # candidates that all fail in one way, none before them having got further, are not what is wrong
 _FINALISTS = 3  # for each segment length
 _FINALISTS_LIMIT_S = 300.0
 _SPARE = 2  # for each segment length: they ship where the best turns out wrong
@@ -57,6 +60,9 @@ class OneStudy:
         """Search, then decide between the best; and whether Ctrl-C ended it (nothing is decided then).
 
         Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
+
+        Raises:
+            CutShort: with what was found, if the machine or the storage fails.
         """
         space, lengths, total = self.space(), self.case.segment_lengths, self.request.trials
         until = None if timeout_s is None else time.monotonic() + timeout_s
@@ -68,6 +74,7 @@ class OneStudy:
             listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
 
         listener.study_started(self.case, total, len(self.so_far()))
+        candidates = _Candidates(workers, self, until)
         points = Feasible(space, self.rules())
         for position, length in enumerate(lengths):
             if next(points.ordered((len(space.params) - 1, position)), None) is None:
@@ -75,7 +82,7 @@ class OneStudy:
         result = run_study(
             space,
             self.rules(),
-            lambda config: self._evaluate(workers, config, until),
+            candidates.evaluate,
             trials=total,
             timeout=timeout_s,
             sampler=self.request.sampler,
@@ -87,6 +94,7 @@ class OneStudy:
             balance=SEGMENT_LENGTH if lengths else None,
             start=min(START, max(_LEAST_START, total // 5)),
             at_once=workers.count,
+            guard=False,
         )
         if result.stopped == "timeout":
             listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")
@@ -96,9 +104,13 @@ class OneStudy:
             return self.report(result.trials), True
         decide_ = self._time_again if self.request.measure else self._verify_fastest
         try:
-            return self.report(result.trials, decide_(workers, listener, result.trials)), False
+            with held() as ctrl_c, ctrl_c.let_in():
+                leaders = decide_(workers, listener, result.trials)
+            return self.report(result.trials, leaders), False
         except KeyboardInterrupt:
             return self.report(result.trials), True
+        except MctuneError as error:
+            raise CutShort(error, result.trials) from error
 
     def stored(self) -> StudyReport:
         """The report of what the storage holds, without timing anything.
@@ -157,11 +169,7 @@ class OneStudy:
             "how": "measured" if self.request.measure else "predicted",
         }
 
-    def _evaluate(self, workers: Workers, config: Config, until: float | None) -> Outcome | None:
-        reply = workers.evaluate(self._candidate(config), self.request.trial_timeout_s, until)
-        return None if reply is None else _outcome(reply)
-
-    def _candidate(self, config: Config) -> dict[str, Any]:
+    def candidate(self, config: Config) -> dict[str, Any]:
         return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
 
     def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
@@ -170,7 +178,7 @@ class OneStudy:
         for length, group in self._groups(trials).items():
             fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
             for trial in fastest:
-                outcome = _outcome(workers.verify(self._candidate(trial.config), _FINALISTS_LIMIT_S))
+                outcome = outcome_of(workers.verify(self.candidate(trial.config), _FINALISTS_LIMIT_S))
                 if isinstance(outcome, Predicted):
                     assert isinstance(trial.outcome, Predicted)
                     leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
@@ -178,22 +186,32 @@ class OneStudy:
                 listener.note(f"{describe(outcome)}  [{trial.config}]")
         return leaders
 
-    def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
-        """The best of every segment length, after rounds of rotated order in one process."""
+    def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader] | None:
+        """The best of every segment length, after rounds of rotated order in one process; without what turns out wrong.
+
+        ``None`` if they could not be timed.
+        """
         groups = {length: shortlist(group, most=_FINALISTS) for length, group in self._groups(trials).items()}
         finalists = [config for group in groups.values() for config in group]
         if not finalists:
             return {}
         listener.note(f"timing {len(finalists)} finalists against each other")
-        reply = workers.compare([self._candidate(config) for config in finalists], _FINALISTS_LIMIT_S)
+        reply = workers.compare([self.candidate(config) for config in finalists], _FINALISTS_LIMIT_S)
         if not isinstance(reply, dict):
             what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
             listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")
-            return {}
+            return None
+        for failure in reply["failures"]:
+            listener.note(f"a finalist is not right after all: {failure}")
         samples = dict(zip(finalists, reply["samples"], strict=True))
         by_config = {trial.config: trial for trial in trials}
-        leaders = {}
+        leaders: dict[int, Leader] = {}
         for length, group in groups.items():
+            if not any(samples[config] for config in group):
+                # The next best have their turn, without those.
+                left = [trial for trial in trials if trial.config not in samples]
+                leaders |= self._time_again(workers, listener, [t for t in left if self._at(t) == length]) or {}
+                continue
             decision = decide(group, lambda configs: [samples[config] for config in configs])
             chosen = decision.winner.config
             ties = tuple(f.config for f in decision.finalists if f.tied and f.config != chosen)
@@ -205,8 +223,11 @@ class OneStudy:
         groups: dict[int, list[Trial]] = {}
         for trial in trials:
             if trial.ms is not None:
-                groups.setdefault(self.problem(trial.config).segment_length or 0, []).append(trial)
+                groups.setdefault(self._at(trial), []).append(trial)
         return dict(sorted(groups.items()))
+
+    def _at(self, trial: Trial) -> int:
+        return self.problem(trial.config).segment_length or 0
 
     def report(self, trials: Sequence[Trial], leaders: Mapping[int, Leader] | None = None) -> StudyReport:
         """The frontier and the recommendation; with ``leaders``, they alone stand for their segment lengths."""
@@ -214,9 +235,8 @@ class OneStudy:
         kept = [trial for group in groups.values() for trial in group]
         if leaders is not None:
             alone = [leaders[length].trial for length in groups if length in leaders]
-            # Finalists' times replace earlier ones; a predicted candidate counts only once it was verified.
-            others = [trial for length in groups if length not in leaders for trial in groups[length]]
-            kept = alone + (others if self.request.measure else [])
+            # Finalists' times replace earlier ones; a candidate counts only once it was held as a finalist.
+            kept = alone
         ties = {leader.trial.config: leader.ties for leader in (leaders or {}).values()}
         counted = Counter(kind(trial.outcome) for trial in trials)
         outcomes = tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
@@ -239,19 +259,40 @@ class OneStudy:
         return tuple(found)
 
 
+@dataclass
+class _Candidates:
+    """The evaluation of one run's candidates, in threads: a machine that fails them all is not what they are."""
+
+    workers: Workers
+    study: OneStudy
+    until: float | None
+    alike: int = 0
+    """Failures of one kind since the run began; negative once there was anything else."""
+    first: str = ""
+
+    def evaluate(self, config: Config) -> Outcome | None:
+        """What became of one; ``None`` if there was no time for it.
+
+        Raises:
+            DeviceError: if the machine is at fault.
+        """
+        limit_s = self.study.request.trial_timeout_s
+        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, self.until)
+        if outcome is None or self.alike < 0:
+            return outcome
+        name = kind(outcome)
+        fails = isinstance(outcome, FailedBuild | Crashed | TimedOut) and name == (self.first or name)
+        self.alike, self.first = self.alike + 1 if fails else -1, name
+        if self.alike >= _ALIKE:
+            raise DeviceError(
+                f"the first {_ALIKE} candidates {describe(outcome)}; that looks like the machine's fault, not theirs: "
+                "the same command tries them again"
+            )
+        return outcome
+
+
 def _length(config: Config) -> int | None:
     return config.integer(SEGMENT_LENGTH) if SEGMENT_LENGTH in config else None
-
-
-def _outcome(reply: dict[str, Any] | WorkerDied | WorkerTimedOut) -> Outcome:
-    """The candidate's outcome in a worker's answer."""
-    match reply:
-        case WorkerDied(message, stage):
-            return Crashed(f"{message} ({stage})")
-        case WorkerTimedOut(seconds, stage):
-            return TimedOut(seconds, stage)
-        case _:
-            return from_json(reply["outcome"])
 
 
 def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:

@@ -12,13 +12,16 @@ from mctune.backends import backend_for, get_backend
 from mctune.backends.presence import present
 from mctune.backends.protocol import Backend
 from mctune.backends.registry import refuse
-from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.host import needed_flags
+from mctune.core.interrupt import held
 from mctune.core.winner import Winner
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.frontier import recommend
 from mctune.study.one import OneStudy
 from mctune.study.samplers.named import check
+from mctune.study.storage import alone, sqlite_url, url_of
+from mctune.study.study import CutShort
 from mctune.verify.judge import tolerance
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
@@ -36,6 +39,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     Each has an equal share of the time that is left. Where that is too little to get anywhere, those that have the
     fewest candidates are searched, and of the others what earlier runs have left is reported.
 
+    Where the machine or the storage fails on the way, what was found until then is reported, with the failure.
+
     Raises:
         DeviceError: if there is no such device here, or what compiles for it is missing.
         UsageError: for a problem that no template computes, a sampler that does not exist, or a storage that cannot be
@@ -48,7 +53,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     interrupted = False
     # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
     deciding = 0.0
-    with _workers(request) as workers:
+    failure: MctuneError | None = None
+    with held() as ctrl_c, alone(_storage(request)), _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
             study, begun, share = prepared[turn], time.monotonic(), None
@@ -57,17 +63,21 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
                 if left < min(workers.least_s, request.timeout_s / 2):
                     break
                 share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
-            reports[turn], interrupted = study.run(workers, listener, share)
+            try:
+                reports[turn], interrupted = study.run(workers, listener, share)
+            except CutShort as error:
+                reports[turn], failure = study.report(error.trials), error
             if share is not None:
                 deciding = max(0.0, time.monotonic() - begun - share)
             listener.study_done(reports[turn])
-            if interrupted:
+            interrupted = interrupted or ctrl_c.taken()
+            if interrupted or failure:
                 break
-    for turn in sorted(set(turns) - set(reports)):
+    for turn in sorted(set(turns) - set(reports)) if failure is None else ():
         reports[turn] = prepared[turn].report(prepared[turn].so_far())
         listener.note(f"not reached: {prepared[turn].case}, {reports[turn].trials} trials of earlier runs")
     found = tuple(reports[turn] for turn in sorted(reports))
-    return SearchReport(request.target, request.out, found, time.monotonic() - started, interrupted)
+    return SearchReport(request.target, request.out, found, time.monotonic() - started, interrupted, failure)
 
 
 def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) -> list[int]:
@@ -101,14 +111,17 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     portable_arch = PORTABLE_ARCH if runs_here else None
     shipped: dict[int, _Shipped] = {}
     failures: list[str] = []
-    with _workers(request) as workers:
+    with held() as ctrl_c, _workers(request) as workers:
         pool = ThreadPoolExecutor(workers.count)
         futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
         for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
             study, point = points[index]
             futures[pool.submit(_ship_one, workers, portable_arch, study, point)] = index
+        done = as_completed(futures)
         try:
-            for future in as_completed(futures):
+            for _ in futures:
+                with ctrl_c.let_in():
+                    future = next(done)
                 found, why = future.result()
                 failures += why
                 for text in why:
@@ -138,6 +151,8 @@ def _ship_one(
     for choice in (point, *(spare for spare in study.spare if spare.problem == point.problem)):
         candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict()}
         reply = workers.ship(candidate, portable_arch, _SHIP_LIMIT_S)
+        if isinstance(reply, WorkerDied) and reply.fault:
+            reply = workers.ship(candidate, portable_arch, _SHIP_LIMIT_S, again=True)
         if isinstance(reply, dict):
             return (choice, reply), failures
         what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
@@ -199,7 +214,13 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
     for case in request.cases:
         refuse(backend.supports(case.problem))
     backend.ready(here=request.measure)
-    folder = request.out / "search"
-    folder.mkdir(parents=True, exist_ok=True)
-    storage = request.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
-    return [OneStudy(request, backend, case, storage) for case in request.cases]
+    try:
+        (request.out / "search").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {request.out}: {error.strerror}; give another --out") from error
+    return [OneStudy(request, backend, case, _storage(request)) for case in request.cases]
+
+
+def _storage(request: SearchRequest) -> str:
+    """The URL of a request's studies."""
+    return url_of(request.storage) if request.storage else sqlite_url(request.out.resolve() / "search" / "study.db")

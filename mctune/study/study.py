@@ -10,30 +10,35 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
 
 from mctune.core import outcome as outcomes
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held, held
-from mctune.core.outcome import Outcome
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, TimedOut
+from mctune.core.remark import redacted
 from mctune.core.space import SearchSpace
 from mctune.study.rules import Rule
 from mctune.study.samplers import START, DiscreteSampler, sampler_of
+from mctune.study.storage import BROKEN, alone, opened, patiently, reason
 
 _ATTRS = "mctune"
+_UNPROVEN = (FailedBuild, Crashed, TimedOut)
+"""What a machine may do to any candidate."""
+_Result = TypeVar("_Result")
 PATIENCE_S = 60.0
-"""For others that read or copy the SQLite file that a search writes to; the five that SQLite waits are soon over."""
+"""For others that read or copy the SQLite file that a search writes to, and for a server that is started again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,14 @@ class Trial:
     def ms(self) -> float | None:
         """Milliseconds, or ``None`` if the candidate cannot win."""
         return outcomes.cost(self.outcome)
+
+
+class CutShort(MctuneError):
+    """A run ended by what is no candidate's fault: the storage, or the machine. ``trials`` are what it had by then."""
+
+    def __init__(self, error: MctuneError, trials: Sequence[Trial]) -> None:
+        super().__init__(str(error))
+        self.exit_code, self.trials = error.exit_code, tuple(trials)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
 def run_study(
     space: SearchSpace,
-    rules: Sequence[Rule],
+    rules: Sequence[Rule] | Rule,
     evaluate: Callable[[Config], Outcome | None],
     *,
     trials: int,
@@ -95,6 +108,7 @@ def run_study(
     balance: str | None = None,
     start: int = START,
     at_once: int = 1,
+    guard: bool = True,
 ) -> StudyResult:
     """Search ``space``, or go on searching it.
 
@@ -104,7 +118,7 @@ def run_study(
 
     Args:
         space: the parameters. Their names and values are part of what a study is about.
-        rules: the constraints, each a function of a configuration; what meets all of them may be tried.
+        rules: the constraints, each a function of a configuration (or just one); what meets all of them may be tried.
         evaluate: builds, verifies and times a configuration; failures are returned, not raised. ``None`` says that the
             time was over before it was done: the candidate counts as cut off, and the run ends.
         trials: evaluated candidates in all, those of earlier runs included.
@@ -116,19 +130,28 @@ def run_study(
         on_trial: called after each candidate has been recorded.
         at_once: candidates that are proposed together and evaluated side by side, in threads; only for evaluations
             that do not disturb each other. The second is proposed as if the first were of middling speed.
+        guard: whether to keep other processes from a SQLite file meanwhile; without it the caller does.
 
     Raises:
-        UsageError: if the storage cannot be opened, or holds under this name a study about something else.
-        MctuneError: if it cannot be written any more (a full disk, a lock that another program keeps).
+        UsageError: if the storage cannot be opened, is searched by another process, or holds under this name a study
+            about something else.
+        CutShort: if it cannot be written any more (a full disk, a lock that another program keeps), or ``evaluate``
+            raised an :class:`~mctune.core.errors.MctuneError`. What was found until then is in it.
     """
     if trials < 1:
         raise UsageError(f"trials={trials}: at least one candidate must be evaluated")
+    rules = (rules,) if callable(rules) else rules
     chooser = sampler_of(sampler, space, rules, seed=seed, balance=balance, retry_failed=True, start=start)
-    with held() as ctrl_c, _writing(storage):
-        study = _open(storage, study_name, chooser, _about(space, attrs or {}))
+    with held() as ctrl_c, alone(storage if guard else None):
+        with _failing(storage):
+            study = _open(storage, study_name, chooser, _about(space, attrs or {}))
         run = _Run(space, evaluate, study, chooser, on_trial, ctrl_c)
-        stopped = run.until(trials, timeout, at_once)
-        return StudyResult(tuple(_evaluated(run.study)), stopped)
+        try:
+            with _failing(storage):
+                stopped = run.until(trials, timeout, at_once)
+        except MctuneError as error:
+            raise CutShort(error, run.found) from error
+        return StudyResult(tuple(run.found), stopped)
 
 
 @dataclass(frozen=True)
@@ -141,33 +164,45 @@ class _Run:
     sampler: DiscreteSampler
     on_trial: Callable[[Trial], None] | None
     ctrl_c: Held
+    found: list[Trial] = field(default_factory=list)
+    name: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def until(self, trials: int, timeout: float | None, at_once: int) -> str:
         """Evaluate until there are so many trials; why it ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
+            self.begin()
             stopped = self.rounds(trials, deadline, at_once)
             self.ctrl_c.check()
         except KeyboardInterrupt:
-            _settle(self.study)
+            with suppress(*BROKEN):  # the next run does it
+                _settle(self.study)
             return "interrupted"
+        except MctuneError:
+            with suppress(*BROKEN):
+                _settle(self.study)
+            raise
         return stopped
+
+    def begin(self) -> None:
+        """Take up what earlier runs have left."""
+        self.patiently(lambda: _settle(self.study))
+        all_ = self.patiently(lambda: _recorded(self.study))
+        doubtful = _doubtful(all_)
+        self.sampler.disregard(doubtful)
+        self.found[:] = [trial for trial, _ in all_ if trial.number not in doubtful]
 
     def rounds(self, trials: int, deadline: float | None, at_once: int) -> str:
         """Rounds of up to ``at_once`` candidates until there are so many trials; why they ended."""
-        _settle(self.study)
-        count = len(_evaluated(self.study))
-        while count < trials:
+        while len(self.found) < trials:
             if deadline is not None and time.monotonic() >= deadline:
                 return "timeout"
             asked: list[tuple[optuna.Trial, Config]] = []
-            while len(asked) < min(at_once, trials - count) and (trial := self.ask()) is not None:
+            while len(asked) < min(at_once, trials - len(self.found)) and (trial := self.ask()) is not None:
                 asked.append(trial)
             if not asked:
                 return "exhausted"
-            done = self.round(asked)
-            count += done
-            if done < len(asked):
+            if self.round(asked) < len(asked):
                 return "timeout"
         return "trials"
 
@@ -179,9 +214,11 @@ class _Run:
             with self.ctrl_c.let_in():
                 outcome, seconds = next(outcomes_)
             if outcome is None:
-                self.study.tell(trial_.number, state=TrialState.FAIL)
+                self.patiently(lambda: _tell(self.study, trial_.number, None))  # noqa: B023
                 continue
-            trial = _record(trial_, self.study, config, outcome, seconds)
+            trial = Trial(trial_.number, config, outcome, seconds)
+            self.patiently(lambda: self.record(trial_, trial))  # noqa: B023
+            self.found.append(trial)
             done += 1
             if self.on_trial is not None:
                 with self.ctrl_c.let_in():
@@ -190,27 +227,43 @@ class _Run:
 
     def ask(self) -> tuple[optuna.Trial, Config] | None:
         """A trial in the storage, running, and its configuration; ``None`` if none is left."""
-        history = self.sampler.history(self.study)
+        history = self.patiently(lambda: self.sampler.history(self.study))
         with self.ctrl_c.let_in():  # it may think for seconds, and keeps what it proposed
             point = self.sampler.propose(history)
         if point is None:
             return None
+        return self.patiently(self.begun)
+
+    def begun(self) -> tuple[optuna.Trial, Config]:
+        """The next trial, in the storage."""
         asked = self.study.ask()
         config = self.sampler.suggest(asked)
         asked.set_user_attr("config", config.to_json())
         return asked, config
 
+    def record(self, asked: optuna.Trial, trial: Trial) -> None:
+        """Record one candidate. The outcome is written last but one: :func:`_settle` finishes the rest."""
+        with suppress(UpdateFinishedTrialError):  # somebody else has told it
+            asked.set_user_attr("seconds", trial.seconds)
+            asked.set_user_attr("run", self.name)
+            asked.set_constraint("failed", 1.0 if trial.ms is None else 0.0)
+            asked.set_user_attr("outcome", outcomes.to_json(trial.outcome))
+        _tell(self.study, asked.number, trial.outcome)
+
+    def patiently(self, do: Callable[[], _Result]) -> _Result:
+        """See :func:`mctune.study.storage.patiently`."""
+        return patiently(do, self.ctrl_c, PATIENCE_S)
+
 
 @contextmanager
-def _writing(storage: str | None) -> Iterator[None]:
-    """Turn a storage that can no longer be written into an error of one line."""
+def _failing(storage: str | None) -> Iterator[None]:
+    """Turn a storage that can no longer be used into an error of one line."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError) as error:
-        reasons = str(error.__cause__ or error).splitlines()
+    except BROKEN as error:
         raise MctuneError(
-            f"the study in {storage} cannot be written: {reasons[0] if reasons else type(error).__name__}; what was "
-            "recorded before is there: see that its disk has room and no other program holds it, then search again"
+            f"the study in {redacted(str(storage))} cannot be written: {reason(error)}; what was recorded before is "
+            "there: see that its disk has room and no other program holds it, then search again"
         ) from error
 
 
@@ -220,13 +273,15 @@ def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any]
     Raises:
         UsageError: if there is no such study.
     """
-    with held():
+    with held(), _failing(storage):
         try:
-            study = optuna.load_study(study_name=study_name, storage=_storage(storage))
+            study = optuna.load_study(study_name=study_name, storage=opened(storage, PATIENCE_S))
         except KeyError:
-            raise UsageError(f"{storage} holds no study {study_name!r}; run mctune search first") from None
+            raise UsageError(f"{redacted(storage)} holds no study {study_name!r}; run mctune search first") from None
         about: dict[str, Any] = study.user_attrs.get(_ATTRS, {})
-        return dict(about.get("attrs", {})), tuple(_evaluated(study))
+        recorded = _recorded(study)
+        doubtful = _doubtful(recorded)
+        return dict(about.get("attrs", {})), tuple(trial for trial, _ in recorded if trial.number not in doubtful)
 
 
 def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,33 +291,20 @@ def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _storage(url: str | None) -> optuna.storages.BaseStorage:
-    try:
-        if url is None or not url.startswith("sqlite"):
-            return optuna.storages.get_storage(url)
-        waiting = {"connect_args": {"timeout": PATIENCE_S}}
-        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=waiting))
-    except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"cannot open the storage {url}: {reason}; give an Optuna URL such as sqlite:///search.db, and install the "
-            "driver that it needs"
-        ) from error
-
-
 def _open(storage: str | None, name: str, sampler: DiscreteSampler, about: dict[str, Any]) -> optuna.Study:
     """Create the study or find it, and refuse one that is about something else."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the caller reports progress, through on_trial
     study = optuna.create_study(
-        storage=_storage(storage), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
+        storage=opened(storage, PATIENCE_S), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
     )
     found = study.user_attrs.get(_ATTRS)
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr(_ATTRS, about)
     elif found != about:
         raise UsageError(
-            f"the study {name!r} in {storage} is about something else ({_difference(found or {}, about)}); a study "
-            "never mixes problems, targets or spaces: give another study name, storage or output directory"
+            f"the study {name!r} in {redacted(str(storage))} is about something else "
+            f"({_difference(found or {}, about)}); a study never mixes problems, targets or spaces: give another study "
+            "name, storage or output directory"
         )
     return study
 
@@ -299,37 +341,49 @@ def _all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _record(asked: optuna.Trial, study: optuna.Study, config: Config, outcome: Outcome, seconds: float) -> Trial:
-    """Record one candidate. The outcome is written last but one: :func:`_settle` finishes the rest."""
-    asked.set_user_attr("seconds", seconds)
-    asked.set_constraint("failed", 1.0 if outcomes.cost(outcome) is None else 0.0)
-    asked.set_user_attr("outcome", outcomes.to_json(outcome))
-    study.tell(asked.number, _value(outcome))
-    return Trial(asked.number, config, outcome, seconds)
-
-
-def _value(outcome: Outcome) -> float:
-    ms = outcomes.cost(outcome)
-    return math.inf if ms is None else ms
+def _tell(study: optuna.Study, number: int, outcome: Outcome | None) -> None:
+    """Finish a trial, as FAIL without an outcome; told twice, or by somebody else, it stays as it is."""
+    ms = None if outcome is None else outcomes.cost(outcome)
+    try:
+        if outcome is None:
+            study.tell(number, state=TrialState.FAIL)
+        else:
+            study.tell(number, math.inf if ms is None else ms)
+    except (UpdateFinishedTrialError, ValueError):
+        if not study.get_trials(deepcopy=False)[number].state.is_finished():
+            raise
 
 
 def _settle(study: optuna.Study) -> None:
     """Finish the trials that were cut off after their outcome was written; mark the others FAIL."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         text = trial.user_attrs.get("outcome")
-        if text is None:
-            study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            study.tell(trial.number, _value(outcomes.from_json(text)))
+        _tell(study, trial.number, None if text is None else outcomes.from_json(text))
 
 
-def _evaluated(study: optuna.Study) -> list[Trial]:
-    return [
-        Trial(
-            found.number,
-            Config.from_json(found.user_attrs["config"]),
-            outcomes.from_json(found.user_attrs["outcome"]),
-            found.user_attrs["seconds"],
-        )
-        for found in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ]
+def _recorded(study: optuna.Study) -> list[tuple[Trial, str]]:
+    """The evaluated candidates, and the runs that evaluated them; what others put into a study is not ours."""
+    found = (_trial(one) for one in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    return [trial for trial in found if trial is not None]
+
+
+def _trial(found: FrozenTrial) -> tuple[Trial, str] | None:
+    attrs = found.user_attrs
+    try:
+        config, outcome = Config.from_json(attrs["config"]), outcomes.from_json(attrs["outcome"])
+        return Trial(found.number, config, outcome, attrs["seconds"]), attrs.get("run", "")
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _doubtful(recorded: Sequence[tuple[Trial, str]]) -> frozenset[int]:
+    """Trials whose failures say nothing: of a run in which nothing was built and run, whatever was tried, or of one
+    that did not look whether anything could be. Who fails in a second such run has failed."""
+    proven = {run for trial, run in recorded if run and not isinstance(trial.outcome, _UNPROVEN)}
+    doubted: dict[Config, str] = {}
+    doubtful = set()
+    for trial, run in recorded:
+        if isinstance(trial.outcome, _UNPROVEN) and run not in proven and doubted.get(trial.config, run) == run:
+            doubted[trial.config] = run
+            doubtful.add(trial.number)
+    return frozenset(doubtful)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mctune.core.errors import DeviceError
 from mctune.workers.orphans import adopt, end_children
 from mctune.workers.watch import Ended, Late, Watched, watch
 
@@ -28,6 +29,8 @@ Stage = Callable[[str], None]
 Handler = Callable[[dict[str, Any], Stage], dict[str, Any]]
 Send = Callable[[str, Any], None]
 
+MACHINES = (DeviceError, OSError)
+"""What is raised where a machine, not a candidate, is at fault: no space, no permission, no compiler."""
 LOG_TAIL = 4000
 _PR_SET_PDEATHSIG = 1
 
@@ -60,7 +63,7 @@ def main() -> None:
                     reply = handler(message["payload"], lambda name: send("stage", name))
                 send("last" if _grown(handler) else "reply", reply)
             except BaseException as error:
-                send("raised", {"message": one_line(error), "traceback": traceback.format_exc()[-LOG_TAIL:]})
+                send("raised", _raised(error))
                 # No interpreter shutdown: it may hang or crash on what the candidate left behind.
                 os._exit(1)
     end_children()
@@ -76,6 +79,12 @@ def write_all(fd: int, data: bytes) -> None:
     """Write all of ``data``."""
     while data:
         data = data[os.write(fd, data) :]
+
+
+def _raised(error: BaseException) -> dict[str, str]:
+    """What is told of an exception under way."""
+    fault = "machine" if isinstance(error, MACHINES) else ""
+    return {"message": one_line(error), "traceback": traceback.format_exc()[-LOG_TAIL:], "fault": fault}
 
 
 def one_line(error: BaseException) -> str:
@@ -105,7 +114,11 @@ def _stand_apart(parent: int) -> None:
 
 def _isolated(handler: Handler, message: dict[str, Any], pipes: tuple[int, int], send: Send) -> None:
     """Answer ``message`` from a fork, which has an empty directory to work in."""
-    folder = tempfile.mkdtemp(prefix="mctune-candidate-")
+    try:
+        folder = tempfile.mkdtemp(prefix="mctune-candidate-")
+    except OSError as error:
+        send("raised", _raised(error))
+        return
     try:
         lines, into = os.pipe()
         child = os.fork()
@@ -141,8 +154,7 @@ def _run(handler: Handler, message: dict[str, Any], into: int, folder: str) -> N
         reply = handler(message["payload"], lambda name: write_all(into, answer_line(number, "stage", name)))
         write_all(into, answer_line(number, "reply", reply))
     except BaseException as error:
-        content = {"message": one_line(error), "traceback": traceback.format_exc()[-LOG_TAIL:]}
-        write_all(into, answer_line(number, "raised", content))
+        write_all(into, answer_line(number, "raised", _raised(error)))
     finally:
         os._exit(0)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,7 +21,7 @@ import torch
 from mctune.backends import get_backend
 from mctune.backends.protocol import Backend, Built, Kernel
 from mctune.core.config import Config
-from mctune.core.errors import MctuneError
+from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
@@ -30,8 +32,9 @@ from mctune.verify.inputs import odd_problems, sized_problems
 from mctune.verify.judge import Judged, judge_all, run_kernel, verify
 from mctune.verify.rerun import CANDIDATE, FINALIST, Effort, Miss, Reruns
 from mctune.workers.watch import REFERENCE
-from mctune.workers.worker import Handler, Stage
+from mctune.workers.worker import MACHINES, Handler, Stage
 
+_ALWAYS_COMPILE = os.environ.get("TRITON_ALWAYS_COMPILE", "0")
 _ROUNDS = 7
 _FINAL_ROUNDS = 21
 _TIMING_S = 2.0
@@ -64,6 +67,8 @@ class _Bench:
     backend: Backend
     target: Target
     folder: Path
+    references: Path
+    """Where the cases at size are kept."""
     seed: int
 
     def evaluate(self, problem: Problem, config: Config, prepared: Prepared, stage: Stage) -> Outcome:
@@ -72,7 +77,7 @@ class _Bench:
         stage("build")
         try:
             kernel = self._load(problem, config, prepared.built)
-        except MctuneError:
+        except (MctuneError, *MACHINES):
             raise
         except Exception as error:
             return FailedBuild(first_line(error))
@@ -188,7 +193,7 @@ class _Bench:
         return self.backend.load(problem, config, built)
 
     def _at_size(self, kernel: Kernel, problem: Problem) -> list[AtSize]:
-        return [at_size(kernel, one, self.seed, self.folder / "references") for one in sized_problems(problem)]
+        return [at_size(kernel, one, self.seed, self.references) for one in sized_problems(problem)]
 
 
 def _verify(kernel: Kernel, problem: Problem, cases: Iterable[Judged], effort: Effort) -> float | Wrong:
@@ -212,7 +217,10 @@ class _Handler:
     memory_bytes: int | None
 
     def __call__(self, payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
-        bench, prepared = self.bench, Prepared.of(payload)
+        if "try_out" in payload:
+            return try_out(self.bench.backend, self.bench.target, self.bench.folder, stage)
+        bench = replace(self.bench, folder=folder_for(payload, self.bench.folder))
+        prepared = Prepared.of(payload)
         if "ship" in payload:
             return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], prepared, stage)
         if "check" in payload:
@@ -232,13 +240,14 @@ def start(setup: dict[str, Any]) -> Handler:
     without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
     ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
     ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
-    "failures"}``.
+    "failures"}``; or ``{"try_out": True}``, see :func:`try_out`.
 
     On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """
     torch.set_num_threads(setup["threads"])
     target, _ = resolve(setup["target"])
-    bench = _Bench(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
+    folder = Path(setup["folder"])
+    bench = _Bench(get_backend(setup["backend"]), target, folder, folder / "references", setup["seed"])
     isolated = target.on_cpu and sys.platform == "linux"
     if isolated:
         # Forks have what is imported before; each of them would take seconds.
@@ -265,6 +274,32 @@ def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str,
         "by": by,
         "cases": [str(case) for case in odd_problems(problem)],
     }
+
+
+def folder_for(payload: dict[str, Any], folder: Path) -> Path:
+    """Where a request's kernels are built: one that is made ``"again"`` uses nothing of what is kept on disk."""
+    again = bool(payload.get("again_from_scratch"))
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1" if again else _ALWAYS_COMPILE
+    if not again:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"again-{os.getpid()}-", dir=folder))
+
+
+def try_out(backend: Backend, target: Target, folder: Path, stage: Stage) -> dict[str, Any]:
+    """Build, load and run a kernel that anything can: what fails then is not a candidate's fault.
+
+    Raises:
+        DeviceError: with the reason.
+    """
+    stage("try out")
+    try:
+        backend.try_out(target, folder)
+    except DeviceError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"a trial kernel failed: {first_line(error)}") from error
+    return {}
 
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mctune.backends import backend_for
+from mctune.backends.kept import sweep
+from mctune.core.errors import DeviceError
 from mctune.core.host import usable_cores
 from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
 from mctune.core.target import Target
@@ -23,6 +26,7 @@ Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
 _GRACE_S = 10.0
 """A candidate that is under way when the time is over may take so much longer; then its process is killed."""
 _LEAST_S = 30.0
+_TRIAL_LIMIT_S = 120.0
 _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predicted:start"
 
 
@@ -43,9 +47,11 @@ class Workers:
             "seed": seed,
             "threads": usable_cores(),
         }
-        on_cpu = target.on_cpu
+        self._folder, self._scratch = folder, folder / f"tmp-{os.getpid()}"
+        # What a killed compiler leaves goes with this folder, and a full /tmp is nothing to us.
+        on_cpu, own = target.on_cpu, {"TMPDIR": str(self._scratch)}
         # Several commands may share one.
-        cache = (
+        cache = own | (
             {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
         )
         compiling, interpreting = {**cache, "TRITON_INTERPRET": "0"}, {**cache, "TRITON_INTERPRET": "1"}
@@ -60,10 +66,17 @@ class Workers:
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._compilers:
             self._free.put(worker)
-        self._timing = threading.Lock()
+        self._timing, self._trying, self._sound = threading.Lock(), threading.Lock(), False
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            sweep(self._folder)
+        except OSError as error:
+            raise DeviceError(
+                f"kernels cannot be written to {self._folder}: {error.strerror}; give another --out"
+            ) from error
         for worker in (*self._compilers, self._checker):
             self._stack.enter_context(worker)
         return self
@@ -72,18 +85,44 @@ class Workers:
         for worker in (*self._compilers, self._checker):
             worker.halt()
         self._stack.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        sweep(self._folder, but="again")
 
-    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float | None = None) -> Reply | None:
+    def try_out(self, limit_s: float) -> str:
+        """Why the machine cannot build and run any kernel; empty if it can. The processes that candidates go through
+        try one, with nothing of what is kept on disk."""
+        payload = {"try_out": True}
+        reply = self._compile(payload, limit_s, None) if self._compilers else self._checker.call(payload, limit_s)
+        assert reply is not None, "without an end in time there is a reply"
+        if isinstance(reply, dict):
+            return ""
+        return reply.message if isinstance(reply, WorkerDied) else f"a trial kernel took over {reply.seconds:g} s"
+
+    def _unsound(self) -> str:
+        """Why no candidate needs to be tried on this machine; looked into before the first one."""
+        with self._trying:
+            why = "" if self._sound else self.try_out(_TRIAL_LIMIT_S)
+            self._sound = not why
+        return why
+
+    def evaluate(
+        self, candidate: dict[str, Any], limit_s: float, until: float | None = None, *, again: bool = False
+    ) -> Reply | None:
         """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it.
 
-        ``None`` if it was not done by ``until``, of ``time.monotonic``.
+        ``None`` if it was not done by ``until``, of ``time.monotonic``. ``again``: with nothing that is kept on disk.
         """
+        if until is not None and time.monotonic() >= until:
+            return None
+        if why := self._unsound():
+            return WorkerDied(why, "try out", fault="machine")
+        fresh = {"again_from_scratch": again}
         if self._device is None:
-            return self._compile({"evaluate": candidate}, limit_s, until)
+            return self._compile({"evaluate": candidate, **fresh}, limit_s, until)
         if not self._compilers:
-            return _within(self._device, {"evaluate": candidate}, limit_s, until)
-        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
-            reply = self._compile({"prepare": candidate, "into": file.name, "again": False}, limit_s, until)
+            return _within(self._device, {"evaluate": candidate, **fresh}, limit_s, until)
+        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": False, **fresh}, limit_s, until)
             if not isinstance(reply, dict) or not reply["ready"]:
                 return reply
             with self._timing:
@@ -134,14 +173,20 @@ class Workers:
         """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right."""
         return self._checker.call({"verify": candidate}, limit_s)
 
-    def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Reply:
-        """The files of one candidate, verified on other inputs than before; called side by side, as a GPU's compile."""
-        payload = {"ship": candidate, "portable_arch": portable_arch}
+    def ship(
+        self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float, *, again: bool = False
+    ) -> Reply:
+        """The files of one candidate, verified on other inputs than before; called side by side, as a GPU's compile.
+
+        ``again``: with nothing of what is kept on disk.
+        """
+        fresh = {"again_from_scratch": again}
+        payload = {"ship": candidate, "portable_arch": portable_arch, **fresh}
         if self._device is None or not self._compilers:
             with self._timing:
                 return self._checker.call(payload, limit_s)
-        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt") as file:
-            reply = self._compile({"prepare": candidate, "into": file.name, "again": True}, limit_s, None)
+        with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
+            reply = self._compile({"prepare": candidate, "into": file.name, "again": True, **fresh}, limit_s, None)
             if not isinstance(reply, dict):
                 return reply or WorkerDied("nothing was answered", "compile")
             if not reply["ready"]:

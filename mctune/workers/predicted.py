@@ -6,7 +6,7 @@ Triton chooses its interpreter when it is imported: one process compiles (``eval
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, run_kernel, verify
-from mctune.workers.evaluate import Prepared, candidate, first_line, seed_of, shipment
-from mctune.workers.worker import Handler, Stage
+from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, seed_of, shipment, try_out
+from mctune.workers.worker import MACHINES, Handler, Stage
 
 _BY = "Triton's interpreter on a CPU, bfloat16 kernels in float16"
 
@@ -42,7 +42,7 @@ class _Predictor:
         try:
             built = self.backend.build(problem, config, self.target, self.folder)
             launches = self.backend.compile(problem, config, built, self.target)
-        except MctuneError:
+        except (MctuneError, *MACHINES):
             raise
         except Exception as error:
             return FailedBuild(first_line(error))
@@ -89,6 +89,8 @@ class _Predictor:
             kernel = self.backend.load(problem, config, built)
             cases = judge_all(judged(problem), seed_of(seed, problem, config))
             error = verify(partial(run_kernel, kernel), judged(problem), cases)
+        except (MctuneError, *MACHINES):
+            raise
         except Exception as error_:
             return Crashed(first_line(error_))
         return error if isinstance(error, Wrong) else Predicted(0.0, "", error)
@@ -112,21 +114,24 @@ def start(setup: dict[str, Any]) -> Handler:
     A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
     ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
     ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
-    :func:`mctune.workers.evaluate.shipment` returns.
+    :func:`mctune.workers.evaluate.shipment` returns; or ``{"try_out": True}``.
     """
     target, _ = resolve(setup["target"])
     predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        if "try_out" in payload:
+            return try_out(predictor.backend, target, predictor.folder, stage)
+        at_work = replace(predictor, folder=folder_for(payload, predictor.folder))
         if "ship" in payload:
-            return predictor.ship(*candidate(payload["ship"]), stage)
+            return at_work.ship(*candidate(payload["ship"]), stage)
         if "verify" in payload:
-            outcome = predictor.verify(*candidate(payload["verify"]), stage, predictor.seed)
+            outcome = at_work.verify(*candidate(payload["verify"]), stage, predictor.seed)
             return {"outcome": to_json(outcome)}
         if "build" in payload:
-            return predictor.build(*candidate(payload["build"]), stage)
+            return at_work.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:
-            return predictor.prepare(*candidate(payload["prepare"]), payload["into"], payload["again"], stage)
-        return {"outcome": to_json(predictor.evaluate(*candidate(payload["evaluate"]), stage))}
+            return at_work.prepare(*candidate(payload["prepare"]), payload["into"], payload["again"], stage)
+        return {"outcome": to_json(at_work.evaluate(*candidate(payload["evaluate"]), stage))}
 
     return handle

@@ -98,7 +98,8 @@ def watch(watched: Watched, stage: Callable[[str], None]) -> Ended | Late:
     if answer is not None:
         _end(watched.pid)
         return answer
-    return Ended("died", {"message": _how(watched.pid), "stage": deadline.stage})
+    message, status = _how(watched.pid)
+    return Ended("died", {"message": message, "status": status, "stage": deadline.stage})
 
 
 def parsed(line: bytes, number: str) -> tuple[str, Any] | None:
@@ -123,12 +124,13 @@ def _end(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def _how(pid: int) -> str:
-    """How a child ended that has closed its pipe, or ends now."""
+def _how(pid: int) -> tuple[str, int]:
+    """How a child ended that has closed its pipe, or ends now: in words, and its exit code."""
     for _ in range(200):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return described(os.waitstatus_to_exitcode(status))
+            code = os.waitstatus_to_exitcode(status)
+            return described(code), code
         time.sleep(0.01)
     _end(pid)
-    return "the worker process closed its pipe"
+    return "the worker process closed its pipe", 0

@@ -18,17 +18,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
-from mctune.core.errors import MctuneError, UsageError
-from mctune.workers.child import LOG_TAIL, Handler, Stage, write_all
+from mctune.core.errors import DeviceError, UsageError
+from mctune.workers.child import LOG_TAIL, MACHINES, Handler, Stage, write_all
 from mctune.workers.watch import Deadline, described, parsed
 
-__all__ = ["Handler", "Stage", "Worker", "WorkerDied", "WorkerTimedOut"]
+__all__ = ["MACHINES", "Handler", "Stage", "Worker", "WorkerDied", "WorkerTimedOut"]
 
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
+_STARTS, _PAUSE_S = 3, 0.5
 _POLL_S = 0.5
 _GRACE_S = 20.0
 """A child that runs candidates in forks ends one that is late by itself, and has so long to say so."""
@@ -40,11 +43,16 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed."""
+    """The child crashed, raised or exited during ``stage``; ``log`` is the end of what it printed.
+
+    ``fault`` is whose it was, where that is known: ``machine`` (one of :data:`MACHINES` was raised), ``outside`` (ended
+    by a signal that no code of its own sends), else empty.
+    """
 
     message: str
     stage: str = ""
     log: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ class Worker:
         """The handler's reply to ``payload``, or what became of the child within ``limit_s`` (start-up apart).
 
         Raises:
-            MctuneError: the child could not be started: the entry does not import, or fails on ``setup``.
+            DeviceError: the child could not be started, more than once: the entry does not import, or fails on
+                ``setup``.
         """
         with self._busy:
             if self._halted:
@@ -121,19 +130,35 @@ class Worker:
     def _ready_child(self) -> _Child:
         if self._child is not None and self._child.exited():
             self.close()
-        if self._child is None:
-            self._child = _Child(self._entry, self._env)
-            self.started += 1
+        for attempt in range(_STARTS):
+            if self._child is not None:
+                return self._child
+            if attempt:  # short of memory or processes, or killed: it may be over
+                time.sleep(_PAUSE_S * attempt)
+            failure = self._start()
             if self._halted:
-                self._child.end()
-            answer = self._child.ask(self._setup, self._start_limit_s)
-            if not isinstance(answer, dict):
-                self.close()
-                what = answer.message if isinstance(answer, WorkerDied) else f"no answer in {answer.seconds:g} s"
-                log = f"\n{answer.log}" if isinstance(answer, WorkerDied) and answer.log else ""
-                raise MctuneError(f"the worker process for {self._entry} did not start: {what}{log}")
-            self._child.isolates = answer["isolated"]
+                break
+        if self._child is None:
+            raise DeviceError(f"the worker process for {self._entry} did not start: {failure}")
         return self._child
+
+    def _start(self) -> str:
+        """Start a child; why that failed."""
+        try:
+            self._child = _Child(self._entry, self._env)
+        except OSError as error:
+            return str(error)
+        self.started += 1
+        if self._halted:
+            self._child.end()
+        answer = self._child.ask(self._setup, self._start_limit_s)
+        if isinstance(answer, dict):
+            self._child.isolates = answer["isolated"]
+            return ""
+        self.close()
+        if isinstance(answer, WorkerTimedOut):
+            return f"no answer in {answer.seconds:g} s"
+        return answer.message + (f"\n{answer.log}" if answer.log else "")
 
 
 class _Child:
@@ -172,13 +197,13 @@ class _Child:
         try:
             write_all(self._requests, line)
         except BrokenPipeError:
-            return WorkerDied(self._exit_message(), deadline.stage, self._tail())
+            return self._died(deadline.stage)
         while True:
             answer = self._next_line(deadline)
             if answer is None:
                 return WorkerTimedOut(limit_s, deadline.stage)
             if answer == b"":
-                return WorkerDied(self._exit_message(), deadline.stage, self._tail())
+                return self._died(deadline.stage)
             found = parsed(answer, number)
             if found is not None and found[0] == "stage":
                 deadline.reached(found[1])
@@ -190,9 +215,10 @@ class _Child:
         self.in_step = self.isolates or kind == "reply"
         match kind:
             case "raised":
-                return WorkerDied(content["message"], stage, content["traceback"])
+                return WorkerDied(content["message"], stage, content["traceback"], content["fault"])
             case "died":
-                return WorkerDied(content["message"], content["stage"], self._tail())
+                outside = "outside" if -content["status"] in _FROM_OUTSIDE else ""
+                return WorkerDied(content["message"], content["stage"], self._tail(), outside)
             case "late":
                 return WorkerTimedOut(content["seconds"], content["stage"])
             case _:
@@ -244,6 +270,11 @@ class _Child:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+    def _died(self, stage: str) -> WorkerDied:
+        message = self._exit_message()
+        outside = -(self._process.poll() or 0) in _FROM_OUTSIDE
+        return WorkerDied(message, stage, self._tail(), "outside" if outside else "")
 
     def _exit_message(self) -> str:
         """How the process ended; its pipe has closed, so it is ending, unless a candidate closed the pipe."""

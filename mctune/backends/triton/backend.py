@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 
+from mctune.backends.kept import scratch_in, write_whole
 from mctune.backends.protocol import Built, Kernel, Launch
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
@@ -64,6 +66,16 @@ class TritonBackend:
         if not here:
             check_interpreter()
 
+    def try_out(self, target: Target, folder: Path) -> None:
+        """Compile a kernel that adds 1, or, in a process that interprets, run it.
+
+        Raises:
+            Exception: what then fails for every candidate.
+        """
+        trial = importlib.import_module("mctune.backends.triton.trial")  # it imports Triton
+        with scratch_in(folder, "trial") as cache:
+            trial.try_out(target, Path(cache))
+
     def identity(self) -> dict[str, str]:
         """The Triton and the templates that results depend on."""
         return {"name": self.name, "triton": version("triton") or "", "templates": digest()[:16]}
@@ -81,7 +93,7 @@ class TritonBackend:
         index = json.dumps({"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(parts)}, indent=1)
         name = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"
         library = folder / f"{name}_{hashlib.sha256(index.encode()).hexdigest()[:12]}.json"
-        library.write_text(f"{index}\n", encoding="utf-8")
+        write_whole(library, f"{index}\n")
         return Built(library, folder / dict(parts)[operations(problem, config)[-1]], parts)
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from mctune.backends.kept import write_whole
 from mctune.core.config import Config, Scalar
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
@@ -120,11 +120,7 @@ def specialised(operation: str, values: Mapping[str, Scalar]) -> str:
 
 def _write(folder: Path, name: str, text: str) -> str:
     file = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py"
-    if not (folder / file).is_file():
-        # Another process may render the same file.
-        scratch = folder / f"{file}.{os.getpid()}"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(folder / file)
+    write_whole(folder / file, text)
     return file
 
 

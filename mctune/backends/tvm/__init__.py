@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
+
+from mctune.backends.kept import is_whole, keep, scratch_in
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
+from mctune.backends.tvm.link import link, try_linking
 from mctune.backends.tvm.templates import render, source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
 from mctune.core.config import Config
-from mctune.core.errors import UsageError
+from mctune.core.errors import DeviceError, UsageError
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
@@ -23,7 +26,18 @@ from mctune.runtime.kernels.support import Support
 from mctune.runtime.kernels.tvm.backward import TvmBackward
 from mctune.runtime.kernels.tvm.decode import TvmDecode
 from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.loader import load_library
 
+_ADD_ONE = """
+@I.ir_module
+class Module:
+    @T.prim_func(s_tir=True)
+    def add_one(x: T.Buffer((8,), "float32"), y: T.Buffer((8,), "float32")):
+        for i in range(8):
+            with T.sblock("one"):
+                v = T.axis.spatial(8, i)
+                y[v] = x[v] + T.float32(1)
+"""
 LAUNCHERS = {"forward": TvmForward, "backward": TvmBackward, "decode": TvmDecode}
 
 
@@ -46,12 +60,31 @@ class TvmBackend:
         return computes("tvm", problem)
 
     def ready(self, here: bool = True) -> None:
-        """Refuse a missing TVM, a pair that crashes, or a machine without a C compiler.
+        """Refuse a missing TVM, a pair that crashes, or a machine that links nothing.
 
         Raises:
-            DeviceError: with what to install.
+            DeviceError: with what to install or to mend.
         """
         check_versions()
+        try_linking()
+
+    def try_out(self, target: Target, folder: Path) -> None:
+        """Compile, link, load and run a kernel that adds 1.
+
+        Raises:
+            Exception: what then fails for every candidate.
+        """
+        import tvm
+
+        module = tvm.script.from_source(_ADD_ONE)
+        with scratch_in(folder, "trial") as scratch:
+            library = Path(scratch, "trial.so")
+            _export(tvm.compile(module, target=_target(target)), library, Path(scratch))
+            x = torch.arange(8, dtype=torch.float32)
+            y = torch.full_like(x, torch.nan)
+            load_library(library)["add_one"](x, y)
+        if not torch.equal(y, x + 1):
+            raise DeviceError(f"a trial kernel computed {y.tolist()} for 1 + {x.tolist()}")
 
     def identity(self) -> dict[str, str]:
         """The TVM and the templates that results depend on."""
@@ -77,21 +110,20 @@ class TvmBackend:
             raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
         name = self._name(problem, config, target)
         built = Built(folder / f"{name}.so", folder / f"{name}.py")
-        if built.library.is_file() and built.source.is_file():
+        if is_whole(built.library, built.source):
             return built
         check_versions()
         import tvm
 
         module = render(self.padded(problem), config, target)
-        device = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
-        compiled = tvm.compile(module, target=device)
-        folder.mkdir(parents=True, exist_ok=True)
+        compiled = tvm.compile(module, target=_target(target))
         # Others may compile the same candidate into the same folder at the same time.
-        text, scratch = (file.with_suffix(f".{os.getpid()}.tmp{file.suffix}") for file in (built.source, built.library))
-        text.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
-        text.replace(built.source)
-        compiled.export_library(str(scratch))
-        scratch.replace(built.library)
+        with scratch_in(folder, "link") as scratch:
+            text, library = Path(scratch, built.source.name), Path(scratch, built.library.name)
+            text.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
+            _export(compiled, library, Path(scratch))
+            keep(library, built.library)
+            keep(text, built.source)
         return built
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> NoReturn:
@@ -115,3 +147,24 @@ class TvmBackend:
         identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}_{digest}"
+
+
+def _target(target: Target) -> Any:
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
+
+
+def _export(compiled: Any, library: Path, workspace: Path) -> None:
+    """Link what was compiled into ``library``.
+
+    Raises:
+        DeviceError: for whatever goes wrong: LLVM has accepted the candidate before.
+    """
+    try:
+        compiled.export_library(str(library), fcompile=link, workspace_dir=str(workspace))
+    except DeviceError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        raise DeviceError(f"a compiled kernel cannot be written to {workspace}: {said}") from error

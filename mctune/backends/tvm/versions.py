@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from importlib import metadata
 
 from mctune.core.environment import TVM_PAIR
@@ -18,8 +16,6 @@ def check_versions() -> None:
 
     apache-tvm does not pin its ffi (apache/tvm#20094, #20390), and 0.1.15 kills the process in ``tensorize``.
 
-    A C compiler links the exported libraries.
-
     Raises:
         DeviceError: naming what is installed and what to install.
     """
@@ -29,8 +25,6 @@ def check_versions() -> None:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError as error:
             raise DeviceError(f"{name} is not installed; {_REMEDY}") from error
-    if shutil.which(os.environ.get("CXX") or "g++") is None and shutil.which("gcc") is None:
-        raise DeviceError("no C compiler to link kernels with; install gcc (for example `apt-get install g++`)")
     if not found["apache-tvm"].startswith("0.27.") or not found["apache-tvm-ffi"].startswith("0.1.14"):
         pair = " with ".join(f"{name} {version}" for name, version in found.items())
         raise DeviceError(f"{pair} is not a pair that mctune supports; {_REMEDY}")

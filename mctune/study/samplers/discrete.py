@@ -71,10 +71,16 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self._seed = secrets.randbits(31) if seed is None else seed
         self._points = Points(space, rules, balance)
         self._retry, self._scanned = retry_failed, ("", 0)
+        self._disregarded: frozenset[int] = frozenset()
         self._given: dict[tuple[str, int], Point | None] = {}
         self._finished: dict[tuple[str, int], Tried] = {}
         self._last: tuple[list[Tried], Point | None, Mapping[str, Any]] | None = None
         self._one_at_a_time = threading.Lock()
+
+    def disregard(self, numbers: frozenset[int]) -> None:
+        """Take no notice of the trials of these numbers: what they say is in doubt, and their points may come again."""
+        self._disregarded = numbers
+        self._points.rewind()
 
     @abstractmethod
     def choose(
@@ -139,6 +145,8 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.FAIL and self._retry:
                 retried += 1
+            elif trial.number in self._disregarded:
+                continue
             elif trial.number != but and (tried := self._tried(study, trial)) is not None:
                 found.append((tried, trial.state == TrialState.RUNNING))
         if (study.study_name, retried) != self._scanned:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
-from ...manifest import CONTENTS, ROOT
+from ...manifest import CONTENTS, ROOT, digest
 
 FFI_VERSION = "0.1.14.post1"
 """The apache-tvm-ffi that the kernels are exported and tested with; 0.1.15 crashes with apache-tvm 0.27."""
@@ -117,7 +117,7 @@ def _host_functions() -> dict[str, ctypes.c_void_p]:
             'use backend="eager"'
         )
     _check_ffi()
-    threads = ctypes.CDLL(_threads_library())
+    threads = _threads()
     threads.mctune_set_openmp(*_openmp())
     return {symbol: ctypes.cast(getattr(threads, name), ctypes.c_void_p) for symbol, name in _SYMBOLS.items()}
 
@@ -159,16 +159,50 @@ def _openmp() -> list[ctypes.c_void_p]:
     raise KernelError('torch\'s OpenMP library was not found; use backend="eager"')
 
 
-def _threads_library() -> str:
-    """The compiled ``threads.c``: the package's own, or built once into the user's cache."""
+def _threads() -> ctypes.CDLL:
+    """The compiled ``threads.c``: the package's own, or built once into the user's cache, or where that cannot be
+    written, for this process alone."""
     if CONTENTS is not None:
-        return _file(_PREBUILT)
-    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = cache_home / "mctune" / f"threads-{digest}.so"
-    if not library.is_file():
-        build_threads_library(library)
-    return str(library)
+        return ctypes.CDLL(_file(_PREBUILT))
+    library = _cached()
+    try:
+        if library is not None:
+            if not _whole(library):
+                build_threads_library(library)
+                _note(library).write_text(digest(library.read_bytes()), encoding="ascii")
+            return ctypes.CDLL(str(library))
+    except OSError:
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="mctune-") as folder:
+            build_threads_library(Path(folder, "threads.so"))
+            return ctypes.CDLL(str(Path(folder, "threads.so")))  # what is mapped stays
+    except OSError as error:
+        raise KernelError(
+            f"{_SOURCE.name} cannot be compiled: neither {library} nor {tempfile.gettempdir()} can be written "
+            f"({error}); see that one of them exists and has room (XDG_CACHE_HOME, TMPDIR)"
+        ) from error
+
+
+def _cached() -> Path | None:
+    """Where the user's cache keeps the compiled ``threads.c``; ``None`` for a user without a home."""
+    name = f"threads-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mctune" / name
+    except (OSError, RuntimeError):
+        return None
+
+
+def _note(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _whole(library: Path) -> bool:
+    """Whether a cached library is as it was built: loading half of one may be a bus error."""
+    try:
+        return _note(library).read_text(encoding="ascii") == digest(library.read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def build_threads_library(library: Path) -> None:
@@ -177,24 +211,28 @@ def build_threads_library(library: Path) -> None:
     Raises:
         KernelError: if there is no C compiler, or it fails, or there is no room.
     """
+    compiler = _compiler()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mctune-", dir=library.parent) as folder:
+        scratch = Path(folder, library.name)
+        command = [*compiler, "-O2", "-std=c11", "-shared", "-fPIC", str(_SOURCE), "-o", str(scratch)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            raise KernelError(f"{shlex.join(compiler)} cannot be run ({error.strerror}); look at CC") from error
+        if done.returncode != 0 or not scratch.is_file():
+            said = done.stderr.strip()[-500:] or f"exit status {done.returncode}"
+            raise KernelError(f"{shlex.join(compiler)} failed on {_SOURCE.name}: {said}; look at CC")
+        scratch.replace(library)
+
+
+def _compiler() -> list[str]:
+    """The words of the C compiler's command: of ``CC``, split as a shell does, else the first that is installed."""
     try:
-        named = shlex.split(os.environ.get("CC", ""))
+        words = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
-        raise KernelError(f"CC={os.environ['CC']!r} is not a command: {error}") from error
-    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not named and found is None:
+        raise KernelError(f"CC={os.environ['CC']!r} is not a command ({error}); set it to a C compiler") from error
+    found = words or [path for path in map(shutil.which, ("cc", "gcc", "clang")) if path][:1]
+    if not found:
         raise KernelError("no C compiler was found for threads.c: install gcc (for example `apt-get install gcc`)")
-    compiler = named or [str(found)]
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # A folder, since a temporary file would be readable for its owner alone, and so would be the library.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            command = [*compiler, "-O2", "-std=c11", "-shared", "-fPIC", str(_SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0 or not built.is_file():
-                said = done.stderr.strip()[-500:] or f"exit code {done.returncode}, and no library"
-                raise KernelError(f"{shlex.join(compiler)} failed on {_SOURCE.name}: {said}")
-            built.replace(library)
-    except OSError as error:
-        raise KernelError(f"{library} cannot be built with {shlex.join(compiler)}: {error}") from error
+    return found

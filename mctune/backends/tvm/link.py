@@ -1,0 +1,81 @@
+"""The C compiler of the machine, which links kernels: found, tried, and blamed for what is not a candidate's fault."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mctune.core.errors import DeviceError
+
+_NAMES = ("g++", "gcc", "clang++", "clang", "c++", "cc")
+_LIMIT_S = 60.0
+
+
+def compiler() -> list[str]:
+    """The words of the command that links: of ``CXX``, else ``CC``, split as a shell does, else the first of the path.
+
+    Raises:
+        DeviceError: if there is no such program.
+    """
+    for name in ("CXX", "CC"):
+        text = os.environ.get(name, "").strip()
+        if not text:
+            continue
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise DeviceError(f"{name}={text!r} is not a command ({error}); set it to a C compiler") from None
+        for word in words[:1]:
+            if shutil.which(word) is None:
+                raise DeviceError(f"{name}={text!r}: there is no program {word!r}; set it to a C compiler, or unset it")
+        return words
+    found = next((path for path in map(shutil.which, _NAMES) if path is not None), None)
+    if found is None:
+        raise DeviceError("no C compiler to link kernels with; install gcc (for example `apt-get install g++`)")
+    return [found]
+
+
+def link(output: str, files: Sequence[str], options: Sequence[str] | None = None) -> None:
+    """Link ``files`` into the shared library ``output``, as ``tvm.runtime.Module.export_library`` asks for it.
+
+    What a linker refuses here is never the candidate: LLVM has compiled that before.
+
+    Raises:
+        DeviceError: with the command and what it said.
+    """
+    command = [*compiler(), "-shared", "-fPIC", "-o", output, *files, *(options or ())]
+    what = shlex.join(command[: len(command) - len(files) - 4])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise DeviceError(f"{what} did not link a kernel within {_LIMIT_S:g} s; look at CXX and CC") from None
+    except OSError as error:
+        raise DeviceError(f"{what} cannot be run: {error.strerror}; look at CXX and CC") from error
+    if done.returncode != 0 or not Path(output).is_file():
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        telling = next((line for line in lines if "error" in line or "No space" in line), lines[-1] if lines else "")
+        said = telling[:300] or f"exit status {done.returncode}, and not a word"
+        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({tempfile.gettempdir()})")
+
+
+def try_linking(folder: Path | None = None) -> None:
+    """Link next to nothing, where kernels will be: what fails would fail for every candidate.
+
+    Raises:
+        DeviceError: with the reason.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="mctune-", dir=folder) as scratch:
+            source = Path(scratch, "nothing.c")
+            source.write_text("int mctune_nothing(void) { return 0; }\n", encoding="utf-8")
+            link(str(Path(scratch, "nothing.so")), [str(source)])
+    except OSError as error:
+        raise DeviceError(
+            f"kernels cannot be written to {folder or tempfile.gettempdir()}: {error.strerror or error}; "
+            "see that it exists, has room and may be written"
+        ) from error

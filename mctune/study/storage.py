@@ -1,0 +1,139 @@
+"""Where studies are stored: files as URLs, one search a file at a time, patience, and what is said when it fails."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, unquote_to_bytes
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from mctune.core.errors import UsageError
+from mctune.core.interrupt import Held
+from mctune.core.remark import redacted
+
+BROKEN = (StorageInternalError, SQLAlchemyError)
+"""What Optuna raises when a storage can no longer be read or written."""
+_FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
+_Result = TypeVar("_Result")
+
+
+def sqlite_url(path: Path) -> str:
+    """The Optuna URL of a SQLite file, whatever characters its path has.
+
+    Examples:
+        >>> sqlite_url(Path("/tmp/search.db"))
+        'sqlite:////tmp/search.db'
+    """
+    file = os.fsencode(path.absolute())
+    plain, twice = f"sqlite:///{quote(file)}", f"sqlite:///file:{quote(quote(file))}?uri=true"
+    if make_url(plain).database == os.fsdecode(file):
+        return plain
+    # SQLAlchemy 2.0 takes a path as it stands; 2.1 decodes it, and not what is no UTF-8. SQLite decodes one of file:.
+    return twice if make_url(twice).database == f"file:{quote(file)}" else f"sqlite:///file:{quote(file)}?uri=true"
+
+
+def sqlite_path(url: str | None) -> Path | None:
+    """The file of a SQLite URL; ``None`` for every other storage, one in memory included."""
+    try:
+        parts = make_url(url or "")
+    except (ArgumentError, ValueError):
+        return None
+    if parts.get_backend_name() != "sqlite" or not parts.database or parts.database == ":memory:":
+        return None
+    if parts.database.startswith("file:"):
+        return Path(os.fsdecode(unquote_to_bytes(parts.database.removeprefix("file:"))))
+    return Path(parts.database)
+
+
+def url_of(storage: str) -> str:
+    """An Optuna URL from what a user gives: one already, or the path of a SQLite file."""
+    return storage if ":" in storage else sqlite_url(Path(storage))
+
+
+@contextmanager
+def alone(url: str | None) -> Iterator[None]:
+    """Keep other processes from searching the studies of a SQLite file; another storage is not looked after.
+
+    Raises:
+        UsageError: if one does.
+    """
+    path = sqlite_path(url)
+    try:
+        lock = -1 if path is None else os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # opening the storage will say why
+        lock = -1
+    try:
+        if lock >= 0:
+            _take(lock, path)
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _take(lock: int, path: Path | None) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
+        raise UsageError(
+            f"the studies in {path} are being searched by process {who}; wait for it to end, or give another --storage "
+            "or --out"
+        ) from None
+    except OSError:
+        return  # a file system without locks
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
+    """The Optuna storage of a URL.
+
+    Raises:
+        UsageError: if it cannot be opened: no such driver or server, no SQLite file, tables of another version.
+    """
+    try:
+        if url is None or "://" not in url or url.startswith("redis"):
+            return optuna.storages.get_storage(url)
+        options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
+    except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"cannot open the storage {redacted(str(url))}: {reason(error)}; give an Optuna URL such as "
+            "sqlite:///search.db, and install the driver that it needs"
+        ) from error
+
+
+def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Result:
+    """The result of ``do``, which may be done twice; tried again, ever more rarely, while a storage may come back."""
+    until, pause = time.monotonic() + patience_s, 0.25
+    while True:
+        try:
+            return do()
+        except BROKEN as error:
+            if not _may_pass(error) or time.monotonic() + pause > until:
+                raise
+        with ctrl_c.let_in():
+            time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why a storage failed, without any password."""
+    lines = str(error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error).splitlines()
+    return redacted(lines[0]) if lines else type(error).__name__
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error is a server's restart or another program's lock, not a file that is damaged or a full disk."""
+    cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+    return isinstance(cause, DBAPIError) and not any(words in str(cause) for words in _FOR_GOOD)
