@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
+from mctune.core.child import command
 from mctune.core.errors import DeviceError, UsageError
 
 Stage = Callable[[str], None]
@@ -38,7 +39,7 @@ _STARTS, _PAUSE_S = 3, 0.5
 _LOG_TAIL = 4000
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
-_MAIN = "from mctune.workers.worker import main; main()"
+_MAIN = "mctune.workers.worker:main"
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 """Starts all children. Linux ends them with the thread that did (see :func:`_die_with`): this one lasts."""
 
@@ -172,13 +173,14 @@ class _Child:
         self.in_step = True
         try:
             self._process = _started(
-                [sys.executable, "-c", _MAIN, entry, str(requests), str(answers), str(os.getpid())],
+                command(_MAIN, entry, str(requests), str(answers), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(requests, answers),
                 start_new_session=True,
-                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)},
+                env={**os.environ, **env},
+                cwd=None if os.path.isdir(".") else "/",  # it may have been removed
             )
         except BaseException:
             self._close_pipes()
@@ -280,11 +282,11 @@ class _Child:
         return self._log.read().decode(errors="replace").strip("\0 \n")
 
 
-def _started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+def _started(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """A process that lives until this one ends, whichever thread asks for it."""
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, **options)
+        return subprocess.Popen(words, **options)
 
     future = _STARTER.submit(start)
     try:
