@@ -30,7 +30,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 def command(what: str, *arguments: str) -> list[str]:
-    """The command of a child that runs ``module:function``, without arguments, or, as ``python -m`` does, ``module``."""
+    """The command of a child that calls ``module:function``, or runs ``module`` as ``python -m`` does."""
     code = _FIRST + (_FUNCTION if ":" in what else _MODULE)
     return [sys.executable, "-c", code, os.pathsep.join(search_path()), str(_PACKAGE), what, *arguments]
 

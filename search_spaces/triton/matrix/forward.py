@@ -53,15 +53,15 @@ def _shorter(piece: int, formulation: str) -> Config:
     return _WIDE.replace(piece=piece, formulation=formulation, read_BT=min(piece, 128))
 
 
-def _float32(piece: int, formulation: str, precision: str) -> Config:
-    """The default for float32."""
+def _float32(piece: int, formulation: str, precision: str, columns: int) -> Config:
+    """The default for float32, with tiles of so many value columns."""
     tiles = {f"{name}_num_stages": 1 for name in ("states", "gates", "read")}
     tiles |= {
         "states_BT": min(piece, 32),
         "states_BK": 64,
-        "states_BV": 32,
+        "states_BV": columns,
         "read_BJ": 16,
-        "read_BV": 32,
+        "read_BV": columns,
         "gates_num_warps": 8,
     }
     return _shorter(piece, formulation).replace(precision=precision, gates_BT=16, read_BT=16, **tiles)
@@ -91,10 +91,11 @@ _DEFAULTS = (
 )
 _FLOAT32 = tuple(
     config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
+    for columns in (32, 16)  # the first for wider values, the second for those of at most 16
     for name, unused in (("per_segment", False), ("summed", True))
     for piece in (64, 32, 16)
     for precision in ("tf32x3", "ieee")
-    for config in (_float32(piece, name, precision),)
+    for config in (_float32(piece, name, precision, columns),)
 )
 
 SPACE = SearchSpace(
