@@ -216,7 +216,7 @@ def fresh(function: Callable[[], object]) -> None:
         file.write(pickle.dumps(function))
         file.flush()
         here = Path(__file__).resolve().parent
-        code = f"import pickle; pickle.load(open({file.name!r}, 'rb'))()"
+        code = f"import sys; sys.path.remove(''); import pickle; pickle.load(open({file.name!r}, 'rb'))()"
         paths = os.pathsep.join([str(here), str(here.parent), *(path for path in sys.path if path)])
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         subprocess.run([sys.executable, "-c", code], env={**env, "PYTHONPATH": paths}, check=True)

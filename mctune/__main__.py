@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+from contextlib import suppress
+from os import getcwd
 
 from mctune.core.interrupt import leave
 
+# From here on Ctrl-C ends the process with one line, whatever it is importing.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)
+if __name__ == "__main__":
+    # What lies about in the working directory, a queue.py or a folder called tvm, comes after what is installed.
+    with suppress(OSError):
+        if sys.path[:1] in ([""], [getcwd()]):
+            sys.path.append(sys.path.pop(0))
+
+from mctune.cli import main
+
 
 def run() -> None:
-    """Run a command and exit. Ctrl-C ends the process with one line from here on, whatever it is importing."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave)
-    if __name__ == "__main__" and sys.path and sys.path[0] in ("", os.getcwd() if os.path.isdir(".") else ""):
-        sys.path.append(sys.path.pop(0))  # else a queue.py in the working directory comes before Python's own
-    from mctune.cli import main
-
+    """Run a command and exit."""
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is Python's own end
     sys.exit(status)

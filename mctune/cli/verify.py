@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import click
 
 from mctune.cli._output import json_option, print_json, say, text_table
+from mctune.core import child
 from mctune.core.errors import MctuneError, UsageError
 
 
@@ -47,7 +47,7 @@ def command(
         # Triton reads the variable when it is imported, which torch has done already: start another process.
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.run([sys.executable, "-m", "mctune", "verify", *arguments], env=environment).returncode
+        return subprocess.run(child.command("mctune", "verify", *arguments), env=environment).returncode
 
     checks = []
     for check in check_package(package, seed) if package else check_defaults(seed):

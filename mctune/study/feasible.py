@@ -23,6 +23,8 @@ Point = tuple[int, ...]
 Stratum = tuple[int, int]
 """A parameter, and the position of the value that it is confined to."""
 _Group = frozenset[int]
+_ASKED_MOST = 1 << 14
+"""Points whose answers are kept, some 10 MiB: more than are drawn for a proposal or two."""
 
 
 class Feasible:
@@ -54,6 +56,8 @@ class Feasible:
         answer = self._asked.get(point)
         if answer is None:
             config = self._space.at(point)
+            if len(self._asked) >= _ASKED_MOST:  # a long search draws millions
+                self._asked.clear()
             answer = self._asked[point] = all(rule(config) for rule in self._whole)
         return answer
 

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
+from mctune.core.child import command
 from mctune.core.errors import DeviceError, UsageError
 from mctune.workers.child import LOG_TAIL, MACHINES, Handler, Stage, write_all
 from mctune.workers.watch import Deadline, described, parsed
@@ -36,7 +37,7 @@ _POLL_S = 0.5
 _GRACE_S = 20.0
 """A child that runs candidates in forks ends one that is late by itself, and has so long to say so."""
 _END_S = 5.0
-_MAIN = "from mctune.workers.child import main; main()"
+_MAIN = "mctune.workers.child:main"
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="mctune-starter")
 """Starts all children. Linux ends them with the thread that did (``_die_with`` of ``child``): this one lasts."""
 
@@ -172,13 +173,14 @@ class _Child:
         self.in_step, self.isolates = True, False
         try:
             self._process = _started(
-                [sys.executable, "-c", _MAIN, entry, str(requests), str(answers), str(os.getpid())],
+                command(_MAIN, entry, str(requests), str(answers), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(requests, answers),
                 start_new_session=True,
-                env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)},
+                env={**os.environ, **env},
+                cwd=None if os.path.isdir(".") else "/",  # it may have been removed
             )
         except BaseException:
             self._close_pipes()
@@ -290,11 +292,11 @@ class _Child:
         return self._log.read().decode(errors="replace").strip("\0 \n")
 
 
-def _started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+def _started(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """A process that lives until this one ends, whichever thread asks for it."""
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, **options)
+        return subprocess.Popen(words, **options)
 
     future = _STARTER.submit(start)
     try:

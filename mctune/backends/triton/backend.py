@@ -72,7 +72,7 @@ class TritonBackend:
         Raises:
             Exception: what then fails for every candidate.
         """
-        trial = importlib.import_module("mctune.backends.triton.trial")  # it imports Triton
+        trial = importlib.import_module(f"{__package__}.trial")  # it imports Triton
         with scratch_in(folder, "trial") as cache:
             trial.try_out(target, Path(cache))
 

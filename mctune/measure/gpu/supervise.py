@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mctune.core import child
 from mctune.core.remark import say
 from mctune.measure.gpu.record import ALL, Identity, Record, Trying
 
-COMMAND = (sys.executable, "-m", "mctune.measure.gpu.run")
+COMMAND = tuple(child.command("mctune.measure.gpu.run"))
 """What measures, and compiles beforehand."""
 AGAIN = 75
 """Exit status of a process that has recorded a fault and cannot go on."""

@@ -91,6 +91,7 @@ _DEFAULTS = (
 )
 _FLOAT32 = tuple(
     config.replace(**({f"gates_{name}": _WIDE[f"gates_{name}"] for name in _GATES} if unused else {}))
+    for columns in (32, 16)  # the first for wider values, the second for those of at most 16
     for name, unused in (("per_segment", False), ("summed", True))
     for piece in (64, 32, 16)
     for precision in ("tf32x3", "ieee")
