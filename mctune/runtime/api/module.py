@@ -16,10 +16,10 @@ from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
 from ..options import Options
 from ..traits import AGGREGATIONS, RECURRENCES
-from .packing import TAKES, refuse_rest, take_bounds
 from .conv import ShortConv
 from .functional import memory_caching
 from .gate import GateLinear
+from .packing import TAKES, refuse_rest, take_bounds
 from .padding import check_cached, packed
 
 Tensor = torch.Tensor
