@@ -1,4 +1,4 @@
-"""Objects of another copy of this runtime: mctune and emitted packages each bring one, and they are loaded side by side."""
+"""Objects of another copy of this runtime: mctune and emitted packages each bring one, all loaded side by side."""
 
 from __future__ import annotations
 

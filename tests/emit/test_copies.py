@@ -39,7 +39,7 @@ def test_a_cache_of_the_other_copy_is_named(package: Any) -> None:
     x = torch.randn(1, 5, 16)
     for one, other in copies(package):
         theirs = other.MemoryCache()
-        message = f"past_key_values is a MemoryCache of {other.__name__}, and this is {one.__name__}: take both from one"
+        message = f"past_key_values is a MemoryCache of {other.__name__}, and this is {one.__name__}: take both"
         attached = torch.nn.Sequential(layer(one))
         one.attach_memory_caching(attached, 4)
         for made in (layer(one), attached[0]):

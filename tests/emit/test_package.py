@@ -34,7 +34,14 @@ def test_contents(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     assert emit_package(out, target, winners) == out
     runtime = {f"runtime/{name}" for name in emitted(emitter._RUNTIME)}
     names = {path.name for path in (winners[0].library, winners[0].source, winners[0].portable) if path}
-    expected = {"__init__.py", "huggingface.py", "README.md", "tuned.json", "manifest.json", "kernels/threads.so", *runtime}
+    expected = runtime | {
+        "__init__.py",
+        "huggingface.py",
+        "README.md",
+        "tuned.json",
+        "manifest.json",
+        "kernels/threads.so",
+    }
     assert emitted(out) == expected | {f"kernels/{name}" for name in names}
     assert {"runtime/api/functional.py", "runtime/kernels/tvm/threads.c"} <= runtime
     for name in runtime:

@@ -86,7 +86,7 @@ class Made(nn.Module):
         else:
             weights = scores.tril()
         if c["mixing"] == "decay":
-            weights = weights * 0.99**age.clamp(min=0)
+            weights = weights * 0.99 ** age.clamp(min=0)
         if c["mixing"] == "window":
             weights = weights * (age < 20)
         if c["mixing"] == "divided":
@@ -218,7 +218,7 @@ def test_layers_that_cannot_be_compared() -> None:
     torch.manual_seed(0)
     layer = build(PLAIN)
     nn.init.zeros_(layer.o_proj.weight)
-    with pytest.raises(ArgumentError, match=r"gives the same for every token, so that nothing can be compared \(check="):
+    with pytest.raises(ArgumentError, match=r"gives the same for every token, so that nothing can be compared"):
         attach_memory_caching(nn.Sequential(layer), 64)
     nn.init.constant_(layer.o_proj.weight, torch.nan)
     with pytest.raises(ArgumentError, match="gives values that are not finite"):

@@ -45,7 +45,8 @@ class Doubled(nn.Module):
 
 def layer(**options: Any) -> MemoryCaching:
     torch.manual_seed(0)
-    made = MemoryCaching(16, 2, **({"segment_length": 4, "inner_chunk": 2, "backend": "eager", "layer_idx": 0} | options))
+    chosen = {"segment_length": 4, "inner_chunk": 2, "backend": "eager", "layer_idx": 0} | options
+    made = MemoryCaching(16, 2, **chosen)
     for gate in made.gates.values():
         nn.init.normal_(gate.weight, std=0.3)
     return made

@@ -154,7 +154,7 @@ def attach_memory_caching(
             alone = partial(_forward, layer, how.for_a_check())
             reason = why_not_same(layer, alone, how.triple, None if check is True else check)
             if reason is not None:
-                raise _refusal(name, layer, reason, mix)
+                raise ArgumentError(_refusal(name, layer, reason, mix))
         replaced[name] = how
     for name, layer in found.items():
         if name in replaced:
@@ -234,15 +234,15 @@ def _find(model: nn.Module, layers: Iterable[str] | None, mix: Mix | None) -> di
     for name, layer in found.items():
         reason = None if mix is not None or _is_ours(layer) else _unknown(layer)
         if reason is not None:
-            raise _refusal(name, layer, reason, mix)
+            raise ArgumentError(_refusal(name, layer, reason, mix))
     return found
 
 
-def _refusal(name: str, layer: nn.Module, reason: str, mix: Mix | None) -> ArgumentError:
+def _refusal(name: str, layer: nn.Module, reason: str, mix: Mix | None) -> str:
     remedy = f"or layers=[{name!r}] and mix=, which takes q, k and v from such a layer"
     if mix is not None:
         remedy = "or a mix= that does what the layer does"
-    return ArgumentError(f"layer {name!r}, a {type(layer).__name__}, {reason}: pass layers= without it, {remedy}")
+    return f"layer {name!r}, a {type(layer).__name__}, {reason}: pass layers= without it, {remedy}"
 
 
 def _unknown(layer: nn.Module) -> str | None:

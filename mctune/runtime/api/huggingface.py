@@ -106,8 +106,8 @@ _TRANSFORMERS = (
     "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tie_last_hidden_states",
 )  # fmt: skip
 _TAKES = (
-    "input_ids or inputs_embeds, attention_mask, past_key_values, use_cache, labels, cu_seqlens and what else names the "
-    "sequences of a packed row"
+    "input_ids or inputs_embeds, attention_mask, past_key_values, use_cache, labels, cu_seqlens and what else names "
+    "the sequences of a packed row"
 )
 _RENAMED = {"top_k": "ssc_top_k", "n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers"}
 
@@ -192,7 +192,8 @@ class MemoryCachingPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Called after the children, so that the layer's own initialisation stays.
         if package_of(MemoryCaching, module) is not None:
-            module.reset_parameters()
+            layer: Any = module
+            layer.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -238,8 +239,8 @@ class MemoryCachingModel(MemoryCachingPreTrainedModel):
             output_hidden_states: whether to return what enters each block, and the output.
             return_dict: ``False`` returns a tuple.
             kwargs: what transformers' flattening collator adds, the same as ``cu_seqlens``: ``cu_seq_lens_q`` and
-                ``cu_seq_lens_k``, ``seq_idx`` [B, T], ``position_ids`` [B, T] that start again with every sequence. What
-                asks for nothing (``None``, ``False``) may be passed too; all else is refused.
+                ``cu_seq_lens_k``, ``seq_idx`` [B, T], ``position_ids`` [B, T] that start again with every sequence.
+                What asks for nothing (``None``, ``False``) may be passed too; all else is refused.
 
         Returns:
             ``BaseModelOutputWithPast``: hidden states, [B, T, hidden_size], and the cache.

@@ -70,8 +70,9 @@ def take_bounds(
     if found is None:
         return None
     if mask is not None:
-        raise ArgumentError(f"attention_mask with several sequences in a row ({found[0]}); pass cu_seqlens of the tokens")
-    return found[1].to(torch.int32)
+        raise ArgumentError(f"attention_mask with several sequences in a row ({found[0]}); pass their cu_seqlens alone")
+    row: Tensor = found[1].to(torch.int32)
+    return row
 
 
 def _take(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def _restarts(name: str, at: Tensor, B: int, T: int, mask: Tensor | None) -> Ten
     if bool(jumps.any()):
         row, token = jumps.nonzero()[0].tolist()
         raise ArgumentError(
-            f"{name} jumps by {int(step[row, token])} after token {token} of row {row}: a memory knows no positions, only "
-            "where they start again, as a new sequence; leave it out"
+            f"{name} jumps by {int(step[row, token])} after token {token} of row {row}: a memory knows no positions, "
+            "only where they start again, as a new sequence; leave it out"
         )
     if not bool(new.any()):
         return None
@@ -115,7 +116,7 @@ def _check_one_row(bounds: dict[str, Tensor], tokens: int) -> None:
     first: list[int] = []
     for name, x in bounds.items():
         make_segments(tokens, "packed", tokens, x)
-        cuts = x.unique_consecutive().tolist()
+        cuts = torch.unique_consecutive(x).tolist()
         first = first or cuts
         if cuts != first:
             raise ArgumentError(

@@ -71,8 +71,8 @@ def _output(returned: Any) -> Any:
 def _random(layer: nn.Module) -> Tensor | str:
     """A row of tokens of unequal sizes, or why there can be none."""
     weight = next((p for p in layer.parameters() if p.is_floating_point()), None)
-    dtype, device = (torch.get_default_dtype(), torch.device("cpu")) if weight is None else (weight.dtype, weight.device)
-    if device.type == "meta":
+    like = torch.empty(0) if weight is None else weight
+    if like.is_meta:
         return f"is on the meta device and cannot be run (attach once its weights are there; {_UNCHECKED})"
     widths = (getattr(part, "in_features", None) for part in (getattr(layer, "q_proj", None), *layer.modules()))
     width = next((width for width in widths if isinstance(width, int)), getattr(layer, "hidden_size", None))
@@ -80,7 +80,7 @@ def _random(layer: nn.Module) -> Tensor | str:
         return f"does not say how wide its hidden states are (pass some, [B, T, hidden_size], as check=; {_UNCHECKED})"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, TOKENS, width, generator=generator) * (0.5 + torch.rand(1, TOKENS, 1, generator=generator))
-    return x.to(device, dtype)
+    return x.to(like)
 
 
 @contextmanager

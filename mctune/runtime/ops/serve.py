@@ -8,7 +8,7 @@ import torch
 
 from ..call import Call
 from ..eager.forward import lay_out, run_eager
-from ..kernels.dispatch import route
+from ..kernels.dispatch import Route, route
 from ..kernels.kept import segments_at_most
 from .operators import forward
 
@@ -18,6 +18,9 @@ Tensor = torch.Tensor
 def serve(call: Call, backend: str) -> Tensor:
     """``memory_caching`` of a checked call."""
     chosen = None if backend == "eager" else route(call, backend)
+    if chosen is None and call.segmentation == "packed" and torch.compiler.is_compiling():
+        # Where the row is cut depends on the bounds' values, which a graph does not know; the operator does.
+        chosen = Route("eager")
     return run_eager(call, lay_out(call)) if chosen is None else forward(call, chosen)[0]
 
 
