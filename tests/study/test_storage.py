@@ -1,0 +1,105 @@
+"""Files as URLs, one search a file, and no password in what is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mctune.core.child import command, search_path
+from mctune.core.errors import UsageError
+from mctune.core.remark import redacted
+from mctune.core.space import Int, SearchSpace
+from mctune.study.feasible import _ASKED_MOST, Feasible
+from mctune.study.storage import sqlite_path, sqlite_url
+from mctune.study.study import run_study
+from tests.study.spaces import SPACE, evaluate, timed, valid
+
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES | st.sampled_from(("what?v=1", "run%41", "a #1", "{SCHEMA_VERSION}", "ü&b=c", "x@y:z")))
+def test_a_study_is_where_its_path_says(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / f"d{name}"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        return
+    file = folder / "study.db"
+    url = sqlite_url(file)
+    assert sqlite_path(url) == file
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.create_study(storage=url, study_name="s", load_if_exists=True)
+    assert file.is_file()
+
+
+def test_a_second_search_of_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "search.db")
+    refused: list[str] = []
+
+    def disturbed(config: object) -> object:
+        if not refused:
+            with pytest.raises(UsageError, match=f"searched by process {os.getpid()}") as raised:
+                run_study(SPACE, [valid], evaluate, trials=3, storage=url)
+            refused.append(str(raised.value))
+        return timed(1.0)
+
+    assert len(run_study(SPACE, [valid], disturbed, trials=3, storage=url).trials) == 3  # type: ignore[arg-type]
+    assert len(run_study(SPACE, [valid], evaluate, trials=4, storage=url).trials) == 4
+
+
+def test_what_others_put_into_a_study_is_not_counted(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "search.db")
+    run_study(SPACE, [valid], evaluate, trials=3, storage=url)
+    study = optuna.load_study(study_name="mctune", storage=url)
+    study.tell(study.ask(), 0.5)
+    assert len(run_study(SPACE, [valid], evaluate, trials=5, storage=url).trials) == 5
+
+
+@pytest.mark.parametrize("damage", (b"", b"not a database, and long enough to be looked at as one" * 40))
+def test_a_file_that_is_no_study_is_one_line(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "search.db").write_bytes(damage)
+    if damage:
+        with pytest.raises(UsageError, match="cannot open the storage"):
+            run_study(SPACE, [valid], evaluate, trials=1, storage=sqlite_url(tmp_path / "search.db"))
+    else:
+        run_study(SPACE, [valid], evaluate, trials=1, storage=sqlite_url(tmp_path / "search.db"))
+
+
+@given(st.text(st.characters(categories=("L", "N", "P")), min_size=3).filter(lambda word: not set(word) & set("'\"")))
+def test_no_password_is_shown(word: str) -> None:
+    secret = f"Zq{word}"
+    assert secret not in redacted(f"cannot open postgresql+psycopg2://user:{secret}@host:5432/db: refused")
+    with pytest.raises(UsageError) as raised:
+        run_study(SPACE, [valid], evaluate, trials=1, storage="nothing://user:Zq%40secret@host/db")
+    assert "secret" not in str(raised.value)
+
+
+def test_a_child_imports_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("queue", "json", "mctune", "tempfile"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
+    for first in ("", str(tmp_path)):
+        monkeypatch.setattr(sys, "path", [first, *(path for path in sys.path if path not in ("", str(tmp_path)))])
+        assert search_path()[-1] == str(tmp_path)
+        assert subprocess.run(command("mctune", "--version")).returncode == 0
+    assert capfd.readouterr().out.count("mctune ") == 2
+
+
+def test_what_is_remembered_of_drawn_points_is_bounded() -> None:
+    space = SearchSpace((Int("x", range(400)), Int("y", range(400))))
+    feasible = Feasible(space, [lambda config: sum(value for _, value in config.items) % 2 == 0])  # type: ignore[misc]
+    assert not feasible.settled
+    for x in range(400):
+        for y in range(0, 400, 4):
+            assert ((x, y) in feasible) == ((x + y) % 2 == 0)
+    assert len(feasible._asked) <= _ASKED_MOST
