@@ -209,10 +209,9 @@ def sort_key(row: Row) -> tuple[Any, ...]:
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` in reading order."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=sort_key):
-            writer.writerow(_to_record(row))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(map(_to_record, sorted(rows, key=sort_key)))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -221,18 +220,27 @@ def read_csv(path: Path) -> list[Row]:
         return [_from_record(record) for record in csv.DictReader(file)]
 
 
-def _to_record(row: Row) -> dict[str, str]:
+def _to_record(row: Row) -> tuple[str, ...]:
+    """The cells of a row, in the order of ``COLUMNS``."""
     best = row.best_baseline
-    values: dict[str, Any] = {
-        **row.to_dict(),
-        **row.problem.to_dict(),
-        "config": row.config.to_json(),
-        "best_baseline": best[0] if best else None,
-        "best_baseline_ms": best[1] if best else None,
-        "baselines": _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}),
-        "versions": _json(dict(row.versions)),
-    }
-    return {name: _text(values.get(name)) for name in COLUMNS}
+    values = (
+        row.how, row.ms, row.low, row.high, row.repeats, row.error, *(best or (None, None)), row.speedup,
+        row.fraction_of_bound, row.sm_mhz, row.celsius,
+        _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}) if row.baselines else "{}",
+    )  # fmt: skip
+    told = row.target, *_columns(row.problem), row.backend, row.config.to_json()
+    return (*told, *map(_text, values), _versions(row.versions))
+
+
+@lru_cache(maxsize=4096)
+def _columns(problem: Problem) -> tuple[str, ...]:
+    fields = problem.to_dict()
+    return tuple(_text(fields.get(name)) for name in _PROBLEM)
+
+
+@lru_cache(maxsize=4096)
+def _versions(versions: tuple[tuple[str, str], ...]) -> str:
+    return _json(dict(versions))
 
 
 def _from_record(record: dict[str, str]) -> Row:

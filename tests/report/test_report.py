@@ -182,8 +182,8 @@ def test_a_tuned_row_gets_its_fraction_of_the_bound_from_a_benchmark_beside_it(t
 
 
 HOSTILE = (
-    "[x](javascript:alert(1))", "<script>alert(1)</script>", "a|b", "`x`", "![x](http://y)", "a\\|b", "\x1b[31m", "a\nb",
-    "\u202ex", "<http://x>", "&lt;b&gt;", "# x", "~~x~~",
+    "[x](javascript:alert(1))", "<script>alert(1)</script>", "a|b", "`x`", "![x](http://y)", "a\\|b", "\x1b[31m",
+    "a\nb", "\u202ex", "<http://x>", "&lt;b&gt;", "# x", "~~x~~",
 )  # fmt: skip
 PATHS = ("../../../x", "/etc", "..", ".", "", "a/b", "a\\b", "a\0b", "-x", "=x", "x" * 65, "ü", "a\n")
 WRONG: tuple[Any, ...] = (
