@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from mctune.core.errors import UsageError
@@ -167,7 +169,7 @@ class Problem:
             assert self.segment_length is not None
             full, rest = divmod(self.T, self.segment_length)
             lengths = [self.segment_length] * full + [rest] * (rest > 0)
-        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        ends = list(accumulate(lengths))
         return tuple((end - length, end) for end, length in zip(ends, lengths, strict=True))
 
     def replace(self, **changes: Any) -> Problem:
@@ -180,7 +182,8 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by their public names (``pass``, not ``pass_``); absent ones left out."""
-        return {name.rstrip("_"): value for name, value in asdict(self).items() if value is not None}
+        given = ((name.rstrip("_"), getattr(self, name)) for name in self.__dataclass_fields__)
+        return {name: value for name, value in given if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Problem:
@@ -200,6 +203,10 @@ class Problem:
 
     def to_json(self) -> str:
         """The canonical JSON form: sorted names, no spaces."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -211,7 +218,7 @@ class Problem:
         """
         return cls.from_dict(json.loads(text))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of the canonical form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]

@@ -62,8 +62,8 @@ def card(name: str, table: dict[str, Any]) -> str:
     lines += [
         "",
         _ON_A_CPU if on_cpu else _ON_A_GPU,
-        "`manifest.json` holds the SHA-256 of every file: a file that was changed is refused when the package is "
-        "imported.",
+        "`manifest.json` holds the SHA-256 of every file: one that was changed, removed or added is refused when the "
+        "package is imported, before any of it runs.",
         "",
     ]
     return "\n".join(lines)

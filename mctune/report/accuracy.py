@@ -15,6 +15,9 @@ _HEADER = ("problem", "candidates", "rank correlation", f"regret of the top {TOP
 def accuracies(rows: Iterable[Row]) -> list[tuple[Problem, Accuracy]]:
     """By problem, where at least ``LEAST`` candidates have a measured and a predicted row."""
     found: list[tuple[Problem, Accuracy]] = []
+    rows = list(rows)
+    if not _both_kinds(rows):
+        return found
     pairs: dict[tuple[str, str], list[tuple[Row, float]]] = {}
     ordered = sorted(rows, key=sort_key)
     predicted = {_candidate(row): row.ms for row in ordered if row.how == "predicted"}
@@ -31,6 +34,8 @@ def accuracies(rows: Iterable[Row]) -> list[tuple[Problem, Accuracy]]:
 def shown(rows: Iterable[Row]) -> list[Row]:
     """What a reader wants of ``rows``: of the candidates that were measured and predicted only the fastest measured."""
     known = sorted(rows, key=sort_key)
+    if not _both_kinds(known):
+        return known
     both = {_candidate(row) for row in known if row.how == "measured"}
     both &= {_candidate(row) for row in known if row.how == "predicted"}
     seen: set[tuple[str, str, str]] = set()
@@ -57,6 +62,10 @@ def accuracy_section(rows: Sequence[Row]) -> list[str]:
         "*Wrong by* is the median factor between the two times.\n",
         markdown_table(_HEADER, [_line(problem, judged) for problem, judged in found]),
     ]
+
+
+def _both_kinds(rows: Iterable[Row]) -> bool:
+    return len({row.how for row in rows}) > 1
 
 
 def _candidate(row: Row) -> tuple[str, str, str, str]:

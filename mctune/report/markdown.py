@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+_MARKUP = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark in "\\`[]|*~#!"}  # what begins something
+)
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
+"""Control characters, line ends and what turns the direction of text."""
+
+
+def plain(text: str) -> str:
+    """``text`` as Markdown that shows just it: no HTML, link, image, code or table comes of it, and it is one line.
+
+    Examples:
+        >>> plain("[x](javascript:y) <b>")
+        '\\\\[x\\\\](javascript:y) &lt;b&gt;'
+    """
+    return _UNSEEN.sub(" ", text).translate(_MARKUP)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up as text too."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
+    """A Markdown table of plain text, whose columns line up as text too."""
+    cells = [[plain(cell) for cell in line] for line in (header, *lines)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
+    layout = "| " + " | ".join(f"{{:{width}}}" for width in widths) + " |\n"
+    first, *others = cells
+    rule = layout.format(*("-" * width for width in widths))
+    return "".join((layout.format(*first), rule, *(layout.format(*line) for line in others)))
 
 
 def text_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ _PROBLEM = (
     "top_k", "expansion", "inner_chunk", "dtype",
 )  # fmt: skip
 _TEXT = frozenset({"pass", "recurrence", "aggregation", "segmentation", "state_init", "dtype"})
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LABEL = re.compile(r"[\w(\[][ -~]{0,199}", re.ASCII)
+_LARGEST, _SEGMENTS = 1 << 31, 1 << 20
 COLUMNS = (
     "target", *_PROBLEM, "backend", "config", "how", "ms", "low", "high", "repeats", "error", "best_baseline",
     "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "baselines", "versions",
@@ -60,8 +67,25 @@ class Row:
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise UsageError(f"how={self.how!r} is not one of {', '.join(HOW)}")
-        if not self.ms > 0:
-            raise UsageError(f"ms={self.ms!r}: a row needs a positive time; failures are outcomes, not rows")
+        if not _is_number(self.ms) or not self.ms > 0:
+            raise UsageError(f"ms={self.ms!r:.60}: a row needs a positive time; failures are outcomes, not rows")
+        check_name("target", self.target)
+        check_name("backend", self.backend)
+        for name in ("low", "high", "error", "fraction_of_bound", "sm_mhz", "celsius"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise UsageError(f"{name}={value!r:.60} is not a number")
+        if self.repeats is not None and (not isinstance(self.repeats, int) or self.repeats < 0):
+            raise UsageError(f"repeats={self.repeats!r:.60} is not a count")
+        for name, ms in self.baselines:
+            if not _LABEL.fullmatch(name) or not _is_number(ms) or not ms > 0:
+                raise UsageError(f"baseline {name!r:.60}={ms!r:.60} is not a name and a positive time in milliseconds")
+        for name, version in self.versions:
+            if not isinstance(version, str) or len(name) + len(version) > 200:
+                raise UsageError(f"versions: {name!r:.60}={version!r:.60} is not the version of a package")
+        p = self.problem
+        if max(p.B, p.T, p.H, p.Dk, p.Dv) > _LARGEST or p.T > _SEGMENTS * (p.segment_length or p.T):
+            raise UsageError(f"{p!s:.120}: no machine computes that")
 
     @classmethod
     def of(
@@ -130,11 +154,49 @@ class Row:
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """The inverse of :meth:`to_dict`."""
         fields = {name: value for name, value in values.items() if name != "speedup"}
-        fields["problem"] = Problem.from_dict(values["problem"])
-        fields["config"] = Config.of(values["config"])
-        for name in ("baselines", "versions"):
-            fields[name] = tuple(sorted(values.get(name, {}).items()))
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UsageError(f"a row has no {unknown[0]!r:.60}")
+        # Rows share problems and versions by the thousand.
+        fields["problem"] = _problem(tuple(values["problem"].items()))
+        fields["config"] = _config(values["config"])
+        fields["baselines"] = tuple(sorted(values.get("baselines", {}).items()))
+        fields["versions"] = _shared(tuple(sorted(values.get("versions", {}).items())))
         return cls(**fields)
+
+
+def check_name(what: str, name: object) -> str:
+    """A name that is also one of a folder, and a cell of a spreadsheet.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{what} {name!r:.60} is not a name: letters, digits and . _ - after the first, at most 64")
+    return name
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _problem(items: tuple[tuple[str, Any], ...]) -> Problem:
+    return Problem.from_dict(dict(items))
+
+
+@lru_cache(maxsize=4096)
+def _shared(items: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return items
+
+
+def _config(values: object) -> Config:
+    if not isinstance(values, dict) or not all(isinstance(value, str | int | float) for value in values.values()):
+        raise UsageError(f"config={values!r:.60} is not an object of numbers, strings and booleans")
+    return Config.of({sys.intern(name): value for name, value in values.items()})
 
 
 def sort_key(row: Row) -> tuple[Any, ...]:
@@ -146,31 +208,39 @@ def sort_key(row: Row) -> tuple[Any, ...]:
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` in reading order."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=sort_key):
-            writer.writerow(_to_record(row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(map(_to_record, sorted(rows, key=sort_key)))
 
 
 def read_csv(path: Path) -> list[Row]:
     """The inverse of :func:`write_csv`, up to six digits of each number."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_from_record(record) for record in csv.DictReader(file)]
 
 
-def _to_record(row: Row) -> dict[str, str]:
+def _to_record(row: Row) -> tuple[str, ...]:
+    """The cells of a row, in the order of ``COLUMNS``."""
     best = row.best_baseline
-    values: dict[str, Any] = {
-        **row.to_dict(),
-        **row.problem.to_dict(),
-        "config": row.config.to_json(),
-        "best_baseline": best[0] if best else None,
-        "best_baseline_ms": best[1] if best else None,
-        "baselines": _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}),
-        "versions": _json(dict(row.versions)),
-    }
-    return {name: _text(values.get(name)) for name in COLUMNS}
+    values = (
+        row.how, row.ms, row.low, row.high, row.repeats, row.error, *(best or (None, None)), row.speedup,
+        row.fraction_of_bound, row.sm_mhz, row.celsius,
+        _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}) if row.baselines else "{}",
+    )  # fmt: skip
+    told = row.target, *_columns(row.problem), row.backend, row.config.to_json()
+    return (*told, *map(_text, values), _versions(row.versions))
+
+
+@lru_cache(maxsize=4096)
+def _columns(problem: Problem) -> tuple[str, ...]:
+    fields = problem.to_dict()
+    return tuple(_text(fields.get(name)) for name in _PROBLEM)
+
+
+@lru_cache(maxsize=4096)
+def _versions(versions: tuple[tuple[str, str], ...]) -> str:
+    return _json(dict(versions))
 
 
 def _from_record(record: dict[str, str]) -> Row:

@@ -14,10 +14,11 @@ from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.work import bound, work
-from mctune.report.rows import Row, write_csv
+from mctune.report.rows import Row, check_name, write_csv
 from mctune.report.tables import results_readme
 
 TUNED_SCHEMA = 1
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,69 @@ def read_document(path: Path) -> Document:
     """
     file = path / "tuned.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text())
+        # Rows are made while the text is parsed: their objects, one for each, would take most of the memory.
+        values = json.loads(file.read_bytes(), object_hook=_row_or_object, parse_constant=_refuse)
     except FileNotFoundError:
         raise UsageError(
             f"{file} does not exist; give a tuned package or the output of `mctune bench --json`"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict) or not ({"entries", "rows"} & set(values)):
         raise UsageError(f"{file} is neither a tuned table (entries) nor benchmark output (rows, environment)")
+    try:
+        return _document(values)
+    except UsageError as error:
+        raise UsageError(f"{file} {error}") from error
+    except _MALFORMED as error:
+        raise UsageError(f"{file} is malformed: {type(error).__name__} {error}"[:300]) from error
+
+
+def _row_or_object(values: dict[str, Any]) -> Any:
+    if not {"problem", "config", "how", "ms"} <= set(values):
+        return values
+    try:
+        return Row.from_dict(values)
+    except UsageError:
+        raise
+    except _MALFORMED as error:
+        raise UsageError(f"a row is malformed: {type(error).__name__} {error}"[:300]) from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _document(values: dict[str, Any]) -> Document:
     if "rows" in values:
-        rows = tuple(Row.from_dict(row) for row in values["rows"])
-        return Document(rows, values["environment"], None, _fastest(values.get("rates", [])))
+        rows = values["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, Row) for row in rows):
+            raise UsageError("has rows that are not rows: each needs problem, config, how, ms")
+        rates = values.get("rates", [])
+        return Document(tuple(rows), _environment(values.get("environment")), None, _fastest(rates))
     if values.get("schema") != TUNED_SCHEMA:
-        raise UsageError(f"{file} has schema {values.get('schema')!r}; this mctune reads {TUNED_SCHEMA}")
-    return Document(rows_of_tuned(values), {"target": values["target"], "versions": values["versions"]}, values)
+        raise UsageError(f"has schema {values.get('schema')!r:.60}; this mctune reads {TUNED_SCHEMA}")
+    environment = _environment({"target": values.get("target"), "versions": values.get("versions")})
+    return Document(rows_of_tuned(values), environment, values)
+
+
+def _environment(values: Any) -> dict[str, Any]:
+    """What a document says of where it was measured: a target with a name, and anything else."""
+    if not isinstance(values, dict) or not isinstance(values.get("target"), dict):
+        raise UsageError("has no environment with a target")
+    check_name("target", values["target"].get("name"))
+    return values
 
 
 def rows_of_tuned(tuned: dict[str, Any]) -> tuple[Row, ...]:
     """One row for each entry of a tuned table that has a time."""
     rows = []
     for entry in tuned["entries"]:
-        timed = outcome.from_json(json.dumps(entry["outcome"]))
+        timed = outcome.from_dict(entry["outcome"])
         if isinstance(timed, Timed | Predicted):
             rows.append(
                 Row.of(
@@ -82,7 +124,17 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
 
     Where two documents have a row for the same kernel on the same problem, both measured or both predicted, one with
     baselines wins, then the later.
+
+    Raises:
+        UsageError: if a target has no row, or its folder cannot be written.
     """
+    try:
+        return _write_results(documents, results)
+    except OSError as error:
+        raise UsageError(f"{error.filename or results} cannot be written: {error.strerror}") from error
+
+
+def _write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     folders = []
     for name in sorted({document.environment["target"]["name"] for document in documents}):
         mine = [document for document in documents if document.environment["target"]["name"] == name]
@@ -95,19 +147,26 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
         folder = results / name
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "rows.csv", rows)
-        (folder / "environment.json").write_text(json.dumps(environment, indent=2, sort_keys=True) + "\n")
-        (folder / "README.md").write_text(results_readme(rows, environment))
+        _write_json(folder / "environment.json", environment)
+        (folder / "README.md").write_text(results_readme(rows, environment), encoding="utf-8")
         tables = [document.tuned for document in mine if document.tuned is not None]
         if tables:
-            (folder / "tuned.json").write_text(json.dumps(tables[-1], indent=2, sort_keys=True) + "\n")
+            _write_json(folder / "tuned.json", tables[-1])
         folders.append(folder)
     return folders
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _fastest(rates: Sequence[dict[str, float]]) -> tuple[float, float] | None:
     if not rates:
         return None
-    return max(rate["matrix_gflops"] for rate in rates) * 1e9, max(rate["copy_gbs"] for rate in rates) * 1e9
+    fastest = tuple(max(float(rate[name]) for rate in rates) for name in ("matrix_gflops", "copy_gbs"))
+    if not all(0 < rate < float("inf") for rate in fastest):
+        raise UsageError(f"has rates that are not positive: {fastest}")
+    return fastest[0] * 1e9, fastest[1] * 1e9
 
 
 def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
@@ -120,7 +179,7 @@ def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
 def _merge(rows: Sequence[Row]) -> list[Row]:
     kept: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        key = (row.problem.key, row.backend, row.config.key, row.how)
+        key = (row.problem.key, row.backend, row.config.to_json(), row.how)
         if key not in kept or row.baselines or not kept[key].baselines:
             kept[key] = row
     return list(kept.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,85 @@ def test_a_tuned_row_gets_its_fraction_of_the_bound_from_a_benchmark_beside_it(t
     write_results([Document((row,), environment, None), Document((), environment, None, rates)], tmp_path)
     (written,) = read_csv(tmp_path / "cpu" / "rows.csv")
     assert written.fraction_of_bound == pytest.approx(work(problem).operations / 1e9 / 2e-3, rel=1e-5)
+
+
+# --- what others have written
+
+
+HOSTILE = (
+    "[x](javascript:alert(1))", "<script>alert(1)</script>", "a|b", "`x`", "![x](http://y)", "a\\|b", "\x1b[31m",
+    "a\nb", "\u202ex", "<http://x>", "&lt;b&gt;", "# x", "~~x~~",
+)  # fmt: skip
+PATHS = ("../../../x", "/etc", "..", ".", "", "a/b", "a\\b", "a\0b", "-x", "=x", "x" * 65, "ü", "a\n")
+WRONG: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], {}, {"a": {}}, [[]],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_shown_as_it_is(text: str) -> None:
+    readme = results_readme([row()], {**ENVIRONMENT, "target": {"name": "cpu", "title": text}, text: text})
+    assert "<" not in readme and "\x1b" not in readme and "\u202e" not in readme
+    assert not re.search(r"(?<!\\)[\[\]`~!]", readme.replace("`rows.csv`", "").replace("`mctune report`", "")
+                         .replace("`environment.json`", ""))  # fmt: skip
+    lines = [line for line in readme.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines} == {3, 9}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_name_is_no_path(name: str, tmp_path: Path) -> None:
+    for values in (
+        {"rows": [row().to_dict()], "environment": {**ENVIRONMENT, "target": {"name": name}}},
+        {"rows": [{**row().to_dict(), "target": name}], "environment": ENVIRONMENT},
+        {"rows": [{**row().to_dict(), "backend": name}], "environment": ENVIRONMENT},
+        {**tuned(entry(GRM, TIMED)), "target": {"name": name}},
+    ):
+        (tmp_path / "in.json").write_text(json.dumps(values))
+        with pytest.raises(UsageError, match="is not a name"):
+            read_document(tmp_path / "in.json")
+
+
+def test_malformed_documents_are_usage_errors(tmp_path: Path) -> None:
+    """A value of a random place is replaced by another, or taken away: a report comes of it, or one line."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    bench = {
+        "rows": [row(SSC).to_dict(), row().to_dict()], "environment": ENVIRONMENT,
+        "rates": [{"matrix_gflops": 100.0, "copy_gbs": 20.0}],
+    }  # fmt: skip
+    for number in range(1500):
+        values = json.loads(json.dumps(draw.choice((bench, tuned(entry(GRM, TIMED), entry(SSC, TIMED))))))
+        place: Any = values
+        while True:
+            key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], dict | list) or not place[key] or draw.random() < 0.2:
+                break
+            place = place[key]
+        if draw.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = draw.choice(WRONG)
+        (tmp_path / "in.json").write_text(json.dumps(values))
+        out = tmp_path / f"out{number % 2}"
+        try:
+            write_results([read_document(tmp_path / "in.json")], out)
+        except UsageError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, error
+    assert {path.name for path in tmp_path.iterdir()} <= {"in.json", "out0", "out1"}
+
+
+@pytest.mark.parametrize("data", (b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"\0", b'{"rows": NaN}', b""))
+def test_what_is_not_json_is_a_usage_error(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_bytes(data)
+    with pytest.raises(UsageError):
+        read_document(tmp_path / "in.json")
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_results([Document((row(),), ENVIRONMENT, None)], tmp_path / "file")
+    with pytest.raises(UsageError, match="cannot be read"):
+        (tmp_path / "tuned.json").mkdir()
+        read_document(tmp_path)
