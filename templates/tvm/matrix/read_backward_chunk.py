@@ -157,7 +157,12 @@ def weigh_gated(at: Values, *, t, rows) -> None:
                 lanes[0, x] = T.Select(t + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1])
                 E[j, t + x] = T.Select(
                     t + x >= j,
-                    E[j, t + x] * (token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]),
+                    E[j, t + x]
+                    * (
+                        token_gates[2, j] * lanes[0, x]
+                        # Later tokens' gates may be NaN.
+                        + T.Select(t + x > j, token_gates[1, j + 1] * lanes[1, x], T.float32(0))
+                    ),
                     T.float32(0),
                 )
         for x in T.vectorized(LANES):

@@ -17,7 +17,8 @@ def exp(x):
 
     Range reduction to 2**f with f in [-1/2, 1/2], then its series: LLVM would call libm once per lane instead.
     """
-    scaled = T.max(x, T.float32(-87.0)) * T.float32(_LOG2_E)
+    # A maximum would swallow NaN.
+    scaled = T.Select(x < T.float32(-87.0), T.float32(-87.0), x) * T.float32(_LOG2_E)
     whole = T.floor(scaled + T.float32(0.5))
     part = scaled - whole
     value = T.float32(_SERIES[-1])
@@ -25,6 +26,29 @@ def exp(x):
         value = value * part + T.float32(coefficient)
     value = value * part + T.float32(1.0)
     return value * T.reinterpret("float32", (T.cast(whole, "int32") + T.int32(127)) << T.int32(23))
+
+
+LARGEST = 3.4028234663852886e38
+
+
+def finite(x):
+    """Whether x is neither infinite nor NaN, which compares with nothing."""
+    return T.And(x <= T.float32(LARGEST), x >= T.float32(-LARGEST))
+
+
+# total[0] = the sum of ``rows`` rows of X: not finite if anything in them is not.
+@inline
+def add_up(X, rows, width, total):
+    lanes = T.alloc_buffer((LANES,), "float32", scope="local")
+    for x in T.vectorized(LANES):
+        lanes[x] = T.float32(0)
+    for r in range(rows):
+        for e in T.unroll(width // LANES):
+            for x in T.vectorized(LANES):
+                lanes[x] = lanes[x] + X[r, e * LANES + x]
+    total[0] = T.float32(0)
+    for x in T.unroll(LANES):
+        total[0] = total[0] + lanes[x]
 
 
 # Zeros in the first ``width`` columns of ``rows`` rows from ``row`` on.
