@@ -99,3 +99,29 @@ def test_decode(recurrence: str, aggregation: str, state_init: str, kernel_folde
             begin = end
         found, right = pattern(torch.cat(outputs, 1)), pattern(oracle(tensors, one.problem, C))
         assert found == right, f"MCTUNE_SEED={SEED}: {where} of T={T}, C={C}"
+
+
+@pytest.mark.parametrize(("recurrence", "aggregation", "state_init"), PROBLEMS)
+def test_backward(recurrence: str, aggregation: str, state_init: str, kernel_folder: Path, scratch: CDLL) -> None:
+    """Gradients: no token that the oracle leaves finite is reached; of q and v, none that it does not is missed."""
+    one = wanted_for("backward", recurrence, aggregation, state_init)
+    backend, p = TvmBackend(), one.problem
+    kernel = backend.load(p, one.config, backend.build(p, one.config, one.target, kernel_folder))
+    rng = random.Random(f"{SEED} {recurrence} {aggregation} backward")
+    for _ in range(8):
+        T, C = rng.randint(2, 60), rng.choice((5, 24, 64))
+        tensors, where = draw(rng, p, T)
+        dy = torch.randn(tensors["v"].shape, generator=torch.Generator().manual_seed(T))
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        oracle(leaves, p, C).backward(dy.double())
+        arguments = {name: tensors.get(name) for name in ("q", "k", "v", "u", *GATES)}
+        segments = make_segments(T, "constant", C)
+        found = kernel(dy, **arguments, scale=p.Dk**-0.5, top_k=2, segments=segments, kept={})
+        said = f"MCTUNE_SEED={SEED}: {where} of T={T}, C={C}"
+        for name in ("q", "k", "v"):
+            right, ours = set(pattern(leaves[name].grad)), set(pattern(getattr(found, name)))
+            if aggregation != "ssc":  # the oracle multiplies what is not chosen by a gradient of zero
+                assert ours <= right, f"{said}: d{name} of {sorted(ours - right)[:5]}"
+            # Before a sequence's first token there is none for beta to weigh.
+            if name != "k" and not where.startswith("beta"):
+                assert right <= ours or aggregation == "ssc", f"{said}: d{name} of {sorted(right - ours)[:5]} is finite"

@@ -42,9 +42,7 @@ def choose(logits, past, picks, t, lanes, best, chosen, value, at):
     # What is NaN is chosen first, as infinity: its gate will be NaN.
     for i in range(past):
         for x in T.vectorized(LANES):
-            logits[i, t + x] = T.Select(
-                logits[i, t + x] <= T.float32(LARGEST), logits[i, t + x], T.infinity("float32")
-            )
+            logits[i, t + x] = T.Select(logits[i, t + x] <= T.float32(LARGEST), logits[i, t + x], T.infinity("float32"))
     for p in range(picks):
         for x in T.vectorized(LANES):
             lanes[0, x] = logits[0, t + x]

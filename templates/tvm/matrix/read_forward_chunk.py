@@ -290,7 +290,7 @@ def read_online(plan: Plan, at: Values, *, tiles, linked) -> None:
 def read_cached(plan: Plan, at: Values, *, tiles) -> None:
     """C += what the tokens read of the cached states; nothing yet where those are gathered."""
     Dk, panel, formulation, routed, past = plan.Dk, plan.panel, plan.formulation, plan.flags.routed, at.past
-    product = multiply(plan.MR, plan.NR, plan.unroll)
+    product = multiply(plan.MR, plan.NR, plan.unroll, chosen=plan.flags.sparse)
 
     def from_states(B, row, G, g0):
         return lambda t, n: product(

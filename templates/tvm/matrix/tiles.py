@@ -77,11 +77,12 @@ def sum_states(states, base, count, summed, Dk, Dv):
                 summed[d, n] = summed[d, n] + states[(base + i) * Dk + d, n]
 
 
-def multiply(rows, cols, unroll):
+def multiply(rows, cols, unroll, chosen=False):
     """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate_r sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
 
     Consecutive elements of A are broadcast against whole vectors of B. ``steps``, the number of d, is a multiple of
     ``unroll``. ``gate`` is row ``g0`` of G, or absent (``gated=False``); ``fresh`` overwrites C instead of adding.
+    ``chosen`` says that a gate of 0 leaves B out, even if it is not finite.
     """
 
     @inline
@@ -97,7 +98,11 @@ def multiply(rows, cols, unroll):
                         acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, r0 + r] * B[b0 + d * unroll + e, n0 + n]
         for r in T.unroll(rows):
             for n in T.vectorized(cols):
-                if gated:
+                if gated and chosen:
+                    C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + T.Select(
+                        G[g0, r0 + r] == T.float32(0), T.float32(0), G[g0, r0 + r] * acc[r, n]
+                    )
+                elif gated:
                     C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + G[g0, r0 + r] * acc[r, n]
                 elif fresh:
                     C[r0 + r, n0 + n] = acc[r, n]
