@@ -93,7 +93,7 @@ def test_outputs_and_gradients(recurrence: str) -> None:
 def test_a_decay_that_is_nan(recurrence: str) -> None:
     """Seen by whoever sees the strength of the same token's write; the oracle takes no such decay."""
     rng = random.Random(f"{SEED} {recurrence} g")
-    for case in range(3):
+    for _ in range(3):
         tensors, options = draw(rng, recurrence)
         like = tensors[{"swla": "lam", "titans": "eta"}[recurrence]].clone()
         place = tuple(rng.randrange(size) for size in like.shape)

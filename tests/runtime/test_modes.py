@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -57,10 +58,10 @@ def transform(layer: MemoryCaching, T: int) -> None:
 def decode(layer: MemoryCaching, T: int) -> None:
     """A prompt in one mode, its tokens in others."""
     cache, modes = MemoryCache(rewind=random.Random(SEED).choice((0, 3))), [torch.inference_mode, torch.no_grad]
-    for number in range(12):
+    for number in range(8):
         with modes[number % 2]():
             layer(torch.randn(2, T if number == 0 else 1, 8), past_key_values=cache)
-            if number == 6:
+            if number == 4:
                 cache.reorder_cache(torch.tensor([1, 0]))
     layer(torch.randn(2, 1, 8), past_key_values=cache)
 
@@ -69,12 +70,12 @@ def decode(layer: MemoryCaching, T: int) -> None:
 def test_any_order_of_modes_at_one_length(recurrence: str) -> None:
     rng = random.Random(f"{SEED} {recurrence}")
     uses: list[Callable[[MemoryCaching, int], None]] = [validate, evaluate, fake, train, transform, decode]
-    for _ in range(2):
+    for _ in range(1):
         C, T = rng.randint(2, 9), rng.randint(100, 2**12) % 97 + 3
         layer = MemoryCaching(
             8, 2, recurrence=recurrence, aggregation=rng.choice(AGGREGATIONS), segment_length=C, layer_idx=0
         )  # fmt: skip
-        order = rng.sample(uses, len(uses)) + [train]
+        order = [*rng.sample(uses, len(uses)), train]
         for use in order:
             try:
                 use(layer, T)
@@ -92,9 +93,7 @@ def test_every_input_has_a_gradient(recurrence: str, aggregation: str) -> None:
         bounds = torch.tensor([0, 4, T], dtype=torch.int32) if segmentation == "packed" else None
         options = dict(recurrence=recurrence, aggregation=aggregation, segment_length=4, segmentation=segmentation)
 
-        def run(**leaves: torch.Tensor) -> torch.Tensor:
-            return memory_caching(**leaves, **options, cu_seqlens=bounds, backend="eager")
-
+        run = partial(memory_caching, **options, cu_seqlens=bounds, backend="eager")
         leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
         run(**leaves).sum().backward()
         missing = [name for name, x in leaves.items() if x.grad is None]
