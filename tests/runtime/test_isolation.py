@@ -84,9 +84,7 @@ def test_outputs_and_gradients(recurrence: str) -> None:
                 found, right = pattern(grads[name], x), pattern(expected_grads[name], x)
                 # The oracle multiplies what ssc does not choose by a gradient of zero.
                 wrong = found & ~right if options["aggregation"] == "ssc" else found != right
-                assert not wrong.any(), (
-                    f"{said}: d{name}: {wrong.nonzero().tolist()[:5]}"
-                )
+                assert not wrong.any(), f"{said}: d{name}: {wrong.nonzero().tolist()[:5]}"
 
 
 @pytest.mark.parametrize("recurrence", ("swla", "titans"))
@@ -102,9 +100,7 @@ def test_a_decay_that_is_nan(recurrence: str) -> None:
         tensors["g"] = tensors["g"].nan_to_num()
         expected = reference.memory_caching(**tensors | {"lam" if recurrence == "swla" else "eta": like}, **options)
         wrong = pattern(y, y) != pattern(expected, expected)
-        assert not wrong.any(), (
-            f"MCTUNE_SEED={SEED}: g{place} of {options}: {wrong.nonzero().tolist()[:5]}"
-        )
+        assert not wrong.any(), f"MCTUNE_SEED={SEED}: g{place} of {options}: {wrong.nonzero().tolist()[:5]}"
 
 
 @pytest.mark.parametrize("recurrence", ("linear", "swla", "dla", "titans"))
