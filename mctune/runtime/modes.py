@@ -1,7 +1,7 @@
 """Tensors that outlive a call: made outside of the caller's modes, so that a later call in another mode can use them.
 
-What is memoised in one mode (``torch.inference_mode``, ``FakeTensorMode``, a device context, a transform) would carry it
-into every later call.
+What is memoised in one mode (``torch.inference_mode``, ``FakeTensorMode``, a device context, a transform) would carry
+it into every later call.
 """
 
 from __future__ import annotations

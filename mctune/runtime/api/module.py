@@ -26,8 +26,9 @@ from .padding import check_cached, packed
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
-_UNIT_EPS = 1e-6
-"""Added to the square of a length that divides: a gradient grows by at most 1000, also that of a row of zeros."""
+_UNIT_EPS = 1e-4
+"""Added to the square of a length that divides: a gradient grows by at most 100, also that of a row of zeros,
+and stays within float16 behind the gain of the norm of an output of zeros."""
 
 
 class MemoryCaching(nn.Module):
@@ -175,7 +176,8 @@ class MemoryCaching(nn.Module):
         # The values of sigmoid(x) at first. e^g is sigmoid(-x), so it starts at 0.95.
         starts = {"g": 0.05, "beta": 0.1, "lam": 0.9, "mu": 0.5}
         if self.W_up is not None:
-            starts["eta"] = first_eta(self.recurrence, self.inner_chunk, *self.W_up.shape[1:], self.qk_norm)
+            _, Dk, E = self.W_up.shape
+            starts["eta"] = first_eta(self.recurrence, self.inner_chunk, Dk, E, self.qk_norm)
         for name in RECURRENCES[self.recurrence].gates:
             layer = self._gate_layer(name)
             nn.init.zeros_(layer.weight)

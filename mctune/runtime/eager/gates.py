@@ -130,7 +130,8 @@ def even(reads: Aggregation, visible: Tensor, count: Tensor) -> tuple[Tensor, Te
 def best(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Indices [..., top_k] of the largest logits, among equals the earlier one, and whether each is not -inf.
 
-    NaN counts as the largest, so that it is not lost. The choice carries no gradient. Where fewer than ``top_k`` are finite, the rest of the indices mean nothing.
+    NaN counts as the largest, so that it is not lost. The choice carries no gradient. Where fewer than ``top_k`` are
+    finite, the rest of the indices mean nothing.
     """
     left = logits.detach()
     if not 1 <= top_k <= _FEW:

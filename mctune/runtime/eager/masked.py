@@ -1,7 +1,7 @@
 """Products that leave out what a mask hides: multiplying by zero would not, since 0 * NaN is NaN.
 
-Their backward leaves the same pairs out. Where values can be read (:func:`..modes.readable`) and all are finite, a product is
-the plain one: looking costs one sum.
+Their backward leaves the same pairs out. Where values can be read (:func:`..modes.readable`) and all are finite, a
+product is the plain one: looking costs one sum.
 """
 
 from __future__ import annotations

@@ -61,11 +61,11 @@ def read_state(rows, cols, unroll, width, weighs):
     return tile
 
 
-def read_online(rows, cols, unroll, width, weighs, decays):
+def read_online(rows, cols, unroll, width, weighs, decays, guarded):
     """The same of the online memory, where P = decay * (M dy) + sum_{j < steps} k_j E_j; dq is overwritten.
 
     The gate and its gradient are rows 0 of G and D. With ``decays``, row 1 of G is the decay, and row 2 of D becomes
-    <q, M dy>. Without ``linked`` there is no M.
+    <q, M dy>. Without ``linked`` there is no M. ``guarded`` leaves out the later tokens, where E is 0 but k may be NaN.
     """
 
     @inline
@@ -94,7 +94,10 @@ def read_online(rows, cols, unroll, width, weighs, decays):
         for j in range(steps):
             for r in T.unroll(rows):
                 for x in T.vectorized(cols):
-                    acc[r, x] = acc[r, x] + K[j, d0 + r] * E[j, t0 + x]
+                    if guarded:
+                        acc[r, x] = acc[r, x] + T.Select(t0 + x >= j, K[j, d0 + r] * E[j, t0 + x], T.float32(0))
+                    else:
+                        acc[r, x] = acc[r, x] + K[j, d0 + r] * E[j, t0 + x]
         if weighs:
             for x in T.vectorized(cols):
                 part[0, x] = T.Select(first, T.float32(0), D[0, t0 + x])

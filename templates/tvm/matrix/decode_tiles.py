@@ -3,7 +3,7 @@
 from tvm.script import tirx as T
 
 from .kernel import emit, inline
-from .tiles import LANES, exp
+from .tiles import LANES, LARGEST, exp
 
 LOW = -3.0e38
 """Less than any logit; its exponential is 0."""
@@ -186,6 +186,12 @@ def softmax(logits, t, count, own, at, lanes):
 @inline
 def choose(logits, past, picks, lanes, index, chosen, value):
     # The ``picks`` largest of ``past`` logits [0, :], largest first, the earlier in a tie: which, and how large.
+    # What is NaN is chosen first, as infinity: its gate will be NaN.
+    for i in range((past + LANES - 1) // LANES):
+        for x in T.vectorized(LANES):
+            logits[0, i * LANES + x] = T.Select(
+                logits[0, i * LANES + x] <= T.float32(LARGEST), logits[0, i * LANES + x], T.infinity("float32")
+            )
     for p in range(picks):
         for x in T.vectorized(LANES):
             lanes[0, x] = logits[0, x]

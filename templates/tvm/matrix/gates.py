@@ -6,7 +6,7 @@ Logits and gates stand as [segment, token], so that LANES tokens go through each
 from tvm.script import tirx as T
 
 from .kernel import inline
-from .tiles import LANES, exp
+from .tiles import LANES, LARGEST, exp
 
 _LOW = -3.0e38
 
@@ -39,6 +39,10 @@ def softmax(own, logits, count, at, t, scale, lanes):
 # their logits, at the columns from ``at`` on. A chosen logit is overwritten. ``lanes`` and ``best`` are scratch.
 @inline
 def choose(logits, past, picks, t, lanes, best, chosen, value, at):
+    # What is NaN is chosen first, as infinity: its gate will be NaN.
+    for i in range(past):
+        for x in T.vectorized(LANES):
+            logits[i, t + x] = T.Select(logits[i, t + x] <= T.float32(LARGEST), logits[i, t + x], T.infinity("float32"))
     for p in range(picks):
         for x in T.vectorized(LANES):
             lanes[0, x] = logits[0, t + x]

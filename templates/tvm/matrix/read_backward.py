@@ -59,6 +59,7 @@ def scratch_of(plan: Plan, x: Values) -> Values:
         M=f32(Dk, Dv),
         rows_of=f32(BT, Dk),
         total=f32(2, Dk),
+        sum_of_keys=f32(1),  # of the chunk
         gate=f32(2, BT),  # the own segment's gate; decay of X
         down=f32(3, BT),  # gradients of the gate and of the logit; <q, X dy>
         gates=f32(x.N + JR, BT),  # of the cached segments

@@ -9,7 +9,7 @@ from .backward_tiles import fetch, read_online, read_state
 from .flags import flags_of
 from .gates import choose, softmax
 from .kernel import Values, emit
-from .tiles import LANES, columns, dot_rows, exp, multiply
+from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply
 
 
 class Plan:
@@ -157,7 +157,12 @@ def weigh_gated(at: Values, *, t, rows) -> None:
                 lanes[0, x] = T.Select(t + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1])
                 E[j, t + x] = T.Select(
                     t + x >= j,
-                    E[j, t + x] * (token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]),
+                    E[j, t + x]
+                    * (
+                        token_gates[2, j] * lanes[0, x]
+                        # Later tokens' gates may be NaN.
+                        + T.Select(t + x > j, token_gates[1, j + 1] * lanes[1, x], T.float32(0))
+                    ),
                     T.float32(0),
                 )
         for x in T.vectorized(LANES):
@@ -169,16 +174,26 @@ def read(plan: Plan, at: Values, *, rows, linked) -> None:
     Dk, RR, RL, routed, formulation = plan.Dk, plan.RR, plan.RL, plan.flags.routed, plan.formulation
     base, past = at.base, at.past
     cached = read_state(RR, RL, plan.unroll, plan.Dv, routed)
-    online = read_online(RR, RL, plan.unroll, plan.Dv, routed, plan.flags.gated)
 
-    @emit
-    def tiles():
-        for tt in range((rows + RL - 1) // RL):
+    def online(tt, guarded):
+        tile = read_online(RR, RL, plan.unroll, plan.Dv, routed, plan.flags.gated, guarded)
+
+        @emit
+        def rows_of_keys():
             for dd in range(Dk // RR):
-                online(
+                tile(
                     M=at.M, Y=at.YT, K=at.K, E=at.E, steps=T.min((tt + 1) * RL, rows), Q=at.QT, dQ=at.dQT, G=at.gate,
                     D=at.down, d0=dd * RR, t0=tt * RL, linked=linked, first=dd == 0,
                 )  # fmt: skip
+
+    @emit
+    def tiles():
+        add_up(at.K, rows, Dk, at.sum_of_keys)
+        for tt in range((rows + RL - 1) // RL):
+            if finite(at.sum_of_keys[0]):
+                online(tt, False)
+            else:
+                online(tt, True)
             if formulation == "summed":
                 if past > 0:
                     for dd in range(Dk // RR):

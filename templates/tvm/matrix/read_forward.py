@@ -53,6 +53,7 @@ def scratch_of(plan: Plan, x: Values) -> Values:
         W=f32(BT + lead * JR, BT),
         M=f32(Dk, Dv),
         total=f32(Dk),
+        sum_of_values=f32(1),  # of the chunk
         own=f32(2, BT),  # scale times the own segment's gate, and times its decay of M
         gamma=f32(x.N + JR, BT),
         lanes=f32(4, LANES),

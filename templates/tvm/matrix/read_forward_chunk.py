@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 from .flags import flags_of
 from .gates import choose, softmax
 from .kernel import Values, emit
-from .tiles import LANES, columns, dot_rows, exp, multiply
+from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply
 
 
 class Plan:
@@ -204,7 +204,10 @@ def weigh_gated(plan: Plan, at: Values, *, t) -> None:
             for x in T.vectorized(LANES):
                 lanes[1, x] = lanes[0, x]
                 lanes[0, x] = T.Select(t + x == j, T.float32(1), lanes[0, x] * token_gates[0, j + 1])
-                lanes[2, x] = token_gates[2, j] * lanes[0, x] + token_gates[1, j + 1] * lanes[1, x]
+                # Later tokens' gates may be NaN.
+                lanes[2, x] = token_gates[2, j] * lanes[0, x] + T.Select(
+                    t + x > j, token_gates[1, j + 1] * lanes[1, x], T.float32(0)
+                )
                 W[1 + j, t + x] = T.Select(t + x >= j, W[1 + j, t + x] * lanes[2, x] * own[0, t + x], T.float32(0))
             token_gates[3, 1 + j] = lanes[2, LANES - 1]
         token_gates[3, 0] = token_gates[1, 0] * lanes[0, LANES - 1]
@@ -255,7 +258,8 @@ def over_tiles(plan: Plan, count, tile) -> None:
 
 def read_online(plan: Plan, at: Values, *, tiles, linked) -> None:
     """C = what the tokens read of each other, plus what they read of the ``linked`` running state."""
-    Dk, BT, MR, NR, lead, W, V, C, own = plan.Dk, plan.BT, plan.MR, plan.NR, plan.lead, at.W, at.V, at.C, at.own
+    Dk, Dv, BT, MR, NR, lead = plan.Dk, plan.Dv, plan.BT, plan.MR, plan.NR, plan.lead
+    W, V, C, own = at.W, at.V, at.C, at.own
     intra, product = multiply(MR, NR, 1), multiply(MR, NR, plan.unroll)
 
     def from_tokens(t, n):
@@ -268,7 +272,17 @@ def read_online(plan: Plan, at: Values, *, tiles, linked) -> None:
 
     @emit
     def products():
-        over_tiles(plan, tiles, from_tokens)
+        add_up(V, lead + BT, Dv, at.sum_of_values)
+        if finite(at.sum_of_values[0]):
+            over_tiles(plan, tiles, from_tokens)
+        else:
+            # Tiles go beyond the diagonal, where a weight is 0 but a value may be NaN.
+            for t in range(BT):
+                for n in T.vectorized(Dv):
+                    C[t, n] = T.float32(0)
+                for j in range(lead + t + 1):
+                    for n in T.vectorized(Dv):
+                        C[t, n] = C[t, n] + W[j, t] * V[j, n]
         if linked:
             over_tiles(plan, tiles, from_running)
 
@@ -276,7 +290,7 @@ def read_online(plan: Plan, at: Values, *, tiles, linked) -> None:
 def read_cached(plan: Plan, at: Values, *, tiles) -> None:
     """C += what the tokens read of the cached states; nothing yet where those are gathered."""
     Dk, panel, formulation, routed, past = plan.Dk, plan.panel, plan.formulation, plan.flags.routed, at.past
-    product = multiply(plan.MR, plan.NR, plan.unroll)
+    product = multiply(plan.MR, plan.NR, plan.unroll, chosen=plan.flags.sparse)
 
     def from_states(B, row, G, g0):
         return lambda t, n: product(

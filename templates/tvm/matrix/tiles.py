@@ -17,7 +17,8 @@ def exp(x):
 
     Range reduction to 2**f with f in [-1/2, 1/2], then its series: LLVM would call libm once per lane instead.
     """
-    scaled = T.max(x, T.float32(-87.0)) * T.float32(_LOG2_E)
+    # A maximum would swallow NaN.
+    scaled = T.Select(x < T.float32(-87.0), T.float32(-87.0), x) * T.float32(_LOG2_E)
     whole = T.floor(scaled + T.float32(0.5))
     part = scaled - whole
     value = T.float32(_SERIES[-1])
@@ -25,6 +26,29 @@ def exp(x):
         value = value * part + T.float32(coefficient)
     value = value * part + T.float32(1.0)
     return value * T.reinterpret("float32", (T.cast(whole, "int32") + T.int32(127)) << T.int32(23))
+
+
+LARGEST = 3.4028234663852886e38
+
+
+def finite(x):
+    """Whether x is neither infinite nor NaN, which compares with nothing."""
+    return T.And(x <= T.float32(LARGEST), x >= T.float32(-LARGEST))
+
+
+# total[0] = the sum of ``rows`` rows of X: not finite if anything in them is not.
+@inline
+def add_up(X, rows, width, total):
+    lanes = T.alloc_buffer((LANES,), "float32", scope="local")
+    for x in T.vectorized(LANES):
+        lanes[x] = T.float32(0)
+    for r in range(rows):
+        for e in T.unroll(width // LANES):
+            for x in T.vectorized(LANES):
+                lanes[x] = lanes[x] + X[r, e * LANES + x]
+    total[0] = T.float32(0)
+    for x in T.unroll(LANES):
+        total[0] = total[0] + lanes[x]
 
 
 # Zeros in the first ``width`` columns of ``rows`` rows from ``row`` on.
@@ -53,11 +77,12 @@ def sum_states(states, base, count, summed, Dk, Dv):
                 summed[d, n] = summed[d, n] + states[(base + i) * Dk + d, n]
 
 
-def multiply(rows, cols, unroll):
+def multiply(rows, cols, unroll, chosen=False):
     """A register tile of ``rows`` by ``cols``: C[r0 + r, n0 + n] (+)= gate_r sum_d A[a0 + d, r0 + r] B[b0 + d, n0 + n].
 
     Consecutive elements of A are broadcast against whole vectors of B. ``steps``, the number of d, is a multiple of
     ``unroll``. ``gate`` is row ``g0`` of G, or absent (``gated=False``); ``fresh`` overwrites C instead of adding.
+    ``chosen`` says that a gate of 0 leaves B out, even if it is not finite.
     """
 
     @inline
@@ -73,7 +98,11 @@ def multiply(rows, cols, unroll):
                         acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, r0 + r] * B[b0 + d * unroll + e, n0 + n]
         for r in T.unroll(rows):
             for n in T.vectorized(cols):
-                if gated:
+                if gated and chosen:
+                    C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + T.Select(
+                        G[g0, r0 + r] == T.float32(0), T.float32(0), G[g0, r0 + r] * acc[r, n]
+                    )
+                elif gated:
                     C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + G[g0, r0 + r] * acc[r, n]
                 elif fresh:
                     C[r0 + r, n0 + n] = acc[r, n]

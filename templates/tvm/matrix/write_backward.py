@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from .backward_tiles import fetch
 from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, clear, columns, copy_state, multiply
+from .tiles import LANES, add_up, clear, columns, copy_state, finite, multiply
 from .write_backward_chunk import Plan, products, rows_of_state
 from .write_backward_gates import gradients_of_gates, lead
 
@@ -68,6 +68,7 @@ def scratch_of(plan: Plan) -> Values:
         of_row=f32(6, BT + LANES),
         W=f32(BT + 1, BT),  # w_jt at [t, j], up to the token after the chunk
         forgotten=f32(BT + 1, LANES),  # by token, lanes to be summed: what its decay scales
+        sums=f32(2),  # of the chunk's Q and Y
         none=f32(1, 1),
     )
 
@@ -141,6 +142,34 @@ def pack(plan: Plan, at: Values, *, t0, rows) -> None:
 
 def rows_of_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
     """Add to C and CK what the chunk's own tokens read."""
+
+    @emit
+    def sums_first():
+        add_up(at.Q, rows, plan.Dk, at.sums)
+        at.sums[1] = at.sums[0]
+        add_up(at.Y, rows, plan.Dv, at.sums)
+        if T.And(finite(at.sums[0]), finite(at.sums[1])):
+            tiles_of_chunk(plan, at, t0=t0, rows=rows)
+        else:
+            one_by_one(plan, at, rows=rows)
+
+
+def one_by_one(plan: Plan, at: Values, *, rows) -> None:
+    """The same without tiles, which take in earlier tokens: their weight is 0, but what they read may be NaN."""
+    C, CK, W1, W2, Q, Y = at.C, at.CK, at.W1, at.W2, at.Q, at.Y
+
+    @emit
+    def later_tokens():
+        for j in range(rows):
+            for i in range(rows - j):
+                for n in T.vectorized(plan.Dv):
+                    C[j, n] = C[j, n] + W1[j + i, j] * Y[j + i, n]
+                for d in T.vectorized(plan.Dk):
+                    CK[j, d] = CK[j, d] + W2[j + i, j] * Q[j + i, d]
+
+
+def tiles_of_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
+    """The same in tiles."""
     Dk, Dv, MR, NV, NK = plan.Dk, plan.Dv, plan.MR, plan.NV, plan.NK
     from_values, from_keys = multiply(MR, NV, 1), multiply(MR, NK, 1)
 
