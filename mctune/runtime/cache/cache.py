@@ -273,7 +273,7 @@ class MemoryCache:
         """Move to a device, in place; returns itself. Counts stay on the CPU."""
         try:
             device = torch.device(device)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, ValueError) as error:
             raise ArgumentError(f"device={shown(device)} is no device of torch") from error
 
         def move(x: Tensor) -> Tensor:
