@@ -22,11 +22,14 @@ from mctune.runtime.traits import RECURRENCES
 
 Tensor = torch.Tensor
 VALUES: tuple[Any, ...] = (
-    None, -1, 0, 1, 3, 2**31, 2**70, 1.5, 1e300, "x", "", "linear", "float16", True, [], [1], {}, {"0": 1}, "1", "²", " 0",
+    None, -1, 0, 1, 3, 2**31, 2**70, 1.5, 1e300, "x", "", "linear", "float16",
+    True, [], [1], {}, {"0": 1}, "1", "²", " 0",
 )  # fmt: skip
 CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda x: x[:1], lambda x: torch.cat([x, x]), lambda x: x[..., :1], lambda x: x[None], lambda x: x[:0], lambda x: x.sum(),
-    lambda x: x.double(), lambda x: x.half(), lambda x: x.float(), lambda x: x.long(), lambda x: x.int(), lambda x: x.bool(),
+    lambda x: x[:1], lambda x: torch.cat([x, x]), lambda x: x[..., :1], lambda x: x[None], lambda x: x[:0],
+    lambda x: x.sum(),
+    lambda x: x.double(), lambda x: x.half(), lambda x: x.float(), lambda x: x.long(), lambda x: x.int(),
+    lambda x: x.bool(),
     lambda x: x.mT if x.dim() > 1 else x, lambda x: x + 1, lambda x: x - 1, lambda x: x + 2**30, lambda x: x * 0 - 5,
     lambda x: x.flatten(), lambda x: torch.cat([x, x], -1), lambda x: torch.cat([x, x], 2) if x.dim() > 2 else x,
 )  # fmt: skip
@@ -102,7 +105,7 @@ def test_a_file_that_was_changed_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "1", "[" * 100_000, '{"layers": NaN}'])
 def test_metadata_that_is_none(text: str, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, str(tmp_path / "cache"), metadata={"format": FORMAT, "cache": text})
-    with pytest.raises(ArgumentError, match="is no file of MemoryCache.save"):
+    with pytest.raises(ArgumentError, match="is no file of MemoryCache"):
         MemoryCache.load(tmp_path / "cache")
 
 
@@ -112,7 +115,7 @@ def test_a_file_of_another_kind_or_cut_off(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"x" * 100, whole[: len(whole) // 2], whole[:9], b"\xff" * 16 + whole):
         path.write_bytes(content)
-        with pytest.raises(ArgumentError, match="is no file of MemoryCache.save"):
+        with pytest.raises(ArgumentError, match="is no file of MemoryCache"):
             MemoryCache.load(path)
 
 

@@ -344,7 +344,8 @@ def _check_owner(layer: _Layer, layer_idx: int, owner: object) -> None:
     """The first layer that calls is the one; what was not known, or is gone, is the layer that calls now."""
     known = None if layer.owner is None else layer.owner()
     if known is None:
-        layer.owner = ref(owner)
+        if not torch.compiler.is_compiling():
+            layer.owner = ref(owner)
     elif known is not owner:
         raise ArgumentError(
             f"layer_idx={layer_idx} of the cache belongs to another layer: give every layer of a model its own "
