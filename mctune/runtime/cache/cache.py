@@ -270,7 +270,11 @@ class MemoryCache:
         self._convolutions.clear()
 
     def to(self, device: torch.device | str) -> MemoryCache:
-        """Move to a device, in place; returns itself. Counts stay on the CPU."""
+        """Move to a device, in place; returns itself. Counts stay on the CPU.
+
+        Raises:
+            ArgumentError: if torch knows no such device.
+        """
         try:
             device = torch.device(device)
         except (TypeError, RuntimeError, ValueError) as error:
