@@ -97,7 +97,7 @@ def right(draw: random.Random, served: Served | None) -> dict[str, Any]:
     dtype = torch.float32 if served else draw.choice((torch.float32, torch.float64))
     given |= {name: (0.5 * torch.randn(B, T, H, Dk)).to(dtype) for name in ("q", "k", "u")}
     given["v"] = torch.randn(B, T, H, Dv).to(dtype)
-    given |= {name: 0.2 * torch.rand(B, T, H) for name in writes.gates}
+    given |= {name: 0.1 * torch.rand(B, T, H) for name in writes.gates}
     if "g" in given:
         given["g"] = -given["g"]
     if writes.deep:
@@ -105,7 +105,7 @@ def right(draw: random.Random, served: Served | None) -> dict[str, Any]:
     if draw.random() < 0.3:
         given["scale"] = draw.choice((0.5, 1, -2, np.float32(0.5), Fraction(1, 2)))
     if draw.random() < 0.3:
-        del given[draw.choice(("u", *writes.gates))]
+        del given[draw.choice(("u", *(name for name in writes.gates if name != "eta")))]  # 1 is a step that diverges
     return given
 
 
@@ -228,14 +228,19 @@ def layer(draw: random.Random) -> str:
         call |= {"attention_mask": mask} if draw.random() < 0.3 else {}
         logarithmic = given["segmentation"] == "logarithmic" and "attention_mask" in call
     cached = draw.random() < 0.4
-    call = dict(call)
     if cached:
         call["past_key_values"] = MemoryCache()
     names = ("hidden_states", "attention_mask", "past_key_values", "cu_seqlens")
     wrong = spoil(draw, call, names)
     given_x = call["hidden_states"]
-    if isinstance(given_x, Tensor) and given_x.is_floating_point() and given_x.dtype != torch.float32:
-        return "left to torch"  # which dtypes go together is the projections' business
+    if (
+        isinstance(given_x, Tensor)
+        and given_x.is_floating_point()
+        and (given_x.is_meta or given_x.dtype != torch.float32)
+    ):
+        return "left to torch"  # which dtypes and devices go together is the projections' business
+    if "hidden_states" in wrong:
+        wrong += ["cu_seqlens", "attention_mask"]  # which are then those of other hidden states
     reasons = [
         *wrong,
         *changed,

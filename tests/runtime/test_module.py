@@ -94,11 +94,11 @@ def test_widths_and_dtypes() -> None:
     ("options", "message"),
     (
         ({"hidden_size": 15}, "hidden_size=15 is not a multiple of num_heads=2; pass head_dim"),
-        ({"num_heads": 0}, "num_heads=0: must be at least 1"),
+        ({"num_heads": 0}, "num_heads=0: must be an integer of at least 1"),
         ({"expand_v": 0.3}, "expand_v=0.3: head_dim and head_dim \\* expand_v must be whole"),
         ({"recurrence": "dla", "expand_v": 2}, "expand_v=2: .*pass memory_residual=False or expand_v=1"),
         ({"recurrence": "gru"}, "recurrence='gru' is not one of"),
-        ({"conv_size": 0}, "conv_size=0: must be at least 1"),
+        ({"conv_size": 0}, "conv_size=0: must be an integer of at least 1"),
         ({"feature_map": "gelu"}, "feature_map='gelu' is not None or one of relu, elu, silu, softmax"),
         ({"backend": "gpu"}, "backend='gpu' is not one of"),
     ),

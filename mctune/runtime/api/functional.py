@@ -58,7 +58,8 @@ def memory_caching(
         state_init: what a segment starts from: ``independent`` (the initial state) or ``checkpoint`` (the end state of
             the segment before it).
         top_k: cached segments that ``ssc`` reads for each token, besides the one that the token is in.
-        scale: multiplies q where a memory is read, and nowhere else; ``None`` is Dk ** -0.5.
+        scale: multiplies q where a memory is read, and nowhere else; ``None`` is Dk ** -0.5. A number: to learn one,
+            pass q * scale as q, q as u, and scale=1.0.
         g, beta, lam, eta, mu: gates, [B, T, H], float32; swla takes g, beta, lam, dla takes eta, titans g, eta, mu. g
             is the logarithm of a decay, at most 0. Absent ones are 0, 0, 1, 1, 0.
         W_up, W_down: what a deep memory (dla, titans) starts from, [H, Dk, E] and [H, E, Dv].
@@ -71,7 +72,8 @@ def memory_caching(
         y, [B, T, H, Dv], in the dtype of q. States, gates and sums are float32 (float64 for float64 inputs).
 
     Raises:
-        ArgumentError: if arguments contradict each other.
+        ArgumentError: if arguments contradict each other, or one is of another type. An option that the call does not
+            use may be ``None``.
         BackendError: if the backend asked for by name cannot serve the call.
 
     Examples:

@@ -270,10 +270,14 @@ class MemoryCache:
         self._convolutions.clear()
 
     def to(self, device: torch.device | str) -> MemoryCache:
-        """Move to a device, in place; returns itself. Counts stay on the CPU."""
+        """Move to a device, in place; returns itself. Counts stay on the CPU.
+
+        Raises:
+            ArgumentError: if torch knows no such device.
+        """
         try:
             device = torch.device(device)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, ValueError) as error:
             raise ArgumentError(f"device={shown(device)} is no device of torch") from error
 
         def move(x: Tensor) -> Tensor:
@@ -344,7 +348,8 @@ def _check_owner(layer: _Layer, layer_idx: int, owner: object) -> None:
     """The first layer that calls is the one; what was not known, or is gone, is the layer that calls now."""
     known = None if layer.owner is None else layer.owner()
     if known is None:
-        layer.owner = ref(owner)
+        if not torch.compiler.is_compiling():
+            layer.owner = ref(owner)
     elif known is not owner:
         raise ArgumentError(
             f"layer_idx={layer_idx} of the cache belongs to another layer: give every layer of a model its own "

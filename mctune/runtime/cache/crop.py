@@ -32,8 +32,10 @@ def check_crop(memory: LayerMemory, history: History | None, targets: Tensor) ->
         places = "0"
         if depth:
             places += f", {length - depth} to {length}"
-        ends = [end for end in range(C, length, C) if _why_not_boundary(memory, row, end) is None]
-        if ends:
+        dropped = int(memory.dropped[row])
+        first = dropped + max(int(memory.cached[row]), int(memory.rules.carried)) if dropped else 1
+        ends = range(first * C, length, C)
+        if ends and _why_not_boundary(memory, row, ends[0]) is None:
             step = "" if len(ends) == 1 else f" to {ends[-1]} in steps of {C}"
             places += f", {ends[0]}{step}"
         raise ArgumentError(

@@ -77,20 +77,42 @@ def convolutions(about: Any, tensors: Mapping[str, Tensor]) -> dict[int, tuple[t
 def _memory(
     prefix: str, own: dict[str, Tensor], rules: Rules, bound: int | None, narrow: set[torch.dtype]
 ) -> LayerMemory:
-    several = 2 if rules.deep else 1
+    layers = range(2 if rules.deep else 1)
     names = ["descriptors", "key_sum", "last_key", "last_value", *_COUNTS]
-    names += [f"{name}.{n}" for name in ("states", "online") for n in range(several)]
-    names += [f"{name}.{n}" for name in ("start", "momentum", "initial") for n in range(2) if rules.deep]
+    names += [f"{name}.{n}" for name in ("states", "online") for n in layers]
+    names += [f"{name}.{n}" for name in ("start", "momentum", "initial") for n in layers if rules.deep]
     if set(own) != set(names):
         missing, stray = sorted(set(names) - set(own)), sorted(set(own) - set(names))
         raise ArgumentError(f"{prefix}{missing[0]} is missing" if missing else f"{prefix}{shown(stray[0])} is unknown")
-    online = [own[f"online.{n}"] for n in range(several)]
-    if any(x.dim() != 4 for x in online) or own["descriptors"].dim() != 4 or 0 in online[0].shape:
+    shapes, compute = _shapes(prefix, own, layers), own["key_sum"].dtype
+    for name, x in own.items():
+        allowed = {torch.int32} if name in _COUNTS else {compute}
+        if name.startswith("states"):
+            allowed = {*allowed, *narrow} if own["states.0"].dtype == x.dtype else set()
+        if tuple(x.shape) != shapes[name] or x.dtype not in allowed:
+            must = " or ".join(sorted(str(dtype) for dtype in allowed)) or "one dtype for all states"
+            raise ArgumentError(f"{prefix}{name} is {x.dtype} {list(x.shape)}; it must be {must} {list(shapes[name])}")
+    room = own["descriptors"].shape[2]
+    _check_counts(prefix, own, room, rules.segment_length, bound)
+    # What lies past the states in use has no meaning, but must be finite.
+    unused = torch.arange(room) >= own["cached"][:, None]
+    for name in ("descriptors", *(f"states.{n}" for n in layers)):
+        own[name].transpose(1, 2)[unused] = 0
+    parts: dict[str, Any] = {name: own[name] for name in names if "." not in name}
+    parts |= {name: _numbered(own, name) for name in ("states", "online", "start", "momentum", "initial")}
+    return LayerMemory(**parts, rules=rules, bound=bound)
+
+
+def _shapes(prefix: str, own: Mapping[str, Tensor], layers: range) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by the sizes of the states under way and the room for cached ones."""
+    online = [own[f"online.{n}"] for n in layers]
+    room = own["descriptors"].shape[2] if own["descriptors"].dim() == 4 else 0
+    if any(x.dim() != 4 or 0 in x.shape for x in online) or room == 0:
         raise ArgumentError(f"{prefix}online is {[list(x.shape) for x in online]}; it must be [B, H, rows, columns]")
-    (B, H, Dk, _), Dv, room = online[0].shape, online[-1].shape[3], own["descriptors"].shape[2]
-    if own["key_sum"].dtype not in (torch.float32, torch.float64) or room == 0 or Dv == 0:
+    if own["key_sum"].dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"{prefix}key_sum is {own['key_sum'].dtype}; it must be float32 or float64")
-    widths = [(Dk, online[0].shape[3]), (online[0].shape[3], Dv)][-several:] if rules.deep else [(Dk, Dv)]
+    (B, H, Dk, inner), Dv = online[0].shape, online[-1].shape[3]
+    widths = [(Dk, inner), (inner, Dv)][: len(layers)]
     shapes: dict[str, tuple[int, ...]] = {
         "descriptors": (B, H, room, Dk), "key_sum": (B, H, Dk), "last_key": (B, H, Dk), "last_value": (B, H, Dv),
     }  # fmt: skip
@@ -98,23 +120,7 @@ def _memory(
     for n, width in enumerate(widths):
         shapes |= {f"{name}.{n}": (B, H, *width) for name in ("online", "start", "momentum")}
         shapes |= {f"states.{n}": (B, H, room, *width), f"initial.{n}": (H, *width)}
-    for name, x in own.items():
-        allowed = {torch.int32} if name in _COUNTS else {own["key_sum"].dtype}
-        if name.startswith("states"):
-            allowed = {*allowed, *narrow} if own["states.0"].dtype == x.dtype else set()
-        if tuple(x.shape) != shapes[name] or x.dtype not in allowed:
-            must = " or ".join(sorted(str(dtype) for dtype in allowed)) or "one dtype for all states"
-            raise ArgumentError(f"{prefix}{name} is {x.dtype} {list(x.shape)}; it must be {must} {list(shapes[name])}")
-    _check_counts(prefix, own, room, rules.segment_length, bound)
-    # What lies past the states in use is never read for its value; not even that of a stranger's NaN.
-    unused = torch.arange(room) >= own["cached"][:, None]
-    for name in ("descriptors", *(f"states.{n}" for n in range(several))):
-        own[name].transpose(1, 2)[unused] = 0
-    parts: dict[str, Any] = {name: own[name] for name in names if "." not in name}
-    for f in fields(LayerMemory):
-        if f.name in ("states", "online", "start", "momentum", "initial"):
-            parts[f.name] = _numbered(own, f.name)
-    return LayerMemory(**parts, rules=rules, bound=bound)
+    return shapes
 
 
 def _check_counts(prefix: str, own: Mapping[str, Tensor], room: int, C: int, bound: int | None) -> None:
