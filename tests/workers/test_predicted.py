@@ -93,6 +93,11 @@ def test_a_wrong_candidate_compiles_and_is_found_out(compiler: Worker, checker: 
     assert isinstance(outcome, Wrong) and not outcome.error <= outcome.tolerance
 
 
+def test_a_candidate_that_overwrites_its_inputs_is_found_out(checker: Worker) -> None:
+    outcome = ask(checker, "verify", "overwrites")
+    assert isinstance(outcome, Wrong) and outcome.case.endswith("it wrote to its input v")
+
+
 def test_what_exceeds_the_target_says_by_how_much(compiler: Worker) -> None:
     config = CONFIG.replace(piece=256, read_BT=128)
     outcome = ask(compiler, "evaluate", "none", problem=WIDE, config=config)
