@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,9 @@ def _after(problem: Problem, memory: LayerMemory) -> dict[str, Tensor]:
 
 
 def _save(case: AtSize, file: Path) -> None:
-    inputs = {field.name: getattr(case.inputs, field.name) for field in fields(Inputs)}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({"inputs": inputs, "given": case.given, "wanted": case.wanted}, scratch)
+    torch.save({"inputs": case.inputs.to_dict(), "given": case.given, "wanted": case.wanted}, scratch)
     scratch.replace(file)
 
 
