@@ -191,7 +191,7 @@ def _decided(problem: Problem, inputs: Inputs, seed: int) -> Tensor:
     """u, drawn again for every token whose choice is within ``_GAP`` of another."""
     generator = torch.Generator().manual_seed(seed + 1)
     u, segments = inputs.u.clone(), segments_of(problem, inputs)
-    means = [_means(by_head(k, torch.float32), segments) for k in inputs.k[:, :, None].unbind(0)]
+    means = [_means(by_head(k[None], torch.float32), segments) for k in inputs.k]
     assert problem.top_k is not None
     for row, head in ((row, head) for row in range(problem.B) for head in range(problem.H)):
         for number, (begin, end, first) in enumerate(segments.spans):
