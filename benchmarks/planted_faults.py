@@ -114,19 +114,21 @@ def left_behind() -> int:
     return found
 
 
-def run(
-    evaluations: int, seconds: float, workers: int, seed: int, folder: Path, kinds: Sequence[str] = (*WRONG, *HARMFUL)
-) -> Tally:
+def worker_for(number: int, folder: Path) -> Worker:
+    setup = {
+        "backend": "planted_backend:PlantedBackend", "target": "cpu", "folder": str(folder), "seed": number,
+        "threads": 1, "memory_bytes": MEMORY,
+    }  # fmt: skip
+    return Worker("mctune.workers.evaluate:start", setup, env={"OMP_NUM_THREADS": "1"})
+
+
+def run(evaluations: int, seconds: float, workers: int, seed: int, folder: Path, kinds: Sequence[str]) -> Tally:
     """So many evaluations, or so many seconds of them, in so many workers."""
     tally, started = Tally(), time.monotonic()
 
     def loop(number: int) -> None:
         rng = random.Random(seed * 1000 + number)
-        setup = {
-            "backend": "planted_backend:PlantedBackend", "target": "cpu", "folder": str(folder), "seed": number,
-            "threads": 1, "memory_bytes": MEMORY,
-        }  # fmt: skip
-        with Worker("mctune.workers.evaluate:start", setup, env={"OMP_NUM_THREADS": "1"}) as worker:
+        with worker_for(number, folder) as worker:
             while tally.evaluations < evaluations and time.monotonic() - started < seconds:
                 one(worker, draw(rng, kinds), rng.randrange(1 << 31), tally)
 
@@ -137,8 +139,21 @@ def run(
         while thread.is_alive():
             thread.join(60.0)
             tally.seconds = time.monotonic() - started
-            print(f"{tally.seconds:.0f} s: {tally.evaluations} evaluations, {tally.wrong('accepted')} wrong candidates, "
-                  f"{tally.wrong('kept')} wrong winners, {tally.refused} right refused", flush=True)  # fmt: skip
+            counts = f"{tally.wrong('accepted')} wrong candidates, {tally.wrong('kept')} wrong winners"
+            print(f"{tally.seconds:.0f} s: {tally.evaluations} evaluations, {counts}", flush=True)
+    return tally
+
+
+def once(seed: int, folder: Path) -> Tally:
+    """Every kind once, in random order, and a right one after each that harms others."""
+    rng, tally = random.Random(seed), Tally()
+    kinds = [fault for fault in (*WRONG, *HARMFUL) if fault != "hang"]
+    rng.shuffle(kinds)
+    with worker_for(0, folder) as worker:
+        for fault in kinds:
+            one(worker, fault, rng.randrange(1 << 31), tally)
+            if fault in HARMFUL:
+                one(worker, "none", rng.randrange(1 << 31), tally)
     return tally
 
 

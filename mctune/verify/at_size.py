@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _decided(problem: Problem, inputs: Inputs, seed: int) -> Tensor:
     """u, drawn again for every token whose choice is within ``_GAP`` of another."""
     generator = torch.Generator().manual_seed(seed + 1)
     u, segments = inputs.u.clone(), segments_of(problem, inputs)
-    means = [_means(by_head(k, torch.float32), segments) for k in inputs.k[:, :, None].unbind(0)]
+    means = [_means(by_head(k[None], torch.float32), segments) for k in inputs.k]
     assert problem.top_k is not None
     for row, head in ((row, head) for row in range(problem.B) for head in range(problem.H)):
         for number, (begin, end, first) in enumerate(segments.spans):
@@ -268,10 +268,9 @@ def _after(problem: Problem, memory: LayerMemory) -> dict[str, Tensor]:
 
 
 def _save(case: AtSize, file: Path) -> None:
-    inputs = {field.name: getattr(case.inputs, field.name) for field in fields(Inputs)}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({"inputs": inputs, "given": case.given, "wanted": case.wanted}, scratch)
+    torch.save({"inputs": case.inputs.to_dict(), "given": case.given, "wanted": case.wanted}, scratch)
     scratch.replace(file)
 
 

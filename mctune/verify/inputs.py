@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Inputs:
 
         own = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "u", "dy")}
         return replace(self, **own, gates=moved(self.gates), weights=moved(self.weights))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def arguments(self, problem: Problem) -> dict[str, Any]:
         """Every keyword argument of ``memory_caching``, the oracle's or the runtime's, for this problem."""

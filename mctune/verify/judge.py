@@ -81,6 +81,23 @@ def judge_all(problem: Problem, seed: int) -> Iterator[Judged]:
         yield judge(case, seed + 1000 * number)
 
 
+def save_cases(cases: Iterable[Judged], file: str) -> None:
+    """Leave cases to another process, as plain values."""
+    plain = [
+        {"problem": case.problem.to_dict(), "inputs": case.inputs.to_dict(), "wanted": dict(case.wanted)}
+        for case in cases
+    ]
+    torch.save(plain, file)
+
+
+def load_cases(file: str) -> list[Judged]:
+    """The inverse of :func:`save_cases`."""
+    return [
+        Judged(Problem.from_dict(one["problem"]), Inputs(**one["inputs"]), one["wanted"])
+        for one in torch.load(file, weights_only=True)
+    ]
+
+
 def _choice_gap(problem: Problem, inputs: Inputs) -> float:
     """The smallest difference between the last logit that ssc chooses and the first that it leaves."""
     segments = segments_of(problem, inputs)

@@ -9,7 +9,7 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import segment_states
-from mctune.runtime.kernels.kept import CHOICE, LOGITS, Names, Sizes, make_kept, make_pairs, shape
+from mctune.runtime.kernels.kept import CHOICE, LOGITS, Names, make_kept, make_pairs
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.segments import Segments, make_segments
 from mctune.verify.inputs import Inputs
@@ -88,39 +88,3 @@ def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> 
             read[:, first : s + 1, begin:end] = True
         found["gates"] = (kept["logits"] - kept["lse"][:, None]).exp().masked_fill(~read, 0.0)
     return {f"{OPTIONAL}{name}": x for name, x in found.items()}
-
-
-# --- what a backward candidate is given
-
-
-def likely(problem: Problem, segments: Segments, names: Names, device: str) -> dict[str, Tensor]:
-    """Random arrays in their place: finite numbers, and valid choices spread over the segments."""
-    count, dtype = segments.count, getattr(torch, problem.dtype)
-    sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
-                  min(problem.top_k or 1, count), dtype)  # fmt: skip
-    shapes = {name: shape(name, sizes) for name in names}
-    made = {
-        name: torch.randn(size, device=device).to(dtype)
-        for name, (size, dtype) in shapes.items()
-        if dtype.is_floating_point
-    }
-    if set(CHOICE) <= set(names):
-        heads = [_choice(segments, sizes.top_k, device) for _ in range(sizes.heads)]
-        made |= {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
-    return made
-
-
-def _choice(segments: Segments, top_k: int, device: str) -> dict[str, Tensor]:
-    """Random choices of one head: any of the segments before a token's."""
-    lengths, first, own = (
-        torch.tensor(x, device=device)
-        for x in zip(*((end - begin, first, s) for s, (begin, end, first) in enumerate(segments.spans)), strict=True)
-    )
-    low, high = (x.repeat_interleave(lengths)[:, None] for x in (first, own))
-    number = torch.arange(segments.count, device=device)
-    logits = torch.randn(len(low), segments.count, device=device)
-    logits.masked_fill_((number < low) | (number >= high), float("-inf"))
-    picked, chosen = logits.topk(top_k)
-    chosen = chosen.masked_fill(picked == float("-inf"), segments.count).to(torch.int32)
-    pairs = make_pairs(chosen[None], segments.count)
-    return {"picked": picked, "chosen": chosen, **{name: x[0] for name, x in pairs.items()}}

@@ -23,12 +23,17 @@ from mctune.runtime.errors import PackageError
 from mctune.runtime.kernels.support import served
 from mctune.runtime.kernels.table import load_table
 from mctune.runtime.manifest import Contents
+from mctune.verify.at_size import make
+from mctune.verify.guard import Fault
 from mctune.verify.inputs import judged, odd_problems
-from mctune.verify.judge import Run, tolerance, verify_case
-from mctune.verify.passes import PASSES, gradients
+from mctune.verify.judge import Run, run_kernel, tolerance, verify_case
+from mctune.verify.passes import gradients, wants
+from mctune.verify.rerun import CANDIDATE, SLACK, Miss, Reruns
 
 _LONG = {"forward": 2048, "backward": 1024, "decode": 1024}
 """Tokens of the long row, by pass."""
+_RERUN_S = 1.0
+"""Seconds in which a kernel is run again at size."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def needs_interpreter(path: Path) -> bool:
 
 
 def check_package(path: Path, seed: int) -> Iterator[Check]:
-    """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on a long row.
+    """Hold every kernel of a package to the oracle, on the odd relatives of its problem and on a long row; and where it
+    runs on its own device, at the size that it was timed at, again and again.
 
     Each kernel is launched by itself; the long rows go through ``memory_caching`` and autograd as a model's would.
     """
@@ -152,7 +158,8 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
     problems = [judged(Problem.from_dict(dict(entry.problem))) for entry in entries]
     forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
     for entry, problem in zip(entries, problems, strict=True):
-        launch = partial(PASSES[problem.pass_].run, launcher_of(module, entry))
+        kernel = launcher_of(module, entry)
+        launch = partial(run_kernel, kernel)
         lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
         for number, case in enumerate(odd_problems(problem)):
             yield _check(launch, case.replace(**lengths), entry.backend, seed + number)
@@ -160,6 +167,8 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
         if problem.pass_ != "decode" and _statics(problem) in forwards:
             whole = _through(module, problem.pass_, entry.backend)
         yield _check(whole, problem.replace(B=1, T=min(problem.T, _LONG[problem.pass_]), H=1), entry.backend, seed + 3)
+        if kernel.device != "cpu" or served("cpu", backend=entry.backend):
+            yield _check_at_size(kernel, problem, entry.backend, seed + 4)
 
 
 def check_defaults(seed: int) -> Iterator[Check]:
@@ -183,6 +192,18 @@ def check_defaults(seed: int) -> Iterator[Check]:
             yield _check(eager, case, "eager", seed + number)
 
 
+def _check_at_size(kernel: Any, problem: Problem, backend: str, seed: int) -> Check:
+    names = wants(kernel, problem) if problem.pass_ == "backward" else ()
+    held, limit = Reruns(kernel, make(problem, seed, names, kernel.device)), SLACK * tolerance(problem)
+    try:
+        held.first()
+        held.repeat(CANDIDATE, _RERUN_S / CANDIDATE.share)
+        held.last()
+    except Miss as miss:
+        return Check(problem, backend, float("inf") if miss.outcome.error <= limit else miss.outcome.error, limit)
+    return Check(problem, backend, held.error, limit)
+
+
 def _statics(problem: Problem) -> tuple[object, ...]:
     """What a forward kernel and a backward kernel of the same operation share."""
     return problem.recurrence, problem.aggregation, problem.state_init, problem.Dk, problem.Dv
@@ -198,4 +219,8 @@ def _through(module: ModuleType, pass_: str, backend: str) -> Run:
 
 
 def _check(run: Run, problem: Problem, backend: str, seed: int) -> Check:
-    return Check(problem, backend, verify_case(run, problem, seed), tolerance(problem))
+    try:
+        error = verify_case(run, problem, seed)
+    except Fault:
+        error = float("inf")
+    return Check(problem, backend, error, tolerance(problem))

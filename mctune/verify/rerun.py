@@ -67,6 +67,8 @@ class Reruns:
     def __init__(self, kernel: Kernel, case: AtSize, beside: Reruns | None = None) -> None:
         self.runs = 0
         """Runs that were compared so far."""
+        self.error = 0.0
+        """The largest error of a run against the reference."""
         self._kernel, self._case, self._first = kernel, case, dict[str, Tensor]()
         # Pairs that are grouped by atomics come in any order, and their sums are rounded in any order.
         self._exact = getattr(kernel, "pair_order", None) is None
@@ -139,6 +141,7 @@ class Reruns:
         error = error_at_size(found, self._case.wanted)
         if not error <= SLACK * tolerance(self._case.problem):
             raise self._miss(error, ", at the size that is timed")
+        self.error = max(self.error, error)
 
     def _fault(self, text: str) -> Miss:
         return self._miss(float("inf"), f": {text}")

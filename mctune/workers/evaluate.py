@@ -29,7 +29,7 @@ from mctune.measure.clocks import clock_and_heat
 from mctune.measure.timing import summary, time_rotated
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
-from mctune.verify.judge import Judged, judge_all, run_kernel, verify
+from mctune.verify.judge import Judged, judge_all, load_cases, run_kernel, verify
 from mctune.verify.rerun import CANDIDATE, FINALIST, Effort, Miss, Reruns
 from mctune.workers.watch import REFERENCE
 from mctune.workers.worker import MACHINES, Handler, Stage
@@ -59,7 +59,7 @@ class Prepared:
 
     def judged(self) -> list[Judged]:
         """The judged cases; none if no process judged any."""
-        return torch.load(self.cases, weights_only=False) if self.cases else []
+        return load_cases(self.cases) if self.cases else []
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mctune.backends import get_backend
 from mctune.backends.protocol import Backend
 from mctune.backends.triton.cost.predict import predict
@@ -22,7 +20,7 @@ from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong,
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.verify.inputs import judged, odd_problems
-from mctune.verify.judge import judge_all, run_kernel, verify
+from mctune.verify.judge import judge_all, run_kernel, save_cases, verify
 from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, seed_of, shipment, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
 
@@ -72,7 +70,7 @@ class _Predictor:
             if not isinstance(launches, tuple):
                 return {"outcome": to_json(launches), "ready": False}
         stage("judge")
-        torch.save(list(judge_all(problem, seed_of(self.seed, problem, config) + again)), into)
+        save_cases(judge_all(problem, seed_of(self.seed, problem, config) + again), into)
         return {"outcome": to_json(outcome), "ready": True, **files}
 
     def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_every_kernel_of_the_package_agrees_with_the_oracle(
 ) -> None:
     emit_package(out, target, winners)
     checks = list(check_package(out, 0))
-    assert len(checks) == 8 and all(check.passed for check in checks)
+    assert len(checks) == 10 and all(check.passed for check in checks)
     assert {check.problem.segmentation for check in checks} == {"constant", "logarithmic"}
 
 

@@ -43,6 +43,9 @@ _FAULTS = {
     "hangs": "import time\n\ntime.sleep(600)\n",
     "aborts": "import os\n\nos.abort()\n",
     "wrong": _REPLACED.format("1.01 * right(**arguments)"),
+    "overwrites": _PLANTED.format("tl.store(flag, 1.0)").replace(
+        "flag=torch.zeros(1, dtype=torch.int32, device=y.device)", 'flag=arguments["v"]'
+    ),
     "unwritten": _REPLACED.format("torch.empty_like(right(**arguments))"),
 }
 

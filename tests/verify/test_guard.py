@@ -66,8 +66,8 @@ def test_what_torch_allocates_stands_between_fences() -> None:
     given = torch.ones(2, 3)
     with FencedAllocations(fences):
         made = {
-            "new": given.new_empty(4), "empty": torch.empty_like(given), "padded": torch.nn.functional.pad(given, (0, 2)),
-            "cloned": given.T.contiguous(), "to": given.to(torch.float64), "zeros": torch.zeros(2),
+            "new": given.new_empty(4), "empty": torch.empty_like(given), "cloned": given.T.contiguous(),
+            "padded": torch.nn.functional.pad(given, (0, 2)), "to": given.to(torch.float64), "zeros": torch.zeros(2),
         }  # fmt: skip
         assert given.view(-1).data_ptr() == given.data_ptr()
         made["padded"] += 1
@@ -138,7 +138,12 @@ def test_a_memory_is_written_in_place_and_its_counts_are_not() -> None:
 
 def test_tensors_are_found_wherever_they_are() -> None:
     segments = make_segments(8, segment_length=4)
-    value = {"a": (torch.ones(1), [torch.ones(2)]), "s": segments, "n": None, "f": Forward(torch.ones(3), {"x": segments.end})}
+    value = {
+        "a": (torch.ones(1), [torch.ones(2)]),
+        "s": segments,
+        "n": None,
+        "f": Forward(torch.ones(3), {"x": segments.end}),
+    }
     assert set(named_tensors(value)) == {"a.0", "a.1.0", "s.begin", "s.end", "s.first", "f.y", "f.kept.x"}
     twice = map_tensors(lambda _, x: 2 * x, value)
     assert torch.equal(twice["s"].end, 2 * segments.end) and twice["s"].spans == segments.spans

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mctune.backends.spaces import load_space
 from mctune.core.config import Config
 from mctune.core.outcome import FailedBuild, Outcome, Predicted, TooLarge, Wrong, describe, from_json
 from mctune.core.problem import Problem
 from mctune.verify.inputs import odd_problems
+from mctune.verify.judge import load_cases
 from mctune.workers.evaluate import Prepared
 from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
@@ -79,7 +79,7 @@ def test_a_prepared_candidate_has_everything_compiled_that_judging_it_takes(
         reply = compiler.call({"prepare": candidate, "into": str(file), "again": again}, LIMIT_S)
         assert isinstance(reply, dict) and reply["ready"]
         assert Path(reply["built"]["library"]).is_file() and Prepared.of(reply).built is not None
-        cases.append(torch.load(file, weights_only=False))
+        cases.append(load_cases(str(file)))
     assert kernels() > before
     assert [case.problem for case in cases[0]] == list(odd_problems(PROBLEM))
     same, other = (bool((cases[0][1].inputs.q == one[1].inputs.q).all()) for one in cases[1:])
@@ -91,6 +91,11 @@ def test_a_wrong_candidate_compiles_and_is_found_out(compiler: Worker, checker: 
     assert isinstance(ask(compiler, "evaluate", fault), Predicted)
     outcome = ask(checker, "verify", fault)
     assert isinstance(outcome, Wrong) and not outcome.error <= outcome.tolerance
+
+
+def test_a_candidate_that_overwrites_its_inputs_is_found_out(checker: Worker) -> None:
+    outcome = ask(checker, "verify", "overwrites")
+    assert isinstance(outcome, Wrong) and outcome.case.endswith("it wrote to its input v")
 
 
 def test_what_exceeds_the_target_says_by_how_much(compiler: Worker) -> None:
