@@ -15,7 +15,6 @@ import secrets
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
