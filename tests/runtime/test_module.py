@@ -53,7 +53,7 @@ def test_gates_start_where_the_class_says() -> None:
         torch.testing.assert_close(swla._gate(name, x), torch.full((1, 3, 2), value))
     torch.testing.assert_close(titans._gate("g", x).exp(), torch.full((1, 3, 2), 0.95))
     torch.testing.assert_close(titans._gate("mu", x), torch.full((1, 3, 2), 0.5))
-    torch.testing.assert_close(titans._gate("eta", x), torch.full((1, 3, 2), 1 / 16))
+    torch.testing.assert_close(titans._gate("eta", x), torch.full((1, 3, 2), 0.05))
 
 
 def test_causal() -> None:
@@ -153,7 +153,7 @@ def test_feature_maps(feature_map: str) -> None:
     x = torch.randn(1, 5, 2, 8)
     torch.testing.assert_close(layer._features(x), functions[feature_map](x))
     layer.qk_norm = True
-    torch.testing.assert_close(layer._features(x).norm(dim=-1), torch.ones(1, 5, 2))
+    torch.testing.assert_close(layer._features(x).norm(dim=-1), torch.ones(1, 5, 2), atol=2e-3, rtol=0)
 
 
 def test_output_gate_and_short_convolution_train() -> None:
