@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import GateGradients, Gates, Keys, Pieces, ReadGradients, Segments, Tables
-from .common import Dims, load_rows
+from .common import Dims, finite, load_rows, spoilt
 
 
 @triton.jit
@@ -61,9 +61,11 @@ def segment_gradients(
         i = i0 + tl.arange(0, BI)
         here = (i < s)[:, None] & valid[None, :]
         place = (bh * N + i)[:, None] * T + t[None, :]
-        gamma = tl.exp(tl.load(gates.logits + place, mask=here, other=float("-inf")) - total[None, :])
+        logit = tl.load(gates.logits + place, mask=here, other=float("-inf"))
+        gamma = tl.exp(logit - total[None, :])
         dr = add_parts(tl.zeros([BI, BT], tl.float32) - delta[None, :], dgamma, place, here, part * N, PARTS)
-        dr *= gamma
+        # Nothing of what ssc did not choose, not even 0 times what is not finite.
+        dr = tl.where(logit == float("-inf"), 0.0, dr * gamma)
         tl.store(dgamma + place, dr, mask=here)
         tl.store(gates.gammas + place, gamma, mask=here)
         mean = load_rows(means + bh * N * dims.SK, i0, s, dims.SK, 0, dims.SK, BI, dims.PK)
@@ -89,7 +91,14 @@ def running_keys(
     k_t = load_rows(k, t0, stop, H * dims.DK, 0, dims.DK, BT, PK)
     until = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(k_t.dtype)
     # Exact in 16 bits: ones times keys.
-    return tl.dot(until, k_t, input_precision=PRECISION) + earlier[None, :]
+    running = tl.dot(until, k_t, input_precision=PRECISION) + earlier[None, :]
+    if spoilt(running):
+        # No token has a key that comes after it, not even 0 times.
+        k_t, bad = finite(k_t)
+        since = tl.min(tl.where(bad, t[:, None], 1 << 30), 0)
+        running = tl.dot(until, k_t, input_precision=PRECISION) + earlier[None, :]
+        running = tl.where(t[:, None] >= since[None, :], float("nan"), running)
+    return running
 
 
 @triton.jit(do_not_specialize=["top_k", "T", "H", "N", "P"])
@@ -186,6 +195,21 @@ def descriptor_kernel(
         dr_t = tl.load(dr + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=0.0)
         u_t = load_rows(u, t0, high, H * DK, 0, DK, BT, PK).to(tl.float32)
         grad = tl.dot(dr_t, u_t, grad, input_precision=PRECISION)
+    if spoilt(grad):
+        # A token reaches the segments before it, not all of the tile's: first which ones, then the sums without.
+        grad = tl.zeros([BI, PK], tl.float32)
+        for t0 in tl.range(low, high, 16, num_stages=1):
+            t = t0 + tl.arange(0, 16)
+            here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
+            _, bad = finite(load_rows(u, t0, high, H * DK, 0, DK, 16, PK).to(tl.float32))
+            grad = tl.dot(here.to(tl.float32), bad.to(tl.float32), grad, input_precision=PRECISION)
+        grad = tl.where(grad > 0.0, float("nan"), 0.0)
+        for t0 in tl.range(low, high, 16, num_stages=1):
+            t = t0 + tl.arange(0, 16)
+            here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
+            dr_t = tl.load(dr + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=0.0)
+            u_t, _ = finite(load_rows(u, t0, high, H * DK, 0, DK, 16, PK).to(tl.float32))
+            grad = tl.dot(dr_t, u_t, grad, input_precision=PRECISION)
     grad /= (left - tl.load(seg_begin + i, mask=there, other=-1))[:, None].to(tl.float32)
     cols = tl.arange(0, PK)
     out = dmeans + ((split * tl.num_programs(1) + bh) * N + i)[:, None] * SK + cols[None, :]
