@@ -23,8 +23,8 @@ from mctune.verify.passes import PASSES
 from mctune.verify.spread import FORMULATED, Drawn, draw_formulations
 
 SEED = int(os.environ.get("MCTUNE_SEED", random.SystemRandom().randrange(2**31)))
-CASES = int(os.environ.get("MCTUNE_CASES", 5))
-ROUNDS = 3
+CASES = int(os.environ.get("MCTUNE_CASES", 3))
+ROUNDS = 2
 
 
 def chosen(pass_: str) -> list[Drawn]:
@@ -36,7 +36,7 @@ def chosen(pass_: str) -> list[Drawn]:
 
 def case_of(rng: random.Random, tuned: Problem) -> Problem:
     """A small problem that a kernel serves."""
-    B, T, C = rng.randint(1, 2), rng.randint(3, 70), rng.choice((2, 5, 16, 40))
+    B, T, C = rng.randint(1, 2), rng.randint(3, 36), rng.choice((2, 5, 16, 40))
     if tuned.pass_ == "decode":
         return tuned.replace(B=B, T=rng.randint(2, 16), H=1, segment_length=rng.choice((2, 3, 8)))
     if rng.random() < 0.4:
@@ -74,17 +74,13 @@ def check(one: Drawn, folder: Path, rng: random.Random) -> list[str]:
         expected, found = run.expected(problem, inputs), run.run(kernel, problem, inputs)
         for name in ("y",) if problem.pass_ != "backward" else ("dq", "dk", "dv", "du"):
             ours, right = pattern(found[name]), pattern(expected[name])
-            reached, missed = ours & ~right, right & ~ours
             # The oracle multiplies what ssc does not choose by a gradient of zero.
-            if problem.reads.sparse and problem.pass_ == "backward":
-                missed &= False
-            for word, places in (("reached", reached), ("spared", missed)):
-                if places.any():
+            more = problem.reads.sparse and problem.pass_ == "backward"
+            for word, places in (("reached", ours & ~right), ("spared", right & ~ours)):
+                if places.any() and not (more and word == "spared"):
                     cuts = "" if inputs.cu_seqlens is None else f" of {inputs.cu_seqlens.tolist()}"
-                    wrong.append(
-                        f"{where} {word} {name}{places.nonzero()[:4].tolist()} with B={problem.B}, T={problem.T}{cuts}, "
-                        f"C={problem.segment_length}: {one} {one.config}"
-                    )
+                    size = f"B={problem.B}, T={problem.T}{cuts}, C={problem.segment_length}"
+                    wrong.append(f"{where} {word} {name}{places.nonzero()[:4].tolist()}, {size}: {one} {one.config}")
     return wrong
 
 

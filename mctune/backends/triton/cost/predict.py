@@ -16,7 +16,8 @@ from mctune.backends.triton.cost.footprint import footprint
 from mctune.backends.triton.cost.mix import Loop, loops_of, sum_of
 from mctune.backends.triton.cost.opcodes import Mix
 from mctune.backends.triton.cost.parameters import Parameters
-from mctune.backends.triton.cost.trips import UNCOUNTED, Source, source_of
+from mctune.backends.triton.cost.trips import UNCOUNTED, source_of
+from mctune.backends.triton.cost.walk import Source
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
@@ -226,8 +227,8 @@ def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Lo
     told = () if source is None else source.inner
     if len(told) == len(compiled):
         return list(zip(compiled, told, strict=True))
-    with_matrix = iter([loop for loop in told if loop.total > 0])
-    without = iter([loop for loop in told if not loop.total > 0])
+    with_matrix = iter([loop for loop in told if loop.products])
+    without = iter([loop for loop in told if not loop.products])
     return [(loop, next(with_matrix if loop.matrix else without, None)) for loop in compiled]
 
 
