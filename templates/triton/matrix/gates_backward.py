@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import GateGradients, Gates, Keys, Pieces, ReadGradients, Segments, Tables
-from .common import Dims, finite, load_rows, spoilt
+from .common import Dims, load_rows, spoilt
 
 
 @triton.jit
@@ -94,10 +94,8 @@ def running_keys(
     running = tl.dot(until, k_t, input_precision=PRECISION) + earlier[None, :]
     if spoilt(running):
         # No token has a key that comes after it, not even 0 times.
-        k_t, bad = finite(k_t)
-        since = tl.min(tl.where(bad, t[:, None], 1 << 30), 0)
-        running = tl.dot(until, k_t, input_precision=PRECISION) + earlier[None, :]
-        running = tl.where(t[:, None] >= since[None, :], float("nan"), running)
+        k_t = load_rows(k, t0, stop, H * dims.DK, 0, dims.DK, BT, PK)
+        running = tl.cumsum(k_t.to(tl.float32), 0) + earlier[None, :]
     return running
 
 
@@ -195,25 +193,25 @@ def descriptor_kernel(
         dr_t = tl.load(dr + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=0.0)
         u_t = load_rows(u, t0, high, H * DK, 0, DK, BT, PK).to(tl.float32)
         grad = tl.dot(dr_t, u_t, grad, input_precision=PRECISION)
-    if spoilt(grad):
-        # A token reaches the segments before it, not all of the tile's: first which ones, then the sums without.
-        grad = tl.zeros([BI, PK], tl.float32)
-        for t0 in tl.range(low, high, 16, num_stages=1):
-            t = t0 + tl.arange(0, 16)
-            here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
-            _, bad = finite(load_rows(u, t0, high, H * DK, 0, DK, 16, PK).to(tl.float32))
-            grad = tl.dot(here.to(tl.float32), bad.to(tl.float32), grad, input_precision=PRECISION)
-        grad = tl.where(grad > 0.0, float("nan"), 0.0)
-        for t0 in tl.range(low, high, 16, num_stages=1):
-            t = t0 + tl.arange(0, 16)
-            here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
-            dr_t = tl.load(dr + (bh * N + i)[:, None] * T + t[None, :], mask=here, other=0.0)
-            u_t, _ = finite(load_rows(u, t0, high, H * DK, 0, DK, 16, PK).to(tl.float32))
-            grad = tl.dot(dr_t, u_t, grad, input_precision=PRECISION)
     grad /= (left - tl.load(seg_begin + i, mask=there, other=-1))[:, None].to(tl.float32)
     cols = tl.arange(0, PK)
-    out = dmeans + ((split * tl.num_programs(1) + bh) * N + i)[:, None] * SK + cols[None, :]
-    tl.store(out, grad, mask=there[:, None] & (cols < SK)[None, :])
+    out = dmeans + (split * tl.num_programs(1) + bh) * N * SK
+    tl.store(out + i[:, None] * SK + cols[None, :], grad, mask=there[:, None] & (cols < SK)[None, :])
+    if spoilt(grad):
+        # A token says something of the segments before it in its sequence, not of all that share its rows.
+        tl.debug_barrier()
+        for n in range(i0, tl.minimum(i0 + BI, N)):
+            begin = tl.load(seg_end + n)
+            first = tl.maximum(low, begin)
+            end = tl.minimum(high, tl.load(seg_end + tl.load(seg_past_end + n) - 1))
+            row = tl.zeros([PK], tl.float32)
+            for t0 in range(first, end, 16):
+                t = t0 + tl.arange(0, 16)
+                dr_t = tl.load(dr + (bh * N + n) * T + t, mask=t < end, other=0.0)
+                u_t = load_rows(u, t0, end, H * DK, 0, DK, 16, PK).to(tl.float32)
+                row += tl.sum(u_t * dr_t[:, None], 0)
+            row /= (begin - tl.load(seg_begin + n)).to(tl.float32)
+            tl.store(out + n * SK + cols, row, mask=cols < SK)
 
 
 @triton.jit(do_not_specialize=["top_k", "T", "H", "N"])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import GateGradients, Pieces, Rows, Segments, StateGradients, Tables, last_pieces
-from .common import Decays, Dims, finite, load_rows, load_state, spoilt
+from .common import Decays, Dims, load_rows, load_state
 
 
 class WriteGradients(NamedTuple):
@@ -65,25 +65,15 @@ def read_end(k, v, dends, j0, stop, H, PRECISION: tl.constexpr, dims: tl.constex
 
 
 @triton.jit
-def without_spoilt(x, t, until):
-    """``x`` with 0 for what is not finite, and the last token of ``t``, or ``until``, whose column is not."""
-    x, bad = finite(x)
-    return x, tl.maximum(until, tl.max(tl.where(bad, t[:, None], -1), 0))
-
-
-@triton.jit
 def add_later(
     dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H,
     SWLA: tl.constexpr, ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
-    BJ: tl.constexpr, BT: tl.constexpr, SPOILT: tl.constexpr,
+    BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """dv_j and dk_j, and what tokens from ``j0`` on say of them; and under SWLA the sums of D_tj of t = j and t > j.
 
-    ``strength``: under SWLA cum_{j+1}, after_j and now_j. SPOILT: see :func:`write_block`.
+    ``strength``: under SWLA cum_{j+1}, after_j and now_j.
     """
-    if SPOILT:
-        dy_until = tl.full([dims.PV], -1, tl.int32)
-        q_until = tl.full([dims.PK], -1, tl.int32)
     own = tl.zeros([BJ], tl.float32)
     others = tl.zeros([BJ], tl.float32)
     if SWLA:
@@ -109,18 +99,8 @@ def add_later(
             weights = tl.where(t[None, :] == j[:, None], now_j[:, None], after_j[:, None] * decay) * weight_t
         else:
             weights = tl.where(t[None, :] >= j[:, None], weight_t, 0.0)
-        for_values *= weights
-        for_keys *= weights
-        if SPOILT:
-            for_values = tl.where(t[None, :] >= j[:, None], for_values, 0.0)
-            for_keys = tl.where(t[None, :] >= j[:, None], for_keys, 0.0)
-            dy_t, dy_until = without_spoilt(dy_t, t, dy_until)
-            q_t, q_until = without_spoilt(q_t, t, q_until)
-        dv_j = tl.dot(for_values.to(dy_t.dtype), dy_t, dv_j, input_precision=PRECISION)
-        dk_j = tl.dot(for_keys.to(q_t.dtype), q_t, dk_j, input_precision=PRECISION)
-    if SPOILT:
-        dv_j = tl.where(j[:, None] <= dy_until[None, :], float("nan"), dv_j)
-        dk_j = tl.where(j[:, None] <= q_until[None, :], float("nan"), dk_j)
+        dv_j = tl.dot((for_values * weights).to(dy_t.dtype), dy_t, dv_j, input_precision=PRECISION)
+        dk_j = tl.dot((for_keys * weights).to(q_t.dtype), q_t, dk_j, input_precision=PRECISION)
     return dv_j, dk_j, own, others
 
 
@@ -142,7 +122,6 @@ def add_lead(dv_j, dk_j, states, j, stop, place, dims: tl.constexpr):
 def add_pulls(
     dk_j, u, gates, segments, piece, s, j, j0, stop, bh, T, H, N, P,
     HALF: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
-    SPOILT: tl.constexpr,
 ):  # fmt: skip
     """dk_j and what comes through the mean keys: of the segment, of its later pieces, and of tokens from j on."""
     keys = tl.arange(0, dims.PK)
@@ -152,22 +131,16 @@ def add_pulls(
         for p in range(piece + 1, tl.load(segments.last + s) + 1):
             rest += tl.load(gates.pulls + (bh * P + p) * dims.SK + keys, mask=keys < dims.DK, other=0.0)
     aside: tl.constexpr = (BJ + BT - 1) // BT * BT
-    if SPOILT:
-        until = tl.full([dims.PK], -1, tl.int32)
     for t0 in range(j0, tl.minimum(j0 + aside, stop), BT):
         t = t0 + tl.arange(0, BT)
         u_t = load_rows(u, t0, stop, H * dims.DK, 0, dims.DK, BT, dims.PK).to(tl.float32)
         pull_t = tl.load(pull + t, mask=t < stop, other=0.0)
         pulled = tl.where(t[None, :] >= j[:, None], pull_t[None, :], 0.0)
-        if SPOILT:
-            u_t, until = without_spoilt(u_t, t, until)
         if HALF and PRECISION == "tf32x3":
             # u is exact in TF32, and the pulls have more bits than the result.
             dk_j = tl.dot(pulled, u_t, dk_j, input_precision="tf32")
         else:
             dk_j = tl.dot(pulled, u_t, dk_j, input_precision=PRECISION)
-    if SPOILT:
-        dk_j = tl.where(j[:, None] <= until[None, :], float("nan"), dk_j)
     for t0 in range(j0 + aside, stop, BT):
         u_t = load_rows(u, t0, stop, H * dims.DK, 0, dims.DK, BT, dims.PK).to(tl.float32)
         t = t0 + tl.arange(0, BT)
@@ -175,17 +148,13 @@ def add_pulls(
     return dk_j + rest[None, :]
 
 
-@triton.jit
-def write_block(
+@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+def write_kernel(
     rows, gates, decays, states, pieces, segments, tiles, made, scale, T, H, N, P,
     SWLA: tl.constexpr, ROUTED: tl.constexpr, AVERAGES: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    dims: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, SPOILT: tl.constexpr,
+    dims: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BJ tokens of a head, and under SWLA what their gates' gradients add up; whether any is NaN.
-
-    SPOILT: some row is not finite. Products with triangles of zeros leave it out, and the tokens that it says something
-    of are marked: 0 times what is not finite would reach the others.
-    """
+    """One program: dk and dv of BJ tokens of a head, and under SWLA what their gates' gradients add up."""
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
     piece = tl.load(tile)
@@ -219,7 +188,7 @@ def write_block(
         strength = (cum_next, after_j, now_j)
     dv_j, dk_j, own, others = add_later(
         dv_j, dk_j, k_j, v_j, q, dy, gates, decays, strength, weight, j, j0, stop, bh, T, H,
-        SWLA, ROUTED, PRECISION, dims, BJ, BT, SPOILT,
+        SWLA, ROUTED, PRECISION, dims, BJ, BT,
     )  # fmt: skip
     if states.dv_lead is not None:
         # If the piece's memory goes on in the next one.
@@ -230,36 +199,14 @@ def write_block(
     cols = tl.arange(0, dims.PV)
     out = made.dv + head * dims.DV + j.to(tl.int64)[:, None] * (H * dims.DV) + cols[None, :]
     tl.store(out, dv_j.to(made.dv.dtype.element_ty), mask=(j < stop)[:, None] & (cols < dims.DV)[None, :])
-    bad = spoilt(dv_j)
     if SWLA:
         tl.store(made.diagonal + bh * T + j, own, mask=j < stop)
         tl.store(made.tail + bh * T + j, others, mask=j < stop)
     if ROUTED:
         u = rows.u + head * dims.DK
-        dk_j = add_pulls(
-            dk_j, u, gates, segments, piece, s, j, j0, stop, bh, T, H, N, P, HALF, PRECISION, dims, BJ, BT, SPOILT
-        )  # fmt: skip
+        dk_j = add_pulls(dk_j, u, gates, segments, piece, s, j, j0, stop, bh, T, H, N, P, HALF, PRECISION, dims, BJ, BT)
     out = made.dk + head * dims.DK + j.to(tl.int64)[:, None] * (H * dims.DK) + keys[None, :]
     tl.store(out, dk_j.to(made.dk.dtype.element_ty), mask=(j < stop)[:, None] & (keys < dims.DK)[None, :])
-    return bad | spoilt(dk_j)
-
-
-@triton.jit(do_not_specialize=["T", "H", "N", "P"])
-def write_kernel(
-    rows, gates, decays, states, pieces, segments, tiles, made, scale, T, H, N, P,
-    SWLA: tl.constexpr, ROUTED: tl.constexpr, AVERAGES: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
-    dims: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """One program: dk and dv of BJ tokens of a head, and under SWLA what their gates' gradients add up."""
-    bad = write_block(
-        rows, gates, decays, states, pieces, segments, tiles, made, scale, T, H, N, P,
-        SWLA, ROUTED, AVERAGES, HALF, PRECISION, dims, BJ, BT, BS, False,
-    )  # fmt: skip
-    if bad:
-        write_block(
-            rows, gates, decays, states, pieces, segments, tiles, made, scale, T, H, N, P,
-            SWLA, ROUTED, AVERAGES, HALF, PRECISION, dims, BJ, 16, BS, True,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])

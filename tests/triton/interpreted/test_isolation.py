@@ -44,8 +44,8 @@ def case_of(rng: random.Random, tuned: Problem) -> Problem:
     return tuned.replace(B=B, T=T, H=1, segment_length=C)
 
 
-def spoil(rng: random.Random, problem: Problem, inputs: Inputs) -> tuple[Inputs, str]:
-    """One entry of one token that is not finite, and where."""
+def spoil(rng: random.Random, problem: Problem, inputs: Inputs) -> tuple[Inputs, str, int]:
+    """One entry of one token that is not finite, where, and the token."""
     names = ["q", "k", "v", "u", *(["dy"] if problem.pass_ == "backward" else [])]
     name = rng.choice([*names, *(gate for gate in inputs.gates if gate != "g")])  # the oracle takes no such decay
     x = (inputs.gates[name] if name in inputs.gates else getattr(inputs, name)).clone()
@@ -53,7 +53,7 @@ def spoil(rng: random.Random, problem: Problem, inputs: Inputs) -> tuple[Inputs,
     # An infinite key may make a logit of -inf: a gate of 0.
     x[place] = bad = rng.choice((float("nan"), float("inf"))) if name in ("v", "q", "dy") else float("nan")
     changed = {"gates": inputs.gates | {name: x}} if name in inputs.gates else {name: x}
-    return replace(inputs, **changed), f"{name}{list(place)} = {bad}"
+    return replace(inputs, **changed), f"{name}{list(place)} = {bad}", place[1]
 
 
 def pattern(x: torch.Tensor) -> torch.Tensor:
@@ -69,14 +69,17 @@ def check(one: Drawn, folder: Path, rng: random.Random) -> list[str]:
     for _ in range(ROUNDS):
         problem = case_of(rng, one.problem)
         seed = rng.randrange(2**31)
-        inputs, where = spoil(rng, problem, decided_inputs(problem, seed))
+        inputs, where, token = spoil(rng, problem, decided_inputs(problem, seed))
         run = PASSES[problem.pass_]
         expected, found = run.expected(problem, inputs), run.run(kernel, problem, inputs)
         for name in ("y",) if problem.pass_ != "backward" else ("dq", "dk", "dv", "du"):
             ours, right = pattern(found[name]), pattern(expected[name])
             # The oracle multiplies what ssc does not choose by a gradient of zero.
             more = problem.reads.sparse and problem.pass_ == "backward"
-            for word, places in (("reached", ours & ~right), ("spared", right & ~ours)):
+            reached = ours & ~right
+            if name in ("dk", "dv"):
+                reached[:, token + 1 : token + int(one.config["dkv_BJ"])] = False  # within a block of tokens
+            for word, places in (("reached", reached), ("spared", right & ~ours)):
                 if places.any() and not (more and word == "spared"):
                     cuts = "" if inputs.cu_seqlens is None else f" of {inputs.cu_seqlens.tolist()}"
                     size = f"B={problem.B}, T={problem.T}{cuts}, C={problem.segment_length}"

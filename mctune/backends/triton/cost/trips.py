@@ -196,8 +196,7 @@ def _writes(w: Walk) -> Source:
         # 16-bit inputs take one TF32 product instead of three.
         loops.append(Source(near, min(_wide(w), 2.0) * 2 * BJ * BT * PK))
         loops.append(Source(w.of_tiles(BJ, lambda p, t: math.ceil(max(p.length - t - aside, 0) / BT))))
-    # All of it once more for what is not finite, with other blocks of tokens.
-    return Source(1, whole, (*loops, *(loop.spoilt for loop in loops)), conditional=whole)
+    return Source(1, whole, tuple(loops))
 
 
 def _connectors(w: Walk) -> Source:
@@ -212,15 +211,14 @@ def _connectors(w: Walk) -> Source:
     if not w.whole:
         loops.append(Source(w.of_tiles(BT, lambda p, t: p.before)))
     loops.append(Source(w.of_tiles(BT, lambda p, t: t // BT)))
-    running = 2 * BT * BT * PK
-    return Source(1, running, tuple(loops), conditional=running)
+    return Source(1, 2 * BT * BT * PK, tuple(loops))
 
 
 def _descriptors(w: Walk) -> Source:
     BT, BI, splits, (PK, _) = w["BT"], w["BI"], int(w.values.get("SPLITS", 1)), w.padded
     tokens = _after_segments(w, BI)
-    again = Source(0, _wide(w) * 2 * BI * _ROWS * PK)
-    return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK), again, again))
+    again = Source(0, 0, (Source(0),))
+    return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK), again))
 
 
 def _decode_read(w: Walk) -> Source:
