@@ -60,7 +60,7 @@ def _read(w: Walk) -> Source:
     state = 2 * BT * PK * BV
     loops = [Source(w.of_tiles(BT, lambda p, t: p.before))] if fused and not w.whole else []
     intra = 2 * BT * BJ * (PK + BV) + (2 * BT * BJ * PK if fused else 0)
-    again = Source(0, 2 * BT * _ROWS * (PK + BV))
+    again = Source(0, 2 * BT * _ROWS * (PK + BV), rare=True)
     loops += [Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), intra), again]
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
     past = w.of_tiles(BT, lambda p, t: p.past)
@@ -72,7 +72,7 @@ def _read(w: Walk) -> Source:
     elif not fused:
         loops.append(Source(past, state))
         if w.problem.reads.sparse:
-            loops += [loops[0].spoilt, again, loops[-1].spoilt]
+            loops += [loops[0].again, again, loops[-1].again]
             conditional += state
     else:
         BN = w["BN"]
@@ -122,7 +122,7 @@ def _read_backward(w: Walk) -> Source:
     state = 2 * BT * PV * BK
     loops = [
         Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), 2 * BT * BJ * (PV + BK)),
-        Source(0, 2 * BT * _ROWS * (PV + BK)),
+        Source(0, 2 * BT * _ROWS * (PV + BK), rare=True),
     ]
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
     if w.problem.routed and w.has("formulation", "grouped"):
@@ -152,7 +152,7 @@ def _cached(w: Walk) -> Source:
     """The gradient of the states of some cached segments: the tokens of later ones."""
     BT, segments = w["BT"], int(w.values.get("SEGMENTS", 1))
     tokens = _after_segments(w, segments)
-    again = Source(0, 2 * segments * w["BK"] * _ROWS * w["BV"])
+    again = Source(0, 2 * segments * w["BK"] * _ROWS * w["BV"], rare=True)
     loop = Source(math.ceil(tokens / BT), 2 * segments * w["BK"] * BT * w["BV"])
     return Source(1, 0, (loop, again, again) if segments > 1 else (loop,))
 
@@ -217,7 +217,7 @@ def _connectors(w: Walk) -> Source:
 def _descriptors(w: Walk) -> Source:
     BT, BI, splits, (PK, _) = w["BT"], w["BI"], int(w.values.get("SPLITS", 1)), w.padded
     tokens = _after_segments(w, BI)
-    again = Source(0, 0, (Source(0),))
+    again = Source(0, 0, (Source(0),), rare=True)
     return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK), again))
 
 

@@ -21,12 +21,14 @@ class Source:
         matrix: operations of products in a pass, without those of ``inner``.
         inner: the loops inside.
         conditional: operations of products that stand there too, and are not done.
+        rare: whether only what is not finite runs it: it is in the code somewhere, and counts nothing.
     """
 
     trips: float
     matrix: float = 0.0
     inner: tuple[Source, ...] = ()
     conditional: float = 0.0
+    rare: bool = False
 
     @property
     def total(self) -> float:
@@ -39,9 +41,9 @@ class Source:
         return self.matrix > 0 or any(loop.products for loop in self.inner)
 
     @property
-    def spoilt(self) -> Source:
-        """The same where it is done again for what is not finite: in the code, and as good as never run."""
-        return replace(self, trips=0.0)
+    def again(self) -> Source:
+        """The same where it is done again for what is not finite."""
+        return replace(self, trips=0.0, rare=True)
 
 
 @dataclass(frozen=True)
