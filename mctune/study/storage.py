@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from mctune.core.errors import UsageError
 from mctune.core.interrupt import Held
-from mctune.core.remark import redacted
+from mctune.core.remark import redacted, redacted_url
 
 BROKEN = (StorageInternalError, SQLAlchemyError)
 """What Optuna raises when a storage can no longer be read or written."""
@@ -56,7 +56,7 @@ def sqlite_path(url: str | None) -> Path | None:
 
 def url_of(storage: str) -> str:
     """An Optuna URL from what a user gives: one already, or the path of a SQLite file."""
-    return storage if ":" in storage else sqlite_url(Path(storage))
+    return storage if "://" in storage else sqlite_url(Path(storage))
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"cannot open the storage {redacted(str(url))}: {reason(error)}; give an Optuna URL such as "
+            f"cannot open the storage {redacted_url(str(url))}: {_without(url, reason(error))}; give an Optuna URL such as "
             "sqlite:///search.db, and install the driver that it needs"
         ) from error
 
@@ -131,6 +131,10 @@ def reason(error: BaseException) -> str:
     """One line that says why a storage failed, without any password."""
     lines = str(error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error).splitlines()
     return redacted(lines[0]) if lines else type(error).__name__
+
+
+def _without(url: str | None, text: str) -> str:
+    return text.replace(url, redacted_url(url)) if url else text
 
 
 def _may_pass(error: BaseException) -> bool:
