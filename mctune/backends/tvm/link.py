@@ -62,7 +62,12 @@ def link(output: str, files: Sequence[str], options: Sequence[str] | None = None
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line or "No space" in line), lines[-1] if lines else "")
         said = telling[:300] or f"exit status {done.returncode}, and not a word"
-        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({tempfile.gettempdir()})")
+        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({_scratch()})")
+
+
+def _scratch() -> str:
+    """Where a compiler writes, which looks elsewhere less readily than Python."""
+    return os.environ.get("TMPDIR") or tempfile.gettempdir()
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
