@@ -109,9 +109,10 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
+        why = _without(url, reason(error))
         raise UsageError(
-            f"cannot open the storage {redacted_url(str(url))}: {_without(url, reason(error))}; give an Optuna URL such as "
-            "sqlite:///search.db, and install the driver that it needs"
+            f"cannot open the storage {redacted_url(str(url))}: {why}; give an Optuna URL such as sqlite:///search.db, "
+            "and install the driver that it needs"
         ) from error
 
 
