@@ -187,7 +187,8 @@ HOSTILE = (
 )  # fmt: skip
 PATHS = ("../../../x", "/etc", "..", ".", "", "a/b", "a\\b", "a\0b", "-x", "=x", "x" * 65, "ü", "a\n")
 WRONG: tuple[Any, ...] = (
-    "\\ud800", "x" * 5000, None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], {}, {"a": {}}, [[]],
+    "\ud800", "x" * 5000,
+    None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], {}, {"a": {}}, [[]],
 )  # fmt: skip
 
 
