@@ -13,7 +13,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,14 +211,13 @@ def predicted(jobs: Sequence[Job], kernels: Kernels, facts: Facts, step: str) ->
 
 def fresh(function: Callable[[], object]) -> None:
     """Run a partial of this module in another python, which has imported nothing yet, without the interpreter."""
-    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
-        file.write(pickle.dumps(function))
-        file.flush()
-        here = Path(__file__).resolve().parent
-        code = f"import sys; sys.path.remove(''); import pickle; pickle.load(open({file.name!r}, 'rb'))()"
-        paths = os.pathsep.join([str(here), str(here.parent), *(path for path in sys.path if path)])
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        subprocess.run([sys.executable, "-c", code], env={**env, "PYTHONPATH": paths}, check=True)
+    here = Path(__file__).resolve().parent
+    # Through a pipe: a file could be another's by the time that it is read.
+    code = "import sys; sys.path.remove(''); import pickle; pickle.load(sys.stdin.buffer)()"
+    paths = os.pathsep.join([str(here), str(here.parent), *(path for path in sys.path if path)])
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, input=pickle.dumps(function), env={**env, "PYTHONPATH": paths}, check=True)
 
 
 def environment(work: Path) -> Mapping[str, str]:

@@ -183,7 +183,7 @@ def watch(steps: Steps, facts: Facts, step: str, aggregation: str, folder: Path,
         run()
         first = list(seen)
         if not reference:
-            _held(facts, step, aggregation, first, torch.load(path))
+            _held(facts, step, aggregation, first, torch.load(path, weights_only=True))
             return
         torch.save([(name, [x.cpu() for x in made]) for name, made in first], path)
         differing = [""] * RUNS

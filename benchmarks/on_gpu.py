@@ -217,7 +217,8 @@ class Copies:
         try:
             if name == DATABASE:
                 # A search may be writing to it.
-                with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=2.0)) as one:
+                only_read = f"{source.resolve().as_uri()}?mode=ro"
+                with contextlib.closing(sqlite3.connect(only_read, uri=True, timeout=2.0)) as one:
                     with contextlib.closing(sqlite3.connect(scratch)) as other:
                         one.backup(other)
             else:
@@ -302,7 +303,7 @@ class Stages:
             return
         tiny = ("--problem", "T=512,H=2,Dk=32,Dv=32,aggregation=mean", "--segment-lengths", "64,128", "--trials", "4")
         what = tiny if self.rehearse else ("--workload", workload, "--measure")
-        limit = ("--timeout", f"{max(share - SHIP_S, 20.0):.0f}", "--storage", f"sqlite:///{self.storage}")
+        limit = ("--timeout", f"{max(share - SHIP_S, 20.0):.0f}", "--storage", str(self.storage))
         self.run.stage(name, "-m", "mctune", "search", "--gpu", self.target, *what, *limit, "--out", str(package),
                        limit_s=max(share, 60.0) if not self.rehearse else None)  # fmt: skip
 

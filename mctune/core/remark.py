@@ -6,6 +6,8 @@ import re
 import sys
 from contextlib import suppress
 
+_SECRET = "(?:password|passwd|pwd|secret|token|sslkey)"
+
 
 def say(text: str) -> None:
     """A remark for a person, on stderr; if nobody is there any more, for nobody."""
@@ -21,4 +23,15 @@ def redacted(text: str) -> str:
         'cannot open postgresql://me:***@host/db?password=***'
     """
     text = re.sub(r"(://[^:/@\s]*):[^\s'\"]*(?=@)", r"\1:***", text)
-    return re.sub(r"(?i)((?:password|passwd|pwd|secret|token|sslkey)\s*=\s*)[^&\s;'\"]+", r"\1***", text)
+    return re.sub(rf"(?i)({_SECRET}\s*=\s*)[^&\s;'\"]+", r"\1***", text)
+
+
+def redacted_url(url: str) -> str:
+    """One URL without its passwords, which may hold spaces and quotes here.
+
+    Examples:
+        >>> redacted_url("postgresql://me:s cret@host/db")
+        'postgresql://me:***@host/db'
+    """
+    url = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url, flags=re.DOTALL)
+    return re.sub(rf"(?i)({_SECRET}=)[^&]+", r"\1***", url)

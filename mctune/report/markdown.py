@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 _MARKUP = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {mark: f"\\{mark}" for mark in "\\`[]|*~#!"}  # what begins something
 )
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
-"""Control characters, line ends and what turns the direction of text."""
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]+")
+"""Control characters, line ends, what turns the direction of text, and what no encoding has."""
 
 
 def plain(text: str) -> str:
@@ -19,7 +19,12 @@ def plain(text: str) -> str:
         >>> plain("[x](javascript:y) <b>")
         '\\\\[x\\\\](javascript:y) &lt;b&gt;'
     """
-    return _UNSEEN.sub(" ", text).translate(_MARKUP)
+    return plain_text(text).translate(_MARKUP)
+
+
+def plain_text(text: str) -> str:
+    """``text`` with blanks for what is not seen."""
+    return _UNSEEN.sub(" ", text)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.work import bound, work
+from mctune.report.markdown import plain_text
 from mctune.report.rows import Row, check_name, write_csv
 from mctune.report.tables import results_readme
 
@@ -51,17 +52,22 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     except UsageError as error:
-        raise UsageError(f"{file}: {error}") from error
+        raise UsageError(f"{file}: {_line(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
+        raise UsageError(f"{file} is not JSON: {_line(error)}") from error
     if not isinstance(values, dict) or not ({"entries", "rows"} & set(values)):
         raise UsageError(f"{file} is neither a tuned table (entries) nor benchmark output (rows, environment)")
     try:
         return _document(values)
     except UsageError as error:
-        raise UsageError(f"{file} {error}") from error
+        raise UsageError(f"{file} {_line(error)}") from error
     except _MALFORMED as error:
-        raise UsageError(f"{file} is malformed: {type(error).__name__} {error}"[:300]) from error
+        raise UsageError(f"{file} is malformed: {type(error).__name__} {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line and not at the length of what it is about, which anybody may have written."""
+    return " ".join(plain_text(str(error)).split())[:300]
 
 
 def _row_or_object(values: dict[str, Any]) -> Any:
@@ -72,7 +78,7 @@ def _row_or_object(values: dict[str, Any]) -> Any:
     except UsageError:
         raise
     except _MALFORMED as error:
-        raise UsageError(f"a row is malformed: {type(error).__name__} {error}"[:300]) from error
+        raise UsageError(f"a row is malformed: {type(error).__name__} {error}") from error
 
 
 def _refuse(constant: str) -> None:

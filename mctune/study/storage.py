@@ -14,14 +14,16 @@ from urllib.parse import quote, unquote_to_bytes
 import optuna
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 
-from mctune.core.errors import UsageError
+from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held
-from mctune.core.remark import redacted
+from mctune.core.remark import redacted, redacted_url
 
 BROKEN = (StorageInternalError, SQLAlchemyError)
 """What Optuna raises when a storage can no longer be read or written."""
+ILLEGIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What Optuna raises where single rows of a study are damaged."""
 _FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
 _Result = TypeVar("_Result")
 
@@ -56,7 +58,7 @@ def sqlite_path(url: str | None) -> Path | None:
 
 def url_of(storage: str) -> str:
     """An Optuna URL from what a user gives: one already, or the path of a SQLite file."""
-    return storage if ":" in storage else sqlite_url(Path(storage))
+    return storage if "://" in storage else sqlite_url(Path(storage))
 
 
 @contextmanager
@@ -107,9 +109,10 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
+        why = _without(url, reason(error))
         raise UsageError(
-            f"cannot open the storage {redacted(str(url))}: {reason(error)}; give an Optuna URL such as "
-            "sqlite:///search.db, and install the driver that it needs"
+            f"cannot open the storage {redacted_url(str(url))}: {why}; give an Optuna URL such as sqlite:///search.db, "
+            "and install the driver that it needs"
         ) from error
 
 
@@ -127,13 +130,37 @@ def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Re
         pause = min(2 * pause, 5.0)
 
 
+@contextmanager
+def legible(url: str | None) -> Iterator[None]:
+    """Turn what Optuna stumbles over in a file of which single rows are damaged into an error of one line.
+
+    Raises:
+        UsageError: with what that was.
+    """
+    try:
+        yield
+    except MctuneError:
+        raise
+    except ILLEGIBLE as error:
+        raise UsageError(
+            f"the studies in {redacted_url(str(url))} cannot be read: {type(error).__name__} {reason(error)}; restore "
+            "the file from a copy, or give another --storage or --out"
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """One line that says why a storage failed, without any password."""
     lines = str(error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error).splitlines()
     return redacted(lines[0]) if lines else type(error).__name__
 
 
+def _without(url: str | None, text: str) -> str:
+    return text.replace(url, redacted_url(url)) if url else text
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether an error is a server's restart or another program's lock, not a file that is damaged or a full disk."""
     cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-    return isinstance(cause, DBAPIError) and not any(words in str(cause) for words in _FOR_GOOD)
+    return isinstance(cause, OperationalError | InterfaceError | InternalError) and not any(
+        words in str(cause) for words in _FOR_GOOD
+    )

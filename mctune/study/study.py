@@ -31,7 +31,7 @@ from mctune.core.remark import redacted
 from mctune.core.space import SearchSpace
 from mctune.study.rules import Rule
 from mctune.study.samplers import START, DiscreteSampler, sampler_of
-from mctune.study.storage import BROKEN, alone, opened, patiently, reason
+from mctune.study.storage import BROKEN, ILLEGIBLE, alone, legible, opened, patiently, reason
 
 _ATTRS = "mctune"
 _UNPROVEN = (FailedBuild, Crashed, TimedOut)
@@ -143,9 +143,9 @@ def run_study(
     rules = (rules,) if callable(rules) else rules
     chooser = sampler_of(sampler, space, rules, seed=seed, balance=balance, retry_failed=True, start=start)
     with held() as ctrl_c, alone(storage if guard else None):
-        with _failing(storage):
+        with _failing(storage), legible(storage):
             study = _open(storage, study_name, chooser, _about(space, attrs or {}))
-        run = _Run(space, evaluate, study, chooser, on_trial, ctrl_c)
+        run = _Run(space, evaluate, study, chooser, on_trial, ctrl_c, storage)
         try:
             with _failing(storage):
                 stopped = run.until(trials, timeout, at_once)
@@ -164,6 +164,7 @@ class _Run:
     sampler: DiscreteSampler
     on_trial: Callable[[Trial], None] | None
     ctrl_c: Held
+    storage: str | None
     found: list[Trial] = field(default_factory=list)
     name: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -171,15 +172,16 @@ class _Run:
         """Evaluate until there are so many trials; why it ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            self.begin()
+            with legible(self.storage):
+                self.begin()
             stopped = self.rounds(trials, deadline, at_once)
             self.ctrl_c.check()
         except KeyboardInterrupt:
-            with suppress(*BROKEN):  # the next run does it
+            with suppress(*BROKEN, *ILLEGIBLE):  # the next run does it
                 _settle(self.study)
             return "interrupted"
         except MctuneError:
-            with suppress(*BROKEN):
+            with suppress(*BROKEN, *ILLEGIBLE):
                 _settle(self.study)
             raise
         return stopped
@@ -273,7 +275,7 @@ def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any]
     Raises:
         UsageError: if there is no such study.
     """
-    with held(), _failing(storage):
+    with held(), _failing(storage), legible(storage):
         try:
             study = optuna.load_study(study_name=study_name, storage=opened(storage, PATIENCE_S))
         except KeyError:

@@ -166,7 +166,7 @@ def test_results_are_copied_while_a_stage_runs(
     on_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_gpu, "COPY_S", 0.05)
-    out, to = tmp_path / "gpu", tmp_path / "OUT"
+    out, to = tmp_path / "gpu #1?%41", tmp_path / "OUT"
     run = on_gpu.Run(out, minutes=1.0, copy_to=to)
     with contextlib.closing(sqlite3.connect(out / "study.db")) as database:
         database.execute("create table trials (value)")

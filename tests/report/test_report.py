@@ -187,6 +187,7 @@ HOSTILE = (
 )  # fmt: skip
 PATHS = ("../../../x", "/etc", "..", ".", "", "a/b", "a\\b", "a\0b", "-x", "=x", "x" * 65, "ü", "a\n")
 WRONG: tuple[Any, ...] = (
+    "\ud800", "x" * 5000,
     None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**400, "", "x", [], [1], {}, {"a": {}}, [[]],
 )  # fmt: skip
 
@@ -231,8 +232,10 @@ def test_malformed_documents_are_usage_errors(tmp_path: Path) -> None:
             if not isinstance(place[key], dict | list) or not place[key] or draw.random() < 0.2:
                 break
             place = place[key]
-        if draw.random() < 0.2:
+        if (chance := draw.random()) < 0.2:
             del place[key]
+        elif chance < 0.3 and isinstance(place, dict):
+            place[f"{key}\n<b>\ud800"] = place.pop(key)
         else:
             place[key] = draw.choice(WRONG)
         (tmp_path / "in.json").write_text(json.dumps(values))

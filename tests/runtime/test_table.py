@@ -76,6 +76,14 @@ def test_unknown_schema_is_refused(tmp_path: Path) -> None:
         load_table(verify(write_package(tmp_path, schema=2)))
 
 
+@pytest.mark.parametrize("value", (None, True, 0, 1.5, "1", [1], 10**400))
+@pytest.mark.parametrize("name", ("B", "T", "H", "Dk", "Dv"))
+def test_what_is_no_size_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    record = {"problem": PROBLEM | {name: value}, "backend": "tvm", "kernel": "kernels/a.so", "config": {}}
+    with pytest.raises(PackageError, match=f"{name} ?(is|=).*(not a size|not of type int)"):
+        load_table(verify(write_package(tmp_path, entries=[record])))
+
+
 @pytest.mark.parametrize(
     "change",
     (

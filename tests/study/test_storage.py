@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import secrets
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mctune.core.child import command, search_path
-from mctune.core.errors import UsageError
-from mctune.core.remark import redacted
+from mctune.core.errors import MctuneError, UsageError
+from mctune.core.remark import redacted, redacted_url
 from mctune.core.space import Int, SearchSpace
 from mctune.study.feasible import _ASKED_MOST, Feasible
-from mctune.study.storage import sqlite_path, sqlite_url
-from mctune.study.study import run_study
+from mctune.study.storage import sqlite_path, sqlite_url, url_of
+from mctune.study.study import load_study, run_study
 from tests.study.spaces import SPACE, evaluate, timed, valid
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
@@ -34,7 +38,7 @@ def test_a_study_is_where_its_path_says(tmp_path: Path, name: str) -> None:
         return
     file = folder / "study.db"
     url = sqlite_url(file)
-    assert sqlite_path(url) == file
+    assert sqlite_path(url) == sqlite_path(url_of(str(file))) == file
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     optuna.create_study(storage=url, study_name="s", load_if_exists=True)
     assert file.is_file()
@@ -73,9 +77,51 @@ def test_a_file_that_is_no_study_is_one_line(tmp_path: Path, damage: bytes) -> N
         run_study(SPACE, [valid], evaluate, trials=1, storage=sqlite_url(tmp_path / "search.db"))
 
 
+def test_a_study_with_a_damaged_row_is_read_or_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 times another value in a column of any table, drawn from the printed seed; 3 s."""
+    monkeypatch.setattr("mctune.study.study.PATIENCE_S", 1.0)
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    rng, file = random.Random(seed), tmp_path / "search.db"
+    run_study(SPACE, [valid], evaluate, trials=3, storage=sqlite_url(file))
+    sound = file.read_bytes()
+    for _ in range(12):
+        file.write_bytes(sound)
+        what = _damage(file, rng)
+        for read in (
+            lambda: load_study(sqlite_url(file)),
+            lambda: run_study(SPACE, [valid], evaluate, trials=4, storage=sqlite_url(file)),
+        ):
+            try:
+                read()
+            except MctuneError as error:
+                assert "\n" not in str(error), what
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {what}") from error
+
+
+def _damage(file: Path, rng: random.Random) -> str:
+    """Write another value into a column of a table; what that was."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
+        full = sorted(name for name in tables if database.execute(f"select * from {name}").fetchone())
+        table = rng.choice(full)
+        column = rng.choice([row[1] for row in database.execute(f"pragma table_info({table})")])
+        value = rng.choice(
+            ('{"a":', "[3]", "null", "", "x", -1, 9999, 1.5, 1e308, b"\xff\xfe", None, "1e999", "{}", "[[]]")
+        )
+        with contextlib.suppress(sqlite3.Error):  # a constraint
+            database.execute(f"update {table} set {column} = ?", (value,))
+            database.commit()
+    return f"{table}.{column} = {value!r}"
+
+
 @given(st.text(st.characters(categories=("L", "N", "P")), min_size=3).filter(lambda word: not set(word) & set("'\"")))
 def test_no_password_is_shown(word: str) -> None:
     secret = f"Zq{word}"
+    assert secret not in redacted_url(
+        f"postgresql+psycopg2://user:{word} {secret}'@host:5432/db?password={secret} {secret}"
+    )
     assert secret not in redacted(f"cannot open postgresql+psycopg2://user:{secret}@host:5432/db: refused")
     with pytest.raises(UsageError) as raised:
         run_study(SPACE, [valid], evaluate, trials=1, storage="nothing://user:Zq%40secret@host/db")

@@ -51,7 +51,9 @@ def link(output: str, files: Sequence[str], options: Sequence[str] | None = None
     command = [*compiler(), "-shared", "-fPIC", "-o", output, *files, *(options or ())]
     what = shlex.join(command[: len(command) - len(files) - 4])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S)
+        done = _run(command)
+        if done.returncode < 0 or "Killed" in done.stderr:  # from outside (short of memory, say), which may be over
+            done = _run(command)
     except subprocess.TimeoutExpired:
         raise DeviceError(f"{what} did not link a kernel within {_LIMIT_S:g} s; look at CXX and CC") from None
     except OSError as error:
@@ -60,7 +62,16 @@ def link(output: str, files: Sequence[str], options: Sequence[str] | None = None
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         telling = next((line for line in lines if "error" in line or "No space" in line), lines[-1] if lines else "")
         said = telling[:300] or f"exit status {done.returncode}, and not a word"
-        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({tempfile.gettempdir()})")
+        raise DeviceError(f"{what} cannot link kernels: {said}; look at CXX, CC and TMPDIR ({_scratch()})")
+
+
+def _scratch() -> str:
+    """Where a compiler writes, which looks elsewhere less readily than Python."""
+    return os.environ.get("TMPDIR") or tempfile.gettempdir()
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S)
 
 
 def try_linking(folder: Path | None = None) -> None:

@@ -196,8 +196,9 @@ def _entry(record: Any, contents: Contents) -> Entry:
         _typed(name, problem.get(name), str)
     _typed("dtype", problem.get("dtype", "float32"), str)
     for name, value in (
+        ("B", problem.get("B", 1)),
         *((name, problem.get(name)) for name in ("T", "H", "Dk", "Dv")),
-        *((name, problem[name]) for name in ("B", "segment_length", "top_k") if problem.get(name) is not None),
+        *((name, problem[name]) for name in ("segment_length", "top_k") if problem.get(name) is not None),
     ):
         if _typed(name, value, int) < 1 or isinstance(value, bool) or value >= 1 << 62:
             raise ValueError(f"{name}={value!r} is not a size")
