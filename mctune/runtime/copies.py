@@ -21,8 +21,8 @@ def package_of(kind: type, value: Any) -> str | None:
     return None
 
 
-def own(name: str, value: Any, kind: type[_Kind]) -> _Kind:
-    """The value, if it is an instance of this copy's ``kind``.
+def own(name: str, value: Any, kind: type[_Kind], remedy: str = "") -> _Kind:
+    """The value, if it is an instance of this copy's ``kind``; ``remedy`` says what to pass instead.
 
     Raises:
         ArgumentError: naming the argument and, for one of another copy, both packages: their kernels and their layouts
@@ -32,7 +32,7 @@ def own(name: str, value: Any, kind: type[_Kind]) -> _Kind:
         return value
     other = package_of(kind, value)
     if other is None:
-        raise ArgumentError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+        raise ArgumentError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}{remedy}")
     raise ArgumentError(
         f"{name} is a {kind.__name__} of {other}, and this is {PACKAGE}: take both from one of the two packages, "
         f"`from {PACKAGE} import {kind.__name__}`"

@@ -51,6 +51,11 @@ def kept() -> Any:
     return ordinary() if torch.is_inference_mode_enabled() else nullcontext()
 
 
+def without_autocast(device: torch.device) -> Any:
+    """A context without autocast on a device; torch has none on meta, and refuses to turn it off there."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def readable(x: torch.Tensor) -> bool:
     """Whether values can be read: doing so would stall a GPU, break a graph, and is impossible under vmap."""
     if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():

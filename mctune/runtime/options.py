@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,3 +83,7 @@ class Options:
             return self
         defaults: dict[str, Any] = {name: getattr(Options, name) for name in unused}
         return replace(self, **defaults)
+
+
+given: Callable[..., Options] = Options
+"""The options as a caller gives them, before :meth:`Options.checked`: what the call does not use may be ``None``."""

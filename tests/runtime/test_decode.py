@@ -179,6 +179,11 @@ def test_other_shapes_and_backends_are_refused(monkeypatch: pytest.MonkeyPatch) 
         extend(one, LayerMemory.empty(one, 1), "tvm")
     with pytest.raises(ArgumentError, match="backend='cuda' is not one of auto, eager, tvm, triton"):
         memory_caching_step(one.q, one.k, one.v, memory=memory, backend="cuda")
+    with pytest.raises(ArgumentError, match=r"memory is a dict; it must be a LayerMemory, a layer of a .*cache.layer"):
+        memory_caching_step(one.q, one.k, one.v, memory={})  # type: ignore[arg-type]
+    elsewhere = type("LayerMemory", (), {"__module__": "mctune_cpu.runtime.memory"})()
+    with pytest.raises(ArgumentError, match="memory is a LayerMemory of mctune_cpu, and this is mctune: take both"):
+        memory_caching_step(one.q, one.k, one.v, memory=elsewhere)
 
 
 def test_a_tuned_kernel_takes_the_steps(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

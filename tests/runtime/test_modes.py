@@ -102,6 +102,17 @@ def test_every_input_has_a_gradient(recurrence: str, aggregation: str) -> None:
             assert run(**tensors | {name: x.clone().requires_grad_()}).requires_grad, f"{name} of T={T}, {options}"
 
 
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("backend", ("auto", "eager"))
+def test_shapes_on_meta(recurrence: str, backend: str) -> None:
+    """Where there is no autocast to turn off; also inside the autocast of another device."""
+    with torch.device("meta"):
+        layer, x = MemoryCaching(8, 2, recurrence=recurrence, segment_length=4, backend=backend), torch.randn(2, 9, 8)
+    for narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            assert layer(x)[0].shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_a_token_of_zeros(dtype: torch.dtype) -> None:
     layer, x = MemoryCaching(32, 4, segment_length=8), torch.randn(1, 20, 32)

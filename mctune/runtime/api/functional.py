@@ -8,7 +8,7 @@ from ..arguments import known
 from ..call import check_call
 from ..kernels.dispatch import BACKENDS
 from ..ops.serve import serve
-from ..options import Options
+from ..options import given
 
 Tensor = torch.Tensor
 
@@ -21,10 +21,10 @@ def memory_caching(
     *,
     recurrence: str = "linear",
     aggregation: str = "grm",
-    segment_length: int = 256,
+    segment_length: int | None = 256,
     segmentation: str = "constant",
     state_init: str = "independent",
-    top_k: int = 2,
+    top_k: int | None = 2,
     scale: float | None = None,
     g: Tensor | None = None,
     beta: Tensor | None = None,
@@ -33,8 +33,8 @@ def memory_caching(
     mu: Tensor | None = None,
     W_up: Tensor | None = None,
     W_down: Tensor | None = None,
-    memory_residual: bool = True,
-    inner_chunk: int = 16,
+    memory_residual: bool | None = True,
+    inner_chunk: int | None = 16,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -83,7 +83,7 @@ def memory_caching(
         torch.Size([2, 96, 4, 16])
     """
     known("backend", backend, BACKENDS)
-    options = Options(
+    options = given(
         recurrence=recurrence,
         aggregation=aggregation,
         segment_length=segment_length,

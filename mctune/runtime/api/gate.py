@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from ..modes import without_autocast
+
 Tensor = torch.Tensor
 
 
@@ -18,6 +20,6 @@ class GateLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] of any dtype to float32 [..., out_features]."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             bias = None if self.bias is None else self.bias.to(dtype)
             return linear(x.to(dtype), self.weight.to(dtype), bias)

@@ -15,7 +15,8 @@ from ..call import GATES, check_call
 from ..copies import own
 from ..errors import ArgumentError
 from ..kernels.dispatch import BACKENDS
-from ..options import Options
+from ..modes import without_autocast
+from ..options import Options, given
 from ..traits import AGGREGATIONS, RECURRENCES
 from .conv import ShortConv
 from .functional import memory_caching
@@ -79,13 +80,13 @@ class MemoryCaching(nn.Module):
         expand_v: float = 1.0,
         recurrence: str = "linear",
         aggregation: str = "grm",
-        segment_length: int = 256,
+        segment_length: int | None = 256,
         segmentation: str = "constant",
         state_init: str = "independent",
-        top_k: int = 2,
-        inner_chunk: int = 16,
+        top_k: int | None = 2,
+        inner_chunk: int | None = 16,
         expansion: int = 4,
-        memory_residual: bool = True,
+        memory_residual: bool | None = True,
         connector: bool = True,
         feature_map: str | None = None,
         qk_norm: bool = True,
@@ -97,7 +98,7 @@ class MemoryCaching(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        options = Options(
+        options = given(
             recurrence=recurrence,
             aggregation=aggregation,
             segmentation=segmentation,
@@ -380,7 +381,7 @@ class MemoryCaching(nn.Module):
     def _gate(self, name: str, hidden_states: Tensor) -> Tensor:
         # Called, not read: an adapter, a hook, a quantised or a sharded layer may stand there.
         x: Tensor = self.gates[f"{name}_proj"](hidden_states)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             return -softplus(x) if name == "g" else sigmoid(x)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments import known, shown
+from ..arguments import known
 from ..call import check_call
-from ..errors import ArgumentError
+from ..copies import own
 from ..kernels.dispatch import BACKENDS
 from ..memory import LayerMemory
 from ..ops.step import extend
-from ..options import Options
+from ..options import given
 
 Tensor = torch.Tensor
 
@@ -26,7 +26,7 @@ def memory_caching_step(
     aggregation: str = "grm",
     segment_length: int = 256,
     state_init: str = "independent",
-    top_k: int = 2,
+    top_k: int | None = 2,
     scale: float | None = None,
     g: Tensor | None = None,
     beta: Tensor | None = None,
@@ -35,8 +35,8 @@ def memory_caching_step(
     mu: Tensor | None = None,
     W_up: Tensor | None = None,
     W_down: Tensor | None = None,
-    memory_residual: bool = True,
-    inner_chunk: int = 16,
+    memory_residual: bool | None = True,
+    inner_chunk: int | None = 16,
     backend: str = "auto",
 ) -> Tensor:
     """Write n >= 1 new tokens of every sequence to ``memory`` and read them (arXiv:2602.24281, its sections 3 and 4).
@@ -72,9 +72,8 @@ def memory_caching_step(
         torch.Size([2, 1, 4, 16])
     """
     known("backend", backend, BACKENDS)
-    if not isinstance(memory, LayerMemory):
-        raise ArgumentError(f"memory is {shown(memory)}; it must be a layer of a MemoryCache: cache.layer(0)")
-    options = Options(
+    own("memory", memory, LayerMemory, ", a layer of a MemoryCache: cache.layer(0)")
+    options = given(
         recurrence=recurrence,
         aggregation=aggregation,
         segment_length=segment_length,

@@ -15,6 +15,7 @@ from ..eager.matrix import run_linear
 from ..eager.plan import Layout
 from ..errors import ArgumentError
 from ..memory import LayerMemory
+from ..modes import without_autocast
 from ..ops.serve import forward_with_states, serve
 from ..ops.step import extend, tokens
 
@@ -155,7 +156,7 @@ def remember(
     states: tuple[Tensor, ...] = ()
     momentum: tuple[Tensor, ...] = ()
     start: tuple[Tensor, ...] = ()
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device):
         k, v = (by_head(x, call.compute_dtype) for x in (call.k, call.v))
         if kept is not None and means is not None:
             states, means = (kept.flatten(0, 1),), means.flatten(0, 1)

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu
 
 from ..call import Call
 from ..memory import LayerMemory
+from ..modes import without_autocast
 from .deep import Coefficients, Layer, coefficients, error_rows, gelu_slope, next_momentum
 from .gates import best, chosen, even, gamma
 from .masked import mix, pairs
@@ -32,7 +33,7 @@ def decode(call: Call, memory: LayerMemory, read: bool = True) -> Tensor | None:
 
     The tensors of ``memory``, which has room for what is cached, change in place; its counts are left to the caller.
     """
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device):
         tokens = _tokens(call, memory.descriptors.dtype)
         cached, filled = memory.cached.tolist(), memory.filled.tolist()
         outputs = []

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import gelu
 
 from ..call import Call
+from ..modes import without_autocast
 from .deep import Chunk, DeepWalk
 from .gates import Gate, make_gate
 from .matrix import read_total, run_linear
@@ -35,7 +36,7 @@ def lay_out(call: Call) -> Layout:
 
 def run_eager(call: Call, layout: Layout) -> Tensor:
     """y [B, T, H, Dv] in the dtype of q, for arguments that :func:`check_call` has passed and their layout."""
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device):
         q, k, v = (by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
         u = q if call.u is None else by_head(call.u, call.compute_dtype)
         gate = make_gate(call.reads, call.top_k, u, k, layout)

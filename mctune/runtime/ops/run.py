@@ -16,6 +16,7 @@ from ..kernels.dispatch import fall_back, kernel_for
 from ..kernels.kept import OF_SEGMENTS, make_kept, segments_at_most
 from ..kernels.launch import as_read, options, rows
 from ..kernels.results import padded
+from ..modes import without_autocast
 
 Tensor = torch.Tensor
 TENSORS = ("q", "k", "v", "u", "g", "beta", "lam", "eta", "mu", "W_up", "W_down")
@@ -74,7 +75,7 @@ def _eager_backward(dy: Tensor, call: Call) -> tuple[Tensor, ...]:
     tensors = {name: getattr(call, name) for name in TENSORS if getattr(call, name) is not None}
     # An operator's body runs below autograd, so enable it here; autocast would narrow the gradients' products.
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with autograd, torch.enable_grad(), torch.autocast(call.q.device.type, enabled=False):
+    with autograd, torch.enable_grad(), without_autocast(call.q.device):
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
         y = run_eager(replace(call, **leaves), lay_out(call))
         found = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
