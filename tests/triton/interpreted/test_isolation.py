@@ -23,7 +23,7 @@ from mctune.verify.passes import PASSES
 from mctune.verify.spread import FORMULATED, Drawn, draw_formulations
 
 SEED = int(os.environ.get("MCTUNE_SEED", random.SystemRandom().randrange(2**31)))
-CASES = int(os.environ.get("MCTUNE_CASES", 3))
+CASES = int(os.environ.get("MCTUNE_CASES", 2))
 ROUNDS = 2
 
 
