@@ -54,6 +54,10 @@ def group() -> None:
     4 no valid configuration, 130 interrupted.
     """
     check_stdout()
+    try:
+        os.getcwd()
+    except OSError as error:  # torch's libraries end a process that computes there
+        raise UsageError("the working directory is gone; change to one that exists") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

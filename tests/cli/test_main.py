@@ -94,3 +94,13 @@ def test_an_unknown_command_is_a_usage_error(run: Callable[..., object]) -> None
 
 def test_version(run: Callable[..., object]) -> None:
     assert run("--version").out == f"mctune {mctune.__version__}\n"
+
+
+def test_a_working_directory_that_is_gone_is_one_line(
+    run: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ran = run("spaces")
+    assert ran.code == 2 and "working directory is gone" in ran.err and len(ran.err.splitlines()) == 1
