@@ -70,7 +70,8 @@ class Row:
         if not _is_number(self.ms) or not self.ms > 0:
             raise UsageError(f"ms={self.ms!r:.60}: a row needs a positive time; failures are outcomes, not rows")
         check_name("target", self.target)
-        check_name("backend", self.backend)
+        if not isinstance(self.backend, str) or not _LABEL.fullmatch(self.backend):
+            raise UsageError(f"backend {self.backend!r:.60} is not a name of at most 200 printable characters")
         for name in ("low", "high", "error", "fraction_of_bound", "sm_mhz", "celsius"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from packages import forget
+from transformers import AutoConfig
 
 import mctune
 from mctune.core.target import Target
@@ -84,6 +85,15 @@ def test_weights_and_saved_caches_go_from_one_copy_to_the_other(package: Any, tm
             torch.testing.assert_close(y, first(x)[0][:, 8:])
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Transformers knows one class of a name, that of the copy imported last; other tests expect mctune's own."""
+    yield
+    config = import_module("mctune.huggingface").MemoryCachingConfig
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+@pytest.mark.usefixtures("registered")
 def test_language_models_of_both_copies(package: Any, tmp_path: Path) -> None:
     """Each is a model of its own copy's layers; a checkpoint of one loads in the other."""
     one, other = (import_module(f"{source.__name__}.huggingface") for source in (mctune, package))

@@ -108,7 +108,7 @@ def test_other_hidden_states() -> None:
             model(X, past_key_values=cache)
             with refused("hidden_states has B=3 rows and the cache holds 2 sequences"):
                 model(torch.zeros(3, 1, 8), past_key_values=cache)
-        with refused("hidden_states has B=2 with cu_seqlens"):
+        with refused("cu_seqlens with B=2: the sequences stand in one row"):
             model(X, cu_seqlens=torch.tensor([0, 9]))
         for x in (X[:0], X[:, :0]):
             with refused(r"hidden_states is \[.*at least 1 sequence"):

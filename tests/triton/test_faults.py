@@ -14,7 +14,7 @@ from mctune.core.outcome import Crashed, Outcome, Timed, TimedOut, Wrong
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.measure.clocks import read_clocks
-from mctune.study import one
+from mctune.study.confirm import outcome_of
 from mctune.verify.spread import walk
 from mctune.workers.worker import Worker
 
@@ -42,7 +42,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 def evaluate(worker: Worker, fault: str, limit_s: float = LIMIT_S) -> Outcome:
     candidate: dict[str, Any] = {"problem": PROBLEM.to_dict(), "config": CONFIG.replace(fault=fault).to_dict()}
-    return one._outcome(worker.call({"evaluate": candidate}, limit_s))
+    return outcome_of(worker.call({"evaluate": candidate}, limit_s))
 
 
 def assert_the_device_is_usable(worker: Worker) -> None:

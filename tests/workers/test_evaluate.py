@@ -32,7 +32,7 @@ from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 PLANTED = Path(__file__).parent.parent / "planted"
 PROBLEM = Problem(aggregation="residual", T=1024, H=1, Dk=16, Dv=16, segment_length=32)
 SSC = Problem(aggregation="ssc", T=150, H=2, Dk=8, Dv=8, segment_length=20, top_k=2)
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import shown
 from ..errors import ArgumentError
 from ..segments import make_segments
 
@@ -141,7 +142,7 @@ def refuse_rest(where: str, given: dict[str, Any], takes: str) -> None:
 def _what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}"
-    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    return shown(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _some(cuts: list[int]) -> str:
