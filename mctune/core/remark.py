@@ -27,11 +27,11 @@ def redacted(text: str) -> str:
 
 
 def redacted_url(url: str) -> str:
-    """One URL without its passwords, which may hold spaces and quotes here.
+    """One URL without its passwords, which may hold spaces and quotes here; nor what follows one in the query.
 
     Examples:
         >>> redacted_url("postgresql://me:s cret@host/db")
         'postgresql://me:***@host/db'
     """
     url = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url, flags=re.DOTALL)
-    return re.sub(rf"(?i)({_SECRET}=)[^&]+", r"\1***", url)
+    return re.sub(rf"(?i)({_SECRET}\s*=).*", r"\1***", url, flags=re.DOTALL)

@@ -178,7 +178,7 @@ def test_counts_out_of_bounds_reach_no_kernel() -> None:
         getattr(memory, name).fill_(value)
         with refused(f"{name}={value}"):
             memory_caching_step(q, q, q, memory=memory, segment_length=4)
-        with refused("memory is dict"):
+        with refused("memory is a dict; it must be a LayerMemory"):
             memory_caching_step(q, q, q, memory={}, segment_length=4)  # type: ignore[arg-type]
 
 
