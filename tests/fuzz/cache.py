@@ -55,7 +55,7 @@ class Run:
         narrow = draw.choice((None, None, None, torch.bfloat16, torch.float16))
         self.bound, self.rewind = draw.choice((None, None, 0, 1, 3)), draw.choice((0, 0, 1, 3, 6))
         self.cache_options: dict[str, Any] = {"max_states": self.bound, "rewind": self.rewind, "state_dtype": narrow}
-        self.tolerance = max(TOLERANCE[self.dtype], 0.0 if narrow is None else 0.1)
+        self.tolerance = max(TOLERANCE[self.dtype], 0.0 if narrow is None else 0.25)
         self.cache, self.rows, self.sure = MemoryCache(**self.cache_options), [], []
         self.log = f"{options} {len(self.layers)} layers {self.dtype} {self.cache_options}\n"
         self.packs = options["segmentation"] == "packed"

@@ -121,9 +121,9 @@ class MemoryCaching(nn.Module):
         flags = {"connector": connector, "qk_norm": qk_norm, "use_short_conv": use_short_conv}
         for name, value in (flags | {"use_output_gate": use_output_gate}).items():
             flag(name, value)
-        for name, number, least in (("expand_v", expand_v, "above"), ("norm_eps", norm_eps, "at least")):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-                raise ArgumentError(f"{name}={shown(number)}: must be a finite number, {least} 0")
+        for name, number in (("expand_v", expand_v), ("norm_eps", norm_eps)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= LARGEST:
+                raise ArgumentError(f"{name}={shown(number)}: must be a number above 0, at most {LARGEST}")
         if head_dim is None and hidden_size % num_heads:
             raise ArgumentError(
                 f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; pass head_dim, or change one"
