@@ -74,8 +74,8 @@ def check(one: Drawn, folder: Path, rng: random.Random) -> list[str]:
         expected, found = run.expected(problem, inputs), run.run(kernel, problem, inputs)
         for name in ("y",) if problem.pass_ != "backward" else ("dq", "dk", "dv", "du"):
             ours, right = pattern(found[name]), pattern(expected[name])
-            # The oracle multiplies by zero: what ssc does not choose by a gradient, and the beta of a first token, before
-            # which there is none to weigh.
+            # The oracle multiplies by zero: what ssc does not choose by a gradient, and the beta of a first token,
+            # before which there is none to weigh.
             more = problem.pass_ == "backward" and (problem.reads.sparse or where.startswith("beta"))
             reached = ours & ~right
             if name in ("dk", "dv"):
