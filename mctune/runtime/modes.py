@@ -65,10 +65,15 @@ def readable(x: torch.Tensor) -> bool:
 
 def for_now(x: T) -> T:
     """A memoised tensor, or what holds some, for use under the modes at work: under ``FakeTensorMode``, fake copies."""
-    if not torch._C._len_torch_dispatch_stack():
-        return x
-    fake = next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)), None)
+    fake = fake_mode()
     return x if fake is None else _faked(x, fake)
+
+
+def fake_mode() -> FakeTensorMode | None:
+    """The ``FakeTensorMode`` at work: tensors have shapes and no values."""
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    return next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FakeTensorMode)), None)
 
 
 def _faked(x: Any, mode: FakeTensorMode) -> Any:

@@ -207,7 +207,6 @@ def test_a_name_is_no_path(name: str, tmp_path: Path) -> None:
     for values in (
         {"rows": [row().to_dict()], "environment": {**ENVIRONMENT, "target": {"name": name}}},
         {"rows": [{**row().to_dict(), "target": name}], "environment": ENVIRONMENT},
-        {"rows": [{**row().to_dict(), "backend": name}], "environment": ENVIRONMENT},
         {**tuned(entry(GRM, TIMED)), "target": {"name": name}},
     ):
         (tmp_path / "in.json").write_text(json.dumps(values))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import gelu
 
+from ..modes import fake_mode
 from .gates import Gate, best
 from .masked import mix, pairs, sound
 from .plan import Block, Layout
@@ -89,7 +90,7 @@ def read(x: Tensor, online: Tensor, memories: Memories, gate: Gate, layout: Layo
         x: [G, T, D], what the memories are read with.
         online: [G, T, D'], the reads of the online memory.
     """
-    if gate.reads.sparse and layout.count - 1 > DENSE_STATES * gate.top_k:
+    if gate.reads.sparse and layout.count - 1 > DENSE_STATES * gate.top_k and fake_mode() is None:
         return _read_sparse(x, online, memories, gate, layout)
     parts = []
     # Not slices: Inductor (torch 2.13, CPU) generates wrong code for the sum of four of their gradients.

@@ -182,56 +182,6 @@ def decay_scores(scores, t, j, cum_t, now_t, cum, after, stop):
 
 
 @triton.jit
-def spoilt(x):
-    """Whether a matrix has a number that is NaN, or infinite ones of both signs: 0 times an infinite one is NaN.
-
-    A product with a triangle of zeros is such a matrix where a row that a token must not see is not finite. Kernels ask
-    once for all they added up, and then compute it again by slower ways that leave such rows out.
-    """
-    total = tl.sum(tl.sum(x, 1), 0)
-    return total != total
-
-
-@triton.jit
-def finite(x):
-    """``x`` with 0 for what is not finite, and where that is."""
-    bad = x - x != 0.0
-    return tl.where(bad, 0.0, x), bad
-
-
-@triton.jit
-def read_spoilt_writes(
-    x_t, others, rows, decays, t, start, stop, other_stride, stride, column, bh, T,
-    SWLA: tl.constexpr, PRECISION: tl.constexpr, OTHERS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
-    COLS: tl.constexpr,
-):  # fmt: skip
-    """``[BT, COLS]``: sums of w_tj <x_t, others_j> rows_j over the tokens j of a piece, NaN where one that is seen is.
-
-    others ``[.., OTHERS]`` and rows ``[.., WIDTH]``: keys and values, or the other way round, of a head.
-    """
-    # Few rows at a time take few registers: the kernel has no more than without this.
-    BJ: tl.constexpr = 16
-    BT: tl.constexpr = x_t.shape[0]
-    if SWLA:
-        cum = decays.cum + bh * T
-        cum_t = tl.load(cum + t, mask=t < stop, other=0.0)
-        now_t = tl.load(decays.now + bh * T + t, mask=t < stop, other=0.0)
-    acc = tl.zeros([BT, COLS], tl.float32)
-    since = tl.full([COLS], 1 << 30, tl.int32)
-    for j0 in tl.range(start, stop, BJ, num_stages=1):
-        j = j0 + tl.arange(0, BJ)
-        other_j = load_rows(others, j0, stop, other_stride, 0, OTHERS, BJ, PADDED)
-        row_j, bad = finite(load_rows(rows, j0, stop, stride, column, WIDTH, BJ, COLS))
-        since = tl.minimum(since, tl.min(tl.where(bad, j[:, None], 1 << 30), 0))
-        scores = tl.dot(x_t, tl.trans(other_j), input_precision=PRECISION)
-        if SWLA:
-            scores = decay_scores(scores, t, j, cum_t, now_t, cum, decays.after + bh * T, stop)
-        scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
-        acc = tl.dot(scores.to(row_j.dtype), row_j, acc, input_precision=PRECISION)
-    return tl.where(t[:, None] >= since[None, :], float("nan"), acc)
-
-
-@triton.jit
 def soften(top, size, score, valid=None):
     """A softmax over columns goes on with ``score``: its largest logit, its size, how much less what came before weighs
     now, and the weights of ``score``, 0 where not ``valid``."""

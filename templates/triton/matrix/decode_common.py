@@ -132,8 +132,7 @@ def scores(tokens, memory, logits, i, used, begun, length, H, dims: tl.constexpr
     score = tl.where(state < used, score, LOW)
     if begun + i >= length:
         score = appended_scores(score, tokens, memory, i, used, begun, length, H, dims, CP)
-    # One zero: what is compared by its bits must not tell +0 from -0. And what is not a number comes first.
-    score = tl.where(score != score, float("inf"), score)
+    # One zero: what is compared by its bits must not tell +0 from -0.
     return tl.where(score == 0.0, 0.0, score)
 
 

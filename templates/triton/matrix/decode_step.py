@@ -67,8 +67,7 @@ def _read_online(
         keep = tl.exp(top - new)
         weight = tl.where(reads, tl.exp(logit - new), 0.0)
         size = size * keep + weight
-        # Others' acc stays as it is: 0 times a read that is not finite is not 0.
-        acc = tl.where(reads[:, None], acc * keep[:, None] + weight[:, None] * read[None, :], acc)
+        acc = acc * keep[:, None] + weight[:, None] * read[None, :]
         top = new
     return top, size, acc
 

@@ -139,8 +139,6 @@ def gates_kernel(
             tl.store(made.logits + place, score, mask=(i < s)[None, :] & valid[:, None])
         score = tl.where((i < s)[None, :], score, float("-inf"))
         if SPARSE:
-            # What is not a number comes first: whoever could see it does.
-            score = tl.where(score != score, float("inf"), score)
             values, numbers = _sift(score, i[None, :] + tl.zeros([BT, BN], tl.int32), values, numbers)
         else:
             top, size, _, _ = soften(top, size, score)

@@ -36,9 +36,7 @@ from .common import (
     load_state,
     load_tile,
     mean_logits,
-    read_spoilt_writes,
     soften,
-    spoilt,
 )
 
 FLOOR = tl.constexpr(-40.0)
@@ -102,11 +100,6 @@ def _online(
         else:
             scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision=PRECISION)
-    if spoilt(acc):
-        acc = read_spoilt_writes(
-            q_t, rows.k, rows.v, decays, t, tile.start, tile.stop, H * dims.DK, H * dims.DV, column, bh, T,
-            SWLA, PRECISION, dims.DK, dims.PK, dims.DV, BV,
-        )  # fmt: skip
     if enters >= 0:
         state = _state(states, bh * P + enters, column, dims, BV)
         entered = tl.dot(q_t, state, input_precision=PRECISION)
@@ -128,20 +121,6 @@ def _add_read(acc, q_t, state, gate, FORMULATION: tl.constexpr, PRECISION: tl.co
         return tl.dot(gated, state, acc, input_precision=PRECISION)
     else:
         return acc + gate[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
-
-
-@triton.jit
-def _add_chosen(
-    acc, q_t, states, row, lse, tile, spans, t, bh, column, T, P,
-    PRECISION: tl.constexpr, dims: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """acc and the reads of the cached states, some of which are not finite: 0 times those that ssc did not choose."""
-    for i in tl.range(tile.oldest, tile.segment, num_stages=1):
-        state = _state(states, bh * P + last_piece(spans.seg_last, i), column, dims, BV)
-        logit = tl.load(row + tl.cast(i, tl.int64) * T, mask=t < tile.stop, other=float("-inf"))
-        read = tl.exp(logit - lse)[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
-        acc += tl.where(logit[:, None] == float("-inf"), 0.0, read)
-    return acc
 
 
 @triton.jit
@@ -182,7 +161,7 @@ def read_summed_kernel(
 @triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_gated_kernel(
     rows, states, gates, decays, spans, tiles, y, scale, together, T, H, N, P,
-    SWLA: tl.constexpr, SPARSE: tl.constexpr, FORMULATION: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
+    SWLA: tl.constexpr, FORMULATION: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
     BT: tl.constexpr, BJ: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens, BV value columns, one head. Every cached state is read with a gate of its own.
@@ -226,14 +205,6 @@ def read_gated_kernel(
         latest = tl.where(s > tile.oldest, s - 1, s).to(tl.int64)
         log_gate = tl.load(row + latest * T, mask=valid, other=0.0) - lse
         acc *= tl.exp(tl.where(log_gate < FLOOR, FLOOR, log_gate))[:, None]
-    if SPARSE:
-        if spoilt(acc):
-            acc = _online(
-                q_t, None, None, rows, states, decays, tile, enters, bh, column, T, H, P,
-                SWLA=SWLA, GATES="precomputed", PRECISION=PRECISION, dims=dims, BT=BT, BJ=BJ, BV=BV,
-            )  # fmt: skip
-            acc *= tl.exp(tl.load(row + s.to(tl.int64) * T, mask=valid, other=0.0) - lse)[:, None]
-            acc = _add_chosen(acc, q_t, states, row, lse, tile, spans, t, bh, column, T, P, PRECISION, dims, BV)
     _store(y, acc * scale, tile, bh, column, T, H, dims, BT, BV)
 
 
@@ -332,7 +303,6 @@ def read_forward(
     top_k: int,
     SWLA: bool,
     ROUTED: bool,
-    SPARSE: bool,
     AVERAGES: bool,
     GATES: str,
     FORMULATION: str,
@@ -391,8 +361,7 @@ def read_forward(
     else:
         read_gated_kernel[grid](
             rows=rows, states=states.operand, gates=gates, decays=decays, spans=spans, tiles=tiles, y=y, scale=scale,
-            together=together, T=T, H=H, N=N, P=P, SWLA=SWLA, SPARSE=SPARSE, FORMULATION=FORMULATION,
-            PRECISION=PRECISION,
+            together=together, T=T, H=H, N=N, P=P, SWLA=SWLA, FORMULATION=FORMULATION, PRECISION=PRECISION,
             dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return y

@@ -14,41 +14,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import Pieces, Rows, Segments, StateGradients, Tables, last_pieces
-from .common import Decays, Dims, finite, load_rows, load_state, spoilt
-
-
-@triton.jit
-def spoilt_gradients(
-    q, dy, gammas, i, left, right, low, high, key, value, T, H,
-    PRECISION: tl.constexpr, dims: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Of the segments i, where some token is not finite: it reaches those before it, not all that share its rows.
-
-    First which ones, then the sums without.
-    """
-    BT: tl.constexpr = 16
-    ROWS: tl.constexpr = i.shape[0] * BK
-    grad = tl.zeros([ROWS, BV], tl.float32)
-    for t0 in tl.range(low, high, BT, num_stages=1):
-        t = t0 + tl.arange(0, BT)
-        here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
-        dy_t = load_rows(dy, t0, high, H * dims.DV, value, dims.DV, BT, BV)
-        _, bad = finite(dy_t)
-        ones = here[:, None, :] & tl.full([1, BK, 1], 1, tl.int1)
-        ones = tl.reshape(ones.to(dy_t.dtype), [ROWS, BT])
-        grad = tl.dot(ones, bad.to(dy_t.dtype), grad, input_precision=PRECISION)
-    grad = tl.where(grad > 0.0, float("nan"), 0.0)
-    for t0 in tl.range(low, high, BT, num_stages=1):
-        t = t0 + tl.arange(0, BT)
-        here = (t[None, :] >= left[:, None]) & (t[None, :] < right[:, None])
-        gamma = tl.load(gammas + i[:, None] * T + t[None, :], mask=here, other=0.0)
-        q_t = load_rows(q, t0, high, H * dims.DK, key, dims.DK, BT, BK)
-        dy_t, _ = finite(load_rows(dy, t0, high, H * dims.DV, value, dims.DV, BT, BV))
-        weighted = gamma[:, None, :] * tl.trans(q_t)[None, :, :].to(tl.float32)
-        weighted = tl.where(here[:, None, :], weighted, 0.0)
-        weighted = tl.reshape(weighted.to(q_t.dtype), [ROWS, BT])
-        grad = tl.dot(weighted, dy_t, grad, input_precision=PRECISION)
-    return grad
+from .common import Decays, Dims, load_rows, load_state
 
 
 @triton.jit(do_not_specialize=["heads", "T", "H", "N", "P"])
@@ -89,12 +55,6 @@ def cached_kernel(
             grad = tl.dot(weighted, dy_t, grad, input_precision=PRECISION)
     if OPERAND == "shared":
         grad = tl.trans(grad)
-    if SEGMENTS > 1:
-        if spoilt(grad):
-            grad = spoilt_gradients(
-                q, dy, gammas + bh * N * T, i, left, right, tl.load(segments.end + i0), high, key, value, T, H,
-                PRECISION, dims, BK, BV,
-            )  # fmt: skip
     place = tl.arange(0, SEGMENTS * BK)
     which = i0 + place // BK
     rows = key + place % BK

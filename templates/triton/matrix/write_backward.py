@@ -95,7 +95,7 @@ def add_later(
             decay = tl.where(t[None, :] > j[:, None], decay, 0.0)
             both = for_values * for_keys * weight_t
             own += tl.sum(tl.where(t[None, :] == j[:, None], both, 0.0), 1)
-            others += tl.sum(tl.where(t[None, :] > j[:, None], both * decay, 0.0), 1)
+            others += tl.sum(both * decay, 1)
             weights = tl.where(t[None, :] == j[:, None], now_j[:, None], after_j[:, None] * decay) * weight_t
         else:
             weights = tl.where(t[None, :] >= j[:, None], weight_t, 0.0)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import GateGradients, Gates, Keys, Pieces, ReadGradients, Segments, Tables
-from .common import Dims, load_rows, spoilt
+from .common import Dims, load_rows
 
 DK = 128
 PK = 128
@@ -49,11 +49,9 @@ def segment_gradients(
         i = i0 + tl.arange(0, BI)
         here = (i < s)[:, None] & valid[None, :]
         place = (bh * N + i)[:, None] * T + t[None, :]
-        logit = tl.load(gates.logits + place, mask=here, other=float("-inf"))
-        gamma = tl.exp(logit - total[None, :])
+        gamma = tl.exp(tl.load(gates.logits + place, mask=here, other=float("-inf")) - total[None, :])
         dr = add_parts(tl.zeros([BI, BT], tl.float32) - delta[None, :], dgamma, place, here, part * N, PARTS)
-        # Nothing of what ssc did not choose, not even 0 times what is not finite.
-        dr = tl.where(logit == float("-inf"), 0.0, dr * gamma)
+        dr *= gamma
         tl.store(dgamma + place, dr, mask=here)
         tl.store(gates.gammas + place, gamma, mask=here)
         mean = load_rows(means + bh * N * dims.SK, i0, s, dims.SK, 0, dims.SK, BI, dims.PK)
@@ -78,12 +76,7 @@ def running_keys(
     k_t = load_rows(k, t0, stop, H * dims.DK, 0, dims.DK, BT, PK)
     until = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(k_t.dtype)
     # Exact in 16 bits: ones times keys.
-    running = tl.dot(until, k_t, input_precision="tf32x3") + earlier[None, :]
-    if spoilt(running):
-        # No token has a key that comes after it, not even 0 times.
-        k_t = load_rows(k, t0, stop, H * dims.DK, 0, dims.DK, BT, PK)
-        running = tl.cumsum(k_t.to(tl.float32), 0) + earlier[None, :]
-    return running
+    return tl.dot(until, k_t, input_precision="tf32x3") + earlier[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
@@ -172,23 +165,8 @@ def descriptor_kernel(
         grad = tl.dot(dr_t, u_t, grad, input_precision="tf32x3")
     grad /= (left - tl.load(seg_begin + i, mask=there, other=-1))[:, None].to(tl.float32)
     cols = tl.arange(0, PK)
-    out = dmeans + (split * tl.num_programs(1) + bh) * N * SK
-    tl.store(out + i[:, None] * SK + cols[None, :], grad, mask=there[:, None] & (cols < SK)[None, :])
-    if spoilt(grad):
-        # A token says something of the segments before it in its sequence, not of all that share its rows.
-        tl.debug_barrier()
-        for n in range(i0, tl.minimum(i0 + BI, N)):
-            begin = tl.load(seg_end + n)
-            first = tl.maximum(low, begin)
-            end = tl.minimum(high, tl.load(seg_end + tl.load(seg_past_end + n) - 1))
-            row = tl.zeros([PK], tl.float32)
-            for t0 in range(first, end, 16):
-                t = t0 + tl.arange(0, 16)
-                dr_t = tl.load(dr + (bh * N + n) * T + t, mask=t < end, other=0.0)
-                u_t = load_rows(u, t0, end, H * DK, 0, DK, 16, PK).to(tl.float32)
-                row += tl.sum(u_t * dr_t[:, None], 0)
-            row /= (begin - tl.load(seg_begin + n)).to(tl.float32)
-            tl.store(out + n * SK + cols, row, mask=cols < SK)
+    out = dmeans + ((split * tl.num_programs(1) + bh) * N + i)[:, None] * SK + cols[None, :]
+    tl.store(out, grad, mask=there[:, None] & (cols < SK)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])

@@ -131,8 +131,6 @@ def gates_kernel(
             place = (bh * N + i)[None, :] * T + t[:, None]
             tl.store(made.logits + place, score, mask=(i < s)[None, :] & valid[:, None])
         score = tl.where((i < s)[None, :], score, float("-inf"))
-        # What is not a number comes first: whoever could see it does.
-        score = tl.where(score != score, float("inf"), score)
         values, numbers = _sift(score, i[None, :] + tl.zeros([BT, BN], tl.int32), values, numbers)
     top, size, least, latest = _choose(
         logit_s, values, numbers, made, bh * T + t, valid, top_k, N

@@ -21,16 +21,7 @@ import triton
 import triton.language as tl
 
 from .backward_common import Gates, Pieces, ReadGradients, Rows, Segments, Tables, last_pieces
-from .common import (
-    Decays,
-    Dims,
-    block_and_head,
-    decay_scores,
-    load_rows,
-    load_state,
-    read_spoilt_writes,
-    spoilt,
-)
+from .common import Decays, Dims, block_and_head, decay_scores, load_rows, load_state
 
 DK = 128
 PK = 128
@@ -89,11 +80,6 @@ def read_online(
         scores = tl.dot(dy_t, tl.trans(v_j), input_precision="tf32x3")
         scores = decay_scores(scores, t, j, cum_t, now_t, cum, after, stop)
         read = tl.dot(scores.to(k_j.dtype), k_j, read, input_precision="tf32x3")
-    if spoilt(read):
-        read = read_spoilt_writes(
-            dy_t, v, k, decays, t, start, stop, H * dims.DV, H * dims.DK, column, bh, T,
-            True, "tf32x3", dims.DV, dims.PV, dims.DK, BK,
-        )  # fmt: skip
     if enters >= 0:
         state = load_state(states + (bh * P + enters) * (dims.SK * dims.SV), column, 0, dims.SK, dims.SV, BK, dims.PV)
         entered = tl.dot(dy_t, tl.trans(state), input_precision="tf32x3")

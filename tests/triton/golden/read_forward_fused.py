@@ -35,9 +35,7 @@ from .common import (
     load_state,
     load_tile,
     mean_logits,
-    read_spoilt_writes,
     soften,
-    spoilt,
 )
 
 DK = 128
@@ -69,7 +67,7 @@ def _state(states, place, column, dims: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def _online(
-    q_t, u_t, total, rows, states, decays, tile, enters, bh, column, T, H, P, dims: tl.constexpr, BT: tl.constexpr,
+    q_t, u_t, total, rows, states, tile, enters, bh, column, H, P, dims: tl.constexpr, BT: tl.constexpr,
     BJ: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The read of the online memory by a tile of tokens: of what its piece has written up to each, and what entered it.
@@ -87,11 +85,6 @@ def _online(
         total += tl.sum(tl.where(t[:, None] >= j[None, :], writes, 0.0), 1)
         scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision="ieee")
-    if spoilt(acc):
-        acc = read_spoilt_writes(
-            q_t, rows.k, rows.v, decays, t, tile.start, tile.stop, H * dims.DK, H * dims.DV, column, bh, T,
-            False, "ieee", dims.DK, dims.PK, dims.DV, BV,
-        )  # fmt: skip
     if enters >= 0:
         state = _state(states, bh * P + enters, column, dims, BV)
         entered = tl.dot(q_t, state, input_precision="ieee")
@@ -117,7 +110,7 @@ def _store(y, acc, tile, bh, column, T, H, dims: tl.constexpr, BT: tl.constexpr,
 
 @triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_fused_kernel(
-    rows, u, states, keys, decays, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
+    rows, u, states, keys, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
     BJ: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens, BV value columns, one head. Gates are a softmax that goes along, BN states at a time."""
@@ -133,7 +126,7 @@ def read_fused_kernel(
     u_t = load_rows(u, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     total = earlier_logits(u_t, keys, tile, spans, bh, P, dims)
     acc, total = _online(
-        q_t, u_t, total, rows, states, decays, tile, enters, bh, column, T, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
+        q_t, u_t, total, rows, states, tile, enters, bh, column, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
     )  # fmt: skip
     s = tile.segment
     top = total / (t - tl.load(spans.seg_begin + s) + 1).to(tl.float32)
@@ -191,7 +184,7 @@ def read_forward(
         seg_last=tables.seg_last if P > N else None,
     )  # fmt: skip
     read_fused_kernel[grid](
-        rows=rows, u=u, states=states.operand, keys=Keys(states.means, states.sums), decays=decays,
+        rows=rows, u=u, states=states.operand, keys=Keys(states.means, states.sums),
         spans=spans._replace(seg_begin=tables.seg_begin, seg_piece=tables.seg_piece), tiles=tiles, y=y, scale=scale,
         together=together, T=T, H=H, N=N, P=P, dims=dims, BT=BT, BJ=BJ, BV=bv, BN=BN, num_warps=num_warps,
         num_stages=num_stages,

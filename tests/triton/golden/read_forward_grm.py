@@ -32,8 +32,6 @@ from .common import (
     load_rows,
     load_state,
     load_tile,
-    read_spoilt_writes,
-    spoilt,
 )
 
 DK = 128
@@ -68,8 +66,8 @@ def _state(states, place, column, dims: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def _online(
-    q_t, rows, states, decays, tile, enters, bh, column, T, H, P, dims: tl.constexpr, BT: tl.constexpr,
-    BJ: tl.constexpr, BV: tl.constexpr,
+    q_t, rows, states, tile, enters, bh, column, H, P, dims: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """The read of the online memory by a tile of tokens: of what its piece has written up to each, and what entered it.
 
@@ -84,11 +82,6 @@ def _online(
         scores = tl.dot(q_t, k_j, input_precision="ieee")
         scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision="ieee")
-    if spoilt(acc):
-        acc = read_spoilt_writes(
-            q_t, rows.k, rows.v, decays, t, tile.start, tile.stop, H * dims.DK, H * dims.DV, column, bh, T,
-            False, "ieee", dims.DK, dims.PK, dims.DV, BV,
-        )  # fmt: skip
     if enters >= 0:
         state = _state(states, bh * P + enters, column, dims, BV)
         entered = tl.dot(q_t, state, input_precision="ieee")
@@ -107,7 +100,7 @@ def _store(y, acc, tile, bh, column, T, H, dims: tl.constexpr, BT: tl.constexpr,
 
 @triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_gated_kernel(
-    rows, states, gates, decays, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
+    rows, states, gates, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
     BJ: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens, BV value columns, one head. Every cached state is read with a gate of its own.
@@ -124,7 +117,7 @@ def read_gated_kernel(
     valid = t < tile.stop
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     acc = _online(
-        q_t, rows, states, decays, tile, enters, bh, column, T, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
+        q_t, rows, states, tile, enters, bh, column, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
     )  # fmt: skip
     s = tile.segment
     lse = tl.load(gates.lse + bh * T + t, mask=valid, other=0.0)
@@ -184,8 +177,7 @@ def read_forward(
         seg_last=tables.seg_last if P > N else None,
     )  # fmt: skip
     read_gated_kernel[grid](
-        rows=rows, states=states.operand, gates=gates, decays=decays, spans=spans, tiles=tiles, y=y, scale=scale,
-        together=together, T=T, H=H, N=N, P=P, dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
-        num_stages=num_stages,
+        rows=rows, states=states.operand, gates=gates, spans=spans, tiles=tiles, y=y, scale=scale, together=together,
+        T=T, H=H, N=N, P=P, dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -31,8 +31,6 @@ from .common import (
     load_rows,
     load_state,
     load_tile,
-    read_spoilt_writes,
-    spoilt,
 )
 
 DK = 48
@@ -63,8 +61,8 @@ def _state(states, place, column, dims: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def _online(
-    q_t, rows, states, decays, tile, enters, bh, column, T, H, P, dims: tl.constexpr, BT: tl.constexpr,
-    BJ: tl.constexpr, BV: tl.constexpr,
+    q_t, rows, states, tile, enters, bh, column, H, P, dims: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """The read of the online memory by a tile of tokens: of what its piece has written up to each, and what entered it.
 
@@ -79,11 +77,6 @@ def _online(
         scores = tl.dot(q_t, k_j, input_precision="ieee")
         scores = tl.where(t[:, None] >= j[None, :], scores, 0.0)
         acc = tl.dot(scores.to(v_j.dtype), v_j, acc, input_precision="ieee")
-    if spoilt(acc):
-        acc = read_spoilt_writes(
-            q_t, rows.k, rows.v, decays, t, tile.start, tile.stop, H * dims.DK, H * dims.DV, column, bh, T,
-            False, "ieee", dims.DK, dims.PK, dims.DV, BV,
-        )  # fmt: skip
     if enters >= 0:
         state = _state(states, bh * P + enters, column, dims, BV)
         entered = tl.dot(q_t, state, input_precision="ieee")
@@ -102,7 +95,7 @@ def _store(y, acc, tile, bh, column, T, H, dims: tl.constexpr, BT: tl.constexpr,
 
 @triton.jit(do_not_specialize=["together", "T", "H", "N", "P"])
 def read_summed_kernel(
-    rows, states, past, decays, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
+    rows, states, past, spans, tiles, y, scale, together, T, H, N, P, dims: tl.constexpr, BT: tl.constexpr,
     BJ: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens, BV value columns, one head. Gates are equal: cached states are read as one sum."""
@@ -114,7 +107,7 @@ def read_summed_kernel(
     rows = _rows_of(rows, bh, T, H, dims)
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     acc = _online(
-        q_t, rows, states, decays, tile, enters, bh, column, T, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
+        q_t, rows, states, tile, enters, bh, column, H, P, dims=dims, BT=BT, BJ=BJ, BV=BV,
     )  # fmt: skip
     if tile.segment > tile.oldest:
         state = _state(past, bh * N + tile.segment, column, dims, BV)
@@ -161,7 +154,7 @@ def read_forward(
         seg_last=tables.seg_last if P > N else None,
     )  # fmt: skip
     read_summed_kernel[grid](
-        rows=rows, states=states.operand, past=states.past, decays=decays, spans=spans, tiles=tiles, y=y, scale=scale,
+        rows=rows, states=states.operand, past=states.past, spans=spans, tiles=tiles, y=y, scale=scale,
         together=together, T=T, H=H, N=N, P=P, dims=dims, BT=BT, BJ=BJ, BV=bv, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip

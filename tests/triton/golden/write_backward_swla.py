@@ -102,7 +102,7 @@ def add_later(
         decay = tl.where(t[None, :] > j[:, None], decay, 0.0)
         both = for_values * for_keys * weight_t
         own += tl.sum(tl.where(t[None, :] == j[:, None], both, 0.0), 1)
-        others += tl.sum(tl.where(t[None, :] > j[:, None], both * decay, 0.0), 1)
+        others += tl.sum(both * decay, 1)
         weights = tl.where(t[None, :] == j[:, None], now_j[:, None], after_j[:, None] * decay) * weight_t
         dv_j = tl.dot((for_values * weights).to(dy_t.dtype), dy_t, dv_j, input_precision="tf32x3")
         dk_j = tl.dot((for_keys * weights).to(q_t.dtype), q_t, dk_j, input_precision="tf32x3")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mctune.backends.protocol import Launch
-from mctune.backends.triton.cost.walk import Walk
+from mctune.backends.triton.cost.trips import Walk
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 

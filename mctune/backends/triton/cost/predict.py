@@ -16,8 +16,7 @@ from mctune.backends.triton.cost.footprint import footprint
 from mctune.backends.triton.cost.mix import Loop, loops_of, sum_of
 from mctune.backends.triton.cost.opcodes import Mix
 from mctune.backends.triton.cost.parameters import Parameters
-from mctune.backends.triton.cost.trips import UNCOUNTED, source_of
-from mctune.backends.triton.cost.walk import Source
+from mctune.backends.triton.cost.trips import UNCOUNTED, Source, source_of
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
@@ -198,7 +197,7 @@ def _walk(
     if source is not None:
         outside = loop.mix.matrix - (source.matrix + source.conditional) * cost
         total = _fewer(total, passes * source.conditional * cost)
-    matched = _matched(loop.inner, source, cost)
+    matched = _matched(loop.inner, source)
     peeled = _peeled([inner.mix.matrix if told else 0.0 for inner, told in matched], outside, stages)
     chain = (total.issue / launch.num_warps, total.barriers, waits)
     busiest = passes
@@ -222,39 +221,14 @@ def _peeled(matrix: Sequence[float], outside: float, stages: int) -> list[int]:
     return gone
 
 
-def _matched(compiled: tuple[Loop, ...], source: Source | None, cost: float) -> list[tuple[Loop, Source | None]]:
+def _matched(compiled: tuple[Loop, ...], source: Source | None) -> list[tuple[Loop, Source | None]]:
     """Each compiled loop with the source's: in order, or where counts differ, in order among those with products."""
     told = () if source is None else source.inner
-    rare = _rare(compiled, [loop for loop in told if loop.rare], cost)
-    told = tuple(loop for loop in told if not loop.rare)
-    ordinary = [loop for n, loop in enumerate(compiled) if n not in rare]
-    if len(told) == len(ordinary):
-        found = iter(told)
-        return [(loop, rare[n] if n in rare else next(found)) for n, loop in enumerate(compiled)]
+    if len(told) == len(compiled):
+        return list(zip(compiled, told, strict=True))
     with_matrix = iter([loop for loop in told if loop.total > 0])
     without = iter([loop for loop in told if not loop.total > 0])
-    return [
-        (loop, rare[n] if n in rare else next(with_matrix if loop.matrix else without, None))
-        for n, loop in enumerate(compiled)
-    ]
-
-
-def _rare(compiled: tuple[Loop, ...], told: list[Source], cost: float) -> dict[int, Source]:
-    """Which compiled loops are the rare ones ``told``: of the nearest products, and of equal ones the last.
-
-    Compilers move their code to where it is not in the way.
-    """
-    found: dict[int, Source] = {}
-    for source in reversed(told):
-
-        def distance(n: int, source: Source = source) -> tuple[float, int]:
-            ratio = compiled[n].mix.matrix / (source.matrix * cost) if source.matrix else 1.0
-            return round(abs(math.log(max(ratio, 1e-9))), 2), -n
-
-        left = [n for n, loop in enumerate(compiled) if n not in found and loop.matrix == source.products]
-        if left:
-            found[min(left, key=distance)] = source
-    return found
+    return [(loop, next(with_matrix if loop.matrix else without, None)) for loop in compiled]
 
 
 def _fewer(mix: Mix, operations: float) -> Mix:

@@ -8,16 +8,127 @@ grid, or of the program with the most work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 from mctune.backends.protocol import Launch
-from mctune.backends.triton.cost.walk import Source, Walk
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 
-_ROWS = 16
-"""Of a product in a loop that leaves out what is not finite."""
+Value = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loop of the source, or (with ``trips`` 1) a whole kernel.
+
+    Attributes:
+        trips: passes, each time that it is entered.
+        matrix: operations of products in a pass, without those of ``inner``.
+        inner: the loops inside.
+        conditional: operations of products that stand there too, and are not done.
+    """
+
+    trips: float
+    matrix: float = 0.0
+    inner: tuple[Source, ...] = ()
+    conditional: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Operations of all passes."""
+        return self.trips * (self.matrix + sum(loop.total for loop in self.inner))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a sequence.
+
+    Attributes:
+        past: cached segments before its own.
+        before, later: pieces of its segment.
+        length: tokens.
+        entered: whether a state enters it.
+    """
+
+    past: int
+    before: int
+    length: int
+    entered: bool
+    later: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a launch of ``problem`` walks through.
+
+    ``heaviest``: of the program with most work, not of the mean one; ``in_flight``: on a GPU whose products are.
+    """
+
+    problem: Problem
+    config: Config
+    values: Mapping[str, Value]
+    heaviest: bool = False
+    in_flight: bool = False
+
+    def __getitem__(self, name: str) -> int:
+        """A number among the launch's arguments."""
+        return int(self.values[name])
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether the configuration says so."""
+        return name in self.config and self.config[name] == kind
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of one sequence."""
+        piece = self.config.integer("piece") if "piece" in self.config else self.problem.T
+        return _pieces(self.problem, piece)
+
+    @property
+    def segments(self) -> int:
+        """The number of segments of one sequence."""
+        return len(self.problem.spans())
+
+    @property
+    def whole(self) -> bool:
+        """Whether every segment is one piece."""
+        return len(self.pieces) == self.segments
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Key and value width as blocks hold them."""
+        return _power(self.problem.Dk), _power(self.problem.Dv)
+
+    def of_pieces(self, count: Callable[[Piece], float]) -> float:
+        """``count`` of a piece."""
+        return self._one([count(piece) for piece in self.pieces])
+
+    def of_tiles(self, rows: int, count: Callable[[Piece, int], float]) -> float:
+        """``count(piece, first token in it)`` of a tile of ``rows`` tokens."""
+        tiles = [(piece, start) for piece in self.pieces for start in range(0, piece.length, rows)]
+        return self._one([count(*tile) for tile in tiles])
+
+    def _one(self, counts: list[float]) -> float:
+        return max(counts) if self.heaviest else sum(counts) / len(counts)
+
+
+def _power(value: int) -> int:
+    return max(16, 1 << (value - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _pieces(problem: Problem, piece: int) -> tuple[Piece, ...]:
+    found = []
+    for past, (begin, end) in enumerate(problem.spans()):
+        count = -(-(end - begin) // piece)
+        for before in range(count):
+            length = min(piece, end - begin - before * piece)
+            entered = before > 0 or (past > 0 and problem.state_init == "checkpoint")
+            found.append(Piece(past, before, length, entered, count - 1 - before))
+    return tuple(found)
 
 
 def _local(w: Walk) -> Source:
@@ -60,26 +171,21 @@ def _read(w: Walk) -> Source:
     state = 2 * BT * PK * BV
     loops = [Source(w.of_tiles(BT, lambda p, t: p.before))] if fused and not w.whole else []
     intra = 2 * BT * BJ * (PK + BV) + (2 * BT * BJ * PK if fused else 0)
-    again = Source(0, 2 * BT * _ROWS * (PK + BV), rare=True)
-    loops += [Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), intra), again]
+    loops.append(Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), intra))
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
     past = w.of_tiles(BT, lambda p, t: p.past)
-    conditional = (1 if w.problem.routed else 2) * state
     if not w.problem.routed:
         outside += state * w.of_tiles(BT, lambda p, t: p.past > 0)
     elif w.has("formulation", "grouped"):
         loops.append(Source(w["top_k"]))
     elif not fused:
         loops.append(Source(past, state))
-        if w.problem.reads.sparse:
-            loops += [loops[0].again, again, loops[-1].again]
-            conditional += state
     else:
         BN = w["BN"]
         groups = w.of_tiles(BT, lambda p, t: math.ceil(p.past / BN))
         each = past / groups if groups else 0.0
         loops.append(Source(groups, _twice(w) * 2 * BT * BN * PK, (Source(each, state),)))
-    return Source(1, outside, tuple(loops), conditional=conditional - outside)
+    return Source(1, outside, tuple(loops), conditional=(1 if w.problem.routed else 2) * state - outside)
 
 
 def _grouped(w: Walk) -> Source:
@@ -122,7 +228,6 @@ def _read_backward(w: Walk) -> Source:
     state = 2 * BT * PV * BK
     loops = [
         Source(w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ)), 2 * BT * BJ * (PV + BK)),
-        Source(0, 2 * BT * _ROWS * (PV + BK), rare=True),
     ]
     outside = state * w.of_tiles(BT, lambda p, t: p.entered)
     if w.problem.routed and w.has("formulation", "grouped"):
@@ -152,9 +257,7 @@ def _cached(w: Walk) -> Source:
     """The gradient of the states of some cached segments: the tokens of later ones."""
     BT, segments = w["BT"], int(w.values.get("SEGMENTS", 1))
     tokens = _after_segments(w, segments)
-    again = Source(0, 2 * segments * w["BK"] * _ROWS * w["BV"], rare=True)
-    loop = Source(math.ceil(tokens / BT), 2 * segments * w["BK"] * BT * w["BV"])
-    return Source(1, 0, (loop, again, again) if segments > 1 else (loop,))
+    return Source(1, 0, (Source(math.ceil(tokens / BT), 2 * segments * w["BK"] * BT * w["BV"]),))
 
 
 def _piece_product(w: Walk) -> Source:
@@ -217,8 +320,7 @@ def _connectors(w: Walk) -> Source:
 def _descriptors(w: Walk) -> Source:
     BT, BI, splits, (PK, _) = w["BT"], w["BI"], int(w.values.get("SPLITS", 1)), w.padded
     tokens = _after_segments(w, BI)
-    again = Source(0, 0, (Source(0),), rare=True)
-    return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK), again))
+    return Source(1, 0, (Source(math.ceil(tokens / splits / BT), _wide(w) * 2 * BI * BT * PK),))
 
 
 def _decode_read(w: Walk) -> Source:
