@@ -99,10 +99,17 @@ def test_a_kernel_ships_after_it_was_judged_on_other_inputs(workers: Workers) ->
 
 def test_finalists_are_rendered_beside(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
+
+    def call(payload: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if "check" in payload:
+            return {"outcome": to_json(Predicted(0.0, "", 0.0))}
+        asked.append(payload)
+        return {"samples": [[1.0], [2.0]], "failures": []}
+
     assert workers._device is not None
-    monkeypatch.setattr(workers._device, "call", lambda payload, limit_s: asked.append(payload) or {"samples": []})
+    monkeypatch.setattr(workers._device, "call", call)
     candidate = {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}
-    assert workers.compare([candidate, candidate], LIMIT_S) == {"samples": []}
+    assert workers.compare([candidate, candidate], LIMIT_S) == {"samples": [[1.0], [2.0]], "failures": []}
     assert all(Path(one["built"]["library"]).is_file() for one in asked[0]["compare"]) and len(asked[0]["compare"]) == 2
     refused = {"problem": PROBLEM.to_dict(), "config": CONFIG.replace(piece=512).to_dict()}
     assert isinstance(workers.compare([candidate, refused], LIMIT_S), WorkerDied) and len(asked) == 1
