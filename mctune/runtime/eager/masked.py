@@ -26,6 +26,8 @@ def pairs(a: Tensor, b: Tensor, seen: Tensor | None) -> Tensor:
         return a @ b.mT
     if _transformed():
         return (a @ b.mT).masked_fill(~_widened(seen, b.shape[-2]), 0)
+    if not _recorded(a, b):
+        return _paired(a, b, seen)
     y: Tensor = _Pairs.apply(a, b, seen)  # type: ignore[no-untyped-call]
     return y
 
@@ -39,6 +41,8 @@ def mix(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
     if seen is None:
         return weights @ x
     if _transformed():
+        return _mixed(weights, x, seen)
+    if not _recorded(weights, x):
         return _mixed(weights, x, seen)
     y: Tensor = _Mix.apply(weights, x, seen)  # type: ignore[no-untyped-call]
     return y
@@ -54,6 +58,10 @@ def _transformed() -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0
+
+
+def _recorded(a: Tensor, b: Tensor) -> bool:
+    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
 
 
 def _widened(seen: Tensor, columns: int) -> Tensor:
@@ -72,15 +80,17 @@ def _mixed(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
     return (weights @ x.masked_fill(bad, 0)).masked_fill(stained, float("nan"))
 
 
-class _Pairs(torch.autograd.Function):
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
-        y = a @ b.mT
-        return y if sound(y) else y.masked_fill_(~_widened(seen, b.shape[-2]), 0)
+def _paired(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
+    y = a @ b.mT
+    return y if sound(y) else y.masked_fill_(~_widened(seen, b.shape[-2]), 0)
 
+
+class _Pairs(torch.autograd.Function):
+    # With a setup_context, torch looks at the signature in every call: that takes as long as a small product.
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, seen)
+        return _paired(a, b, seen)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,12 +105,9 @@ class _Pairs(torch.autograd.Function):
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, x, seen)
         return _mixed(weights, x, seen)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
