@@ -22,7 +22,7 @@ from ..options import Options
 from .functional import memory_caching
 from .module import MemoryCaching
 from .packing import TAKES, refuse_rest, take_bounds
-from .padding import check_cached, packed
+from .padding import as_row
 from .unchanged import why_not_same
 
 Tensor = torch.Tensor
@@ -330,19 +330,12 @@ def _forward(layer: nn.Module, how: _How, *args: Any, **kwargs: Any) -> Tensor |
         cache = own("past_key_values", cache, MemoryCache)
         if index is None:
             raise ArgumentError("a cache for a layer without layer_idx: give every layer its own layer_idx=0, 1, ...")
-    B, T = hidden_states.shape[:2]
-    bounds = take_bounds(given, (B, T), given.pop("cu_seqlens", None), mask)
+    bounds = take_bounds(given, hidden_states.shape[:2], given.pop("cu_seqlens", None), mask)
     # An argument that says what the layer does anyway was there when the layer was checked.
     rest = {name: value for name, value in given.items() if not _same(value, how.defaults.get(name))}
     refuse_rest(where, rest, TAKES)
-    started = cache is not None and cache.layer(index or 0) is not None
-    if cache is not None and mask is not None:
-        check_cached(mask, T, started, B)
-    found = None
-    if mask is not None and not started:
-        found = packed(mask, hidden_states)
-    elif bounds is not None:
-        found = hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1)
+    started = None if cache is None else cache.layer(index or 0) is not None
+    found = as_row(hidden_states, mask, bounds, started)
     if found is None:
         y = _mix(layer, how, hidden_states, None, cache, index)
     else:

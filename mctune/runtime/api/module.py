@@ -23,7 +23,7 @@ from .functional import memory_caching
 from .gate import GateLinear
 from .inputs import check_hidden, check_packed, check_past, check_rows
 from .packing import TAKES, refuse_rest, take_bounds
-from .padding import check_cached, packed
+from .padding import as_row
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
@@ -220,19 +220,12 @@ class MemoryCaching(nn.Module):
         cache = MemoryCache() if use_cache and past_key_values is None else past_key_values
         if cache is not None:
             self._check_cache(cache)
-        B, T = hidden_states.shape[:2]
-        bounds = take_bounds(kwargs, (B, T), cu_seqlens, attention_mask)
+        bounds = take_bounds(kwargs, hidden_states.shape[:2], cu_seqlens, attention_mask)
         refuse_rest("MemoryCaching.forward", kwargs, TAKES)
         if cache is not None and bounds is None:
             check_rows(cache, self._index, hidden_states)
-        started = cache is not None and cache.layer(self._index) is not None
-        if cache is not None and attention_mask is not None:
-            check_cached(attention_mask, T, started, B)
-        found = None
-        if attention_mask is not None and not started:
-            found = packed(attention_mask, hidden_states)
-        elif bounds is not None:
-            found = hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1)
+        started = None if cache is None else cache.layer(self._index) is not None
+        found = as_row(hidden_states, attention_mask, bounds, started)
         if found is None:
             return self._mix(hidden_states, None, cache), None, cache
         row, bounds, restored = found

@@ -21,6 +21,28 @@ Packed = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """A packed row, [1, M, D], its bounds, and what makes [B, T, D] of a row like it, 0 at padding."""
 
 
+def as_row(
+    hidden_states: Tensor, attention_mask: Tensor | None, bounds: Tensor | None, started: bool | None
+) -> Packed | None:
+    """What is mixed in place of the batch: a packed row; ``None`` where each row of the batch is one sequence.
+
+    Args:
+        hidden_states: [B, T, D].
+        attention_mask: [B, T], as in :func:`packed`; for sequences that a cache holds also [B, all tokens].
+        bounds: int32 [S + 1], from 0 to B * T, where rows hold several sequences.
+        started: whether a cache holds the sequences already; ``None`` without a cache.
+
+    Raises:
+        ArgumentError: on a mask that is not one, or that a cache cannot skip.
+    """
+    B, T = hidden_states.shape[:2]
+    if started is not None and attention_mask is not None:
+        check_cached(attention_mask, T, started, B)
+    if attention_mask is not None and not started:
+        return packed(attention_mask, hidden_states)
+    return None if bounds is None else (hidden_states.reshape(1, B * T, -1), bounds, lambda y: y.view(B, T, -1))
+
+
 def packed(attention_mask: Tensor, hidden_states: Tensor) -> Packed | None:
     """The tokens of a padded batch as a packed row; ``None`` where nothing is padding.
 
