@@ -27,8 +27,8 @@ from .padding import as_row
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
-_UNIT_EPS = 1e-4
-"""Added to the square of a length that divides: a gradient grows by at most 100, also that of a row of zeros,
+_UNIT_EPS = 1e-2
+"""Added to the square of a length that divides: a gradient grows by at most 10, also that of a row of zeros,
 and stays within float16 behind the gain of the norm of an output of zeros."""
 
 

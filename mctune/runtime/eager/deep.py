@@ -124,8 +124,10 @@ class DeepWalk:
     def __iter__(self) -> Iterator[Chunk]:
         plan = self.plan
         keys, values = plan.take(self.k), plan.take(self.v)
-        g, mu = (None if x is None else plan.take(x) for x in (self.g, self.mu))
-        whole, decay, products = coefficients(plan.take(self.eta), g, mu)
+        g = None if self.g is None else plan.take_or_zero(self.g)
+        # A product of zeros has a slower backward, and one that is not finite stays within its token's sight.
+        mu = None if self.mu is None else plan.take(self.mu)
+        whole, decay, products = coefficients(plan.take_or_zero(self.eta), g, mu)
         seen = plan.seen()
         lanes = plan.steps[0].stop
         up, down = (W[:, None].expand(-1, lanes, -1, -1) for W in (self.W_up, self.W_down))

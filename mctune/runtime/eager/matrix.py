@@ -62,7 +62,7 @@ def run_linear(
 
 
 def _swla_weights(plan: Plan, g: Tensor, beta: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    g, beta, lam = plan.take(g), plan.take(beta), plan.take(lam)
+    g, beta, lam = (plan.take_or_zero(gate) for gate in (g, beta, lam))
     # The first decay of a lane has nothing to scale; its NaN is seen all the same, as that of beta is.
     first = beta[..., :1] * plan.follows[:, None] + 0 * g[..., :1].exp()
     return swla_weights(g, torch.cat([first, beta[..., 1:]], -1), lam)

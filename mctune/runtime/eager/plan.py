@@ -62,6 +62,11 @@ class Plan:
         """Tokens to chunks: [G, T, ...] to [G, M, b, ...]."""
         return _take(x, self.tokens)
 
+    def take_or_zero(self, x: Tensor) -> Tensor:
+        """[G, T] to [G, M, b]; 0 past a chunk's end, where a repeated NaN would reach the gradients of its last token."""
+        x = self.take(x)
+        return x if self.used is None else x.masked_fill(~self.used, 0)
+
     def take_previous(self, x: Tensor) -> Tensor:
         """[G, T, D] to [G, M, b + 1, D]: each chunk after the token before it (zeros, where there is none)."""
         before = x.index_select(1, (self.tokens[:, 0] - 1).clamp(min=0))
