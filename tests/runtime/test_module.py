@@ -149,8 +149,8 @@ def test_feature_maps(feature_map: str) -> None:
     """q and k pass the map; without qk_norm they keep its scale."""
     functions = {"relu": torch.relu, "silu": torch.nn.functional.silu, "softmax": lambda x: x.softmax(-1)}
     functions["elu"] = lambda x: torch.where(x > 0, x + 1, x.exp())
-    layer = MemoryCaching(16, 2, feature_map=feature_map, qk_norm=False, backend="eager")
-    x = torch.randn(1, 5, 2, 8)
+    layer = MemoryCaching(128, 2, feature_map=feature_map, qk_norm=False, backend="eager")
+    x = torch.randn(1, 5, 2, 64)
     torch.testing.assert_close(layer._features(x), functions[feature_map](x))
     layer.qk_norm = True
     torch.testing.assert_close(layer._features(x).norm(dim=-1), torch.ones(1, 5, 2), atol=2e-3, rtol=0)

@@ -27,9 +27,10 @@ from .padding import as_row
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
-_UNIT_EPS = 1e-2
-"""Added to the square of a length that divides: a gradient grows by at most 10, also that of a row of zeros,
-and stays within float16 behind the gain of the norm of an output of zeros."""
+_UNIT_EPS, _UNIT_EPS_NEVER_ZERO = 1e-2, 1e-4
+"""Added to the square of a length that divides, so that a gradient grows by at most 10, also that of a row of zeros,
+and stays within float16 behind the gain of the norm of an output of zeros. After elu and softmax no row is zero, and
+the lengths of the latter's are small."""
 
 
 class MemoryCaching(nn.Module):
@@ -306,7 +307,8 @@ class MemoryCaching(nn.Module):
         if self.qk_norm:
             # In 16 bits the squares leave the range, and an epsilon is zero.
             x = x if x.dtype == torch.float64 else x.float()
-            x = x * (x.square().sum(-1, keepdim=True) + _UNIT_EPS).rsqrt()
+            eps = _UNIT_EPS_NEVER_ZERO if self.feature_map in ("elu", "softmax") else _UNIT_EPS
+            x = x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
         # Autocast widens some of these.
         return x.to(dtype)
 

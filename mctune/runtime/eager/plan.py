@@ -63,7 +63,7 @@ class Plan:
         return _take(x, self.tokens)
 
     def take_or_zero(self, x: Tensor) -> Tensor:
-        """[G, T] to [G, M, b]; 0 past a chunk's end, where a repeated NaN would reach the gradients of its last token."""
+        """[G, T] to [G, M, b]; 0 past a chunk's end, where a NaN that is repeated would reach more gradients."""
         x = self.take(x)
         return x if self.used is None else x.masked_fill(~self.used, 0)
 
