@@ -6,6 +6,7 @@ product is the plain one: looking costs one sum.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def mix(weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
 
 def sound(x: Tensor) -> bool:
     """Whether all of ``x`` is known to be finite (a sum that overflows leaves that open)."""
-    return readable(x) and bool(x.detach().sum().isfinite())
+    return readable(x) and math.isfinite(x.detach().sum().item())
 
 
 def _transformed() -> bool:
