@@ -27,11 +27,12 @@ def fetch(at, X, width, *, t, count, writes=0):
                 T.evaluate(T.call_intrin("", "tirx.prefetch", T.address_of(X[row, e * _LINE]), writes, _INTO_L2, _DATA))
 
 
-def read_state(rows, cols, unroll, width, weighs):
+def read_state(rows, cols, unroll, width, weighs, chosen=False):
     """P = M dy of ``rows`` features and ``cols`` tokens: dq += gate * P, and the gate's gradient += <q, P>.
 
     P[d, t] = sum_{n < width} M[m0 + d, n] Y[n, t]. ``gate`` and the gate's gradient are row ``i`` of G and D, the
-    latter left out without ``weighs``; ``first`` says that D is to be overwritten.
+    latter left out without ``weighs``; ``first`` says that D is to be overwritten. ``chosen`` says that a gate of 0
+    leaves M out, even if it is not finite.
     """
 
     @inline
@@ -53,10 +54,18 @@ def read_state(rows, cols, unroll, width, weighs):
                 for x in T.vectorized(cols):
                     part[0, x] = part[0, x] + Q[d0 + r, t0 + x] * acc[r, x]
             for x in T.vectorized(cols):
-                D[i, t0 + x] = part[0, x]
+                if chosen:
+                    D[i, t0 + x] = T.Select(G[i, t0 + x] == T.float32(0), T.float32(0), part[0, x])
+                else:
+                    D[i, t0 + x] = part[0, x]
         for r in T.unroll(rows):
             for x in T.vectorized(cols):
-                dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + G[i, t0 + x] * acc[r, x]
+                if chosen:
+                    dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + T.Select(
+                        G[i, t0 + x] == T.float32(0), T.float32(0), G[i, t0 + x] * acc[r, x]
+                    )
+                else:
+                    dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + G[i, t0 + x] * acc[r, x]
 
     return tile
 

@@ -5,7 +5,7 @@ from tvm.script import tirx as T
 from .decode_tiles import LOW, choose, dots, softmax
 from .flags import flags_of
 from .kernel import Values, emit, f32, i32, scratch
-from .tiles import LANES, exp
+from .tiles import LANES, exp, stain
 
 _DOTS = 8
 """Descriptors whose inner products with u are in flight together."""
@@ -87,7 +87,7 @@ def take(plan: Plan, at: Values, *, t, token, linked) -> None:
             at.decay[t] = exp(at.g[b, token, h])
             for d in T.vectorized(Dk):
                 K[t, d] = at.lam[b, token, h] * k[b, token, h, d]
-                P[t, d] = T.float32(0)
+                P[t, d] = stain(at.beta[b, token, h])
             if linked:
                 if token > 0:
                     for d in T.vectorized(Dk):

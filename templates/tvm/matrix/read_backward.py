@@ -161,7 +161,7 @@ def one_chunk(plan: Plan, at: Values, *, c, t0, rows, linked) -> None:
     def chunk():
         pack(plan, at, t0=t0, rows=rows)
         gates(plan, at, t0=t0, rows=rows, seen=c * BT)
-        weigh(plan, at, t0=t0, rows=rows)
+        weigh(plan, at, t0=t0, rows=rows, linked=linked)
         read(plan, at, rows=rows, linked=linked)
         if plan.flags.routed and not gather:
             connectors(plan, at, t0=t0, rows=rows, seen=c * BT)

@@ -9,7 +9,7 @@ from .backward_tiles import fetch, read_online, read_state
 from .flags import flags_of
 from .gates import choose, softmax
 from .kernel import Values, emit
-from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply
+from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
 
 
 class Plan:
@@ -97,7 +97,7 @@ def choices(plan: Plan, at: Values, *, t, seen) -> None:
                     gates[chosen[p, t + x], t + x] = value[p, t + x]
 
 
-def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
+def weigh(plan: Plan, at: Values, *, t0, rows, linked) -> None:
     """E[j, t] = (v_j . dy_t) * the weight of token j in the memory of token t; the next chunk's rows on their way."""
     Dk, Dv, BT, JR, TL, flags = plan.Dk, plan.Dv, plan.BT, plan.JR, plan.TL, plan.flags
     E = at.E
@@ -116,7 +116,7 @@ def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
                 if jj * JR < (tt + 1) * TL:
                     scores(A=at.V, a0=jj * JR, a1=rows - 1, B=at.YT, C=E, c0=jj * JR, t0=tt * TL)
         if flags.gated:
-            take_gates(plan, at, t0=t0, rows=rows)
+            take_gates(plan, at, t0=t0, rows=rows, linked=linked)
         for tb in range((rows + LANES - 1) // LANES):
             if flags.gated:
                 weigh_gated(at, t=tb * LANES, rows=rows)
@@ -126,7 +126,7 @@ def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
                         E[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, E[j, tb * LANES + x], T.float32(0))
 
 
-def take_gates(plan: Plan, at: Values, *, t0, rows) -> None:
+def take_gates(plan: Plan, at: Values, *, t0, rows, linked) -> None:
     """Gates of the chunk's writes, and of the next chunk's first token: ``advance`` ends there."""
     token_gates, row0, heads = at.token_gates, at.row0, at.heads
 
@@ -140,6 +140,8 @@ def take_gates(plan: Plan, at: Values, *, t0, rows) -> None:
             token_gates[0, j] = exp(at.g[row0 + (t0 + j) * heads])
             token_gates[1, j] = at.beta[row0 + (t0 + j) * heads]
             token_gates[2, j] = at.lam[row0 + (t0 + j) * heads]
+        if not linked:
+            token_gates[2, 0] = token_gates[2, 0] + stain(token_gates[0, 0]) + stain(token_gates[1, 0])
 
 
 def weigh_gated(at: Values, *, t, rows) -> None:
@@ -173,7 +175,7 @@ def read(plan: Plan, at: Values, *, rows, linked) -> None:
     """dQT of the chunk and the gates' gradients: from the online memory and, unless gathered, from cached states."""
     Dk, RR, RL, routed, formulation = plan.Dk, plan.RR, plan.RL, plan.flags.routed, plan.formulation
     base, past = at.base, at.past
-    cached = read_state(RR, RL, plan.unroll, plan.Dv, routed)
+    cached = read_state(RR, RL, plan.unroll, plan.Dv, routed, chosen=plan.flags.sparse)
 
     def online(tt, guarded):
         tile = read_online(RR, RL, plan.unroll, plan.Dv, routed, plan.flags.gated, guarded)
@@ -246,7 +248,7 @@ def connectors(plan: Plan, at: Values, *, t0, rows, seen) -> None:
 
     @emit
     def logits_then_u():
-        softmax_backward(at, rows=rows)
+        softmax_backward(plan, at, rows=rows)
         for tt in range((rows + MR - 1) // MR):
             for dd in range(Dk // NK):
                 connect(
@@ -266,8 +268,8 @@ def connectors(plan: Plan, at: Values, *, t0, rows, seen) -> None:
                 at.dr[saved + i * length + seen + t] = at.dgates[i, t]
 
 
-def softmax_backward(at: Values, *, rows) -> None:
-    """Gradients of the gates into those of the logits."""
+def softmax_backward(plan: Plan, at: Values, *, rows) -> None:
+    """Gradients of the gates into those of the logits; 0 where a segment was not chosen."""
     gate, down, gates, dgates, lanes, past = at.gate, at.down, at.gates, at.dgates, at.lanes, at.past
 
     @emit
@@ -284,3 +286,6 @@ def softmax_backward(at: Values, *, rows) -> None:
             for i in range(past):
                 for x in T.vectorized(LANES):
                     dgates[i, t + x] = gates[i, t + x] * (dgates[i, t + x] - lanes[0, x])
+                if plan.flags.sparse:
+                    for x in T.vectorized(LANES):
+                        dgates[i, t + x] = T.Select(gates[i, t + x] == T.float32(0), T.float32(0), dgates[i, t + x])

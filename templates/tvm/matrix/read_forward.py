@@ -134,7 +134,7 @@ def one_chunk(plan: Plan, at: Values, *, c, t0, rows, tiles, linked) -> None:
     def chunk():
         pack(plan, at, t0=t0, rows=rows, linked=linked)
         gates(plan, at, t0=t0, rows=rows, seen=c * plan.BT)
-        weigh(plan, at, t0=t0, rows=rows)
+        weigh(plan, at, t0=t0, rows=rows, linked=linked)
         read_online(plan, at, tiles=tiles, linked=linked)
         read_cached(plan, at, tiles=tiles)
         for t in range(rows):

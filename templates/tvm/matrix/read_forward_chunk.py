@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 from .flags import flags_of
 from .gates import choose, softmax
 from .kernel import Values, emit
-from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply
+from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
 
 
 class Plan:
@@ -151,7 +151,7 @@ def choices(plan: Plan, at: Values, *, seen) -> None:
                     gamma[chosen[p, t], t] = value[p, t]
 
 
-def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
+def weigh(plan: Plan, at: Values, *, t0, rows, linked) -> None:
     """W[lead + j, t] = (q_t . k_j) * (weight of token j in the state of token t) * gate of the own segment."""
     BT, JR, TL, lead, W, own = plan.BT, plan.JR, plan.TL, plan.lead, at.W, at.own
     scores = dot_rows(JR, TL, plan.unroll, plan.Dk)
@@ -163,7 +163,7 @@ def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
                 if jj * JR - lead < (tt + 1) * TL:
                     scores(A=at.K, a0=jj * JR, a1=jj * JR + JR - 1, B=at.QT, C=W, c0=jj * JR, t0=tt * TL)
         if plan.flags.gated:
-            take_gates(plan, at, t0=t0, rows=rows)
+            take_gates(plan, at, t0=t0, rows=rows, linked=linked)
             for tb in range(BT // LANES):
                 weigh_gated(plan, at, t=tb * LANES)
         else:
@@ -175,7 +175,7 @@ def weigh(plan: Plan, at: Values, *, t0, rows) -> None:
                         )
 
 
-def take_gates(plan: Plan, at: Values, *, t0, rows) -> None:
+def take_gates(plan: Plan, at: Values, *, t0, rows, linked) -> None:
     """Gates of the chunk's writes; after its last token, those of a token that changes nothing."""
     token_gates, row0, heads = at.token_gates, at.row0, at.heads
 
@@ -189,6 +189,8 @@ def take_gates(plan: Plan, at: Values, *, t0, rows) -> None:
             token_gates[0, j] = exp(at.g[row0 + (t0 + j) * heads])
             token_gates[1, j] = at.beta[row0 + (t0 + j) * heads]
             token_gates[2, j] = at.lam[row0 + (t0 + j) * heads]
+        if not linked:
+            token_gates[1, 0] = token_gates[1, 0] + stain(token_gates[0, 0])
 
 
 def weigh_gated(plan: Plan, at: Values, *, t) -> None:
@@ -303,6 +305,10 @@ def read_cached(plan: Plan, at: Values, *, tiles) -> None:
             fresh=False,
         )  # fmt: skip
 
+    def from_gated(first, width):
+        weigh_queries(plan, at, first=first, count=width)
+        over_tiles(plan, tiles, from_panel(row=(at.base + first) * Dk, width=width))
+
     @emit
     def products():
         if formulation == "summed":
@@ -317,8 +323,17 @@ def read_cached(plan: Plan, at: Values, *, tiles) -> None:
         if formulation == "gated":
             for i in range((past + panel - 1) // panel):
                 width: T.let = T.min(panel, past - i * panel)
-                weigh_queries(plan, at, first=i * panel, count=width)
-                over_tiles(plan, tiles, from_panel(row=(at.base + i * panel) * Dk, width=width))
+                if not plan.flags.sparse:
+                    from_gated(first=i * panel, width=width)
+                else:
+                    add_up(at.states, width * Dk, plan.Dv, at.sum_of_values, (at.base + i * panel) * Dk)
+                    if finite(at.sum_of_values[0]):
+                        from_gated(first=i * panel, width=width)
+                    else:
+                        # A gate of 0 leaves out one state, not a panel of them.
+                        for p in range(width):
+                            row = T.meta_var((at.base + i * panel + p) * Dk)
+                            over_tiles(plan, tiles, from_states(B=at.states, row=row, G=at.gamma, g0=i * panel + p))
 
 
 def weigh_queries(plan: Plan, at: Values, *, first, count) -> None:

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from .flags import flags_of
 from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, clear, exp, multiply
+from .tiles import LANES, clear, exp, multiply, stain
 
 
 class Plan:
@@ -106,6 +106,8 @@ def forget(plan: Plan, at: Values, linked) -> None:
                 K[0, d] = weight[0] * beta[row0 + t0 * heads] * k[row0 + (t0 - 1) * heads, d]
             for n in T.vectorized(Dv):
                 V[0, n] = v[row0 + (t0 - 1) * heads, n]
+        else:
+            decay[0] = decay[0] + stain(beta[row0 + t0 * heads])
         for d in range(Dk):
             for n in T.vectorized(Dv):
                 C[d, n] = decay[0] * C[d, n]

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from .backward_tiles import fetch, outer
 from .flags import flags_of
 from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, clear, exp
+from .tiles import LANES, add_up, clear, exp, finite, read_at_all
 
 
 class Plan:
@@ -146,7 +146,7 @@ def every_panel(plan: Plan, x: Values) -> None:
             i0: T.let = T.if_then_else(turn % 2 == 0, turn // 2, groups - 1 - turn // 2) * panel
             row0: T.let = bh // heads * tokens * heads + bh % heads
             members: T.let = T.min(panel, N - i0)
-            w = T.meta_var(scratch(A=f32(ST, Dk), Y=f32(ST, Dv), packed=i32(1)))
+            w = T.meta_var(scratch(A=f32(ST, Dk), Y=f32(ST, Dv), packed=i32(1), sum_of_dy=f32(1)))
             for p in range(members):
                 clear(x.dstates, (bh * N + i0 + p) * Dk, Dk, Dv)
                 for d in T.vectorized(Dk):
@@ -173,7 +173,7 @@ def gathered(plan: Plan, at: Values, *, i) -> None:
             if at.first[s] <= i:
                 saved: T.let = (bh * at.tokens + begin[s]) * N + i * (end[s] - begin[s])
                 for t in range(end[s] - begin[s]):
-                    if gamma[saved + t] != T.float32(0):
+                    if read_at_all(gamma[saved + t]):
                         row: T.let = at.row0 + (begin[s] + t) * at.heads
                         for d in T.vectorized(Dk):
                             A[packed[0], d] = at.scale * gamma[saved + t] * at.q[row, d]
@@ -204,6 +204,8 @@ def later_segments(plan: Plan, at: Values) -> None:
                     for t in range(rows):
                         for n in T.vectorized(plan.Dv):
                             at.Y[t, n] = at.dy[row0 + (t0 + t) * at.heads, n]
+                    if plan.flags.sparse:
+                        add_up(at.Y, rows, plan.Dv, at.sum_of_dy)
                     for p in range(members):
                         i: T.let = i0 + p
                         saved: T.let = (bh * at.tokens + begin[s]) * N + i * length + c * ST
@@ -214,30 +216,59 @@ def later_segments(plan: Plan, at: Values) -> None:
 def one_member(plan: Plan, at: Values, *, i, fetching, saved, t0, rows) -> None:
     """What a chunk of a later segment adds to state and descriptor ``i``."""
     Dk, Dv, ST, SR, SC = plan.Dk, plan.Dv, plan.ST, plan.SR, plan.SC
-    A, row0, heads, dmeans, state = at.A, at.row0, at.heads, at.dmeans, at.bh * at.N + i
+    A, row0, heads, dmeans, gamma, state = at.A, at.row0, at.heads, at.dmeans, at.gamma, at.bh * at.N + i
     share = -(-ST * SR // Dk)  # of a chunk's rows, fetched while a row of tiles is computed
     tile = outer(SR, SC)
+
+    def weighed(gate, x):
+        return T.Select(gate == T.float32(0), T.float32(0), x) if plan.flags.sparse else x
+
+    def all_tokens(d0):
+        @emit
+        def tiles():
+            for nn in range(Dv // SC):
+                tile(A=A, B=at.Y, steps=rows, C=at.dstates, c0=state * Dk, d0=d0, n0=nn * SC)
 
     @emit
     def products():
         for t in range(rows):
             for d in T.vectorized(Dk):
-                A[t, d] = at.scale * at.gamma[saved + t] * at.q[row0 + (t0 + t) * heads, d]
+                A[t, d] = weighed(gamma[saved + t], at.scale * gamma[saved + t] * at.q[row0 + (t0 + t) * heads, d])
         for dd in range(Dk // SR):
             if fetching:
                 fetch(at, at.q, Dk, t=t0 + ST + dd * share, count=share)
                 fetch(at, at.u, Dk, t=t0 + ST + dd * share, count=share)
                 fetch(at, at.dy, Dv, t=t0 + ST + dd * share, count=share)
-            for nn in range(Dv // SC):
-                tile(A=A, B=at.Y, steps=rows, C=at.dstates, c0=state * Dk, d0=dd * SR, n0=nn * SC)
+            if not plan.flags.sparse:
+                all_tokens(dd * SR)
+            elif finite(at.sum_of_dy[0]):
+                all_tokens(dd * SR)
+            else:
+                chosen_ones(plan, at, state=state, saved=saved, rows=rows, d0=dd * SR)
         w = T.meta_var(scratch(total=f32(1, Dk, scope="local")))
         for d in T.vectorized(Dk):
             w.total[0, d] = T.float32(0)
         for t in range(rows):
             for d in T.vectorized(Dk):
-                w.total[0, d] = w.total[0, d] + at.dr[saved + t] * at.u[row0 + (t0 + t) * heads, d]
+                w.total[0, d] = w.total[0, d] + weighed(
+                    gamma[saved + t], at.dr[saved + t] * at.u[row0 + (t0 + t) * heads, d]
+                )
         for d in T.vectorized(Dk):
             dmeans[state, d] = dmeans[state, d] + w.total[0, d]
+
+
+def chosen_ones(plan: Plan, at: Values, *, state, saved, rows, d0) -> None:
+    """The same without tiles: the weight of a token that did not choose the state is 0, but its dy may be NaN."""
+
+    @emit
+    def by_token():
+        for t in range(rows):
+            if read_at_all(at.gamma[saved + t]):
+                for d in range(plan.SR):
+                    for n in T.vectorized(plan.Dv):
+                        at.dstates[state * plan.Dk + d0 + d, n] = (
+                            at.dstates[state * plan.Dk + d0 + d, n] + at.A[t, d0 + d] * at.Y[t, n]
+                        )
 
 
 def carry_back(plan: Plan, x: Values) -> None:

@@ -36,16 +36,26 @@ def finite(x):
     return T.And(x <= T.float32(LARGEST), x >= T.float32(-LARGEST))
 
 
-# total[0] = the sum of ``rows`` rows of X: not finite if anything in them is not.
+def read_at_all(gate):
+    """Whether a gate is other than +0, NaN included: with that, TVM's ``!=`` is false."""
+    return T.reinterpret("int32", gate) != T.int32(0)
+
+
+def stain(gate):
+    """0, or a gate that is not finite: what it adds where it has nothing to scale and is seen all the same."""
+    return T.Select(finite(gate), T.float32(0), gate)
+
+
+# total[0] = the sum of ``rows`` rows of X from ``row`` on: not finite if anything in them is not.
 @inline
-def add_up(X, rows, width, total):
+def add_up(X, rows, width, total, row=0):
     lanes = T.alloc_buffer((LANES,), "float32", scope="local")
     for x in T.vectorized(LANES):
         lanes[x] = T.float32(0)
     for r in range(rows):
         for e in T.unroll(width // LANES):
             for x in T.vectorized(LANES):
-                lanes[x] = lanes[x] + X[r, e * LANES + x]
+                lanes[x] = lanes[x] + X[row + r, e * LANES + x]
     total[0] = T.float32(0)
     for x in T.unroll(LANES):
         total[0] = total[0] + lanes[x]

@@ -10,7 +10,7 @@ X enters the chunk like one more write.
 from tvm.script import tirx as T
 
 from .kernel import Values, emit
-from .tiles import LANES, exp
+from .tiles import LANES, exp, stain
 from .write_backward_chunk import Plan
 
 
@@ -82,7 +82,11 @@ def weights(at: Values, *, j0, rows) -> None:
             for x in T.vectorized(LANES):
                 lanes[0, x] = T.Select(i == x, T.float32(1), lanes[0, x] * token_gates[0, t])
                 lanes[1, x] = T.Select(i == x + 1, T.float32(1), lanes[1, x] * token_gates[0, t])
-                W[t, j0 + x] = of_row[0, j0 + x] * lanes[0, x] + of_row[1, j0 + x] * lanes[1, x]
+                # Gates may be NaN, also where a row has no weight yet.
+                lanes[3, x] = of_row[0, j0 + x] * lanes[0, x] + T.Select(
+                    i > x, of_row[1, j0 + x] * lanes[1, x], T.float32(0)
+                )
+                W[t, j0 + x] = T.Select(i >= x, lanes[3, x], T.float32(0))
 
 
 def weigh(at: Values, *, j0, rows) -> None:
@@ -108,7 +112,7 @@ def weigh(at: Values, *, j0, rows) -> None:
                 of_row[4, j0 + x] = T.Select(i == x + 1, lanes[2, x], of_row[4, j0 + x])
             if i > 0:
                 for x in T.vectorized(LANES):
-                    forgotten[t, x] = forgotten[t, x] + W[t - 1, j0 + x] * lanes[2, x]
+                    forgotten[t, x] = forgotten[t, x] + T.Select(i > x, W[t - 1, j0 + x] * lanes[2, x], T.float32(0))
 
 
 def write_by_row(plan: Plan, at: Values, *, t0, rows) -> None:
@@ -129,14 +133,17 @@ def write_by_row(plan: Plan, at: Values, *, t0, rows) -> None:
 
 
 def decay_of_state(plan: Plan, at: Values, *, turn, c) -> None:
-    """<X, Z> into lanes[0, 0]: how much of what follows the chunk came into it with X."""
+    """<X, Z> into lanes[0, 0]: how much of what follows the chunk came into it with X; without X, what stains."""
     Dk, Dv, BT = plan.Dk, plan.Dv, plan.BT
-    lanes, entering, Z, s = at.lanes, at.entering, at.Z, at.s
+    lanes, entering, Z, s, token_gates = at.lanes, at.entering, at.Z, at.s, at.token_gates
 
     @emit
     def dot():
         lanes[0, 0] = T.float32(0)
-        if T.And(T.Or(turn > 0, at.ends_linked), T.Or(c > 0, T.And(plan.flags.checkpoint, s != at.first[s]))):
+        linked = T.meta_var(T.Or(c > 0, T.And(plan.flags.checkpoint, s != at.first[s])))
+        if T.Not(linked):
+            lanes[0, 0] = stain(token_gates[0, 0]) + stain(token_gates[1, 0])
+        if T.And(T.Or(turn > 0, at.ends_linked), linked):
             slot: T.let = at.bh * (at.tokens // BT + at.N) + at.begin[s] // BT + s + c
             for x in T.vectorized(LANES):
                 lanes[1, x] = T.float32(0)
