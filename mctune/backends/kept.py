@@ -1,12 +1,7 @@
-"""Kernels that are kept on disk between searches: written whole, and looked at before they are used.
-
-A machine that stops half-way through a write, or a full disk, leaves files that end early; loading one may well be a
-bus error, which would count as the candidate's.
-"""
+"""Kernels that are kept on disk between searches, each written whole."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -15,15 +10,16 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from mctune.runtime.whole import note_of, take_note
+
 
 def keep(scratch: Path, path: Path) -> None:
     """Move a file to ``path``, on the same disk, and note its SHA-256 beside it."""
-    note = scratch.with_name(f"{scratch.name}.sha256")
-    note.write_text(_digest(scratch), encoding="ascii")
+    note = take_note(scratch)
     with scratch.open("rb") as file:
         os.fsync(file.fileno())
     scratch.replace(path)
-    note.replace(_note(path))
+    note.replace(note_of(path))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -34,22 +30,6 @@ def write_whole(path: Path, text: str) -> None:
     scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
-
-
-def is_whole(*paths: Path) -> bool:
-    """Whether all of these are what :func:`keep` has left."""
-    try:
-        return all(_note(path).read_text(encoding="ascii") == _digest(path) for path in paths)
-    except (OSError, ValueError):
-        return False
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def scratch_in(folder: Path, what: str) -> tempfile.TemporaryDirectory[str]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mctune.backends.kept import is_whole, keep, scratch_in
+from mctune.backends.kept import keep, scratch_in
 from mctune.backends.protocol import Built, Kernel
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
@@ -27,6 +27,7 @@ from mctune.runtime.kernels.tvm.backward import TvmBackward
 from mctune.runtime.kernels.tvm.decode import TvmDecode
 from mctune.runtime.kernels.tvm.forward import TvmForward
 from mctune.runtime.kernels.tvm.loader import load_library
+from mctune.runtime.whole import is_whole
 
 _ADD_ONE = """
 @I.ir_module

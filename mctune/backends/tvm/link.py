@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mctune.core.errors import DeviceError
+from mctune.runtime.errors import KernelError
+from mctune.runtime.kernels.tvm.compiler import c_compiler
 
 _NAMES = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _LIMIT_S = 60.0
 
 
 def compiler() -> list[str]:
-    """The words of the command that links: of ``CXX``, else ``CC``, split as a shell does, else the first of the path.
+    """The words of the command that links: of ``CXX``, else ``CC``, else the first that is installed.
 
     Raises:
         DeviceError: if there is no such program.
     """
-    for name in ("CXX", "CC"):
-        text = os.environ.get(name, "").strip()
-        if not text:
-            continue
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise DeviceError(f"{name}={text!r} is not a command ({error}); set it to a C compiler") from None
-        for word in words[:1]:
-            if shutil.which(word) is None:
-                raise DeviceError(f"{name}={text!r}: there is no program {word!r}; set it to a C compiler, or unset it")
-        return words
-    found = next((path for path in map(shutil.which, _NAMES) if path is not None), None)
-    if found is None:
-        raise DeviceError("no C compiler to link kernels with; install gcc (for example `apt-get install g++`)")
-    return [found]
+    try:
+        return c_compiler(("CXX", "CC"), _NAMES)
+    except KernelError as error:
+        raise DeviceError(str(error)) from None
 
 
 def link(output: str, files: Sequence[str], options: Sequence[str] | None = None) -> None:

@@ -7,11 +7,9 @@ fills them is checked here first, and what is missing is an error that says what
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +22,8 @@ import torch
 
 from ...errors import KernelError
 from ...manifest import CONTENTS, ROOT, digest
+from ...whole import is_whole, take_note
+from .compiler import c_compiler
 
 FFI_VERSION = "0.1.14.post1"
 """The apache-tvm-ffi that the kernels are exported and tested with; 0.1.15 crashes with apache-tvm 0.27."""
@@ -167,9 +167,9 @@ def _threads() -> ctypes.CDLL:
     library = _cached()
     try:
         if library is not None:
-            if not _whole(library):
+            if not is_whole(library):
                 build_threads_library(library)
-                _note(library).write_text(digest(library.read_bytes()), encoding="ascii")
+                take_note(library)
             return ctypes.CDLL(str(library))
     except OSError:
         pass
@@ -186,23 +186,11 @@ def _threads() -> ctypes.CDLL:
 
 def _cached() -> Path | None:
     """Where the user's cache keeps the compiled ``threads.c``; ``None`` for a user without a home."""
-    name = f"threads-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    name = f"threads-{digest(_SOURCE.read_bytes())[:16]}.so"
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mctune" / name
     except (OSError, RuntimeError):
         return None
-
-
-def _note(library: Path) -> Path:
-    return library.with_name(f"{library.name}.sha256")
-
-
-def _whole(library: Path) -> bool:
-    """Whether a cached library is as it was built: loading half of one may be a bus error."""
-    try:
-        return _note(library).read_text(encoding="ascii") == digest(library.read_bytes())
-    except (OSError, ValueError):
-        return False
 
 
 def build_threads_library(library: Path) -> None:
@@ -211,7 +199,7 @@ def build_threads_library(library: Path) -> None:
     Raises:
         KernelError: if there is no C compiler, or it fails, or there is no room.
     """
-    compiler = _compiler()
+    compiler = c_compiler(("CC",), ("cc", "gcc", "clang"))
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mctune-", dir=library.parent) as folder:
         scratch = Path(folder, library.name)
@@ -224,15 +212,3 @@ def build_threads_library(library: Path) -> None:
             said = done.stderr.strip()[-500:] or f"exit status {done.returncode}"
             raise KernelError(f"{shlex.join(compiler)} failed on {_SOURCE.name}: {said}; look at CC")
         scratch.replace(library)
-
-
-def _compiler() -> list[str]:
-    """The words of the C compiler's command: of ``CC``, split as a shell does, else the first that is installed."""
-    try:
-        words = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        raise KernelError(f"CC={os.environ['CC']!r} is not a command ({error}); set it to a C compiler") from error
-    found = words or [path for path in map(shutil.which, ("cc", "gcc", "clang")) if path][:1]
-    if not found:
-        raise KernelError("no C compiler was found for threads.c: install gcc (for example `apt-get install gcc`)")
-    return found
