@@ -95,7 +95,10 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner], signer: S
     try:
         replace_package(out, _files(out.name, target, winners, signer))
     except OSError as error:
-        raise MctuneError(f"{out} cannot be written, and is as it was: {error}") from error
+        raise MctuneError(
+            f"{out} cannot be written: {error.strerror or error}; a package that was there still works. See that there "
+            "is room and that it may be written, and emit again: what was searched is kept"
+        ) from error
     return out
 
 

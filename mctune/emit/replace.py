@@ -75,7 +75,7 @@ def _settle(out: Path) -> None:
 
 
 def _put(source: Path, place: Path) -> None:
-    """Copy a file into its place by a rename: a process that has the old one mapped or open keeps it."""
+    """Put a file in its place too, by a rename: a process that has the old one mapped or open keeps that."""
     for parent in reversed(place.parents):
         if parent.is_symlink() and not parent.exists():
             parent.unlink()
@@ -86,9 +86,11 @@ def _put(source: Path, place: Path) -> None:
         _remove(place)
     beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        beside.write_bytes(source.read_bytes())
-        seen = source.stat()
-        os.utime(beside, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+        try:
+            os.link(source, beside)  # takes no room
+        except OSError:  # where the file system has no links
+            shutil.copyfile(source, beside)
+            shutil.copystat(source, beside)
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)

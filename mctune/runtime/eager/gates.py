@@ -30,8 +30,7 @@ def descriptors(u: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     plan = layout.keys
     rows = plan.take(k)
-    ones = torch.ones(plan.size, plan.size, dtype=k.dtype, device=k.device).tril()
-    running = mix(ones, rows, plan.seen())
+    running = mix(plan.causal[:, 1:].to(k.dtype), rows, plan.seen())
     if len(plan.steps) > 1:
         totals = plan.at_last(running)
         carried, before = torch.zeros_like(totals[:, : plan.steps[0].stop]), []

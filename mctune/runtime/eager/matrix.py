@@ -33,7 +33,7 @@ def run_linear(
     rows = plan.take(q)
     if gates is None:
         keys, values = plan.take(k), plan.take(v)
-        weights = torch.ones(1, 1, plan.size, plan.size, dtype=q.dtype, device=q.device).tril()
+        weights = plan.causal[:, 1:].to(q.dtype)[None, None]
         weights_last = plan.at_last(weights.expand(1, len(plan.last), -1, -1))
         decay, seen = None, plan.seen()
     else:

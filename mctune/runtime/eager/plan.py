@@ -44,6 +44,7 @@ class Plan:
         segment: int64 [M], the segment that the chunk belongs to.
         follows: bool [M], whether the token before the chunk belongs to the same lane.
         used: bool [M, b], the slots up to a chunk's end; ``None`` where that is all of them.
+        causal: bool [b, 1 + b], whether a slot comes after another, or is it; first, the row before the chunk.
         slot: int64 [T], where each token stands among the M * b slots.
         order: int64 [N], where each segment stands in the order in which the steps close them.
     """
@@ -54,6 +55,7 @@ class Plan:
     segment: Tensor
     follows: Tensor
     used: Tensor | None
+    causal: Tensor
     slot: Tensor
     order: Tensor
     steps: tuple[Step, ...]
@@ -78,7 +80,7 @@ class Plan:
 
         Slots past a chunk's end see nothing: what they repeat of the last token is not to reach it twice.
         """
-        seen = torch.ones(self.size, before + self.size, dtype=torch.bool, device=self.tokens.device).tril(before)
+        seen = self.causal[:, 1 - before :]
         return seen if self.used is None else seen & self.used[:, :, None]
 
     def put(self, chunks: Tensor) -> Tensor:
@@ -133,6 +135,7 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
         segment.to(device),
         follows.to(device),
         None if bool(used.all()) else used.to(device),
+        torch.ones(size, 1 + size, dtype=torch.bool).tril(1).to(device),
         slot.to(device),
         order.to(device),
         tuple(steps),
