@@ -18,7 +18,7 @@ from ..cache.cache import MemoryCache
 from ..call import GATES, check_call
 from ..copies import own, package_of
 from ..errors import ArgumentError
-from ..options import Options
+from ..options import Options, given
 from .functional import memory_caching
 from .module import MemoryCaching
 from .packing import TAKES, refuse_rest, take_bounds
@@ -99,7 +99,7 @@ def attach_memory_caching(
     mix: Mix | None = None,
     *,
     state_init: str | None = None,
-    top_k: int = 2,
+    top_k: int | None = 2,
     check: bool | Tensor = True,
 ) -> Attached:
     """Let the linear-attention layers of a trained model read the cached states of their past; nothing is trained.
@@ -139,7 +139,7 @@ def attach_memory_caching(
         >>> attached.detach()
     """
     start = state_init or "checkpoint"
-    Options(aggregation=aggregation, state_init=start, segment_length=segment_length, top_k=top_k).checked()
+    options = given(aggregation=aggregation, state_init=start, segment_length=segment_length, top_k=top_k).checked()
     if not isinstance(check, bool | Tensor):
         raise ArgumentError(f"check is a {type(check).__name__}; it must be True, False or hidden states, a tensor")
     found = _find(model, layers, mix)
@@ -149,7 +149,7 @@ def attach_memory_caching(
             raise ArgumentError(f"layer {name!r} has memory caching attached already: call detach() of the first one")
         if mix is None and _is_ours(layer):
             continue
-        how = _How.of(layer, mix, segment_length, aggregation, start, top_k)
+        how = _How.of(layer, mix, segment_length, aggregation, start, options.top_k)
         if check is not False:
             alone = partial(_forward, layer, how.for_a_check())
             reason = why_not_same(layer, alone, how.triple, None if check is True else check)
@@ -164,7 +164,7 @@ def attach_memory_caching(
             continue
         ours: Any = layer
         layer.__dict__["_before_attaching"] = {trait: getattr(layer, trait) for trait in _TRAITS}
-        ours.aggregation, ours.segment_length, ours.top_k = aggregation, segment_length, top_k
+        ours.aggregation, ours.segment_length, ours.top_k = aggregation, segment_length, options.top_k
         ours.state_init = state_init or ours.state_init
         ours.segmentation = "constant" if ours.segmentation == "logarithmic" else ours.segmentation
     return Attached(model, tuple(found))
