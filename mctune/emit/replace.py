@@ -84,7 +84,7 @@ def _put(source: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.is_dir():
         _remove(place)
-    beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    beside = place.with_name(f".new-{secrets.token_hex(4)}-{place.name}")
     try:
         try:
             os.link(source, beside)  # takes no room
@@ -107,7 +107,7 @@ def _tell_apart(new: Path, old: Path) -> None:
 def _sweep(out: Path) -> None:
     """Remove what emissions that were killed have written beside."""
     for path in (*out.glob(".new-*"), *out.glob(".old-*")):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
