@@ -64,7 +64,7 @@ def wait_for_trials(process: subprocess.Popen[str], folder: Path, count: int) ->
     raise AssertionError("no trial finished")
 
 
-@pytest.fixture(scope="module", params=CPUS)
+@pytest.fixture(scope="module", params=(CPUS[0], *(pytest.param(arch, marks=pytest.mark.slow) for arch in CPUS[1:])))
 def searched(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import optuna
-import pytest
 
 from mctune.study.storage import sqlite_url
 
@@ -75,7 +74,6 @@ MACHINES: dict[str, Callable[[Path], dict[str, str]]] = {
 }
 
 
-@pytest.mark.alone
 def test_a_machine_out_of_order_leaves_no_mark(tmp_path: Path) -> None:
     """20 s: two searches of one candidate."""
     rng = random.Random(SEED)
@@ -93,7 +91,6 @@ def test_a_machine_out_of_order_leaves_no_mark(tmp_path: Path) -> None:
     assert again.returncode == 0 and "failed" not in said and "crashed" not in said, said
 
 
-@pytest.mark.alone
 def test_a_worker_that_is_killed_from_outside_is_not_its_candidates_fault(tmp_path: Path) -> None:
     """20 s: a search some of whose processes are killed, as by a kernel that is out of memory."""
     out = tmp_path / "mctune_killed"
@@ -115,7 +112,6 @@ def test_a_worker_that_is_killed_from_outside_is_not_its_candidates_fault(tmp_pa
     assert running.returncode == 0 and "crashed" not in said and "Traceback" not in said, f"seed {SEED}: {said}"
 
 
-@pytest.mark.alone
 def test_ctrl_c_at_any_moment_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     """20 s: while Python starts, while modules are imported, while candidates are tried."""
     rng, out = random.Random(SEED), tmp_path / "mctune_interrupted"

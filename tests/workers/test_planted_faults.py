@@ -25,7 +25,6 @@ def script() -> Iterator[object]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.alone
 def test_no_planted_fault_wins_and_no_right_kernel_is_refused(script: object, kernel_folder: Path) -> None:
     """The hour's run of ``benchmarks/planted_faults.py``, shortened: each kind once, in random order."""
     seed = random.SystemRandom().randrange(1 << 30)
