@@ -160,22 +160,40 @@ def test_emission_that_fails_leaves_the_package_as_it_was(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_a_full_disk_leaves_the_package_as_it_was(out: Path, versions: tuple[Files, Files]) -> None:
+@pytest.mark.parametrize("links", (True, False))
+def test_a_full_disk_leaves_the_package_as_it_was(links: bool, out: Path, versions: tuple[Files, Files]) -> None:
+    """Links take no room: where there are such, what has been written beside is in its place too."""
     replace_package(out, versions[0])
-    real, left = Path.write_bytes, [20]
+    real, copy, left = Path.write_bytes, shutil.copyfile, [20]
 
-    def write(self: Path, data: bytes) -> int:
+    def take() -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
+
+    def write(self: Path, data: bytes) -> int:
+        take()
         return real(self, data)
+
+    def copied(source: Path, place: Path) -> Path:
+        take()
+        return copy(source, place)
+
+    def refused(*_: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
 
     for room in (0, 20, len(versions[1]) - 1, len(versions[1]), len(versions[1]) + 5):
         with pytest.MonkeyPatch.context() as patch:
             left[0] = room
             patch.setattr(Path, "write_bytes", write)
-            with pytest.raises(OSError, match="No space"):
+            patch.setattr(shutil, "copyfile", copied)
+            if not links:
+                patch.setattr(os, "link", refused)
+            if links and room >= len(versions[1]):
                 replace_package(out, versions[1])
+            else:
+                with pytest.raises(OSError, match="No space"):
+                    replace_package(out, versions[1])
         assert whole(out) == _content(versions[room >= len(versions[1])])
 
 

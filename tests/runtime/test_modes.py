@@ -107,10 +107,13 @@ def test_every_input_has_a_gradient(recurrence: str, aggregation: str) -> None:
 def test_shapes_on_meta(recurrence: str, backend: str) -> None:
     """Where there is no autocast to turn off; also inside the autocast of another device."""
     with torch.device("meta"):
-        layer, x = MemoryCaching(8, 2, recurrence=recurrence, segment_length=4, backend=backend), torch.randn(2, 9, 8)
+        layer = MemoryCaching(8, 2, recurrence=recurrence, segment_length=4, backend=backend, layer_idx=0)
+        x = torch.randn(2, 9, 8)
     for narrow in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             assert layer(x)[0].shape == x.shape
+            cache = MemoryCache()
+            assert all(layer(x, past_key_values=cache)[0].shape == x.shape for _ in range(2))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))

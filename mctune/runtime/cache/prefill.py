@@ -216,10 +216,9 @@ def _deep_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
     # The chunk that a sequence ends with is the last one, by steps, of its last segment.
     lengths = sequence_lengths(call) if call.cu_seqlens is not None else [call.q.shape[1]]
     segments, finals = 0, []
-    of = plan.segment.tolist()
     for length in lengths:
         segments += -(-length // call.segment_length)
-        finals.append(max((m for m, segment in enumerate(of) if segment == segments - 1), default=0))
+        finals.append(plan.final[segments - 1] if segments else 0)
     ups, downs = [], []
     ends = [torch.zeros_like(W)[:, None].repeat(1, len(lengths), 1, 1) for W in (up, down, up, down)]
     for chunk in walk:

@@ -47,6 +47,7 @@ class Plan:
         causal: bool [b, 1 + b], whether a slot comes after another, or is it; first, the row before the chunk.
         slot: int64 [T], where each token stands among the M * b slots.
         order: int64 [N], where each segment stands in the order in which the steps close them.
+        final: the last chunk of each of the N segments.
     """
 
     size: int
@@ -58,6 +59,7 @@ class Plan:
     causal: Tensor
     slot: Tensor
     order: Tensor
+    final: tuple[int, ...]
     steps: tuple[Step, ...]
 
     def take(self, x: Tensor) -> Tensor:
@@ -120,6 +122,7 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
                 closing.append(position)
                 closed.append(index)
         steps.append(Step(opening, len(chunks), torch.tensor(closing, dtype=torch.int64, device=device)))
+    final = {index: chunk for chunk, (_, _, index, _) in enumerate(chunks)}
     start, stop, segment, follows = (torch.tensor(column) for column in zip(*chunks, strict=True))
     last = stop - start - 1
     places = torch.arange(size)
@@ -138,6 +141,7 @@ def make_plan(segments: Segments, size: int, carried: bool, device: torch.device
         torch.ones(size, 1 + size, dtype=torch.bool).tril(1).to(device),
         slot.to(device),
         order.to(device),
+        tuple(final[index] for index in range(len(final))),
         tuple(steps),
     )
 
