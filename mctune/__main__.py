@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import suppress
-from os import getcwd
 
 from mctune.core.interrupt import leave
 
+# A file that is opened while a standard stream is closed would take its number, and get what is meant for that.
+for number in (0, 1, 2):
+    try:
+        os.fstat(number)
+    except OSError:
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 # From here on Ctrl-C ends the process with one line, whatever it is importing.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)
 if __name__ == "__main__":
     # What lies about in the working directory, a queue.py or a folder called tvm, comes after what is installed.
     with suppress(OSError):
-        if sys.path[:1] in ([""], [getcwd()]):
+        if sys.path[:1] in ([""], [os.getcwd()]):
             sys.path.append(sys.path.pop(0))
 
-from mctune.cli import main
+from mctune.cli import main  # noqa: E402
 
 
 def run() -> None:

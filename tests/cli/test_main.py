@@ -52,6 +52,20 @@ def test_python_dash_m() -> None:
     assert done.stderr.startswith("mctune: error: unknown target 'nothing'")
 
 
+@pytest.mark.parametrize("closed", (0, 1, 2))
+def test_no_file_takes_the_place_of_a_closed_stream(closed: int, tmp_path: Path) -> None:
+    """A worker's pipe would get what is meant for stderr."""
+    code = (
+        "import os, pathlib, mctune.__main__\n"
+        f"seen = os.readlink('/proc/self/fd/{closed}'), os.get_inheritable({closed})\n"
+        "pathlib.Path('seen').write_text(repr(seen))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=environment, preexec_fn=lambda: os.close(closed), check=True)
+    assert (tmp_path / "seen").read_text() == repr((os.devnull, True))
+
+
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
