@@ -13,6 +13,7 @@ from tables import LINEAR, PACKED, SWLA, Table, checked, draw
 from test_decode import call_of
 
 from mctune.reference import memory_caching as oracle
+from mctune.runtime.api.module import MemoryCaching
 from mctune.runtime.cache import rewind as rewinding
 from mctune.runtime.cache.cache import MemoryCache
 from mctune.runtime.cache.prefill import prefill, remember
@@ -233,7 +234,7 @@ def test_inputs_of_convolutions_are_cropped_or_refused() -> None:
     fed(cache, call, 0, T)
     cache.set_conv_state(0, (inputs,), spare=3)
     cache.crop(-2)
-    assert torch.equal(cache.conv_state(0)[0], inputs[:, :4])  # type: ignore[index]
+    assert torch.equal(cache.conv_state(0)[0][:, 2:], inputs[:, :4])  # type: ignore[index]
     with pytest.raises(ArgumentError, match=r"crop by 2 tokens with inputs of a convolution kept for 1: .*"):
         cache.crop(-2)
     assert cache.get_seq_length() == T - 2
@@ -244,6 +245,21 @@ def test_inputs_of_convolutions_are_cropped_or_refused() -> None:
     plain.set_conv_state(0, (inputs,))
     with pytest.raises(ArgumentError, match="kept for 0"):
         plain.crop(15)
+
+
+def test_a_row_that_went_back_takes_no_reach_from_others() -> None:
+    layer = MemoryCaching(8, segment_length=3, use_short_conv=True, layer_idx=0, backend="eager")
+    x = torch.randn(15, 8)
+    cache = MemoryCache(rewind=6)
+    with torch.no_grad():
+        layer(x[None], past_key_values=cache, cu_seqlens=torch.tensor([0, 5, 15]))
+        cache.crop(5)  # all that the second row can
+        with pytest.raises(ArgumentError, match="kept for 1"):
+            cache.crop(3)
+        cache.batch_select_indices(torch.tensor([0]))
+        cache.crop(3)
+        y = layer(x[None, 3:5], past_key_values=cache)[0]
+        torch.testing.assert_close(y, layer(x[None, :5])[0][:, 3:])
 
 
 @pytest.mark.parametrize("recurrence", ["linear", "titans"])

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
+from torch.nn.functional import pad
 
 from ..arguments import LARGEST, positive, shown, whole
 from ..call import Call
@@ -40,10 +41,18 @@ class _Layer:
 
 @dataclass(eq=False)
 class _Convolution:
-    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of the K are kept only to go back."""
+    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of the K are kept only to go back.
+
+    ``floor``, int64 [B] on the CPU: the length to which each sequence can go back. Cropped inputs leave zeros in front.
+    """
 
     inputs: tuple[Tensor, ...]
     spare: int
+    floor: Tensor
+
+    def reach(self, lengths: Tensor) -> Tensor:
+        """int64 [B]: by how many tokens each sequence can go back."""
+        return torch.where(self.floor > 0, lengths - self.floor, lengths)
 
 
 class MemoryCache:
@@ -170,7 +179,10 @@ class MemoryCache:
             spare: how many of the K, the oldest, the next call does not need: :meth:`crop` can go back by that many
                 tokens. A layer keeps :attr:`rewind` of them.
         """
-        self._convolutions[layer_idx] = _Convolution(inputs, spare)
+        before, floor = self._convolutions.get(layer_idx), (self._layers[layer_idx].memory.lengths - spare).clamp(min=0)
+        if before is not None:
+            floor = torch.maximum(floor, before.floor)
+        self._convolutions[layer_idx] = _Convolution(inputs, spare, floor)
 
     @property
     def lengths(self) -> Tensor:
@@ -218,7 +230,7 @@ class MemoryCache:
             if layer.history is not None:
                 layer.history = layer.history.map(rowwise, rows)
         for kept in self._convolutions.values():
-            kept.inputs = tuple(rowwise(x) for x in kept.inputs)
+            kept.inputs, kept.floor = tuple(rowwise(x) for x in kept.inputs), rowwise(kept.floor)
 
     def crop(self, max_length: int) -> None:
         """Keep only the first ``max_length`` tokens of each sequence; if it is negative, drop that many newest ones.
@@ -255,7 +267,7 @@ class MemoryCache:
             return
         removed = lengths - targets
         for kept in self._convolutions.values():
-            _check_convolution(kept, removed, self.rewind)
+            _check_convolution(kept, lengths, removed, self.rewind)
         for layer in self._layers.values():
             check_crop(layer.memory, layer.history, targets)
         for layer in self._layers.values():
@@ -320,7 +332,7 @@ class MemoryCache:
             ArgumentError: without the safetensors package.
         """
         layers = {index: layer.memory for index, layer in self._layers.items()}
-        convolutions = {index: (kept.inputs, kept.spare) for index, kept in self._convolutions.items()}
+        convolutions = {index: _common(kept, layers[index].lengths) for index, kept in self._convolutions.items()}
         write_layers(Path(path), layers, convolutions, self.max_states, self.rewind, self.state_dtype)
 
     @classmethod
@@ -340,7 +352,8 @@ class MemoryCache:
             if history is not None:
                 history.restart(memory)
             cache._layers[index] = _Layer(memory, history)
-        cache._convolutions = {index: _Convolution(*kept) for index, kept in convolutions.items()}
+        for index, (inputs, spare) in convolutions.items():
+            cache.set_conv_state(index, inputs, spare)
         return cache
 
 
@@ -364,22 +377,27 @@ def _go_on(call: Call, layer: _Layer, backend: str) -> Tensor:
     return y
 
 
-def _check_convolution(kept: _Convolution, removed: Tensor, reach: int) -> None:
-    most = int(removed.max())
-    if most > kept.spare:
+def _check_convolution(kept: _Convolution, lengths: Tensor, removed: Tensor, reach: int) -> None:
+    short = removed > kept.reach(lengths)
+    if bool(short.any()):
+        most, left = int(removed[short].max()), int(kept.reach(lengths)[short].min())
         raise ArgumentError(
-            f"crop by {most} tokens with inputs of a convolution kept for {kept.spare}: crop by at most "
-            f"{kept.spare}, or to 0 and run the prompt again; {remedy(most, reach)}"
+            f"crop by {most} tokens with inputs of a convolution kept for {left}: crop by at most "
+            f"{left}, or to 0 and run the prompt again; {remedy(most, reach)}"
         )
 
 
 def _crop_convolution(kept: _Convolution, removed: Tensor) -> None:
-    most = int(removed.max())
-
     def cropped(x: Tensor) -> Tensor:
-        stay = x.shape[1] - most
-        rows = [x[row, : x.shape[1] - int(count)][-stay:] for row, count in enumerate(removed)]
-        return torch.stack(rows) if stay else x[:, :0]
+        counts = removed.clamp(max=x.shape[1]).tolist()
+        rows = (pad(row[: len(row) - count], (0, 0, count, 0)) for row, count in zip(x, counts, strict=True))
+        return torch.stack(tuple(rows))
 
     kept.inputs = tuple(cropped(x) for x in kept.inputs)
-    kept.spare -= most
+
+
+def _common(kept: _Convolution, lengths: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The inputs that all sequences have, and how many of those are spare."""
+    lacking = torch.where(kept.floor > 0, kept.spare - (lengths - kept.floor), 0)
+    most = max(0, min(int(lacking.max()), kept.spare))
+    return tuple(x[:, most:] for x in kept.inputs), kept.spare - most
