@@ -110,10 +110,10 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
         why = _without(url, reason(error))
-        raise UsageError(
-            f"cannot open the storage {redacted_url(str(url))}: {why}; give an Optuna URL such as sqlite:///search.db, "
-            "and install the driver that it needs"
-        ) from error
+        remedy = "give an Optuna URL such as sqlite:///search.db, and install the driver that it needs"
+        if "locked" in why:
+            remedy = "another process holds it: wait until that has ended, or give another --storage"
+        raise UsageError(f"cannot open the storage {redacted_url(str(url))}: {why}; {remedy}") from error
 
 
 def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Result:
