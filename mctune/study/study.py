@@ -253,8 +253,9 @@ class _Run:
         _tell(self.study, asked.number, trial.outcome)
 
     def patiently(self, do: Callable[[], _Result]) -> _Result:
-        """See :func:`mctune.study.storage.patiently`."""
-        return patiently(do, self.ctrl_c, PATIENCE_S)
+        """See :func:`mctune.study.storage.patiently`, and :func:`mctune.study.storage.legible`."""
+        with legible(self.storage):
+            return patiently(do, self.ctrl_c, PATIENCE_S)
 
 
 @contextmanager
