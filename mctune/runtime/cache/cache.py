@@ -9,7 +9,6 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch.nn.functional import pad
 
 from ..arguments import LARGEST, positive, shown, whole
 from ..call import Call
@@ -17,7 +16,8 @@ from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..ops.step import extend
 from ..segments import check_bounds
-from .crop import check_crop, crop_layer, remedy
+from .convolution import Convolution, check_convolution, crop_convolution, in_common
+from .crop import check_crop, crop_layer
 from .file import read_layers, write_layers
 from .prefill import between, joined, prefill, sequence_lengths
 from .rewind import History, extend_recorded
@@ -37,22 +37,6 @@ class _Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"owner": None}
-
-
-@dataclass(eq=False)
-class _Convolution:
-    """Newest inputs of the convolutions, [B, K, width] each; the oldest ``spare`` of the K are kept only to go back.
-
-    ``floor``, int64 [B] on the CPU: the length to which each sequence can go back. Cropped inputs leave zeros in front.
-    """
-
-    inputs: tuple[Tensor, ...]
-    spare: int
-    floor: Tensor
-
-    def reach(self, lengths: Tensor) -> Tensor:
-        """int64 [B]: by how many tokens each sequence can go back."""
-        return torch.where(self.floor > 0, lengths - self.floor, lengths)
 
 
 class MemoryCache:
@@ -97,7 +81,7 @@ class MemoryCache:
             )
         self.max_states, self.rewind, self.state_dtype = max_states, rewind, state_dtype
         self._layers: dict[int, _Layer] = {}
-        self._convolutions: dict[int, _Convolution] = {}
+        self._convolutions: dict[int, Convolution] = {}
 
     def __len__(self) -> int:
         """Layers that hold something."""
@@ -182,7 +166,7 @@ class MemoryCache:
         before, floor = self._convolutions.get(layer_idx), (self._layers[layer_idx].memory.lengths - spare).clamp(min=0)
         if before is not None:
             floor = torch.maximum(floor, before.floor)
-        self._convolutions[layer_idx] = _Convolution(inputs, spare, floor)
+        self._convolutions[layer_idx] = Convolution(inputs, spare, floor)
 
     @property
     def lengths(self) -> Tensor:
@@ -267,14 +251,14 @@ class MemoryCache:
             return
         removed = lengths - targets
         for kept in self._convolutions.values():
-            _check_convolution(kept, lengths, removed, self.rewind)
+            check_convolution(kept, lengths, removed, self.rewind)
         for layer in self._layers.values():
             check_crop(layer.memory, layer.history, targets)
         for layer in self._layers.values():
             layer.memory = layer.memory.writable()
             layer.history = crop_layer(layer.memory, layer.history, targets)
         for kept in self._convolutions.values():
-            _crop_convolution(kept, removed)
+            crop_convolution(kept, removed)
 
     def reset(self) -> None:
         """Forget everything: the next call of each layer is a prompt."""
@@ -332,7 +316,7 @@ class MemoryCache:
             ArgumentError: without the safetensors package.
         """
         layers = {index: layer.memory for index, layer in self._layers.items()}
-        convolutions = {index: _common(kept, layers[index].lengths) for index, kept in self._convolutions.items()}
+        convolutions = {index: in_common(kept, layers[index].lengths) for index, kept in self._convolutions.items()}
         write_layers(Path(path), layers, convolutions, self.max_states, self.rewind, self.state_dtype)
 
     @classmethod
@@ -375,29 +359,3 @@ def _go_on(call: Call, layer: _Layer, backend: str) -> Tensor:
         return extend(call, layer.memory, backend)
     y: Tensor = extend_recorded(call, layer.memory, layer.history, backend)
     return y
-
-
-def _check_convolution(kept: _Convolution, lengths: Tensor, removed: Tensor, reach: int) -> None:
-    short = removed > kept.reach(lengths)
-    if bool(short.any()):
-        most, left = int(removed[short].max()), int(kept.reach(lengths)[short].min())
-        raise ArgumentError(
-            f"crop by {most} tokens with inputs of a convolution kept for {left}: crop by at most "
-            f"{left}, or to 0 and run the prompt again; {remedy(most, reach)}"
-        )
-
-
-def _crop_convolution(kept: _Convolution, removed: Tensor) -> None:
-    def cropped(x: Tensor) -> Tensor:
-        counts = removed.clamp(max=x.shape[1]).tolist()
-        rows = (pad(row[: len(row) - count], (0, 0, count, 0)) for row, count in zip(x, counts, strict=True))
-        return torch.stack(tuple(rows))
-
-    kept.inputs = tuple(cropped(x) for x in kept.inputs)
-
-
-def _common(kept: _Convolution, lengths: Tensor) -> tuple[tuple[Tensor, ...], int]:
-    """The inputs that all sequences have, and how many of those are spare."""
-    lacking = torch.where(kept.floor > 0, kept.spare - (lengths - kept.floor), 0)
-    most = max(0, min(int(lacking.max()), kept.spare))
-    return tuple(x[:, most:] for x in kept.inputs), kept.spare - most

@@ -142,6 +142,7 @@ class History:
                     self.lost.append(_Lost(self.total, *gone_again))
                 begin = end
         self.total = target
+        self.settle(memory, None)  # what several rows went back to may lie a whole ``reach`` past a snapshot
 
     def map(self, rowwise: Callable[[Tensor], Tensor], rows: int) -> History:
         """The history of other sequences: ``rowwise`` picks them from a tensor whose axis 0 has ``rows`` rows."""
