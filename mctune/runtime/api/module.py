@@ -27,7 +27,7 @@ from .padding import as_row
 
 Tensor = torch.Tensor
 FEATURE_MAPS = ("relu", "elu", "silu", "softmax")
-_UNIT_EPS, _UNIT_EPS_NEVER_ZERO = 1e-2, 1e-4
+_UNIT_EPS = {None: 1e-2, "relu": 1e-2, "silu": 1e-2, "elu": 1e-4, "softmax": 1e-4}
 """Added to the square of a length that divides, so that a gradient grows by at most 10, also that of a row of zeros,
 and stays within float16 behind the gain of the norm of an output of zeros. After elu and softmax no row is zero, and
 the lengths of the latter's are small."""
@@ -307,8 +307,7 @@ class MemoryCaching(nn.Module):
         if self.qk_norm:
             # In 16 bits the squares leave the range, and an epsilon is zero.
             x = x if x.dtype == torch.float64 else x.float()
-            eps = _UNIT_EPS_NEVER_ZERO if self.feature_map in ("elu", "softmax") else _UNIT_EPS
-            x = x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+            x = x * (x.square().sum(-1, keepdim=True) + _UNIT_EPS[self.feature_map]).rsqrt()
         # Autocast widens some of these.
         return x.to(dtype)
 

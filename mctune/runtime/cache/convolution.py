@@ -26,7 +26,7 @@ class Convolution:
 
     def reach(self, lengths: Tensor) -> Tensor:
         """int64 [B]: by how many tokens each sequence can go back."""
-        return torch.where(self.floor > 0, lengths - self.floor, lengths)
+        return lengths - self.floor
 
 
 def check_convolution(kept: Convolution, lengths: Tensor, removed: Tensor, reach: int) -> None:
@@ -35,9 +35,10 @@ def check_convolution(kept: Convolution, lengths: Tensor, removed: Tensor, reach
     Raises:
         ArgumentError: if not.
     """
-    short = removed > kept.reach(lengths)
+    can = kept.reach(lengths)
+    short = removed > can
     if bool(short.any()):
-        most, left = int(removed[short].max()), int(kept.reach(lengths)[short].min())
+        most, left = int(removed[short].max()), int(can[short].min())
         raise ArgumentError(
             f"crop by {most} tokens with inputs of a convolution kept for {left}: crop by at most "
             f"{left}, or to 0 and run the prompt again; {remedy(most, reach)}"
@@ -57,6 +58,6 @@ def crop_convolution(kept: Convolution, removed: Tensor) -> None:
 
 def in_common(kept: Convolution, lengths: Tensor) -> tuple[tuple[Tensor, ...], int]:
     """The inputs that all sequences have, and how many of those are spare."""
-    lacking = torch.where(kept.floor > 0, kept.spare - (lengths - kept.floor), 0)
-    most = max(0, min(int(lacking.max()), kept.spare))
-    return tuple(x[:, most:] for x in kept.inputs), kept.spare - most
+    # A sequence that can go back to its beginning lacks nothing: before it there are zeros.
+    lacking = int(torch.where(kept.floor > 0, kept.spare - kept.reach(lengths), 0).max())
+    return tuple(x[:, lacking:] for x in kept.inputs), kept.spare - lacking

@@ -6,7 +6,7 @@ In the reads everything stands as [feature, token], so that a gate's gradient is
 from tvm.script import tirx as T
 
 from .kernel import emit, inline
-from .tiles import LANES
+from .tiles import LANES, weighed
 
 _LINE = 16  # floats of a cache line
 _INTO_L2, _DATA = 2, 1
@@ -54,18 +54,10 @@ def read_state(rows, cols, unroll, width, weighs, chosen=False):
                 for x in T.vectorized(cols):
                     part[0, x] = part[0, x] + Q[d0 + r, t0 + x] * acc[r, x]
             for x in T.vectorized(cols):
-                if chosen:
-                    D[i, t0 + x] = T.Select(G[i, t0 + x] == T.float32(0), T.float32(0), part[0, x])
-                else:
-                    D[i, t0 + x] = part[0, x]
+                D[i, t0 + x] = weighed(G[i, t0 + x], part[0, x], chosen)
         for r in T.unroll(rows):
             for x in T.vectorized(cols):
-                if chosen:
-                    dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + T.Select(
-                        G[i, t0 + x] == T.float32(0), T.float32(0), G[i, t0 + x] * acc[r, x]
-                    )
-                else:
-                    dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + G[i, t0 + x] * acc[r, x]
+                dQ[d0 + r, t0 + x] = dQ[d0 + r, t0 + x] + weighed(G[i, t0 + x], G[i, t0 + x] * acc[r, x], chosen)
 
     return tile
 

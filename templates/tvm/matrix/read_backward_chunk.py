@@ -9,7 +9,7 @@ from .backward_tiles import fetch, read_online, read_state
 from .flags import flags_of
 from .gates import choose, softmax
 from .kernel import Values, emit
-from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
+from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain, weighed
 
 
 class Plan:
@@ -285,7 +285,6 @@ def softmax_backward(plan: Plan, at: Values, *, rows) -> None:
                 down[1, t + x] = gate[0, t + x] * (down[0, t + x] - lanes[0, x])
             for i in range(past):
                 for x in T.vectorized(LANES):
-                    dgates[i, t + x] = gates[i, t + x] * (dgates[i, t + x] - lanes[0, x])
-                if plan.flags.sparse:
-                    for x in T.vectorized(LANES):
-                        dgates[i, t + x] = T.Select(gates[i, t + x] == T.float32(0), T.float32(0), dgates[i, t + x])
+                    dgates[i, t + x] = weighed(
+                        gates[i, t + x], gates[i, t + x] * (dgates[i, t + x] - lanes[0, x]), plan.flags.sparse
+                    )

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from .backward_tiles import fetch, outer
 from .flags import flags_of
 from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, add_up, clear, exp, finite, read_at_all
+from .tiles import LANES, add_up, clear, exp, finite, read_at_all, weighed
 
 
 class Plan:
@@ -218,10 +218,7 @@ def one_member(plan: Plan, at: Values, *, i, fetching, saved, t0, rows) -> None:
     Dk, Dv, ST, SR, SC = plan.Dk, plan.Dv, plan.ST, plan.SR, plan.SC
     A, row0, heads, dmeans, gamma, state = at.A, at.row0, at.heads, at.dmeans, at.gamma, at.bh * at.N + i
     share = -(-ST * SR // Dk)  # of a chunk's rows, fetched while a row of tiles is computed
-    tile = outer(SR, SC)
-
-    def weighed(gate, x):
-        return T.Select(gate == T.float32(0), T.float32(0), x) if plan.flags.sparse else x
+    tile, sparse = outer(SR, SC), plan.flags.sparse
 
     def all_tokens(d0):
         @emit
@@ -233,13 +230,15 @@ def one_member(plan: Plan, at: Values, *, i, fetching, saved, t0, rows) -> None:
     def products():
         for t in range(rows):
             for d in T.vectorized(Dk):
-                A[t, d] = weighed(gamma[saved + t], at.scale * gamma[saved + t] * at.q[row0 + (t0 + t) * heads, d])
+                A[t, d] = weighed(
+                    gamma[saved + t], at.scale * gamma[saved + t] * at.q[row0 + (t0 + t) * heads, d], sparse
+                )
         for dd in range(Dk // SR):
             if fetching:
                 fetch(at, at.q, Dk, t=t0 + ST + dd * share, count=share)
                 fetch(at, at.u, Dk, t=t0 + ST + dd * share, count=share)
                 fetch(at, at.dy, Dv, t=t0 + ST + dd * share, count=share)
-            if not plan.flags.sparse:
+            if not sparse:
                 all_tokens(dd * SR)
             elif finite(at.sum_of_dy[0]):
                 all_tokens(dd * SR)
@@ -251,7 +250,7 @@ def one_member(plan: Plan, at: Values, *, i, fetching, saved, t0, rows) -> None:
         for t in range(rows):
             for d in T.vectorized(Dk):
                 w.total[0, d] = w.total[0, d] + weighed(
-                    gamma[saved + t], at.dr[saved + t] * at.u[row0 + (t0 + t) * heads, d]
+                    gamma[saved + t], at.dr[saved + t] * at.u[row0 + (t0 + t) * heads, d], sparse
                 )
         for d in T.vectorized(Dk):
             dmeans[state, d] = dmeans[state, d] + w.total[0, d]

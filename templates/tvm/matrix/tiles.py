@@ -41,6 +41,11 @@ def read_at_all(gate):
     return T.reinterpret("int32", gate) != T.int32(0)
 
 
+def weighed(gate, x, chosen):
+    """x, which the gate weighs; with ``chosen``, a gate of 0 leaves it out, even if it is not finite."""
+    return T.Select(gate == T.float32(0), T.float32(0), x) if chosen else x
+
+
 def stain(gate):
     """0, or a gate that is not finite: what it adds where it has nothing to scale and is seen all the same."""
     return T.Select(finite(gate), T.float32(0), gate)
@@ -108,12 +113,8 @@ def multiply(rows, cols, unroll, chosen=False):
                         acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, r0 + r] * B[b0 + d * unroll + e, n0 + n]
         for r in T.unroll(rows):
             for n in T.vectorized(cols):
-                if gated and chosen:
-                    C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + T.Select(
-                        G[g0, r0 + r] == T.float32(0), T.float32(0), G[g0, r0 + r] * acc[r, n]
-                    )
-                elif gated:
-                    C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + G[g0, r0 + r] * acc[r, n]
+                if gated:
+                    C[r0 + r, n0 + n] = C[r0 + r, n0 + n] + weighed(G[g0, r0 + r], G[g0, r0 + r] * acc[r, n], chosen)
                 elif fresh:
                     C[r0 + r, n0 + n] = acc[r, n]
                 else:
