@@ -188,7 +188,7 @@ def test_importing_mctune_loads_nothing_heavy() -> None:
         ("mctune/core/x.py", "from mctune.core.problem import Problem", True),
         ("mctune/core/x.py", "from mctune.report.rows import Row", False),
         ("mctune/core/x.py", "import torch", False),
-        ("mctune/backends/x.py", "from mctune.runtime.kernels.tvm.forward import TvmForward", True),
+        ("mctune/backends/x.py", "from mctune.runtime.kernels.tvm.matrix.forward import TvmForward", True),
         ("mctune/backends/x.py", "from mctune.reference import memory_caching", False),
         ("mctune/runtime/x.py", "from mctune.backends import get_backend", False),
         ("mctune/study/x.py", "from mctune.emit import package", False),

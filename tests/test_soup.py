@@ -32,7 +32,7 @@ def test_tvm(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for problem in (grm, grm.replace(aggregation="soup")):
             templates.render(backend.padded(problem), config, drawn.host())
         asked, got = given[: len(given) // 2], given[len(given) // 2 :]
-        assert len(given) == 2 * len(templates.OPERATIONS[pass_]) and asked == got
+        assert len(given) == 2 * len(templates.OPERATIONS["matrix", pass_]) and asked == got
         assert {problem.aggregation for problem in given} == {"grm"}
         given.clear()
     assert drawn.formulations(pass_, "soup") == drawn.formulations(pass_, "grm")

@@ -155,6 +155,11 @@ class Problem:
         """Hidden width of a deep memory; 0 for a linear one."""
         return (self.expansion or 0) * self.Dk
 
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices that a state is made of."""
+        return ((self.Dk, self.E), (self.E, self.Dv)) if self.deep else ((self.Dk, self.Dv),)
+
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Start and end of each segment of one sequence of T tokens (Eq. 4); a packed row counts as one sequence.
 

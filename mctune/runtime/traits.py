@@ -100,6 +100,11 @@ RECURRENCES = {
 }
 
 
+def gates_of(family: str) -> tuple[str, ...]:
+    """The gates that any recurrence of a family takes: what its kernels have arguments for."""
+    return tuple(dict.fromkeys(name for row in RECURRENCES.values() if row.family == family for name in row.gates))
+
+
 def alike(aggregation: str, family: str) -> str:
     """The first aggregation of the table whose kernels serve this one too: for a matrix memory, soup is grm."""
     row = AGGREGATIONS[aggregation]

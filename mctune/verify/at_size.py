@@ -19,19 +19,16 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.runtime.api.functional import memory_caching
-from mctune.runtime.call import Call, check_call
 from mctune.runtime.eager.decode import decode
-from mctune.runtime.eager.forward import by_head, lay_out, swla_gates
-from mctune.runtime.eager.matrix import run_linear
+from mctune.runtime.eager.ends import end_states
+from mctune.runtime.eager.forward import by_head, lay_out
 from mctune.runtime.kernels.kept import Names, make_kept
-from mctune.runtime.kernels.results import padded
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.options import NAMES, Options
 from mctune.runtime.segments import Segments
 from mctune.verify.guard import POSITIONAL, Arguments
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.kept import segments_of
-from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
+from mctune.verify.passes import Results, call_of, empty_memory, gradients, gradients_of, left, options, wants
 
 Tensor = torch.Tensor
 _AT_ONCE = 1 << 26
@@ -113,7 +110,10 @@ def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSi
         return AtSize(problem, inputs, {}, {"y": y})
     parts = list(_parts(problem, inputs))
     found = [gradients(_eager, part, x, torch.float32) for part, x in parts]
-    wanted = {name: _joined([one[name] for one in found], problem) for name in found[0]}
+    wanted = {
+        name: (_summed if name.removeprefix("d") in inputs.weights else _joined)([one[name] for one in found], problem)
+        for name in found[0]
+    }
     kept = [_kept(part, x, names) for part, x in parts] if names else []
     given = {name: torch.cat([one[name] for one in kept]) for name in names}
     return AtSize(problem, inputs, given, wanted)
@@ -124,7 +124,7 @@ def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSi
 
 def _parts(problem: Problem, inputs: Inputs) -> Iterator[tuple[Problem, Inputs]]:
     """The problem cut up by sequences and heads, in the order of heads; each part's arrays fit in memory."""
-    wide = problem.Dk + problem.Dv + segments_of(problem, inputs).count
+    wide = problem.Dk + problem.Dv + segments_of(problem, inputs).count * max(problem.E, 1)
     heads = max(1, min(problem.H, _AT_ONCE // (problem.T * wide)))
     while problem.H % heads:
         heads -= 1
@@ -133,13 +133,21 @@ def _parts(problem: Problem, inputs: Inputs) -> Iterator[tuple[Problem, Inputs]]
             rows, of = slice(row, row + 1), slice(head, head + heads)
             own = {name: getattr(inputs, name)[rows, :, of] for name in ("q", "k", "v", "u", "dy")}
             gates = {name: x[rows, :, of] for name, x in inputs.gates.items()}
-            yield problem.replace(B=1, H=heads), replace(inputs, **own, gates=gates)
+            weights = {name: W[of] for name, W in inputs.weights.items()}
+            yield problem.replace(B=1, H=heads), replace(inputs, **own, gates=gates, weights=weights)
 
 
 def _joined(parts: list[Tensor], problem: Problem) -> Tensor:
     """[1, T, heads, ...] of each part as [B, T, H, ...]."""
     each = len(parts) // problem.B
     return torch.cat([torch.cat(parts[row * each : (row + 1) * each], 2) for row in range(problem.B)])
+
+
+def _summed(parts: list[Tensor], problem: Problem) -> Tensor:
+    """The gradient of a layer, [heads, ...] of each part, as [H, ...]: all sequences share it."""
+    each = len(parts) // problem.B
+    rows = [torch.cat(parts[row * each : (row + 1) * each]) for row in range(problem.B)]
+    return torch.stack(rows).sum(0)
 
 
 def _eager(**arguments: Any) -> Tensor:
@@ -152,34 +160,21 @@ def _forward(problem: Problem, inputs: Inputs) -> Tensor:
         return _eager(**arguments | {name: arguments[name].float() for name in "qkvu"})
 
 
-def _states(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """End states, [heads, N, Dk, Dv], and mean keys, [heads, N, Dk], of every segment, float32."""
-    call = _call(problem, inputs, inputs.cu_seqlens)
-    q, k, v = (by_head(x, torch.float32) for x in (call.q, call.k, call.v))
+def _states(problem: Problem, inputs: Inputs) -> tuple[tuple[Tensor, ...], Tensor]:
+    """End states, [heads, N, ...] a layer, and mean keys, [heads, N, Dk], of every segment, float32."""
+    call = call_of(problem, inputs, slice(None), torch.float32, inputs.cu_seqlens)
+    k, v = (by_head(x, torch.float32) for x in (call.k, call.v))
     with torch.no_grad():
-        _, states = run_linear(q, k, v, lay_out(call).states, swla_gates(call))
-        return states, _means(k, call.segments)
+        return end_states(call, lay_out(call), k, v).states, _means(k, call.segments)
 
 
 def _means(k: Tensor, segments: Segments) -> Tensor:
     return torch.stack([k[:, begin:end].mean(1) for begin, end, _ in segments.spans], 1)
 
 
-def _call(problem: Problem, inputs: Inputs, cu_seqlens: Tensor | None, tokens: slice = slice(None)) -> Call:
-    arguments = inputs.arguments(problem)
-    chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
-    gates = {name: x[:, tokens] for name, x in inputs.gates.items()}
-    q, k, v, u = (x[:, tokens].float() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    given = {name: gates.get(name) for name in ("g", "beta", "lam", "eta", "mu")}
-    return check_call(q, k, v, u, chosen, gates=given, cu_seqlens=cu_seqlens)
-
-
 def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
     """What a forward keeps of these heads."""
     states, means = _states(problem, inputs)
-    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
-    states = torch.nn.functional.pad(states, (0, columns, 0, rows))
-    means = torch.nn.functional.pad(means, (0, rows))
     u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
     return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype)
 
@@ -216,44 +211,56 @@ def _gaps(logits: Tensor, top_k: int) -> Tensor:
 # --- decode: the last token, after a memory of random numbers
 
 
-_MEMORY = ("states", "descriptors", "online", "key_sum", "last_key", "last_value")
+_MEMORY = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "start", "momentum")
 
 
 def _make_decode(problem: Problem, inputs: Inputs, seed: int) -> AtSize:
-    cached = (problem.T - 1) // (problem.segment_length or 1)
+    C, last = problem.segment_length or 1, slice(problem.T - 1, problem.T)
+    cached, filled = divmod(problem.T - 1, C)
     for draw in range(_DRAWS):
-        generator = torch.Generator().manual_seed(seed + draw)
-        memory = empty_memory(problem, problem.B, -(-problem.T // (problem.segment_length or 1)))
-        given = {}
-        for name in _MEMORY:
-            x = _tensor(memory, name)
-            given[name] = torch.randn(x.shape, generator=generator).to(inputs.q.device)
+        given = _random_memory(problem, inputs, seed + draw)
         if not problem.reads.sparse or cached <= (problem.top_k or 1):
             break
         u = inputs.u[:, -1].float()
         logits = torch.einsum("bhd,bhnd->bhn", u, given["descriptors"][:, :, :cached])
         if float(_gaps(logits, problem.top_k or 1).min()) >= _GAP:
             break
-    if problem.state_init == "independent" and (problem.T - 1) % (problem.segment_length or 1) == 0:
-        given |= {name: torch.zeros_like(given[name]) for name in _MEMORY[2:]}
+    if filled == 0 and problem.state_init == "independent":
+        names = ("key_sum", "last_key", "last_value", "momentum", *(() if problem.deep else ("online",)))
+        given |= {name: torch.zeros_like(x) for name, x in given.items() if name.partition(".")[0] in names}
     case = AtSize(problem, inputs, given, {})
     memory = _memory(problem, {name: x.clone() for name, x in given.items()})
-    y = decode(_call(problem, inputs, None, slice(problem.T - 1, problem.T)), memory)
+    memory = replace(memory, initial=tuple(inputs.weights.values()))
+    y = decode(call_of(problem, inputs, last, torch.float32), memory)
     assert y is not None
     return replace(case, wanted={"y": y, **{name: x.clone() for name, x in _after(problem, memory).items()}})
 
 
-def _tensor(memory: LayerMemory, name: str) -> Tensor:
-    x: Tensor | tuple[Tensor, ...] = getattr(memory, name)
-    return x[0] if isinstance(x, tuple) else x
+def _random_memory(problem: Problem, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """Tensors of a memory by name, those of a tuple numbered: ``states.0``. A deep memory's are near its layers."""
+    generator = torch.Generator().manual_seed(seed)
+    C = problem.segment_length or 1
+    memory, found = empty_memory(problem, problem.B, -(-problem.T // C)), {}
+    for name, x in memory.stores():
+        field, _, number = name.partition(".")
+        if field in _MEMORY:
+            drawn = torch.randn(x.shape, generator=generator)
+            if number and problem.deep:
+                W = tuple(inputs.weights.values())[int(number)].cpu()
+                W = W[:, None] if field == "states" else W
+                drawn = W * (0.1 * drawn if field == "momentum" else 1 + 0.1 * drawn)
+            found[name] = drawn.to(inputs.q.device)
+    return found
 
 
 def _memory(problem: Problem, given: dict[str, Tensor]) -> LayerMemory:
     """A memory of all tokens but the last, of these tensors."""
-    C = problem.segment_length or 1
-    parts: dict[str, Any] = {name: (x,) if name in ("states", "online") else x for name, x in given.items()}
-    memory = replace(empty_memory(problem, problem.B, 0), **parts)
-    memory.advance(problem.T - 1, C)
+    stores: dict[str, Any] = {}
+    for name, x in given.items():
+        field, _, number = name.partition(".")
+        stores[field] = (*stores.get(field, ()), x) if number else x
+    memory = replace(empty_memory(problem, problem.B, 0), **stores)
+    memory.advance(problem.T - 1, problem.segment_length or 1)
     return memory
 
 

@@ -9,8 +9,7 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import segment_states
-from mctune.runtime.kernels.kept import CHOICE, LOGITS, Names, make_kept, make_pairs
-from mctune.runtime.kernels.results import padded
+from mctune.runtime.kernels.kept import CHOICE, ENDS, LOGITS, OF_SEGMENTS, Names, make_kept, make_pairs
 from mctune.runtime.segments import Segments, make_segments
 from mctune.verify.inputs import Inputs
 
@@ -38,10 +37,8 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     """What a forward keeps, exact: from the oracle's states and mean keys."""
     if not names:
         return {}
-    (states,), means = oracle_states(problem, inputs, problem.T)
-    rows, columns = padded(problem.Dk) - problem.Dk, padded(problem.Dv) - problem.Dv
-    states = torch.nn.functional.pad(states.transpose(1, 2).flatten(0, 1), (0, columns, 0, rows))
-    means = torch.nn.functional.pad(means.transpose(1, 2).flatten(0, 1), (0, rows))
+    ends, by_segment = oracle_states(problem, inputs, problem.T)
+    states, means = tuple(x.transpose(1, 2).flatten(0, 1) for x in ends), by_segment.transpose(1, 2).flatten(0, 1)
     u, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (inputs.u, inputs.k))
     segments = segments_of(problem, inputs)
     made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype)
@@ -63,15 +60,17 @@ def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     """What :func:`comparable` should have, by names that begin with :data:`OPTIONAL`: a candidate has some of them."""
     if problem.segmentation == "logarithmic":
         return {}
-    names: Names = ("states", "operand", "past", "means")
-    if problem.routed:
+    names = ENDS[problem.writes.family]
+    if not problem.deep:
+        names += ("operand", "past")
+    if problem.routed and not problem.deep:
         names += CHOICE if problem.reads.sparse else LOGITS
     return comparable(problem, inputs, kept_by(problem, inputs, names))
 
 
 def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kept arrays in a form that has one right value: gates [heads, N, T] for logits and choices, zero if not read."""
-    found = {name: kept[name] for name in ("states", "operand", "past", "means", "lse") if name in kept}
+    found = {name: kept[name] for name in (*OF_SEGMENTS, "lse") if name in kept}
     segments = segments_of(problem, inputs)
     if "chosen" in kept:
         chosen, lse, N = kept["chosen"].long(), kept["lse"], segments.count

@@ -7,7 +7,7 @@ memory that is left of a decode step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import memory_caching
+from mctune.runtime.cache.prefill import remember
+from mctune.runtime.call import GATES, Call, check_call
 from mctune.runtime.kernels.kept import Names
 from mctune.runtime.memory import LayerMemory
+from mctune.runtime.options import NAMES, Options
+from mctune.runtime.traits import gates_of
 from mctune.verify import kept
 from mctune.verify.inputs import Inputs
 from mctune.verify.kept import oracle_states, segments_of
@@ -41,13 +45,15 @@ class Pass:
 
 
 def options(problem: Problem, inputs: Inputs, tokens: slice = slice(None)) -> dict[str, Any]:
-    """Keyword arguments that the launchers of every pass share."""
-    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
-    return {
-        **{name: None if gate is None else gate[:, tokens].contiguous() for name, gate in gates.items()},
-        "scale": problem.Dk**-0.5,
-        "top_k": problem.top_k or 1,
+    """Keyword arguments that the launchers of every pass of a family share."""
+    gates = {name: inputs.gates.get(name) for name in gates_of(problem.writes.family)}
+    found: dict[str, Any] = {
+        name: None if gate is None else gate[:, tokens].contiguous() for name, gate in gates.items()
     }
+    found |= {"scale": problem.Dk**-0.5, "top_k": problem.top_k or 1}
+    if problem.deep:
+        found |= {**inputs.weights, "memory_residual": problem.Dk == problem.Dv, "inner_chunk": problem.inner_chunk}
+    return found
 
 
 # --- forward
@@ -70,7 +76,7 @@ def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
 
 def gradients(operation: Callable[..., Tensor], problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Results:
     """The gradients of ``operation`` by autograd, called like ``memory_caching``, on inputs converted to ``dtype``."""
-    leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates}
+    leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates, **inputs.weights}
     leaves = {name: leaf.detach().to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
     with torch.enable_grad():
         y = operation(**{**inputs.arguments(problem), **leaves})
@@ -92,7 +98,7 @@ def _backward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
 
 def gradients_of(found: Any, inputs: Inputs) -> Results:
     """What a backward kernel returned, by name."""
-    made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates)}
+    made = {f"d{name}": getattr(found, name) for name in ("q", "k", "v", "u", *inputs.gates, *inputs.weights)}
     # Where gates do not depend on u, its gradient is zero, and a kernel need not write it.
     return {name: torch.zeros_like(inputs.u) if dx is None else dx for name, dx in made.items()}
 
@@ -137,16 +143,24 @@ def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype 
     """What a layer remembers after the first ``tokens`` tokens, by the oracle; unused states hold NaN."""
     C, T = problem.segment_length or 1, problem.T
     memory = empty_memory(problem, inputs.q.shape[0], T // C + 1, dtype)
-    memory.states[0].fill_(float("nan"))
+    for store in memory.states:
+        store.fill_(float("nan"))
     memory.descriptors.fill_(float("nan"))
+    layers = tuple(W.to(dtype) for W in inputs.weights.values())
+    memory = replace(memory, initial=layers)
+    for online, W in zip(memory.online, layers, strict=False):
+        online.copy_(W.expand_as(online))
     if tokens == 0:
         return memory
-    (states,), means = oracle_states(problem, inputs, tokens)
+    states, means = oracle_states(problem, inputs, tokens)
     cached, filled = divmod(tokens, C)
-    memory.states[0][:, :, :cached] = states[:, :cached].transpose(1, 2)
+    for store, ends in zip(memory.states, states, strict=True):
+        store[:, :, :cached] = ends[:, :cached].transpose(1, 2)
     memory.descriptors[:, :, :cached] = means[:, :cached].transpose(1, 2)
     if filled or problem.state_init == "checkpoint":
-        memory.online[0].copy_(states[:, -1])
+        for online, ends in zip(memory.online, states, strict=True):
+            online.copy_(ends[:, -1])
+        _enter(problem, inputs, tokens, memory)
         memory.last_key.copy_(inputs.k[:, tokens - 1])
         memory.last_value.copy_(inputs.v[:, tokens - 1])
     if filled:
@@ -155,18 +169,48 @@ def memory_of(problem: Problem, inputs: Inputs, tokens: int, dtype: torch.dtype 
     return memory
 
 
+def _enter(problem: Problem, inputs: Inputs, tokens: int, memory: LayerMemory) -> None:
+    """S of a deep memory after its first tokens, and the state that entered the inner chunk under way.
+
+    By the eager path in float64: the oracle shows neither.
+    """
+    if not problem.deep:
+        return
+    part = call_of(problem, inputs, slice(0, tokens), torch.float64)
+    found = remember(part)
+    for store, x in zip((*memory.start, *memory.momentum), (*found.start, *found.momentum), strict=True):
+        store.copy_(x)
+
+
+def call_of(
+    problem: Problem, inputs: Inputs, tokens: slice, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+) -> Call:
+    """The call of ``memory_caching`` on some tokens of each row, in ``dtype``."""
+    arguments = inputs.arguments(problem)
+    chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
+    gates: dict[str, Tensor | None] = dict.fromkeys(GATES)
+    gates |= {name: x[:, tokens] for name, x in inputs.gates.items()}
+    q, k, v, u = (x[:, tokens].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    return check_call(q, k, v, u, chosen, gates=gates, cu_seqlens=cu_seqlens, **inputs.weights)
+
+
 def empty_memory(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:
     """A memory of ``B`` sequences without a token, with room for ``capacity`` states."""
     H, Dk, Dv = problem.H, problem.Dk, problem.Dv
+    layers = problem.layers
+
+    def states(*shape: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(B, H, *shape, *layer, dtype=dtype) for layer in layers)
+
     return LayerMemory(
-        states=(torch.zeros(B, H, capacity, Dk, Dv, dtype=dtype),),
+        states=states(capacity),
         descriptors=torch.zeros(B, H, capacity, Dk, dtype=dtype),
-        online=(torch.zeros(B, H, Dk, Dv, dtype=dtype),),
+        online=states(),
         key_sum=torch.zeros(B, H, Dk, dtype=dtype),
         last_key=torch.zeros(B, H, Dk, dtype=dtype),
         last_value=torch.zeros(B, H, Dv, dtype=dtype),
-        start=(),
-        momentum=(),
+        start=states() if problem.deep else (),
+        momentum=states() if problem.deep else (),
         cached=torch.zeros(B, dtype=torch.int32),
         filled=torch.zeros(B, dtype=torch.int32),
     )
@@ -175,12 +219,11 @@ def empty_memory(problem: Problem, B: int, capacity: int, dtype: torch.dtype = t
 def left(memory: LayerMemory) -> dict[str, Tensor]:
     """What is left behind, the cached states in use."""
     used = int(memory.cached[0])
-    return {
-        "states": memory.states[0][:, :, :used],
-        "descriptors": memory.descriptors[:, :, :used],
-        "online": memory.online[0],
-        "key_sum": memory.key_sum,
-    }
+    found = {"descriptors": memory.descriptors[:, :, :used], "key_sum": memory.key_sum}
+    for number, (store, online) in enumerate(zip(memory.states, memory.online, strict=True)):
+        name = f" {number}" if number else ""
+        found |= {f"states{name}": store[:, :, :used], f"online{name}": online}
+    return found | {f"momentum {number}": x for number, x in enumerate(memory.momentum)}
 
 
 PASSES = {

@@ -97,7 +97,7 @@ def test_the_portable_build_serves_a_lesser_cpu(
     package = load_package(out)
     loader, launcher = (
         __import__(f"{out.name}.runtime.{name}", fromlist=["x"])
-        for name in ("kernels.tvm.loader", "kernels.tvm.forward")
+        for name in ("kernels.tvm.loader", "kernels.tvm.matrix.forward")
     )
     loaded: list[str] = []
     real = loader.load_library

@@ -15,7 +15,7 @@ from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.runtime.kernels.tvm import loader as tvm_loader
-from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from tests.draw import Wanted, host, plain
 
 SCRATCH = """

@@ -6,7 +6,7 @@ import pytest
 
 from mctune.backends.spaces import load_space
 from mctune.backends.tvm import templates
-from mctune.core.problem import Problem
+from mctune.core.problem import PASSES, Problem
 from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
 from tests.draw import host
 
@@ -15,7 +15,7 @@ def problem(pass_: str, recurrence: str = "linear") -> Problem:
     return Problem(pass_=pass_, recurrence=recurrence, aggregation="ssc", T=64, H=1, Dk=16, Dv=16, segment_length=16)
 
 
-@pytest.mark.parametrize("pass_", templates.OPERATIONS)
+@pytest.mark.parametrize("pass_", PASSES)
 def test_a_build_is_refused_whose_arguments_are_in_another_order(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = problem(pass_)
     space = load_space("tvm", "matrix", pass_)

@@ -17,7 +17,7 @@ from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio
-from mctune.runtime.kernels.tvm.backward import TvmBackward
+from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
 from mctune.verify import judge as verify
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import judge, poisoned_memory, run_kernel

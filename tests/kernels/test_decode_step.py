@@ -18,7 +18,7 @@ from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.errors import KernelError
-from mctune.runtime.kernels.tvm.decode import TvmDecode
+from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, judge_all, poisoned_memory, tolerance, verify

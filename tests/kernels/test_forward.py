@@ -14,7 +14,7 @@ from fences import y_of
 
 from mctune.core.problem import STATE_INITS, Problem
 from mctune.reference import error_ratio
-from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from mctune.verify import judge as verify
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import poisoned_memory

@@ -20,7 +20,7 @@ from mctune.backends.tvm import TvmBackend
 from mctune.core.problem import Problem
 from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.call import check_call
-from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.options import Options
 from mctune.runtime.segments import make_segments

@@ -25,7 +25,7 @@ from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels import dispatch
 from mctune.runtime.kernels.table import Entry, Table
 from mctune.runtime.kernels.tvm import loader as tvm_loader
-from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from mctune.runtime.segments import make_segments
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import TOLERANCE, poisoned_memory
@@ -252,7 +252,7 @@ from pathlib import Path
 import torch
 
 from mctune.core.problem import Problem
-from mctune.runtime.kernels.tvm.forward import TvmForward
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from mctune.verify.inputs import make_inputs
 from mctune.verify.judge import run_kernel
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mctune.backends import backend_for
-from mctune.backends.triton.backend import LAUNCHERS, TritonBackend
+from mctune.backends.triton.backend import TritonBackend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import TooLarge
-from mctune.core.problem import Problem
+from mctune.core.problem import PASSES, Problem
 from mctune.core.target import Target, resolve, targets
 
 GPUS = [target for target in targets() if not target.on_cpu]
@@ -51,7 +51,7 @@ def check(problem: Problem, config: Config, target: Target, folder: Path) -> boo
 
 
 @pytest.mark.parametrize("aggregation", ["grm", "residual"])
-@pytest.mark.parametrize("pass_", LAUNCHERS)
+@pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize(
     ("name", "most"),
     [
@@ -89,7 +89,7 @@ def test_no_constraint_takes_away_the_default_that_was_chosen(pass_: str, chosen
     assert {name: default[name] for name in chosen} == chosen
 
 
-@pytest.mark.parametrize("pass_", LAUNCHERS)
+@pytest.mark.parametrize("pass_", PASSES)
 def test_the_default_fits_where_there_is_little_shared_memory(pass_: str, folder: Path) -> None:
     target, _ = resolve("mi300x")
     problem = PROBLEM.replace(pass_=pass_)
@@ -97,7 +97,7 @@ def test_the_default_fits_where_there_is_little_shared_memory(pass_: str, folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pass_", LAUNCHERS)
+@pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("target", SERVED, ids=lambda target: target.name)
 def test_corners_of_the_space(target: Target, pass_: str, folder: Path) -> None:
     """Aggregations and recurrences take turns over the targets, of which several are of one architecture."""

@@ -203,7 +203,7 @@ def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, config = case
     parts: Mapping[str, Any] = dict(write_parts(problem, config, folder))
     record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": parts}
-    launcher = LAUNCHERS[problem.pass_]
+    launcher = LAUNCHERS[problem.writes.family, problem.pass_]
     rendered = Recorder()
     rendered.calls(monkeypatch, problem, launcher(folder / "kernel", record))
     template = Recorder(rendered.arguments)

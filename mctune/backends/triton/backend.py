@@ -22,11 +22,16 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
-from mctune.runtime.kernels.triton.backward import TritonBackward
-from mctune.runtime.kernels.triton.decode import TritonDecode
-from mctune.runtime.kernels.triton.forward import TritonForward
+from mctune.runtime.kernels.triton.matrix.backward import TritonBackward
+from mctune.runtime.kernels.triton.matrix.decode import TritonDecode
+from mctune.runtime.kernels.triton.matrix.forward import TritonForward
 
-LAUNCHERS = {"forward": TritonForward, "backward": TritonBackward, "decode": TritonDecode}
+LAUNCHERS = {
+    ("matrix", "forward"): TritonForward,
+    ("matrix", "backward"): TritonBackward,
+    ("matrix", "decode"): TritonDecode,
+}
+"""By family and pass."""
 WIDEST = 256
 """A program holds a row of q whole."""
 
@@ -112,4 +117,4 @@ class TritonBackend:
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The rendered candidate, through the same launcher that an emitted package uses."""
         record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
-        return LAUNCHERS[problem.pass_](built.library, record)
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record)

@@ -12,6 +12,7 @@ from mctune.runtime.kernels.kept import Sizes, shape
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
+from mctune.runtime.traits import gates_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +47,7 @@ def _backward(problem: Problem, kernel: Kernel, alone: bool) -> None:
     names = [] if nothing else [name for group in kernel.wants for name in group]
     count = segments.count
     sizes = Sizes(problem.B * problem.H, problem.T, padded(problem.Dk), padded(problem.Dv), count,
-                  min(problem.top_k or 1, count), q.dtype)  # fmt: skip
+                  min(problem.top_k or 1, count), q.dtype, padded(problem.E))  # fmt: skip
     shapes = {name: shape(name, sizes) for name in names}
     kept = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in shapes.items()}
     kernel(torch.empty_like(v), q, k, v, u, segments=segments, kept=kept, **_options(problem, problem.T))
@@ -57,15 +58,19 @@ def _decode(problem: Problem, kernel: Kernel, even: bool, state_dtype: torch.dty
     B, H, Dk, Dv = problem.B, problem.H, problem.Dk, problem.Dv
     C = problem.segment_length or 1
     capacity = -(-problem.T // C)
+
+    def states() -> tuple[torch.Tensor, ...]:
+        return tuple(_empty(B, H, *layer) for layer in problem.layers)
+
     memory = LayerMemory(
-        states=(_empty(B, H, capacity, Dk, Dv, dtype=state_dtype),),
+        states=tuple(_empty(B, H, capacity, *layer, dtype=state_dtype) for layer in problem.layers),
         descriptors=_empty(B, H, capacity, Dk),
-        online=(_empty(B, H, Dk, Dv),),
+        online=states(),
         key_sum=_empty(B, H, Dk),
         last_key=_empty(B, H, Dk),
         last_value=_empty(B, H, Dv),
-        start=(),
-        momentum=(),
+        start=states() if problem.deep else (),
+        momentum=states() if problem.deep else (),
         cached=torch.zeros(B, dtype=torch.int32),
         filled=torch.zeros(B, dtype=torch.int32),
     )
@@ -86,9 +91,14 @@ def _rows(problem: Problem, tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 def _options(problem: Problem, tokens: int) -> dict[str, Any]:
-    gated = problem.writes.gated
-    gates = {name: _empty(problem.B, tokens, problem.H) if gated else None for name in ("g", "beta", "lam")}
-    return {**gates, "scale": problem.Dk**-0.5, "top_k": problem.top_k or 1}
+    shape, names = (problem.B, tokens, problem.H), gates_of(problem.writes.family)
+    found: dict[str, Any] = {name: _empty(*shape) if name in problem.writes.gates else None for name in names}
+    found |= {"scale": problem.Dk**-0.5, "top_k": problem.top_k or 1}
+    if problem.deep:
+        layers = zip(("W_up", "W_down"), problem.layers, strict=True)
+        found |= {name: _empty(problem.H, *layer) for name, layer in layers}
+        found |= {"memory_residual": problem.Dk == problem.Dv, "inner_chunk": problem.inner_chunk}
+    return found
 
 
 def _segments(problem: Problem) -> Segments:

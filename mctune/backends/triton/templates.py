@@ -39,8 +39,6 @@ PREFIXES = {
     "decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-FAMILY = "matrix"
-"""The memory family that the operations compute."""
 SHARED = ("common", "decode_common", "backward_common")
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
@@ -126,7 +124,9 @@ def _write(folder: Path, name: str, text: str) -> str:
 
 @cache
 def _source(name: str) -> str:
-    return (templates_dir() / "triton" / FAMILY / f"{name}.py").read_text(encoding="utf-8")
+    """The text of a template, whose name no other family has."""
+    (path,) = (templates_dir() / "triton").glob(f"*/{name}.py")
+    return path.read_text(encoding="utf-8")
 
 
 @cache

@@ -23,10 +23,10 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.kernels.support import Support
-from mctune.runtime.kernels.tvm.backward import TvmBackward
-from mctune.runtime.kernels.tvm.decode import TvmDecode
-from mctune.runtime.kernels.tvm.forward import TvmForward
 from mctune.runtime.kernels.tvm.loader import load_library
+from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
+from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
+from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from mctune.runtime.whole import is_whole
 
 _ADD_ONE = """
@@ -39,7 +39,12 @@ class Module:
                 v = T.axis.spatial(8, i)
                 y[v] = x[v] + T.float32(1)
 """
-LAUNCHERS = {"forward": TvmForward, "backward": TvmBackward, "decode": TvmDecode}
+LAUNCHERS = {
+    ("matrix", "forward"): TvmForward,
+    ("matrix", "backward"): TvmBackward,
+    ("matrix", "decode"): TvmDecode,
+}
+"""By family and pass."""
 
 
 class TvmBackend:
@@ -137,12 +142,14 @@ class TvmBackend:
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return LAUNCHERS[problem.pass_](built.library, {"problem": problem.to_dict(), "config": config.to_dict()})
+        return LAUNCHERS[problem.writes.family, problem.pass_](
+            built.library, {"problem": problem.to_dict(), "config": config.to_dict()}
+        )
 
     def _name(self, problem: Problem, config: Config, target: Target) -> str:
         """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
         compiled = self.padded(problem)
-        widths = (compiled.Dk, compiled.Dv)
+        widths = (compiled.Dk, compiled.Dv, *((compiled.E,) if compiled.deep else ()))
         static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init, *widths)
         values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
         identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)

@@ -18,11 +18,11 @@ from mctune.runtime.kernels.tvm.arguments import ARGUMENTS
 from mctune.runtime.traits import alike
 
 OPERATIONS = {
-    "forward": ("segment_states", "read_forward"),
-    "backward": ("segment_states", "read_backward", "state_backward", "write_backward"),
-    "decode": ("decode_step",),
+    ("matrix", "forward"): ("segment_states", "read_forward"),
+    ("matrix", "backward"): ("segment_states", "read_backward", "state_backward", "write_backward"),
+    ("matrix", "decode"): ("decode_step",),
 }
-"""The templates of each pass; one exported library holds them all."""
+"""The templates of each family and pass; one exported library holds them all."""
 
 
 def _folder_package(name: str, folder: Any) -> ModuleType:
@@ -66,7 +66,7 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
     problem = problem.replace(aggregation=alike(problem.aggregation, problem.writes.family))
     _folder_package("mctune_templates", templates_dir())
     functions = {}
-    for operation in OPERATIONS[problem.pass_]:
+    for operation in OPERATIONS[problem.writes.family, problem.pass_]:
         template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")
         function = template.build(problem, config, target)
         if function is not None:  # an operation that this configuration fuses into another one

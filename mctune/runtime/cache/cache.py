@@ -12,6 +12,7 @@ import torch
 
 from ..arguments import LARGEST, positive, shown, whole
 from ..call import Call
+from ..eager.ends import sequence_lengths
 from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..ops.step import extend
@@ -19,7 +20,7 @@ from ..segments import check_bounds
 from .convolution import Convolution, check_convolution, crop_convolution, in_common
 from .crop import check_crop, crop_layer
 from .file import read_layers, write_layers
-from .prefill import between, joined, prefill, sequence_lengths
+from .prefill import between, joined, prefill
 from .rewind import History, extend_recorded
 from .rows import check_alike, check_rows, extend_prompt
 

@@ -8,11 +8,9 @@ from functools import partial
 import torch
 
 from ..call import Call
-from ..eager.deep import DeepWalk
-from ..eager.forward import by_head, gate_by_head, lay_out, swla_gates
+from ..eager.ends import end_states, sequence_lengths
+from ..eager.forward import by_head, lay_out
 from ..eager.gates import descriptors
-from ..eager.matrix import run_linear
-from ..eager.plan import Layout
 from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..modes import without_autocast
@@ -57,13 +55,6 @@ def prefill(
     memory.evict()
     rest = _extend_each(between(call, heads, lengths), memory, backend)
     return joined(call, [y, rest], [heads, lengths]), memory
-
-
-def sequence_lengths(call: Call) -> list[int]:
-    """Tokens of each sequence: of each row, or as ``cu_seqlens`` says."""
-    if call.cu_seqlens is None:
-        return [call.q.shape[1]] * call.q.shape[0]
-    return [int(length) for length in call.cu_seqlens.diff()]
 
 
 def _extend_each(call: Call, memory: LayerMemory, backend: str) -> Tensor:
@@ -162,7 +153,8 @@ def remember(
             states, means = (kept.flatten(0, 1),), means.flatten(0, 1)
         else:
             layout = lay_out(call)
-            states, momentum, start = (_deep_ends if call.deep else _matrix_ends)(call, layout, k, v)
+            left = end_states(call, layout, k, v)
+            states, momentum, start = left.states, left.momentum, left.start
             means = descriptors(k, k, layout)[0]
     counts = torch.tensor(lengths, dtype=torch.int32, device="cpu")
     memory.cached.copy_(counts // C)
@@ -195,38 +187,3 @@ def remember(
                 W[row] = ends[G, row if packed else 0]
         first = last + 1
     return memory
-
-
-_Ends = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""End states of the segments [G, N, ...], then momentum and inner chunk's start of each sequence's end [G, S, ...]."""
-
-
-def _matrix_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
-    return (run_linear(k, k, v, layout.states, swla_gates(call))[1],), (), ()
-
-
-def _deep_ends(call: Call, layout: Layout, k: Tensor, v: Tensor) -> _Ends:
-    assert call.W_up is not None and call.W_down is not None
-    B, plan = call.q.shape[0], layout.states
-    up, down = (W.detach().to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
-    titans = call.writes.momentum
-    g = None if call.g is None else gate_by_head(call, "g", 0.0)
-    mu = gate_by_head(call, "mu", 0.0) if titans else None
-    walk = DeepWalk(plan, k, v, gate_by_head(call, "eta", 1.0), g, mu, up, down, titans, call.memory_residual)
-    # The chunk that a sequence ends with is the last one, by steps, of its last segment.
-    lengths = sequence_lengths(call) if call.cu_seqlens is not None else [call.q.shape[1]]
-    segments, finals = 0, []
-    for length in lengths:
-        segments += -(-length // call.segment_length)
-        finals.append(plan.final[segments - 1] if segments else 0)
-    ups, downs = [], []
-    ends = [torch.zeros_like(W)[:, None].repeat(1, len(lengths), 1, 1) for W in (up, down, up, down)]
-    for chunk in walk:
-        ups.append(chunk.closed_up)
-        downs.append(chunk.closed_down)
-        for sequence, final in enumerate(finals):
-            if chunk.start <= final < chunk.stop:
-                lane = final - chunk.start
-                for end, left in zip(ends, (chunk.up.state, chunk.down.state, *chunk.momentum), strict=False):
-                    end[:, sequence] = left[:, lane]
-    return (plan.gather(ups), plan.gather(downs)), tuple(ends[2:]), tuple(ends[:2])

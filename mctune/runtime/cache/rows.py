@@ -10,10 +10,11 @@ import torch
 
 from ..arguments import shown
 from ..call import Call
+from ..eager.ends import sequence_lengths
 from ..errors import ArgumentError
 from ..memory import LayerMemory
 from ..ops.step import tokens
-from .prefill import as_batch, sequence_lengths
+from .prefill import as_batch
 from .rewind import History, extend_recorded
 
 Tensor = torch.Tensor

@@ -90,12 +90,7 @@ def _run_linear(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gat
 # Left out of compiled graphs: Inductor's vectorised scatter on the CPU (torch 2.13) corrupts the heap in the backward.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_deep(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate: Gate) -> Tensor:
-    assert call.W_up is not None and call.W_down is not None
-    plan, B = layout.states, call.q.shape[0]
-    eta = gate_by_head(call, "eta", 1.0)
-    g, mu = (None if x is None else by_head(x, call.compute_dtype) for x in (call.g, call.mu))
-    W_up, W_down = (W.to(call.compute_dtype).repeat(B, 1, 1) for W in (call.W_up, call.W_down))
-    walk = DeepWalk(plan, k, v, eta, g, mu, W_up, W_down, call.writes.momentum, call.memory_residual)
+    plan, walk = layout.states, deep_walk(call, layout, k, v)
     if gate.reads.mixes_parameters:
         return _read_soup(q, walk, gate, call, layout)
     rows = plan.take(q)
@@ -108,6 +103,16 @@ def _run_deep(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate:
         downs.append(chunk.closed_down)
     memories = Deep(plan.gather(ups), plan.gather(downs), call.memory_residual)
     return read(q, _tokens(plan, online), memories, gate, layout)
+
+
+def deep_walk(call: Call, layout: Layout, k: Tensor, v: Tensor) -> DeepWalk:
+    """The writes of a deep memory; k, v [G, T, ...] by head."""
+    assert call.W_up is not None and call.W_down is not None
+    eta = gate_by_head(call, "eta", 1.0)
+    g, mu = (None if x is None else by_head(x, call.compute_dtype) for x in (call.g, call.mu))
+    W_up, W_down = (W.to(call.compute_dtype).repeat(call.q.shape[0], 1, 1) for W in (call.W_up, call.W_down))
+    momentum, residual = call.writes.momentum, call.memory_residual
+    return DeepWalk(layout.states, k, v, eta, g, mu, W_up, W_down, momentum, residual)
 
 
 def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, layout: Layout) -> Tensor:

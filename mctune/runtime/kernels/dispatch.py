@@ -88,7 +88,8 @@ def route(call: Call, backend: str) -> Route | None:
         Dk, Dv = f"{call.q.shape[3]}", f"{call.v.shape[3]}"
         device, dtype, grad = call.q.device.type, str(call.q.dtype), call.requires_grad
         names = (call.recurrence, call.aggregation, call.segmentation, call.state_init)
-        chosen, keeps, reason = _choose_for_a_graph(backend, names, Dk, Dv, dtype, device, grad)
+        layers = None if call.W_up is None else (f"{call.W_up.shape[2]}", f"{call.inner_chunk}")
+        chosen, keeps, reason = _choose_for_a_graph(backend, names, Dk, Dv, layers, dtype, device, grad)
         if chosen is None:
             raise _unserved(backend, reason)
         return Route(chosen, tuple(keeps.split()))
@@ -107,11 +108,19 @@ def route(call: Call, backend: str) -> Route | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_for_a_graph(
-    backend: str, names: tuple[str, str, str, str], Dk: str, Dv: str, dtype: str, device: str, grad: bool
+    backend: str,
+    names: tuple[str, str, str, str],
+    Dk: str,
+    Dv: str,
+    layers: tuple[str, str] | None,
+    dtype: str,
+    device: str,
+    grad: bool,
 ) -> tuple[str | None, str, str]:
     """The fields of the route, the backend ``None`` where the one asked for cannot serve, and why not.
 
     Which of the tuned kernels run depends on sizes that a graph leaves open: what all of them agree on is kept.
+    ``layers``: E and the inner chunk of a deep memory.
     """
     recurrence, aggregation, segmentation, state_init = names
     request = Request(
@@ -123,6 +132,8 @@ def _choose_for_a_graph(
         Dk=int(Dk),
         Dv=int(Dv),
         top_k=2 if AGGREGATIONS[aggregation].sparse else None,
+        E=None if layers is None else int(layers[0]),
+        inner_chunk=None if layers is None else int(layers[1]),
         dtype=dtype.removeprefix("torch."),
         device=device,
         **(_TYPICAL | {"segment_length": None} if segmentation == "logarithmic" else _TYPICAL),
@@ -206,6 +217,8 @@ def make_request(call: Call, pass_: str) -> Request:
         Dv=call.v.shape[-1],
         segment_length=None if call.segmentation == "logarithmic" else call.segment_length,
         top_k=call.top_k if call.reads.sparse else None,
+        E=None if call.W_up is None else call.W_up.shape[2],
+        inner_chunk=call.inner_chunk if call.deep else None,
         dtype=str(call.q.dtype).removeprefix("torch."),
         device=call.q.device.type,
     )
@@ -218,8 +231,8 @@ def launcher(entry: Entry) -> Any:
     Raises:
         KernelError: if it cannot be run on this machine.
     """
-    module = import_module(f".{entry.backend}.{entry.pass_}", __package__)
-    return getattr(module, f"{entry.backend.title()}{entry.pass_.title()}")(entry.kernel, entry.record)
+    module = import_module(f".{entry.backend}.{entry.family}.{entry.pass_}", __package__)
+    return module.LAUNCHER(entry.kernel, entry.record)
 
 
 def kernel_for(call: Call, pass_: str, route: str) -> Any:

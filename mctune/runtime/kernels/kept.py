@@ -18,15 +18,18 @@ from .results import padded
 
 Tensor = torch.Tensor
 Names = tuple[str, ...]
-OF_SEGMENTS = ("states", "operand", "past", "means")
+OF_SEGMENTS = ("states", "operand", "past", "up", "down", "means")
 """Arrays with a row a head and segment; of a packed row those that its segments leave unused follow, zeros."""
+ENDS: Mapping[str, Names] = {"matrix": ("states", "means"), "deep": ("up", "down", "means")}
+"""What a segment leaves, by family: its end state, and its mean key."""
 LOGITS: Names = ("logits", "lse")
 CHOICE: Names = ("lse", "own", "chosen", "picked", "order", "starts")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a call: ``heads`` is B * H, Dk and Dv as kernels pad them, N the segments, ``top_k`` at most N."""
+    """Sizes of a call: ``heads`` is B * H, Dk, Dv and E (0 of a matrix memory) as kernels pad them, N the segments,
+    ``top_k`` at most N."""
 
     heads: int
     T: int
@@ -35,6 +38,7 @@ class Sizes:
     N: int
     top_k: int
     dtype: torch.dtype
+    E: int = 0
 
     @classmethod
     def of(cls, call: Call) -> Sizes:
@@ -42,7 +46,8 @@ class Sizes:
         (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]
         N = segments_at_most(T, call.segmentation, call.segment_length, call.cu_seqlens)
         top_k: int = torch.sym_min(torch.sym_max(call.top_k, 1), N)  # type: ignore[no-untyped-call]
-        return cls(B * H, T, padded(Dk), padded(Dv), N, top_k, call.q.dtype)
+        E = 0 if call.W_up is None else padded(call.W_up.shape[2])
+        return cls(B * H, T, padded(Dk), padded(Dv), N, top_k, call.q.dtype, E)
 
 
 def segments_at_most(T: int, segmentation: str, segment_length: int, cu_seqlens: Tensor | None) -> int:
@@ -59,6 +64,7 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
     states             [heads * N, Dk, Dv]         end states of segments, float32
     operand            the same, q's dtype         the same, as operands of products
     past               the same, q's dtype         the sum of the states of the segments before
+    up, down           [heads * N, Dk, E], E, Dv   the layers of a deep memory's end states, float32
     means              [heads * N, Dk]             mean keys, float32
     logits             [heads, N, T]               float32; not written where a token does not read
     lse, own           [heads, T]                  log-sum-exp of a token's logits; the online segment's logit
@@ -74,6 +80,8 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
         "states": (state, float32),
         "operand": (state, s.dtype),
         "past": (state, s.dtype),
+        "up": ((s.heads * s.N, s.Dk, s.E), float32),
+        "down": ((s.heads * s.N, s.E, s.Dv), float32),
         "means": (state[:2], float32),
         "logits": ((s.heads, s.N, s.T), float32),
         "lse": (token, float32),
@@ -90,8 +98,9 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
 
 def given(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[str]:
     """What a forward, tuned for ``problem``, can keep."""
-    names = {"states", "means"}
-    if backend == "triton":
+    family = RECURRENCES[problem["recurrence"]].family
+    names = set(ENDS[family])
+    if backend == "triton" and family == "matrix":
         routed = AGGREGATIONS[problem["aggregation"]].routed
         names |= {"operand"} if routed else {"operand", "past"}
         if config.get("formulation") == "grouped":
@@ -106,8 +115,9 @@ def wanted(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) 
     saved = config.get("saved", "nothing")
     if saved == "nothing":
         return ()
-    if backend != "triton":
-        return (("states", "means"),)
+    family = RECURRENCES[problem["recurrence"]].family
+    if backend != "triton" or family != "matrix":
+        return (ENDS[family],)
     routed, carried = AGGREGATIONS[problem["aggregation"]].routed, problem["state_init"] == "checkpoint"
     # What enters a piece is read like a cached state; swla's decays have a gradient through it in float32.
     states: Names = ("states",) if carried and RECURRENCES[problem["recurrence"]].gated else ()
@@ -141,7 +151,7 @@ def kept(
 
 def make_kept(
     names: Sequence[str],
-    states: Tensor,
+    states: tuple[Tensor, ...],
     means: Tensor,
     u: Tensor,
     k: Tensor,
@@ -149,17 +159,27 @@ def make_kept(
     segments: Segments,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The named arrays from end states [heads, N, Dk, Dv] and mean keys [heads, N, Dk], padded; u, k [heads, T, Dk].
+    """The named arrays from end states [heads, N, ...] and mean keys [heads, N, Dk]; u, k [heads, T, Dk].
 
+    ``states`` is that of a matrix memory, or the two layers of a deep one. What has widths of states is padded here.
     Float arrays have the dtype of ``states`` but for operands of products, which have ``dtype``. ``top_k``: of ssc.
     """
-    made = {"states": states.flatten(0, 1), "means": means.flatten(0, 1)}
-    made["operand"] = made["states"].to(dtype, copy=True)  # an operator's results share no memory
+    own = ("states",) if len(states) == 1 else ("up", "down")
+    made = {name: _widened(x.flatten(0, 1), 2) for name, x in zip(own, states, strict=True)}
+    made["means"] = _widened(means.flatten(0, 1), 1)
+    if len(states) == 1:
+        made["operand"] = made["states"].to(dtype, copy=True)  # an operator's results share no memory
     if "past" in names:
-        made["past"] = _past(states, segments).flatten(0, 1).to(dtype)
+        made["past"] = _past(_widened(states[0], 2), segments).flatten(0, 1).to(dtype)
     if "lse" in names:
-        made |= _gates(means[..., : u.shape[-1]], u, k, top_k, segments)
+        made |= _gates(means, u, k, top_k, segments)
     return {name: made[name].contiguous() for name in names}
+
+
+def _widened(x: Tensor, axes: int) -> Tensor:
+    """Zeros after the last ``axes`` axes, up to the widths that kernels are compiled for."""
+    room = [side for width in reversed(x.shape[-axes:]) for side in (0, padded(width) - width)]
+    return torch.nn.functional.pad(x, room)
 
 
 def _past(states: Tensor, segments: Segments) -> Tensor:

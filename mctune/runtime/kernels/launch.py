@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..call import Call
+from ..traits import gates_of
 
 Tensor = torch.Tensor
 
@@ -19,13 +20,15 @@ def rows(call: Call, kernel: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def options(call: Call) -> dict[str, Any]:
-    """The keyword arguments that the launchers share."""
-    gates = {name: getattr(call, name) for name in ("g", "beta", "lam")}
-    return {
-        **{name: None if gate is None else as_read(gate, torch.float32) for name, gate in gates.items()},
-        "scale": call.scale,
-        "top_k": call.top_k,
-    }
+    """The keyword arguments that the launchers of a family share."""
+    names = gates_of(call.writes.family)
+    if call.deep:
+        names += ("W_up", "W_down")
+    given = {name: getattr(call, name) for name in names}
+    found: dict[str, Any] = {name: None if x is None else as_read(x, torch.float32) for name, x in given.items()}
+    if call.deep:
+        found |= {"memory_residual": call.memory_residual, "inner_chunk": call.inner_chunk}
+    return {**found, "scale": call.scale, "top_k": call.top_k}
 
 
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,16 +24,20 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of q, k, v, u and the gates, float32, in the shapes of the inputs.
+    """Gradients of q, k, v, u, the gates and a deep memory's layers, float32, in the shapes of the inputs.
 
-    q's is that of the read alone: u's, which stands by itself, is added to it where u is q. Gates that the recurrence
-    does not have are ``None``, and so may be u's where gates are not learned: it is zero.
+    q's is that of the read alone: u's, which stands by itself, is added to it where u is q. What the recurrence does
+    not have is ``None``, and so may be u's where gates are not learned: it is zero.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     u: torch.Tensor | None
-    g: torch.Tensor | None
-    beta: torch.Tensor | None
-    lam: torch.Tensor | None
+    g: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    lam: torch.Tensor | None = None
+    eta: torch.Tensor | None = None
+    mu: torch.Tensor | None = None
+    W_up: torch.Tensor | None = None
+    W_down: torch.Tensor | None = None

@@ -33,6 +33,7 @@ class Served:
         family: the memories that they compute, ``matrix`` or ``deep``.
         passes: what there are templates for.
         dtype: the one that its kernels read, whatever the call's; ``None`` if they read the call's own.
+        fixed: sizes of a problem, besides its widths, that a kernel is compiled for; it serves any of the others.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Served:
     family: str
     passes: tuple[str, ...] = PASSES
     dtype: str | None = None
+    fixed: tuple[str, ...] = ()
 
 
 SERVED = (Served("tvm", "cpu", "matrix", dtype="float32"), Served("triton", "cuda", "matrix"))

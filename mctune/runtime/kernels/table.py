@@ -20,12 +20,15 @@ NAME = "tuned.json"
 SCHEMA = 1
 _REMEDY = "emit the package again with `mctune emit`"
 _T = TypeVar("_T")
+_SOMETIMES = ("segment_length", "top_k", "expansion", "inner_chunk")
+"""Sizes of a problem that not every problem has."""
 _NARROW = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc.
+    """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc, ``E`` and
+    ``inner_chunk`` but for deep memories.
 
     ``pass_`` is ``forward``, ``backward`` or ``decode``.
     """
@@ -44,10 +47,15 @@ class Request:
     top_k: int | None
     dtype: str
     device: str = "cpu"
+    E: int | None = None
+    inner_chunk: int | None = None
 
     def to_json(self) -> str:
         """The problem in the form that `mctune search --problem` takes; float32 serves every dtype on a CPU."""
         fields = {name.rstrip("_"): value for name, value in vars(self).items() if value is not None}
+        if self.E is not None:
+            # A problem's hidden width is a whole multiple of its key width: the nearest one, where there is none.
+            fields["expansion"] = max(1, round(fields.pop("E") / self.Dk))
         if fields.pop("device") == "cpu":
             fields["dtype"] = "float32"
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -69,9 +77,20 @@ class Entry:
         return pass_
 
     @property
+    def family(self) -> str:
+        """The family of the memories that it computes."""
+        return RECURRENCES[self.problem["recurrence"]].family
+
+    @property
+    def E(self) -> int | None:
+        """Hidden width of a deep memory."""
+        expansion = self.problem.get("expansion")
+        return None if expansion is None else expansion * self.problem["Dk"]
+
+    @property
     def rows(self) -> tuple[Served, ...]:
         """What its backend serves of its family: more than one row if it does so on several kinds of devices."""
-        return served(backend=self.backend, family=RECURRENCES[self.problem["recurrence"]].family)
+        return served(backend=self.backend, family=self.family)
 
     def serves(self, request: Request) -> bool:
         """Whether the kernel computes what is asked for, at any B, T, H, top_k and any cut into segments."""
@@ -79,9 +98,12 @@ class Entry:
         return (
             self.pass_ == request.pass_
             and all(self.problem.get(name) == getattr(request, name) for name in same)
+            and self.E == request.E
             and _same_read(self.problem["aggregation"], request.aggregation, request.recurrence)
             and any(
-                self._reads(request.dtype, row.dtype) for row in self.rows if self._runs_on(request.device, row.device)
+                self._reads(request.dtype, row.dtype) and self._fits(request, row.fixed)
+                for row in self.rows
+                if self._runs_on(request.device, row.device)
             )
         )
 
@@ -89,6 +111,10 @@ class Entry:
         """Kernels that are ``given`` one dtype serve every call; others one of 16 bits serve both of those."""
         own = self.problem.get("dtype", "float32")
         return own in (given, dtype) or (given is None and own in _NARROW and dtype in _NARROW)
+
+    def _fits(self, request: Request, fixed: tuple[str, ...]) -> bool:
+        """Whether what the kernel is compiled for, besides widths, is what is asked for."""
+        return all(self.problem.get(name) == getattr(request, name) for name in fixed)
 
     def _runs_on(self, device: str, own: str) -> bool:
         """Under Triton's interpreter, a GPU's kernels run on a CPU."""
@@ -98,8 +124,8 @@ class Entry:
     def distance(self, request: Request) -> float:
         """How far the tuned shape is from the asked one: the |log| of each ratio, summed.
 
-        The ratios are those of B * H, T, top_k, and the segment length; the longest span stands for a segment length
-        under logarithmic.
+        The ratios are those of B * H, T, top_k, the inner chunk, and the segment length; the longest span stands for a
+        segment length under logarithmic.
         """
         problem = self.problem
         pairs = [
@@ -112,6 +138,8 @@ class Entry:
         ]
         if request.top_k:
             pairs.append((problem.get("top_k") or 1, request.top_k))
+        if request.inner_chunk:
+            pairs.append((problem.get("inner_chunk") or 1, request.inner_chunk))
         return sum(abs(math.log(tuned / asked)) for tuned, asked in pairs)
 
 
@@ -198,7 +226,7 @@ def _entry(record: Any, contents: Contents) -> Entry:
     for name, value in (
         ("B", problem.get("B", 1)),
         *((name, problem.get(name)) for name in ("T", "H", "Dk", "Dv")),
-        *((name, problem[name]) for name in ("segment_length", "top_k") if problem.get(name) is not None),
+        *((name, problem[name]) for name in _SOMETIMES if problem.get(name) is not None),
     ):
         if _typed(name, value, int) < 1 or isinstance(value, bool) or value >= 1 << 62:
             raise ValueError(f"{name}={value!r} is not a size")

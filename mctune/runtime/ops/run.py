@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 
 from ..call import Call
-from ..eager.forward import by_head, lay_out, run_eager, swla_gates
+from ..eager.ends import end_states
+from ..eager.forward import by_head, lay_out, run_eager
 from ..eager.gates import descriptors
-from ..eager.matrix import run_linear
 from ..errors import KernelError
 from ..kernels.dispatch import fall_back, kernel_for
 from ..kernels.kept import OF_SEGMENTS, make_kept, segments_at_most
 from ..kernels.launch import as_read, options, rows
-from ..kernels.results import padded
 from ..modes import without_autocast
 
 Tensor = torch.Tensor
@@ -99,9 +98,6 @@ def _eager_kept(call: Call, keeps: Sequence[str]) -> dict[str, Tensor]:
     layout = lay_out(call)
     k, v = (by_head(x, torch.float32) for x in (call.k, call.v))
     u = by_head(call.q if call.u is None else call.u, torch.float32)
-    states = run_linear(k, k, v, layout.states, swla_gates(call))[1]
-    means = descriptors(k, k, layout)[0]
-    rows, columns = (padded(x.shape[-1]) - x.shape[-1] for x in (k, v))
-    states, means = torch.nn.functional.pad(states, (0, columns, 0, rows)), torch.nn.functional.pad(means, (0, rows))
+    states, means = end_states(call, layout, k, v).states, descriptors(k, k, layout)[0]
     top_k = call.top_k if call.reads.sparse else None
     return make_kept(keeps, states, means, u, k, top_k, call.segments, call.q.dtype)

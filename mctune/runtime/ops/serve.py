@@ -29,8 +29,8 @@ def forward_with_states(call: Call, backend: str = "auto") -> tuple[Tensor, Tens
 
     Returns:
         y, [B, T, H, Dv], as ``memory_caching`` gives it; the state at every segment's end, [B, H, N, Dk, Dv], and
-        its mean key, [B, H, N, Dk], float32. Both are ``None`` where they are not at hand: on the eager path, under
-        logarithmic segmentation, and for a packed row in a traced graph.
+        its mean key, [B, H, N, Dk], float32. Both are ``None`` where they are not at hand: on the eager path, of deep
+        memories, under logarithmic segmentation, and for a packed row in a traced graph.
 
     Raises:
         ArgumentError, BackendError: as ``memory_caching`` does.
@@ -41,7 +41,7 @@ def forward_with_states(call: Call, backend: str = "auto") -> tuple[Tensor, Tens
         if chosen is None:
             return run_eager(call, lay_out(call)), None, None
         unsized = segmentation == "packed" and torch.compiler.is_compiling()
-        if chosen.backend == "eager" or segmentation == "logarithmic" or unsized:
+        if chosen.backend == "eager" or call.deep or segmentation == "logarithmic" or unsized:
             return forward(call, chosen)[0], None, None
         y, (states, means) = forward(call, replace(chosen, keeps=("states", "means")))
     (B, T, H, Dk), Dv = call.q.shape, call.v.shape[3]

@@ -66,15 +66,15 @@ def advance(call: Call, memory: LayerMemory, backend: str) -> Tensor:
 
 def _step(call: Call, memory: LayerMemory, backend: str) -> Tensor:
     """y of the new tokens, and the stores of the memory written; its counts are as they were."""
+    if call.W_up is not None and call.W_down is not None:
+        initial = tuple(W.detach().to(memory.key_sum.dtype) for W in (call.W_up, call.W_down))
+        memory = replace(memory, initial=initial)
     kernel = decode_kernel(call, backend)
     if kernel is not None:
         try:
             return _launch(kernel, call, memory)
         except KernelError as error:
             fall_back(error, backend)
-    if call.W_up is not None and call.W_down is not None:
-        initial = tuple(W.detach().to(memory.key_sum.dtype) for W in (call.W_up, call.W_down))
-        memory = replace(memory, initial=initial)
     y = decode(call, memory)
     assert y is not None
     return y

@@ -5,8 +5,8 @@ In the reads everything stands as [feature, token], so that a gate's gradient is
 
 from tvm.script import tirx as T
 
-from .kernel import emit, inline
-from .tiles import LANES, weighed
+from ..kernel import emit, inline
+from ..tiles import LANES, weighed
 
 _LINE = 16  # floats of a cache line
 _INTO_L2, _DATA = 2, 1

@@ -14,11 +14,11 @@ gates are equal (residual, mean); ``gather``, each state times just the tokens t
 
 from tvm.script import tirx as T
 
+from ..gates import sort_by_segment
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import BLOCK, LANES, clear, columns, copy_state, exp, sum_states, transpose
 from .backward_tiles import read_gathered
-from .gates import sort_by_segment
-from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from .read_backward_chunk import Plan, advance, connectors, gates, read, weigh
-from .tiles import BLOCK, LANES, clear, columns, copy_state, exp, sum_states, transpose
 
 
 def build(problem, config, target):

@@ -5,11 +5,11 @@ Everything stands as [feature, token] or [segment, token], so that LANES tokens 
 
 from tvm.script import tirx as T
 
+from ..flags import flags_of
+from ..gates import choose, softmax
+from ..kernel import Values, emit
+from ..tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain, weighed
 from .backward_tiles import fetch, read_online, read_state
-from .flags import flags_of
-from .gates import choose, softmax
-from .kernel import Values, emit
-from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain, weighed
 
 
 class Plan:

@@ -18,10 +18,10 @@ For a linear memory the soup of the states is their gated sum (Eq. 14-15), so so
 
 from tvm.script import tirx as T
 
-from .gates import sort_by_segment
-from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..gates import sort_by_segment
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import LANES, clear, copy_state, gather, sum_states
 from .read_forward_chunk import Plan, advance, gates, pack, read_cached, read_online, weigh
-from .tiles import LANES, clear, copy_state, gather, sum_states
 
 
 def build(problem, config, target):

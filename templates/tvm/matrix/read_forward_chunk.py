@@ -5,10 +5,10 @@ Scores and gates stand as [key or segment, token], so that LANES tokens go throu
 
 from tvm.script import tirx as T
 
-from .flags import flags_of
-from .gates import choose, softmax
-from .kernel import Values, emit
-from .tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
+from ..flags import flags_of
+from ..gates import choose, softmax
+from ..kernel import Values, emit
+from ..tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
 
 
 class Plan:

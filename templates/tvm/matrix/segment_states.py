@@ -9,9 +9,9 @@ independent tasks; ``checkpoint`` adds a pass that carries each state into the n
 
 from tvm.script import tirx as T
 
-from .flags import flags_of
-from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, clear, exp, multiply, stain
+from ..flags import flags_of
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import LANES, clear, exp, multiply, stain
 
 
 class Plan:

@@ -9,10 +9,10 @@ gates do not depend on i (residual, mean): one product a segment, then sums over
 
 from tvm.script import tirx as T
 
+from ..flags import flags_of
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import LANES, add_up, clear, exp, finite, read_at_all, weighed
 from .backward_tiles import fetch, outer
-from .flags import flags_of
-from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, add_up, clear, exp, finite, read_at_all, weighed
 
 
 class Plan:

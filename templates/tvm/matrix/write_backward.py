@@ -14,9 +14,9 @@ dg_t = e^{g_t} <M_{t-1}, Z_t>.
 
 from tvm.script import tirx as T
 
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import LANES, add_up, clear, columns, copy_state, finite, multiply
 from .backward_tiles import fetch
-from .kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from .tiles import LANES, add_up, clear, columns, copy_state, finite, multiply
 from .write_backward_chunk import Plan, products, rows_of_state
 from .write_backward_gates import gradients_of_gates, lead
 

@@ -2,10 +2,10 @@
 
 from tvm.script import tirx as T
 
+from ..flags import flags_of
+from ..kernel import Values, emit
+from ..tiles import BLOCK, LANES, dot_rows, multiply, transpose
 from .backward_tiles import fetch
-from .flags import flags_of
-from .kernel import Values, emit
-from .tiles import BLOCK, LANES, dot_rows, multiply, transpose
 
 
 class Plan:

@@ -9,8 +9,8 @@ X enters the chunk like one more write.
 
 from tvm.script import tirx as T
 
-from .kernel import Values, emit
-from .tiles import LANES, exp, stain
+from ..kernel import Values, emit
+from ..tiles import LANES, exp, stain
 from .write_backward_chunk import Plan
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import KernelError
-from ...memory import LayerMemory
-from ...traits import AGGREGATIONS
-from .loader import load_parts
-from .tables import DEVICE
+from ....errors import KernelError
+from ....memory import LayerMemory
+from ....traits import AGGREGATIONS
+from ..loader import load_parts
+from ..tables import DEVICE
 
 MOST_STATES = 16384
 """A program of ssc holds the logits of all states."""
@@ -125,3 +125,6 @@ class TritonDecode:
             return (cached, filled), (0, 0)
         both = torch.stack((cached, filled)).to(device, non_blocking=True)
         return (both[0], both[1]), (0, 0)
+
+
+LAUNCHER = TritonDecode

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...segments import Segments
-from ...traits import AGGREGATIONS, RECURRENCES
-from ..kept import wanted
-from ..results import Gradients, padded
-from .arguments import launch
+from ....segments import Segments
+from ....traits import AGGREGATIONS, RECURRENCES
+from ...kept import wanted
+from ...results import Gradients, padded
+from ..arguments import launch
+from ..loader import load_library, runnable
 from .forward import check_reach, flat_gates, flat_rows
-from .loader import load_library, runnable
 
 
 class TvmBackward:
@@ -152,3 +152,6 @@ class _Room(NamedTuple):
     gates: int
     parts: int
     entering: int
+
+
+LAUNCHER = TvmBackward

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ...errors import KernelError
-from ...segments import Segments
-from ...traits import RECURRENCES
-from ..results import Forward, padded
-from .arguments import launch
-from .loader import load_library, runnable
+from ....errors import KernelError
+from ....segments import Segments
+from ....traits import RECURRENCES
+from ...results import Forward, padded
+from ..arguments import launch
+from ..loader import load_library, runnable
 
 _ALIGNMENT = 64
 _INT32 = 2**31 - 1
@@ -122,3 +122,6 @@ def flat_rows(x: torch.Tensor, width: int) -> torch.Tensor:
         rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
     rows = rows.contiguous()
     return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
+
+
+LAUNCHER = TvmForward

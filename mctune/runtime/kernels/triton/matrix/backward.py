@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...segments import Segments
-from ...traits import RECURRENCES
-from ..kept import CHOICE, LOGITS, wanted
-from ..results import Gradients
+from ....segments import Segments
+from ....traits import RECURRENCES
+from ...kept import CHOICE, LOGITS, wanted
+from ...results import Gradients
+from ..loader import load_parts
+from ..tables import DEVICE, Tables, make_tables
 from .forward import decays, states_of
-from .loader import load_parts
-from .tables import DEVICE, Tables, make_tables
 
 
 class Decays(NamedTuple):
@@ -191,3 +191,6 @@ def _gate(gate: torch.Tensor | None, absent: float, like: torch.Tensor) -> torch
     if gate is None:
         return torch.full(like.shape[:3], absent, dtype=torch.float32, device=like.device)
     return gate.to(torch.float32).contiguous()
+
+
+LAUNCHER = TritonBackward

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ...errors import KernelError
-from ...memory import LayerMemory
-from ...traits import RECURRENCES
-from .arguments import launch
+from ....errors import KernelError
+from ....memory import LayerMemory
+from ....traits import RECURRENCES
+from ..arguments import launch
+from ..loader import load_library, runnable
 from .forward import check_reach
-from .loader import load_library, runnable
 
 
 class TvmDecode:
@@ -101,3 +101,6 @@ class TvmDecode:
             )
         check_reach(states.numel(), n * (online.numel() // min(Dk, Dv)))
         return needed
+
+
+LAUNCHER = TvmDecode

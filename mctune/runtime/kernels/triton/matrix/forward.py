@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ...errors import KernelError
-from ...segments import Segments
-from ...traits import AGGREGATIONS, RECURRENCES
-from ..kept import OF_SEGMENTS, given
-from ..results import Forward
-from .loader import load_parts
-from .tables import DEVICE, Tables, make_tables, share_out
+from ....errors import KernelError
+from ....segments import Segments
+from ....traits import AGGREGATIONS, RECURRENCES
+from ...kept import OF_SEGMENTS, given
+from ...results import Forward
+from ..loader import load_parts
+from ..tables import DEVICE, Tables, make_tables, share_out
 
 
 class TritonForward:
@@ -165,3 +165,6 @@ def decays(
 def states_of(module: Any, tables: Tables, k: torch.Tensor, v: torch.Tensor, decayed: Any, *, exact: bool) -> Any:
     """The states of all pieces; ``exact``: whether the end states are wanted in float32."""
     return module.segment_states(k=k, v=v, decayed=decayed, tables=tables, exact=exact)
+
+
+LAUNCHER = TritonForward
