@@ -21,6 +21,7 @@ OPERATIONS = {
     ("matrix", "forward"): ("segment_states", "read_forward"),
     ("matrix", "backward"): ("segment_states", "read_backward", "state_backward", "write_backward"),
     ("matrix", "decode"): ("decode_step",),
+    ("deep", "forward"): ("deep_write", "deep_read"),
 }
 """The templates of each family and pass; one exported library holds them all."""
 

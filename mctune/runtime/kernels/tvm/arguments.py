@@ -7,6 +7,9 @@ from operator import itemgetter
 from typing import Any
 
 _GATES = ("g", "beta", "lam")
+_DEEP_GATES = ("g", "eta", "mu")
+_WALK = ("inner", "scale", "residual", "carries")
+_LEFT = ("online", "hidden", "rows_z", "rows_err")
 _SEGMENTS = ("begin", "end", "first", "tokens", "heads")
 _LIMITS = ("longest", "top_k", "scale")
 _CACHE = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "cached", "filled")
@@ -25,6 +28,14 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "write_backward": (
         *("dy", "q", "u", "k", "v", *_GATES, "own", "entering", "states", "dstates", "dmeans", *_SEGMENTS, "scale"),
         *("lead_key", "lead_value", "dk", "dv", "dg", "dbeta", "dlam"),
+    ),
+    "deep_write": (
+        *("q", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_SEGMENTS, *_WALK),
+        *("up", "down", "means", "enter_up", "enter_down", *_LEFT),
+    ),
+    "deep_read": (
+        *("q", "u", "k", *_DEEP_GATES, "W_down", "up", "down", "means", "enter_down", *_LEFT, *_SEGMENTS),
+        *("longest", "top_k", *_WALK, "mixed", "y"),
     ),
     "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
 }
