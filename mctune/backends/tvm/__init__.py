@@ -23,6 +23,7 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.tvm.deep.backward import TvmDeepBackward
 from mctune.runtime.kernels.tvm.deep.forward import TvmDeepForward
 from mctune.runtime.kernels.tvm.loader import load_library
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
@@ -45,6 +46,7 @@ LAUNCHERS = {
     ("matrix", "backward"): TvmBackward,
     ("matrix", "decode"): TvmDecode,
     ("deep", "forward"): TvmDeepForward,
+    ("deep", "backward"): TvmDeepBackward,
 }
 """By family and pass."""
 

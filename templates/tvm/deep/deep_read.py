@@ -98,7 +98,7 @@ def one_segment(plan: Plan, at: Values) -> None:
             t0: T.let = at.begin[s] + c * BT
             rows: T.let = T.min(BT, at.end[s] - t0)
             pack(plan, at, t0=t0, rows=rows)
-            gates(plan, at, t0=t0, rows=rows, seen=c * BT)
+            gates(plan, at, t0=t0, rows=rows, seen=c * BT, spread=plan.flags.mixes)
             if plan.flags.mixes:
                 mix_block(plan, at, t0=t0, rows=rows, seen=c * BT)
             else:

@@ -1,4 +1,4 @@
-"""Gates of a block of tokens (Eq. 8-10, 16-17): [segment, token], so that LANES tokens go through a step side by side."""
+"""Gates of a block of tokens (Eq. 8-10, 16-17), as [segment, token]: LANES tokens go through a step side by side."""
 
 from tvm.script import tirx as T
 
@@ -19,8 +19,11 @@ def pack(plan, at, *, t0, rows) -> None:
                 QT[d, t] = at.scale * QT[d, t]
 
 
-def gates(plan, at, *, t0, rows, seen) -> None:
-    """own[0, t] and gamma[i, t] of a block, of whose segment ``seen`` tokens come before; the choice, if there is one."""
+def gates(plan, at, *, t0, rows, seen, spread) -> None:
+    """own[0, t] and gamma[i, t] of a block, of whose segment ``seen`` tokens come before.
+
+    Where there is a choice, it stands in ``chosen`` and ``value``, and only with ``spread`` in gamma too.
+    """
     BT, JR, TL, flags = plan.chunk, plan.score_rows, plan.score_lanes, plan.flags
     past, base, own, gamma = at.past, at.base, at.own, at.gamma
     scores = dot_rows(JR, TL, plan.unroll, plan.Dk)
@@ -35,7 +38,7 @@ def gates(plan, at, *, t0, rows, seen) -> None:
                         A=at.means, a0=base + ii * JR, a1=base + past - 1, B=at.UT, C=gamma, c0=ii * JR, t0=tt * TL
                     )  # fmt: skip
             if flags.sparse:
-                choices(plan, at, seen=seen)
+                choices(plan, at, seen=seen, spread=spread)
             else:
                 for tb in range(BT // LANES):
                     softmax(
@@ -73,14 +76,17 @@ def own_logits(plan, at, *, t0, rows, seen) -> None:
             own[0, t] = own[0, t] / T.cast(seen + t + 1, "float32")
 
 
-def choices(plan, at, *, seen) -> None:
-    """Gates of the block's tokens, and which segments they read; 0 for the others where parameters are mixed."""
-    BT, mixes, own, gamma, lanes = plan.chunk, plan.flags.mixes, at.own, at.gamma, at.lanes
+def choices(plan, at, *, seen, spread) -> None:
+    """Gates of the block's tokens, and which segments they read; of the segment's tokens, or with ``spread`` of these.
+
+    With ``spread`` gamma is 0 for the others.
+    """
+    BT, own, gamma, lanes = plan.chunk, at.own, at.gamma, at.lanes
     chosen, value, picks = at.chosen, at.value, at.picks
 
     @emit
     def largest():
-        to: T.let = 0 if mixes else seen
+        to: T.let = 0 if spread else seen
         for tb in range(BT // LANES):
             choose(
                 logits=gamma, past=at.past, picks=picks, t=tb * LANES, lanes=lanes, best=at.best, chosen=chosen,
@@ -90,7 +96,7 @@ def choices(plan, at, *, seen) -> None:
             softmax(
                 own=own, logits=value, count=picks, at=to + tb * LANES, t=tb * LANES, scale=T.float32(1), lanes=lanes
             )  # fmt: skip
-        if mixes:
+        if spread:
             for i in range(at.past):
                 for t in T.vectorized(BT):
                     gamma[i, t] = T.float32(0)

@@ -164,23 +164,69 @@ def sigmoid(X, r, a, cols):
         a[1, n] = T.Select(a[1, n] > T.float32(0), T.float32(1), a[0, n]) / (T.float32(1) + a[0, n])
 
 
+# a[1] = the sigmoid of the argument at x = a[2]; a[0] is scratch.
+@inline
+def share(a):
+    for x in T.vectorized(LANES):
+        a[1, x] = a[2, x] * (T.float32(_SLOPE) + T.float32(_SLOPE * _CUBE) * a[2, x] * a[2, x])
+    for x in T.vectorized(LANES):
+        a[0, x] = exp(T.Select(a[1, x] > T.float32(0), -a[1, x], a[1, x]))
+    for x in T.vectorized(LANES):
+        a[1, x] = T.Select(a[1, x] > T.float32(0), T.float32(1), a[0, x]) / (T.float32(1) + a[0, x])
+
+
 # X = gelu(X), ``rows`` rows of ``width`` columns.
 @inline
 def activate(X, rows, width):
-    a = T.alloc_buffer((2, LANES), "float32", scope="local")
+    a = T.alloc_buffer((3, LANES), "float32", scope="local")
     for r in range(rows):
         for e in range(width // LANES):
             for x in T.vectorized(LANES):
-                a[1, x] = X[r, e * LANES + x] * (
-                    T.float32(_SLOPE) + T.float32(_SLOPE * _CUBE) * X[r, e * LANES + x] * X[r, e * LANES + x]
-                )
+                a[2, x] = X[r, e * LANES + x]
+            share(a)
             for x in T.vectorized(LANES):
-                a[0, x] = exp(T.Select(a[1, x] > T.float32(0), -a[1, x], a[1, x]))
+                X[r, e * LANES + x] = a[2, x] * a[1, x]
+
+
+# Z = gelu(H), L = its slope.
+@inline
+def slopes(H, Z, L, rows, width):
+    a = T.alloc_buffer((3, LANES), "float32", scope="local")
+    for r in range(rows):
+        for e in range(width // LANES):
             for x in T.vectorized(LANES):
-                X[r, e * LANES + x] = (
-                    X[r, e * LANES + x]
-                    * T.Select(a[1, x] > T.float32(0), T.float32(1), a[0, x])
-                    / (T.float32(1) + a[0, x])
+                a[2, x] = H[r, e * LANES + x]
+            share(a)
+            for x in T.vectorized(LANES):
+                Z[r, e * LANES + x] = a[2, x] * a[1, x]
+            for x in T.vectorized(LANES):
+                L[r, e * LANES + x] = a[1, x] + a[2, x] * a[1, x] * (T.float32(1) - a[1, x]) * rate(a[2, x])
+
+
+# out = by * other * the second derivative of gelu at H: 2 s' + x s'' for gelu(x) = x s.
+@inline
+def curve(H, by, other, out, rows, width):
+    a = T.alloc_buffer((3, LANES), "float32", scope="local")
+    for r in range(rows):
+        for e in range(width // LANES):
+            for x in T.vectorized(LANES):
+                a[2, x] = H[r, e * LANES + x]
+            share(a)
+            for x in T.vectorized(LANES):
+                a[0, x] = a[1, x] * (T.float32(1) - a[1, x])
+            for x in T.vectorized(LANES):
+                out[r, e * LANES + x] = (
+                    by[r, e * LANES + x]
+                    * other[r, e * LANES + x]
+                    * a[0, x]
+                    * (
+                        T.float32(2) * rate(a[2, x])
+                        + a[2, x]
+                        * (
+                            (T.float32(1) - T.float32(2) * a[1, x]) * rate(a[2, x]) * rate(a[2, x])
+                            + T.float32(6 * _SLOPE * _CUBE) * a[2, x]
+                        )
+                    )
                 )
 
 
@@ -190,3 +236,11 @@ def copy(source, row, target, at, rows, width):
     for d in range(rows):
         for n in T.vectorized(width):
             target[at + d, n] = source[row + d, n]
+
+
+# The same, added to what is there.
+@inline
+def accumulate(source, row, target, at, rows, width):
+    for d in range(rows):
+        for n in T.vectorized(width):
+            target[at + d, n] = target[at + d, n] + source[row + d, n]

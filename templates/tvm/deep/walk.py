@@ -33,6 +33,7 @@ def coefficients(plan, at, *, t0, rows) -> None:
     decays, momentum = plan.flags.decays, plan.flags.momentum
     token, lanes, CT, keep, last, ends = at.token, at.lanes, at.CT, at.keep, at.last, at.ends
     g, eta, mu, row0, heads = at.g, at.eta, at.mu, at.row0, at.heads
+    tables = hasattr(at, "decay_since")  # a backward wants what the coefficients are made of
 
     @emit
     def table():
@@ -65,6 +66,11 @@ def coefficients(plan, at, *, t0, rows) -> None:
                     )  # fmt: skip
                 for x in T.vectorized(LANES):
                     CT[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, token[2, j] * lanes[1, x], T.float32(0))
+                if tables:
+                    for x in T.vectorized(LANES):
+                        at.decay_since[j, tb * LANES + x] = lanes[0, x]
+                    for x in T.vectorized(LANES):
+                        at.worth_since[j, tb * LANES + x] = lanes[1, x]
             for x in T.vectorized(LANES):
                 keep[0, tb * LANES + x] = token[0, 0] * lanes[0, x]
                 keep[1, tb * LANES + x] = token[1, 0] * lanes[1, x]
@@ -77,6 +83,8 @@ def coefficients(plan, at, *, t0, rows) -> None:
         for i in range(rows):
             j: T.let = rows - 1 - i
             last[1, j] = token[2, j] * ends[2]
+            if tables:
+                at.momentum_since[j] = ends[2]
             ends[2] = ends[2] * token[1, j]
 
 

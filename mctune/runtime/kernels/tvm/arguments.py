@@ -37,6 +37,23 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *("q", "u", "k", *_DEEP_GATES, "W_down", "up", "down", "means", "enter_down", *_LEFT, *_SEGMENTS),
         *("longest", "top_k", *_WALK, "mixed", "y"),
     ),
+    "deep_gates": ("u", "k", "means", *_SEGMENTS, "top_k", "gamma", "own"),
+    "deep_mix_backward": (
+        *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_z", "rows_err"),
+        *("gamma", "own", *_SEGMENTS, "longest", *_WALK, "mixed", "dhidden", "dgamma", "parts"),
+    ),
+    "deep_read_backward": (
+        *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "residual"),
+        *("dgamma", "dup", "ddown", "parts"),
+    ),
+    "deep_write_backward": (
+        *("dy", "q", "k", "v", *_DEEP_GATES, "W_up", "W_down", "means", "up", "down", "enter_up", "enter_down"),
+        *("hidden", "mixed", "dhidden", "own", "dup", "ddown", *_SEGMENTS, "longest", *_WALK),
+        *("dq", "dk", "dv", "dg", "deta", "dmu", "down_own", "dstart_up", "dstart_down"),
+    ),
+    "deep_gates_backward": (
+        *("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),
+    ),
     "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
 }
 """The names of each kernel's arguments in their order; a name means the same in all kernels of a pass."""

@@ -18,7 +18,11 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a call; widths are padded. ``mixed``: parameters are mixed; ``enters``: momentum enters segments."""
+    """Sizes of a call; widths are padded.
+
+    ``gates``: those that the recurrence takes; ``carried``: states are carried from segment to segment; ``mixed``:
+    parameters are mixed.
+    """
 
     B: int
     T: int
@@ -27,9 +31,9 @@ class Shape:
     Dv: int
     E: int
     segments: Segments
-    decays: bool
+    gates: tuple[str, ...]
     momentum: bool
-    enters: bool
+    carried: bool
     mixed: bool
 
     @classmethod
@@ -37,10 +41,10 @@ class Shape:
         """Of a call of the kernels that were tuned for ``problem``."""
         (B, T, H, Dk), Dv, E = q.shape, v.shape[3], W_up.shape[2]
         writes = RECURRENCES[problem["recurrence"]]
-        enters = writes.momentum and problem["state_init"] == "checkpoint"
+        carried = problem["state_init"] == "checkpoint"
         mixed = AGGREGATIONS[problem["aggregation"]].mixes_parameters
         return cls(
-            B, T, H, padded(Dk), padded(Dv), padded(E), segments, "g" in writes.gates, writes.momentum, enters, mixed
+            B, T, H, padded(Dk), padded(Dv), padded(E), segments, writes.gates, writes.momentum, carried, mixed
         )
 
     @property
@@ -52,6 +56,16 @@ class Shape:
     def states(self) -> int:
         """Segments of all heads."""
         return self.B * self.H * self.segments.count
+
+    @property
+    def lanes(self) -> int:
+        """Chains of segments that follow each other: segments, or heads."""
+        return self.B * self.H if self.carried else self.states
+
+    @property
+    def enters(self) -> bool:
+        """Whether momentum enters segments."""
+        return self.momentum and self.carried
 
     def left_by_writes(self, new: Callable[..., Tensor]) -> dict[str, Tensor]:
         """The outputs of ``deep_write``, uninitialised; one row where a kernel has no use for an array."""
@@ -84,7 +98,7 @@ def flat_arguments(
     segments = s.segments
     return {
         "q": flat_rows(q, s.Dk), "k": flat_rows(k, s.Dk), "v": flat_rows(v, s.Dv), "u": flat_rows(u, s.Dk),
-        "g": _gate(s, q, g, 0.0, s.decays), "eta": _gate(s, q, eta, 1.0, True), "mu": _gate(s, q, mu, 0.0, s.momentum),
+        "g": _gate(s, q, "g", g, 0.0), "eta": _gate(s, q, "eta", eta, 1.0), "mu": _gate(s, q, "mu", mu, 0.0),
         "W_up": _layer(W_up, s.Dk, s.E), "W_down": _layer(W_down, s.E, s.Dv),
         "begin": segments.begin, "end": segments.end, "first": segments.first, "tokens": s.T, "heads": s.H,
         "longest": segments.longest, "inner": min(inner_chunk, segments.longest), "scale": float(scale),
@@ -94,9 +108,9 @@ def flat_arguments(
     }  # fmt: skip
 
 
-def _gate(s: Shape, like: Tensor, gate: Tensor | None, absent: float, taken: bool) -> Tensor:
+def _gate(s: Shape, like: Tensor, name: str, gate: Tensor | None, absent: float) -> Tensor:
     """``[B * T * H]``, ``absent`` where it was not given; one element for a recurrence that does not take it."""
-    if not taken:
+    if name not in s.gates:
         return like.new_zeros(1)
     return like.new_full((s.rows,), absent) if gate is None else gate.reshape(s.rows).contiguous()
 
