@@ -24,6 +24,7 @@ from mctune.core.target import Target
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.kernels.support import Support
 from mctune.runtime.kernels.tvm.deep.backward import TvmDeepBackward
+from mctune.runtime.kernels.tvm.deep.decode import TvmDeepDecode
 from mctune.runtime.kernels.tvm.deep.forward import TvmDeepForward
 from mctune.runtime.kernels.tvm.loader import load_library
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
@@ -47,6 +48,7 @@ LAUNCHERS = {
     ("matrix", "decode"): TvmDecode,
     ("deep", "forward"): TvmDeepForward,
     ("deep", "backward"): TvmDeepBackward,
+    ("deep", "decode"): TvmDeepDecode,
 }
 """By family and pass."""
 

@@ -26,6 +26,7 @@ OPERATIONS = {
         *("deep_write", "deep_gates", "deep_mix_backward", "deep_read_backward", "deep_write_backward"),
         "deep_gates_backward",
     ),
+    ("deep", "decode"): ("deep_decode",),
 }
 """The templates of each family and pass; one exported library holds them all."""
 

@@ -46,7 +46,7 @@ class Served:
 
 SERVED = (
     Served("tvm", "cpu", "matrix", dtype="float32"),
-    Served("tvm", "cpu", "deep", passes=("forward", "backward"), dtype="float32"),
+    Served("tvm", "cpu", "deep", dtype="float32"),
     Served("triton", "cuda", "matrix"),
 )
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))

@@ -11,7 +11,6 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .deep_mix import enter, without
-from .gates import pack
 from .plan import Plan
 from .tiles import overwrite, product, scaled, slopes
 from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, take_rows, tiles

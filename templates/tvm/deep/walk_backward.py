@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, finite
-from .tiles import add, overwrite, product, rate, scaled, sigmoid, subtract, weighted
+from .tiles import add, overwrite, product, scaled, subtract
 from .walk import tiles
 
 

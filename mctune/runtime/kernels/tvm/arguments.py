@@ -9,6 +9,8 @@ from typing import Any
 _GATES = ("g", "beta", "lam")
 _DEEP_GATES = ("g", "eta", "mu")
 _WALK = ("inner", "scale", "residual", "carries")
+_DEEP_CACHE = ("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down")
+_DEEP_CACHE += ("momentum_up", "momentum_down", "key_sum", "cached", "filled")
 _LEFT = ("online", "hidden", "rows_z", "rows_err")
 _SEGMENTS = ("begin", "end", "first", "tokens", "heads")
 _LIMITS = ("longest", "top_k", "scale")
@@ -51,8 +53,10 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *("hidden", "mixed", "dhidden", "own", "dup", "ddown", *_SEGMENTS, "longest", *_WALK),
         *("dq", "dk", "dv", "dg", "deta", "dmu", "down_own", "dstart_up", "dstart_down"),
     ),
-    "deep_gates_backward": (
-        *("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),
+    "deep_gates_backward": (*("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),),
+    "deep_decode": (
+        *("q", "u", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_DEEP_CACHE),
+        *("length", "inner", "top_k", "residual", "scale", "y"),
     ),
     "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
 }

@@ -43,9 +43,7 @@ class Shape:
         writes = RECURRENCES[problem["recurrence"]]
         carried = problem["state_init"] == "checkpoint"
         mixed = AGGREGATIONS[problem["aggregation"]].mixes_parameters
-        return cls(
-            B, T, H, padded(Dk), padded(Dv), padded(E), segments, writes.gates, writes.momentum, carried, mixed
-        )
+        return cls(B, T, H, padded(Dk), padded(Dv), padded(E), segments, writes.gates, writes.momentum, carried, mixed)
 
     @property
     def rows(self) -> int:
