@@ -55,8 +55,9 @@ def one_segment(plan: Plan, at: Values) -> None:
 
     @emit
     def blocks():
-        for d in T.vectorized(Dk):
-            total[d] = T.float32(0)
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                total[d * LANES + x] = T.float32(0)
         for c in range((at.end[s] - at.begin[s] + BT - 1) // BT):
             t0: T.let = at.begin[s] + c * BT
             rows: T.let = T.min(BT, at.end[s] - t0)

@@ -10,7 +10,7 @@ where m_t is the running mean of the keys, and p_i that of a whole segment. The 
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from ..tiles import read_at_all
+from ..tiles import LANES, read_at_all
 from .plan import Plan
 
 
@@ -48,8 +48,9 @@ def every_reader(plan: Plan, x: Values) -> None:
             row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
             w = T.meta_var(scratch(total=f32(Dk), dr=f32(x.tokens), mean=f32(2), after=f32(Dk)))
             at = T.meta_var(x.plus(w, bh=bh, s=s, row0=row0, past=s - x.first[s], base=bh * x.N + x.first[s]))
-            for d in T.vectorized(Dk):
-                w.total[d] = T.float32(0)
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    w.total[d * LANES + x] = T.float32(0)
             for t in range(x.end[s] - x.begin[s]):
                 one_token(plan, at, t=t)
             keys_of_means(plan, at)
@@ -65,21 +66,24 @@ def one_token(plan: Plan, at: Values, *, t) -> None:
     def token():
         at_t: T.let = begin[at.s] + t
         row: T.let = at.row0 + (begin[at.s] + t) * at.heads
-        for d in T.vectorized(Dk):
-            total[d] = total[d] + at.k[row, d]
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                total[d * LANES + x] = total[d * LANES + x] + at.k[row, d * LANES + x]
         mean[0] = at.own[row] * at.down_own[row]
         for i in range(past):
             # What was not chosen has no gradient, and nothing has written one.
             if read_at_all(gamma[base + i, at_t]):
                 mean[0] = mean[0] + gamma[base + i, at_t] * dgamma[base + i, at_t]
         at.dr[t] = at.own[row] * (at.down_own[row] - mean[0]) / T.cast(t + 1, "float32")
-        for d in T.vectorized(Dk):
-            at.du[row, d] = at.dr[t] * total[d]
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                at.du[row, d * LANES + x] = at.dr[t] * total[d * LANES + x]
         for i in range(past):
             if read_at_all(gamma[base + i, at_t]):
                 dgamma[base + i, at_t] = gamma[base + i, at_t] * (dgamma[base + i, at_t] - mean[0])
-                for d in T.vectorized(Dk):
-                    at.du[row, d] = at.du[row, d] + dgamma[base + i, at_t] * at.means[base + i, d]
+                for d in range(Dk // LANES):
+                    for x in T.vectorized(LANES):
+                        at.du[row, d * LANES + x] = at.du[row, d * LANES + x] + dgamma[base + i, at_t] * at.means[base + i, d * LANES + x]
             else:
                 dgamma[base + i, at_t] = T.float32(0)
 
@@ -90,15 +94,18 @@ def keys_of_means(plan: Plan, at: Values) -> None:
 
     @emit
     def from_the_last():
-        for d in T.vectorized(Dk):
-            after[d] = T.float32(0)
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                after[d * LANES + x] = T.float32(0)
         for i in range(at.end[s] - at.begin[s]):
             t: T.let = at.end[s] - at.begin[s] - 1 - i
             row: T.let = at.row0 + (at.begin[s] + t) * at.heads
-            for d in T.vectorized(Dk):
-                after[d] = after[d] + at.dr[t] * at.u[row, d]
-            for d in T.vectorized(Dk):
-                at.dk[row, d] = at.dk[row, d] + after[d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    after[d * LANES + x] = after[d * LANES + x] + at.dr[t] * at.u[row, d * LANES + x]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.dk[row, d * LANES + x] = at.dk[row, d * LANES + x] + after[d * LANES + x]
 
 
 def every_state(plan: Plan, x: Values) -> None:
@@ -113,18 +120,21 @@ def every_state(plan: Plan, x: Values) -> None:
             row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
             w = T.meta_var(scratch(dp=f32(Dk), stop=i32(1)))
             dp = T.meta_var(w.dp)
-            for d in T.vectorized(Dk):
-                dp[d] = T.float32(0)
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    dp[d * LANES + x] = T.float32(0)
             w.stop[0] = x.end[s]
             for j in range(x.N - s):
                 if x.first[s + j] == x.first[s]:
                     w.stop[0] = x.end[s + j]
             for t in range(w.stop[0] - x.end[s]):
                 if read_at_all(x.gamma[task, x.end[s] + t]):
-                    for d in T.vectorized(Dk):
-                        dp[d] = dp[d] + x.dgamma[task, x.end[s] + t] * x.u[row0 + (x.end[s] + t) * x.heads, d]
+                    for d in range(Dk // LANES):
+                        for z in T.vectorized(LANES):
+                            dp[d * LANES + z] = dp[d * LANES + z] + x.dgamma[task, x.end[s] + t] * x.u[row0 + (x.end[s] + t) * x.heads, d * LANES + z]
             for t in range(x.end[s] - x.begin[s]):
-                for d in T.vectorized(Dk):
-                    x.dk[row0 + (x.begin[s] + t) * x.heads, d] = x.dk[row0 + (x.begin[s] + t) * x.heads, d] + dp[
-                        d
-                    ] / T.cast(x.end[s] - x.begin[s], "float32")
+                for d in range(Dk // LANES):
+                    for z in T.vectorized(LANES):
+                        x.dk[row0 + (x.begin[s] + t) * x.heads, d * LANES + z] = x.dk[row0 + (x.begin[s] + t) * x.heads, d * LANES + z] + dp[
+                            d * LANES + z
+                        ] / T.cast(x.end[s] - x.begin[s], "float32")

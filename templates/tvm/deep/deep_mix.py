@@ -9,7 +9,7 @@ Two gated reads with one gelu between. What z reads of W_t follows a second walk
 from tvm.script import tirx as T
 
 from ..kernel import emit, f32, scratch
-from ..tiles import clear, columns
+from ..tiles import LANES, clear, columns
 from .tiles import activate, copy, product, scaled
 from .walk import coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows, tiles
 
@@ -31,8 +31,9 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
     def products():
         for t in range(rows):
             at.own_of[seen + t] = own[0, t]
-            for e in T.vectorized(E):
-                H[t, e] = own[0, t] * at.hidden[row0 + (t0 + t) * heads, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    H[t, e * LANES + x] = own[0, t] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
         for i in range(past):
             tiles(rows, E, MR, NR, first(i))
         activate(H, rows, E)
@@ -43,10 +44,12 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
             tiles(rows, Dv, MR, NR, second(i))
         for t in range(rows):
             if at.residual > 0:
-                for n in T.vectorized(plan.both):
-                    C[t, n] = C[t, n] + at.scale * at.q[row0 + (t0 + t) * heads, n]
-            for n in T.vectorized(Dv):
-                at.y[row0 + (t0 + t) * heads, n] = C[t, n]
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        C[t, n * LANES + x] = C[t, n * LANES + x] + at.scale * at.q[row0 + (t0 + t) * heads, n * LANES + x]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.y[row0 + (t0 + t) * heads, n * LANES + x] = C[t, n * LANES + x]
 
 
 def second_of_online(plan, at) -> None:
@@ -118,8 +121,9 @@ def one_chunk(plan, at, *, t0, rows, seen) -> None:
         coefficients(plan, at, t0=t0, rows=rows)
         read_layer(plan, at, **layer, XT=at.ZQT, inputs=at.ZT, out=Y)
         for t in range(rows):
-            for n in T.vectorized(Dv):
-                at.y[row0 + (t0 + t) * heads, n] = (
-                    at.y[row0 + (t0 + t) * heads, n] + at.own_of[seen + t] * Y[t, n]
-                )  # fmt: skip
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.y[row0 + (t0 + t) * heads, n * LANES + x] = (
+                        at.y[row0 + (t0 + t) * heads, n * LANES + x] + at.own_of[seen + t] * Y[t, n * LANES + x]
+                    )  # fmt: skip
         leave_layer(plan, at, **layer, inputs=at.Z)

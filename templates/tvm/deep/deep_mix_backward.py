@@ -108,8 +108,9 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
         take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.dy, Dv, at, Y, t0=t0, rows=rows)
         for t in range(rows):
-            for n in T.vectorized(Dv):
-                Y[t, n] = at.own[at.row0 + (t0 + t) * at.heads] * Y[t, n]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    Y[t, n * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * Y[t, n * LANES + x]
         columns(at.ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         columns(Y, Dv, 0, 1, 0, at.BP, at.YT)
         columns(at.W, Dv, 0, 1, 0, E, at.WT)
@@ -162,14 +163,16 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
     def steps():
         take_rows(at.q, Dk, at, at.Q, t0=t0, rows=rows)
         for t in range(rows):
-            for d in T.vectorized(Dk):
-                at.Q[t, d] = at.scale * at.Q[t, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.Q[t, d * LANES + x] = at.scale * at.Q[t, d * LANES + x]
         columns(at.Q, Dk, 0, 1, 0, plan.chunk, at.QT)
         take_rows(at.dy, Dv, at, DY, t0=t0, rows=rows)
         columns(DY, Dv, 0, 1, 0, plan.chunk, at.DYT)
         for t in range(rows):
-            for e in T.vectorized(E):
-                H[t, e] = at.own[row0 + (t0 + t) * heads] * at.hidden[row0 + (t0 + t) * heads, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    H[t, e * LANES + x] = at.own[row0 + (t0 + t) * heads] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
         for i in range(at.past):
             hidden_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         slopes(H, H, at.L, rows, E)
@@ -178,8 +181,9 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
         for i in range(at.past):
             units_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         for t in range(rows):
-            for e in T.vectorized(E):
-                D[t, e] = D[t, e] * at.L[t, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    D[t, e * LANES + x] = D[t, e * LANES + x] * at.L[t, e * LANES + x]
         put_rows(at, D, at.dhidden, E, t0=t0, rows=rows)
         columns(D, E, 0, 1, 0, rows, at.DHT)
         clear(DQ, 0, plan.chunk, Dk)
@@ -187,8 +191,9 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
             queries_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         if at.residual > 0:
             for t in range(rows):
-                for d in T.vectorized(plan.both):
-                    DQ[t, d] = DQ[t, d] + DY[t, d]
+                for d in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + DY[t, d * LANES + x]
         put_rows(at, DQ, at.parts, Dk, t0=t0, rows=rows)
 
 
@@ -268,5 +273,6 @@ def queries_of(plan: Plan, at: Values, *, i, t0, rows) -> None:
         for t in range(rows):
             dot(at.Q, V, t, Dk, at.back)
             at.dgamma[i, t0 + t] = at.dgamma[i, t0 + t] + at.back[3, 0]
-            for d in T.vectorized(Dk):
-                DQ[t, d] = DQ[t, d] + at.gate[0, t] * V[t, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + at.gate[0, t] * V[t, d * LANES + x]

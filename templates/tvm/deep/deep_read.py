@@ -92,8 +92,9 @@ def one_segment(plan: Plan, at: Values) -> None:
 
     @emit
     def blocks():
-        for d in T.vectorized(Dk):
-            total[d] = T.float32(0)
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                total[d * LANES + x] = T.float32(0)
         for c in range((at.length + BT - 1) // BT):
             t0: T.let = at.begin[s] + c * BT
             rows: T.let = T.min(BT, at.end[s] - t0)
@@ -117,11 +118,13 @@ def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
     @emit
     def block():
         for t in range(rows):
-            for n in T.vectorized(Dv):
-                C[t, n] = own[0, t] * at.online[row0 + (t0 + t) * heads, n]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    C[t, n * LANES + x] = own[0, t] * at.online[row0 + (t0 + t) * heads, n * LANES + x]
         for t in range((rows + plan.rows - 1) // plan.rows * plan.rows - rows):
-            for n in T.vectorized(Dv):
-                C[rows + t, n] = T.float32(0)
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    C[rows + t, n * LANES + x] = T.float32(0)
         if dense:
             for i in range(at.past):
                 read_state(plan, at, i=at.base + i, gate=gamma, g=i, count=rows)
@@ -130,11 +133,13 @@ def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
                     share[t] = T.float32(0)
                     for i in range(at.past):
                         share[t] = share[t] + gamma[i, t]
-                    for n in T.vectorized(plan.both):
-                        C[t, n] = C[t, n] + share[t] * at.scale * at.q[row0 + (t0 + t) * heads, n]
+                    for n in range(plan.both // LANES):
+                        for x in T.vectorized(LANES):
+                            C[t, n * LANES + x] = C[t, n * LANES + x] + share[t] * at.scale * at.q[row0 + (t0 + t) * heads, n * LANES + x]
         for t in range(rows):
-            for n in T.vectorized(Dv):
-                at.y[row0 + (t0 + t) * heads, n] = C[t, n]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.y[row0 + (t0 + t) * heads, n * LANES + x] = C[t, n * LANES + x]
 
 
 def read_state(plan: Plan, at: Values, *, i, gate, g, count) -> None:
@@ -193,18 +198,22 @@ def chosen_block(plan: Plan, at: Values, *, i, x0, count) -> None:
     def block():
         for t in range(count):
             own[0, t] = at.gates_of[x0 + t]
-            for d in T.vectorized(Dk):
-                QB[t, d] = at.scale * at.q[origin + at.tokens_of[x0 + t] * at.heads, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    QB[t, d * LANES + x] = at.scale * at.q[origin + at.tokens_of[x0 + t] * at.heads, d * LANES + x]
         columns(QB, Dk, 0, 1, 0, count, at.QT)
         for t in range((count + plan.rows - 1) // plan.rows * plan.rows):
-            for n in T.vectorized(Dv):
-                C[t, n] = T.float32(0)
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    C[t, n * LANES + x] = T.float32(0)
         read_state(plan, at, i=at.base + i, gate=own, g=0, count=count)
         for t in range(count):
             if at.residual > 0:
-                for n in T.vectorized(plan.both):
-                    C[t, n] = C[t, n] + own[0, t] * QB[t, n]
-            for n in T.vectorized(Dv):
-                y[origin + at.tokens_of[x0 + t] * at.heads, n] = (
-                    y[origin + at.tokens_of[x0 + t] * at.heads, n] + C[t, n]
-                )  # fmt: skip
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        C[t, n * LANES + x] = C[t, n * LANES + x] + own[0, t] * QB[t, n * LANES + x]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    y[origin + at.tokens_of[x0 + t] * at.heads, n * LANES + x] = (
+                        y[origin + at.tokens_of[x0 + t] * at.heads, n * LANES + x] + C[t, n * LANES + x]
+                    )  # fmt: skip

@@ -50,8 +50,9 @@ def every_group(plan: Plan, x: Values) -> None:
             at = T.meta_var(x.plus(w, bh=bh, group=group, row0=row0))
             if not plan.flags.mixes:
                 for t in range(x.tokens):
-                    for d in T.vectorized(Dk):
-                        at.parts[group * x.R + row0 + t * x.heads, d] = T.float32(0)
+                    for d in range(Dk // LANES):
+                        for z in T.vectorized(LANES):
+                            at.parts[group * x.R + row0 + t * x.heads, d * LANES + z] = T.float32(0)
             for i in range((x.N - group + groups - 1) // groups):
                 one_state(plan, at.plus(i=group + i * groups, place=bh * x.N + group + i * groups))
 
@@ -111,17 +112,20 @@ def one_block(plan: Plan, at: Values, *, x0, count) -> None:
         for t in range(count):
             row: T.let = at.row0 + at.index[x0 + t] * at.heads
             gate[0, t] = at.gamma[place, at.index[x0 + t]]
-            for d in T.vectorized(Dk):
-                Q[t, d] = at.scale * at.q[row, d]
-            for n in T.vectorized(Dv):
-                DY[t, n] = at.dy[row, n]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    Q[t, d * LANES + x] = at.scale * at.q[row, d * LANES + x]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    DY[t, n * LANES + x] = at.dy[row, n * LANES + x]
         if plan.flags.mixes:
             take_units(plan, at, x0=x0, count=count)
         else:
             make_units(plan, at, x0=x0, count=count)
         for t in range(count):
-            for n in T.vectorized(Dv):
-                DY[t, n] = gate[0, t] * DY[t, n]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    DY[t, n * LANES + x] = gate[0, t] * DY[t, n * LANES + x]
         tiles(E, Dv, R, C, down)
         tiles(Dk, E, R, C, up)
         if not plan.flags.mixes:
@@ -136,10 +140,12 @@ def take_units(plan: Plan, at: Values, *, x0, count) -> None:
     def copies():
         for t in range(count):
             row: T.let = at.row0 + at.index[x0 + t] * at.heads
-            for e in T.vectorized(E):
-                Z[t, e] = at.mixed[row, e]
-            for e in T.vectorized(E):
-                F[t, e] = at.gate[0, t] * at.dhidden[row, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    Z[t, e * LANES + x] = at.mixed[row, e * LANES + x]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    F[t, e * LANES + x] = at.gate[0, t] * at.dhidden[row, e * LANES + x]
 
 
 def make_units(plan: Plan, at: Values, *, x0, count) -> None:
@@ -203,7 +209,9 @@ def to_queries(plan: Plan, at: Values, *, x0, count) -> None:
         for t in range(count):
             row: T.let = at.group * at.R + at.row0 + at.index[x0 + t] * at.heads
             if at.residual > 0:
-                for d in T.vectorized(plan.both):
-                    DQ[t, d] = DQ[t, d] + at.DY[t, d]
-            for d in T.vectorized(Dk):
-                at.parts[row, d] = at.parts[row, d] + DQ[t, d]
+                for d in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + at.DY[t, d * LANES + x]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.parts[row, d * LANES + x] = at.parts[row, d * LANES + x] + DQ[t, d * LANES + x]

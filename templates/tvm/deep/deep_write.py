@@ -11,7 +11,7 @@ state at hand; W_t of the second layer is read by ``deep_read`` where parameters
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from ..tiles import clear, columns
+from ..tiles import LANES, clear, columns
 from .plan import Plan
 from .tiles import activate, copy
 from .walk import chunk_rows, coefficients, gates_of, gradients, leave_layer, put_rows, read_layer, rows_of, take_rows
@@ -84,8 +84,9 @@ def one_segment(plan: Plan, at: Values) -> None:
         if plan.flags.enters:
             copy(at.SU, 0, at.enter_up, (bh * at.N + s) * Dk, Dk, E)
             copy(at.SW, 0, at.enter_down, (bh * at.N + s) * E, E, Dv)
-        for d in T.vectorized(Dk):
-            total[d] = T.float32(0)
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                total[d * LANES + x] = T.float32(0)
         length: T.let = at.end[s] - at.begin[s]
         for c in range((length + at.inner - 1) // at.inner):
             t0: T.let = at.begin[s] + c * at.inner
@@ -93,8 +94,9 @@ def one_segment(plan: Plan, at: Values) -> None:
             one_chunk(plan, at, t0=t0, rows=rows)
         copy(U, 0, up, (bh * at.N + s) * Dk, Dk, E)
         copy(W, 0, down, (bh * at.N + s) * E, E, Dv)
-        for d in T.vectorized(Dk):
-            means[bh * at.N + s, d] = total[d] / T.cast(length, "float32")
+        for d in range(Dk // LANES):
+            for x in T.vectorized(LANES):
+                means[bh * at.N + s, d * LANES + x] = total[d * LANES + x] / T.cast(length, "float32")
 
 
 def start(plan: Plan, at: Values) -> None:
@@ -120,8 +122,9 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
         coefficients(plan, at, t0=t0, rows=rows)
         read(plan, at, t0=t0, rows=rows)
         for t in range(rows):
-            for d in T.vectorized(Dk):
-                total[d] = total[d] + K[t, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    total[d * LANES + x] = total[d * LANES + x] + K[t, d * LANES + x]
         leave(plan, at, rows=rows)
 
 
@@ -142,8 +145,9 @@ def read(plan: Plan, at: Values, *, t0, rows) -> None:
     def layers():
         take_rows(at.q, Dk, at, Q, t0=t0, rows=rows)
         for t in range(rows):
-            for d in T.vectorized(Dk):
-                Q[t, d] = at.scale * Q[t, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    Q[t, d * LANES + x] = at.scale * Q[t, d * LANES + x]
         columns(Q, Dk, 0, 1, 0, at.BP, at.QT)
         read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
         if plan.flags.mixes:
@@ -166,6 +170,7 @@ def read_second(plan: Plan, at: Values, *, t0, rows) -> None:
         read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
         if at.residual > 0:
             for t in range(rows):
-                for n in T.vectorized(plan.both):
-                    Y[t, n] = Y[t, n] + Q[t, n]
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        Y[t, n * LANES + x] = Y[t, n * LANES + x] + Q[t, n * LANES + x]
         put_rows(at, Y, at.online, Dv, t0=t0, rows=rows)

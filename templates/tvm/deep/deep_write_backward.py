@@ -9,7 +9,7 @@ a time, and kept in scratch.
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from ..tiles import clear, columns
+from ..tiles import LANES, clear, columns
 from .coefficients_backward import coefficients_backward, tables
 from .gradients_backward import gradients, gradients_backward
 from .plan import Plan
@@ -250,8 +250,9 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
     def layers():
         take_rows(at.q, Dk, at, at.Q, t0=t0, rows=rows)
         for t in range(rows):
-            for d in T.vectorized(Dk):
-                at.Q[t, d] = at.scale * at.Q[t, d]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.Q[t, d * LANES + x] = at.scale * at.Q[t, d * LANES + x]
         columns(at.Q, Dk, 0, 1, 0, at.BP, at.QT)
         if mixes:
             take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
@@ -264,8 +265,9 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
             read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
             own_gate(plan, at, t0=t0, rows=rows)
         for t in range(rows):
-            for n in T.vectorized(Dv):
-                at.GY[t, n] = at.own[at.row0 + (t0 + t) * at.heads] * at.GY[t, n]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.GY[t, n * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * at.GY[t, n * LANES + x]
         columns(at.GY, Dv, 0, 1, 0, at.BP, at.GYT)
 
 
@@ -280,8 +282,9 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
             take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
         elif at.residual > 0:
             for t in range(rows):
-                for n in T.vectorized(plan.both):
-                    at.Y[t, n] = at.Y[t, n] + at.Q[t, n]
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        at.Y[t, n * LANES + x] = at.Y[t, n * LANES + x] + at.Q[t, n * LANES + x]
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads
             dot(at.Y, at.GY, t, Dv, lanes)
@@ -326,16 +329,19 @@ def read_backward(plan: Plan, at: Values, *, t0, rows) -> None:
             # The gradient of z is that of all states together: it has been there before.
             take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
             for t in range(rows):
-                for e in T.vectorized(E):
-                    at.dZQ[t, e] = at.own[at.row0 + (t0 + t) * at.heads] * at.dZQ[t, e]
+                for e in range(E // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dZQ[t, e * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * at.dZQ[t, e * LANES + x]
         else:
             for t in range(rows):
-                for e in T.vectorized(E):
-                    at.dZQ[t, e] = at.LQ[t, e] * at.dZQ[t, e]
+                for e in range(E // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dZQ[t, e * LANES + x] = at.LQ[t, e * LANES + x] * at.dZQ[t, e * LANES + x]
         columns(at.dZQ, E, 0, 1, 0, rows, at.dHT)
         read_layer_backward(plan, at, **up, **first, rows=rows)
         if T.And(alone, at.residual > 0):
             for t in range(rows):
-                for n in T.vectorized(plan.both):
-                    at.dQ[t, n] = at.dQ[t, n] + at.GY[t, n]
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dQ[t, n * LANES + x] = at.dQ[t, n * LANES + x] + at.GY[t, n * LANES + x]
         put_rows(at, at.dQ, at.dq, Dk, t0=t0, rows=rows)

@@ -15,8 +15,9 @@ def pack(plan, at, *, t0, rows) -> None:
     def queries():
         columns(at.q, Dk, at.row0, at.heads, t0, rows, QT)
         for d in range(Dk):
-            for t in T.vectorized(plan.chunk):
-                QT[d, t] = at.scale * QT[d, t]
+            for t in range(plan.chunk // LANES):
+                for x in T.vectorized(LANES):
+                    QT[d, t * LANES + x] = at.scale * QT[d, t * LANES + x]
 
 
 def gates(plan, at, *, t0, rows, seen, spread) -> None:

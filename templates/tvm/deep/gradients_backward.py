@@ -6,7 +6,7 @@
 from tvm.script import tirx as T
 
 from ..kernel import emit
-from ..tiles import columns
+from ..tiles import LANES, columns
 from .tiles import add, curve, overwrite, product, slopes
 from .walk import take_rows, tiles
 
@@ -38,21 +38,25 @@ def gradients(plan, at, *, t0, rows) -> None:
         if plan.flags.momentum:
             tiles(rows, Dv, R, C, of_out)
             for t in range(rows):
-                for n in T.vectorized(Dv):
-                    ERR[t, n] = T.float32(2) * (at.O[t, n] - ERR[t, n])
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = T.float32(2) * (at.O[t, n * LANES + x] - ERR[t, n * LANES + x])
                 if at.residual > 0:
-                    for n in T.vectorized(plan.both):
-                        ERR[t, n] = ERR[t, n] + T.float32(2) * K[t, n]
+                    for n in range(plan.both // LANES):
+                        for x in T.vectorized(LANES):
+                            ERR[t, n * LANES + x] = ERR[t, n * LANES + x] + T.float32(2) * K[t, n * LANES + x]
         else:
             for t in range(rows):
-                for n in T.vectorized(Dv):
-                    ERR[t, n] = -ERR[t, n]
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         columns(at.W, Dv, 0, 1, 0, E, at.WT)
         tiles(rows, E, R, C, of_back)
         for t in range(rows):
-            for e in T.vectorized(E):
-                BACK[t, e] = RAW[t, e] * L[t, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    BACK[t, e * LANES + x] = RAW[t, e * LANES + x] * L[t, e * LANES + x]
 
 
 def gradients_backward(plan, at, *, t0, rows) -> None:
@@ -86,30 +90,36 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
     def products():
         curve(at.H, RAW, dBACK, at.weighed, rows, E)  # dBACK * RAW * gelu''(H)
         for t in range(rows):
-            for e in T.vectorized(E):
-                dBACK[t, e] = dBACK[t, e] * L[t, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    dBACK[t, e * LANES + x] = dBACK[t, e * LANES + x] * L[t, e * LANES + x]
         columns(dBACK, E, 0, 1, 0, rows, XT)
         tiles(rows, Dv, R, C, errors)
         tiles(E, Dv, R, C, down(dBACK, at.ERR))
         if squared:
             for t in range(rows):
-                for n in T.vectorized(Dv):
-                    dERR[t, n] = T.float32(2) * dERR[t, n]
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        dERR[t, n * LANES + x] = T.float32(2) * dERR[t, n * LANES + x]
                 if at.residual > 0:
-                    for n in T.vectorized(plan.both):
-                        dK[t, n] = dK[t, n] + dERR[t, n]
+                    for n in range(plan.both // LANES):
+                        for x in T.vectorized(LANES):
+                            dK[t, n * LANES + x] = dK[t, n * LANES + x] + dERR[t, n * LANES + x]
             columns(dERR, Dv, 0, 1, 0, rows, at.VT)
             tiles(rows, E, R, C, units)
             tiles(E, Dv, R, C, down(at.Z, dERR))
         for t in range(rows):
-            for e in T.vectorized(E):
-                dZ[t, e] = dZ[t, e] * L[t, e] + at.weighed[t, e]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    dZ[t, e * LANES + x] = dZ[t, e * LANES + x] * L[t, e * LANES + x] + at.weighed[t, e * LANES + x]
         columns(dZ, E, 0, 1, 0, rows, XT)
         tiles(rows, Dk, R, C, keys)
         tiles(Dk, E, R, C, up)
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads
-            for d in T.vectorized(Dk):
-                at.dk[row, d] = dK[t, d]
-            for n in T.vectorized(Dv):
-                at.dv[row, n] = -dERR[t, n]
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.dk[row, d * LANES + x] = dK[t, d * LANES + x]
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.dv[row, n * LANES + x] = -dERR[t, n * LANES + x]

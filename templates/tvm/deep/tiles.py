@@ -234,13 +234,15 @@ def curve(H, by, other, out, rows, width):
 @inline
 def copy(source, row, target, at, rows, width):
     for d in range(rows):
-        for n in T.vectorized(width):
-            target[at + d, n] = source[row + d, n]
+        for n in range(width // LANES):
+            for x in T.vectorized(LANES):
+                target[at + d, n * LANES + x] = source[row + d, n * LANES + x]
 
 
 # The same, added to what is there.
 @inline
 def accumulate(source, row, target, at, rows, width):
     for d in range(rows):
-        for n in T.vectorized(width):
-            target[at + d, n] = target[at + d, n] + source[row + d, n]
+        for n in range(width // LANES):
+            for x in T.vectorized(LANES):
+                target[at + d, n * LANES + x] = target[at + d, n * LANES + x] + source[row + d, n * LANES + x]

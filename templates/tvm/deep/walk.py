@@ -104,11 +104,13 @@ def take_rows(source, width, at, target, *, t0, rows) -> None:
     @emit
     def copies():
         for t in range(rows):
-            for d in T.vectorized(width):
-                target[t, d] = source[row0 + (t0 + t) * heads, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[t, d * LANES + x] = source[row0 + (t0 + t) * heads, d * LANES + x]
         for t in range(at.BP - rows):
-            for d in T.vectorized(width):
-                target[rows + t, d] = T.float32(0)
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[rows + t, d * LANES + x] = T.float32(0)
 
 
 def put_rows(at, source, target, width, *, t0, rows) -> None:
@@ -118,8 +120,9 @@ def put_rows(at, source, target, width, *, t0, rows) -> None:
     @emit
     def copies():
         for t in range(rows):
-            for d in T.vectorized(width):
-                target[row0 + (t0 + t) * heads, d] = source[t, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[row0 + (t0 + t) * heads, d * LANES + x] = source[t, d * LANES + x]
 
 
 def chunk_rows(inner):
@@ -167,15 +170,18 @@ def gradients(plan, at, *, t0, rows) -> None:
         if squared:
             tiles(rows, Dv, R, C, of_out)
             for t in range(rows):
-                for n in T.vectorized(Dv):
-                    ERR[t, n] = T.float32(2) * (at.O[t, n] - ERR[t, n])
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = T.float32(2) * (at.O[t, n * LANES + x] - ERR[t, n * LANES + x])
                 if at.residual > 0:
-                    for n in T.vectorized(plan.both):
-                        ERR[t, n] = ERR[t, n] + T.float32(2) * K[t, n]
+                    for n in range(plan.both // LANES):
+                        for x in T.vectorized(LANES):
+                            ERR[t, n * LANES + x] = ERR[t, n * LANES + x] + T.float32(2) * K[t, n * LANES + x]
         else:
             for t in range(rows):
-                for n in T.vectorized(Dv):
-                    ERR[t, n] = -ERR[t, n]
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, ERRT)
         columns(W, Dv, 0, 1, 0, E, WT)
         tiles(rows, E, R, C, of_back)
@@ -219,8 +225,9 @@ def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, col
             # Tiles go beyond the diagonal, where a weight is 0 but a row may be NaN.
             for t in range(rows):
                 for j in range(t + 1):
-                    for n in T.vectorized(cols):
-                        out[t, n] = out[t, n] - P[j, t] * errors[j, n]
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            out[t, n * LANES + x] = out[t, n * LANES + x] - P[j, t] * errors[j, n * LANES + x]
 
 
 def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows) -> None:
@@ -241,20 +248,23 @@ def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows)
         if plan.flags.momentum:
             if at.carries > 0:
                 for d in range(width):
-                    for n in T.vectorized(cols):
-                        state[d, n] = ends[0] * state[d, n] - ends[1] * momentum[d, n]
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            state[d, n * LANES + x] = ends[0] * state[d, n * LANES + x] - ends[1] * momentum[d, n * LANES + x]
             else:
                 if decays:
                     for d in range(width):
-                        for n in T.vectorized(cols):
-                            state[d, n] = ends[0] * state[d, n]
+                        for n in range(cols // LANES):
+                            for x in T.vectorized(LANES):
+                                state[d, n * LANES + x] = ends[0] * state[d, n * LANES + x]
         tiles(width, cols, R, C, of_state)
         if plan.flags.momentum:
             if at.carries > 0:
                 weigh_rows(plan, at, inputs=inputs, width=width, by=1, rows=rows)
                 for d in range(width):
-                    for n in T.vectorized(cols):
-                        momentum[d, n] = ends[2] * momentum[d, n]
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            momentum[d, n * LANES + x] = ends[2] * momentum[d, n * LANES + x]
                 tiles(width, cols, R, C, of_momentum)
 
 
@@ -265,5 +275,6 @@ def weigh_rows(plan, at, *, inputs, width, by, rows) -> None:
     @emit
     def products():
         for j in range(rows):
-            for d in T.vectorized(width):
-                X[j, d] = last[by, j] * inputs[j, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    X[j, d * LANES + x] = last[by, j] * inputs[j, d * LANES + x]

@@ -83,8 +83,9 @@ def weigh_entering(plan, at, *, X, dX, width, rows) -> None:
         for t in range(rows):
             dot(X, dX, t, width, lanes)
             dkeep[0, t] = dkeep[0, t] + lanes[3, 0]
-            for d in T.vectorized(width):
-                dX[t, d] = keep[0, t] * dX[t, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    dX[t, d * LANES + x] = keep[0, t] * dX[t, d * LANES + x]
 
 
 def read_momentum(plan, at, *, X, RT, momentumT, dX, width, cols, rows) -> None:
@@ -101,8 +102,9 @@ def read_momentum(plan, at, *, X, RT, momentumT, dX, width, cols, rows) -> None:
         for t in range(rows):
             dot(X, Y, t, width, lanes)
             dkeep[1, t] = dkeep[1, t] - lanes[3, 0]
-            for d in T.vectorized(width):
-                dX[t, d] = dX[t, d] - keep[1, t] * Y[t, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    dX[t, d * LANES + x] = dX[t, d * LANES + x] - keep[1, t] * Y[t, d * LANES + x]
 
 
 # lanes[3, 0] = <X[t], Y[t]>.
@@ -155,8 +157,9 @@ def earlier(plan, at, *, weights, source, width, out, rows) -> None:
         else:
             for t in range(rows):
                 for j in range(t + 1):
-                    for d in T.vectorized(width):
-                        out[t, d] = out[t, d] - weights[j, t] * source[j, d]
+                    for d in range(width // LANES):
+                        for x in T.vectorized(LANES):
+                            out[t, d * LANES + x] = out[t, d * LANES + x] - weights[j, t] * source[j, d * LANES + x]
 
 
 def later(plan, at, *, weights, source, width, out, rows) -> None:
@@ -176,8 +179,9 @@ def later(plan, at, *, weights, source, width, out, rows) -> None:
         else:
             for j in range(rows):
                 for t in range(rows - j):
-                    for d in T.vectorized(width):
-                        out[j, d] = out[j, d] - weights[j, j + t] * source[j + t, d]
+                    for d in range(width // LANES):
+                        for x in T.vectorized(LANES):
+                            out[j, d * LANES + x] = out[j, d * LANES + x] - weights[j, j + t] * source[j + t, d * LANES + x]
 
 
 def outer(plan, at, *, X, width, by, R, cols, out, rows) -> None:
@@ -191,8 +195,9 @@ def outer(plan, at, *, X, width, by, R, cols, out, rows) -> None:
     @emit
     def sums():
         for t in range(rows):
-            for d in T.vectorized(width):
-                Y[t, d] = keep[by, t] * X[t, d]
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    Y[t, d * LANES + x] = keep[by, t] * X[t, d * LANES + x]
         tiles(width, cols, A, C, of_rows)
 
 
@@ -232,13 +237,15 @@ def leave_layer_backward(
                 inner(dends, 1, dstate, momentum, width, cols, at.back, T.float32(-1))
                 inner(dends, 2, dmomentum, momentum, width, cols, at.back, T.float32(1))
                 for d in range(width):
-                    for n in T.vectorized(cols):
-                        dmomentum[d, n] = ends[2] * dmomentum[d, n] - ends[1] * dstate[d, n]
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            dmomentum[d, n * LANES + x] = ends[2] * dmomentum[d, n * LANES + x] - ends[1] * dstate[d, n * LANES + x]
         if plan.flags.decays:
             inner(dends, 0, dstate, state, width, cols, at.back, T.float32(1))
             for d in range(width):
-                for n in T.vectorized(cols):
-                    dstate[d, n] = ends[0] * dstate[d, n]
+                for n in range(cols // LANES):
+                    for x in T.vectorized(LANES):
+                        dstate[d, n * LANES + x] = ends[0] * dstate[d, n * LANES + x]
 
 
 def by_rows(plan, at, *, V, errors, derrors, cols, by, rows) -> None:
@@ -251,12 +258,14 @@ def by_rows(plan, at, *, V, errors, derrors, cols, by, rows) -> None:
             dot(V, errors, j, cols, lanes)
             if by == 0:
                 dlast[0, j] = dlast[0, j] - lanes[3, 0]
-                for n in T.vectorized(cols):
-                    derrors[j, n] = derrors[j, n] - last[0, j] * V[j, n]
+                for n in range(cols // LANES):
+                    for x in T.vectorized(LANES):
+                        derrors[j, n * LANES + x] = derrors[j, n * LANES + x] - last[0, j] * V[j, n * LANES + x]
             else:
                 dlast[1, j] = dlast[1, j] + lanes[3, 0]
-                for n in T.vectorized(cols):
-                    derrors[j, n] = derrors[j, n] + last[1, j] * V[j, n]
+                for n in range(cols // LANES):
+                    for x in T.vectorized(LANES):
+                        derrors[j, n * LANES + x] = derrors[j, n * LANES + x] + last[1, j] * V[j, n * LANES + x]
 
 
 # total[at] += sign <X, Y>.
