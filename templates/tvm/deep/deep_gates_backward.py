@@ -49,8 +49,8 @@ def every_reader(plan: Plan, x: Values) -> None:
             w = T.meta_var(scratch(total=f32(Dk), dr=f32(x.tokens), mean=f32(2), after=f32(Dk)))
             at = T.meta_var(x.plus(w, bh=bh, s=s, row0=row0, past=s - x.first[s], base=bh * x.N + x.first[s]))
             for d in range(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    w.total[d * LANES + x] = T.float32(0)
+                for z in T.vectorized(LANES):
+                    w.total[d * LANES + z] = T.float32(0)
             for t in range(x.end[s] - x.begin[s]):
                 one_token(plan, at, t=t)
             keys_of_means(plan, at)
@@ -67,8 +67,8 @@ def one_token(plan: Plan, at: Values, *, t) -> None:
         at_t: T.let = begin[at.s] + t
         row: T.let = at.row0 + (begin[at.s] + t) * at.heads
         for d in range(Dk // LANES):
-            for x in T.vectorized(LANES):
-                total[d * LANES + x] = total[d * LANES + x] + at.k[row, d * LANES + x]
+            for z in T.vectorized(LANES):
+                total[d * LANES + z] = total[d * LANES + z] + at.k[row, d * LANES + z]
         mean[0] = at.own[row] * at.down_own[row]
         for i in range(past):
             # What was not chosen has no gradient, and nothing has written one.
@@ -76,14 +76,14 @@ def one_token(plan: Plan, at: Values, *, t) -> None:
                 mean[0] = mean[0] + gamma[base + i, at_t] * dgamma[base + i, at_t]
         at.dr[t] = at.own[row] * (at.down_own[row] - mean[0]) / T.cast(t + 1, "float32")
         for d in range(Dk // LANES):
-            for x in T.vectorized(LANES):
-                at.du[row, d * LANES + x] = at.dr[t] * total[d * LANES + x]
+            for z in T.vectorized(LANES):
+                at.du[row, d * LANES + z] = at.dr[t] * total[d * LANES + z]
         for i in range(past):
             if read_at_all(gamma[base + i, at_t]):
                 dgamma[base + i, at_t] = gamma[base + i, at_t] * (dgamma[base + i, at_t] - mean[0])
                 for d in range(Dk // LANES):
-                    for x in T.vectorized(LANES):
-                        at.du[row, d * LANES + x] = at.du[row, d * LANES + x] + dgamma[base + i, at_t] * at.means[base + i, d * LANES + x]
+                    for z in T.vectorized(LANES):
+                        at.du[row, d * LANES + z] = at.du[row, d * LANES + z] + dgamma[base + i, at_t] * at.means[base + i, d * LANES + z]
             else:
                 dgamma[base + i, at_t] = T.float32(0)
 
@@ -95,17 +95,17 @@ def keys_of_means(plan: Plan, at: Values) -> None:
     @emit
     def from_the_last():
         for d in range(Dk // LANES):
-            for x in T.vectorized(LANES):
-                after[d * LANES + x] = T.float32(0)
+            for z in T.vectorized(LANES):
+                after[d * LANES + z] = T.float32(0)
         for i in range(at.end[s] - at.begin[s]):
             t: T.let = at.end[s] - at.begin[s] - 1 - i
             row: T.let = at.row0 + (at.begin[s] + t) * at.heads
             for d in range(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    after[d * LANES + x] = after[d * LANES + x] + at.dr[t] * at.u[row, d * LANES + x]
+                for z in T.vectorized(LANES):
+                    after[d * LANES + z] = after[d * LANES + z] + at.dr[t] * at.u[row, d * LANES + z]
             for d in range(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    at.dk[row, d * LANES + x] = at.dk[row, d * LANES + x] + after[d * LANES + x]
+                for z in T.vectorized(LANES):
+                    at.dk[row, d * LANES + z] = at.dk[row, d * LANES + z] + after[d * LANES + z]
 
 
 def every_state(plan: Plan, x: Values) -> None:
@@ -121,8 +121,8 @@ def every_state(plan: Plan, x: Values) -> None:
             w = T.meta_var(scratch(dp=f32(Dk), stop=i32(1)))
             dp = T.meta_var(w.dp)
             for d in range(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    dp[d * LANES + x] = T.float32(0)
+                for z in T.vectorized(LANES):
+                    dp[d * LANES + z] = T.float32(0)
             w.stop[0] = x.end[s]
             for j in range(x.N - s):
                 if x.first[s + j] == x.first[s]:
