@@ -13,17 +13,18 @@ def _fits_registers(config: Config, problem: Problem, target: Target) -> bool:
     return config.integer("rows") * vectors + 2 <= registers
 
 
-_WIDE = Config.of({"split": 1, "cols": 64, "rows": 2, "prefetch": 0})
+# Whole rows of a layer, read in the order of memory: strips of them are two to three times slower.
+_WIDE = Config.of({"split": 1, "cols": 256, "rows": 1, "prefetch": 0})
 
 SPACE = SearchSpace(
     params=(
         Pow2("split", 1, 8, "shares of a head's cached states, each a task of its own"),
-        Int("cols", (16, 32, 48, 64, 128), "columns of a register tile"),
+        Int("cols", (16, 32, 48, 64, 128, 256), "columns of a register tile"),
         Pow2("rows", 1, 8, "rows of a layer whose sums are kept apart"),
         Choice("prefetch", (0, 512, 1024, 2048, 4096), "bytes ahead of a layer's row that are fetched; 0 for none"),
     ),
     constraints=(Constraint("registers", _fits_registers, "the sums of a read would spill"),),
     default=_WIDE,
     # For AVX2's 16 registers.
-    fallbacks=(_WIDE.replace(cols=32), _WIDE.replace(cols=16)),
+    fallbacks=(_WIDE.replace(cols=64), _WIDE.replace(cols=32), _WIDE.replace(cols=16)),
 )
