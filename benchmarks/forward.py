@@ -282,7 +282,7 @@ def table(result: Result) -> str:
             f"{timed.low:.2f} to {timed.high:.2f}",
             f"{counted / timed.ms / 1e6:.0f}",
             f"{timed.ms / result.timed.ms:.2f}",
-            f"{bound:.0%}" if bound is not None else "-",
+            f"{bound:.0%}",
             f"{timed.error:.1e}",
         )
 

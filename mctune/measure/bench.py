@@ -83,8 +83,8 @@ class Result:
     rates: Rates
 
     @property
-    def fraction_of_bound(self) -> float | None:
-        """The shortest possible time at the measured rates over the time taken; ``None`` without a work count."""
+    def fraction_of_bound(self) -> float:
+        """The shortest possible time at the measured rates over the time taken."""
         return fraction_of_bound(self.problem, self.timed.ms, self.rates)
 
 
@@ -92,9 +92,9 @@ Note = Callable[[str], None]
 """Takes a remark for a person: what is being timed, what was left out."""
 
 
-def fraction_of_bound(problem: Problem, ms: float, rates: Rates) -> float | None:
-    """The time that no implementation can beat at these rates, over ``ms``; ``None`` for deep memories."""
-    return None if problem.deep else bound(work(problem), rates.sgemm, rates.copy) * 1e3 / ms
+def fraction_of_bound(problem: Problem, ms: float, rates: Rates) -> float:
+    """The time that no implementation can beat at these rates, over ``ms``."""
+    return bound(work(problem), rates.sgemm, rates.copy) * 1e3 / ms
 
 
 def measure(contenders: Sequence[Contender], *, rounds: int, seed: int = 0, note: Note) -> Measurement:
