@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from mctune.runtime.api.step import memory_caching_step
 from mctune.runtime.memory import Rules
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, tolerance
-from mctune.verify.package import load_package
+from mctune.verify.package import find_entry, launcher_of, load_package
 from mctune.verify.passes import memory_of
 
 STATES = 64
@@ -129,12 +128,10 @@ def kernel_step(kernel: Any, problem: Problem, inputs: Inputs) -> Step:
 def kernel_of(problem: Problem, target: Target, package: Path | None, folder: Path) -> tuple[Config, Any]:
     """The kernel of the package that serves the problem, else one of the space's default, built into ``folder``."""
     if package is not None:
-        runtime = load_package(package).runtime
-        names = [field.name for field in fields(runtime.table.Request) if field.name != "device"]
-        request = runtime.table.Request(**{name: getattr(problem, name) for name in names}, device="cpu")
-        entry = runtime.table.find(runtime.dispatch.TABLE, request, "tvm")
+        module = load_package(package)
+        entry = find_entry(module, problem, "cpu", "tvm")
         if entry is not None:
-            return Config.of(entry.record["config"]), runtime.dispatch.launcher(entry)
+            return Config.of(entry.record["config"]), launcher_of(module, entry)
         say(f"{package} has no kernel for {problem}; one is built")
     backend = TvmBackend()
     space = backend.space(problem)

@@ -30,6 +30,7 @@ from mctune.measure.documents import document
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
 from mctune.verify.inputs import make_inputs
+from mctune.verify.package import find_entry, launcher_of, load_package
 from mctune.verify.passes import PASSES
 
 TINY = Problem(T=96, H=1, Dk=64, Dv=64, segment_length=32)
@@ -154,6 +155,22 @@ def test_deep_memories_have_a_bound_too() -> None:
     result = Result(deep, "eager", Config.of({}), timed(3.0), {}, RATES)
     counted = work(deep)
     assert result.fraction_of_bound == pytest.approx(max(counted.operations / 100e9, counted.bytes / 10e9) / 3e-3)
+
+
+def test_benchmarks_find_the_kernels_of_a_package(package: Path) -> None:
+    module = load_package(package)
+    entry = find_entry(module, TINY.replace(T=200), "cpu", "tvm")
+    assert entry is not None and launcher_of(module, entry)
+    for other in (TINY.replace(Dk=32, Dv=32), TINY.replace(recurrence="dla"), TINY.replace(pass_="decode")):
+        assert find_entry(module, other, "cpu", "tvm") is None
+    assert find_entry(module, TINY, "cpu", "triton") is None
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        decode = importlib.import_module("decode")
+        config, _ = decode.kernel_of(TINY, TARGET, package, package.parent)
+    finally:
+        sys.path.pop(0)
+    assert config["chunk"] == 32
 
 
 def test_a_package_from_the_command_line(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
