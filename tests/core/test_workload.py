@@ -49,6 +49,8 @@ def test_cases() -> None:
     case = Case.of(fields, (64, 32, 64))
     assert case.segment_lengths == (32, 64) and case.problem.segment_length == 32
     assert " C32,64 " in str(case)
+    deep = Case.of({**fields, "recurrence": "titans", "inner_chunk": 8}, (64, 32))
+    assert " D8 E32 C32,64 b8 float32" in str(deep)
     assert Case.of({**fields, "segment_length": 16}, (32,)).segment_lengths == (16,)
     assert Case.of({**fields, "segmentation": "logarithmic"}, (32,)).segment_lengths == ()
     with pytest.raises(UsageError, match="no segment length"):
