@@ -13,7 +13,7 @@ from mctune.core.workload import Case, load_workload, read_workload, workload_na
 
 
 def test_the_shipped_workloads() -> None:
-    assert workload_names() == ("decisive", "decode", "paper", "quick", "train")
+    assert workload_names() == ("decisive", "decode", "deep", "paper", "quick", "train")
     quick = load_workload("quick")
     assert quick.timeout_s is not None and quick.timeout_s <= 300
     assert load_workload("quick", gpu=True).timeout_s == 420
@@ -25,6 +25,11 @@ def test_the_shipped_workloads() -> None:
     train = load_workload("train").cases
     assert {c.problem.pass_ for c in train} == set(PASSES)
     assert {c.problem.recurrence for c in train} == {"linear", "swla"}
+    deep = load_workload("deep")
+    reads = {(c.problem.pass_, c.problem.recurrence, c.problem.aggregation, c.problem.top_k) for c in deep.cases}
+    assert len(reads) == len(deep.cases) == len(PASSES) * 2 * 3 and all(c.problem.deep for c in deep.cases)
+    on_gpu = load_workload("deep", gpu=True).cases
+    assert {(c.problem.T, c.problem.H, c.problem.E, c.problem.dtype) for c in on_gpu} == {(16384, 16, 256, "bfloat16")}
     paper = load_workload("paper")
     shapes = {(c.problem.H * c.problem.Dk, c.problem.T, c.problem.aggregation) for c in paper.cases}
     assert shapes == {
