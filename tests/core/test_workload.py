@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mctune.core.errors import UsageError
-from mctune.core.problem import PASSES
+from mctune.core.problem import PASSES, RECURRENCES
 from mctune.core.work import cached_states
 from mctune.core.workload import Case, load_workload, read_workload, workload_names
 
@@ -24,7 +24,7 @@ def test_the_shipped_workloads() -> None:
     assert all(case.segment_lengths == (256,) for case in quick.cases[1:])
     train = load_workload("train").cases
     assert {c.problem.pass_ for c in train} == set(PASSES)
-    assert {c.problem.recurrence for c in train} == {"linear", "swla"}
+    assert {c.problem.recurrence for c in train} == set(RECURRENCES)
     deep = load_workload("deep")
     reads = {(c.problem.pass_, c.problem.recurrence, c.problem.aggregation, c.problem.top_k) for c in deep.cases}
     assert len(reads) == len(deep.cases) == len(PASSES) * 2 * 3 and all(c.problem.deep for c in deep.cases)
