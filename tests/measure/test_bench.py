@@ -29,6 +29,7 @@ from mctune.measure.bench import Contender, Rates, Result, eager, measure
 from mctune.measure.documents import document
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
+from mctune.runtime.api.functional import memory_caching
 from mctune.verify.inputs import make_inputs
 from mctune.verify.package import find_entry, launcher_of, load_package
 from mctune.verify.passes import PASSES
@@ -118,6 +119,19 @@ def test_ssc_may_read_another_segment_where_logits_are_equal() -> None:
         measure([differs(2)], rounds=1, note=pytest.fail)
 
 
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize(("recurrence", "names"), [("linear", ["eager", "torch.compile"]),
+                                                   ("titans", ["eager", "vmap(grad)"])])  # fmt: skip
+def test_passes_are_timed_as_what_they_are(pass_: str, recurrence: str, names: list[str]) -> None:
+    """A backward is a training step: all gradients are held to a reference, not y."""
+    problem = TINY.replace(T=40, Dk=8, Dv=8, segment_length=16, pass_=pass_, recurrence=recurrence)
+    found = measure(bench.baselines(problem), rounds=1, note=pytest.fail)
+    assert list(found.times) == names and max(one.error for one in found.times.values()) < 5e-6
+    given = bench.run_of(memory_caching, "eager")(problem, make_inputs(problem, 0))
+    others = {"dg", "deta", "dmu", "dW_up", "dW_down"} if recurrence == "titans" else set()
+    assert set(given) == ({"y"} if pass_ == "forward" else {"dq", "dk", "dv", "du"} | others)
+
+
 def test_what_cannot_run_is_left_out_aloud_if_it_may() -> None:
     def run(problem: Problem, inputs: Any) -> torch.Tensor:
         raise RuntimeError("no C++ compiler\nand a long story")
@@ -191,13 +205,25 @@ def test_without_a_package_the_eager_path_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = (Case.of({"T": 96, "H": 1, "Dk": 8, "Dv": 8}, (16, 32, 48)),
+             Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "pass": "decode"}, (8,)),
+             Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "pass": "backward"}, (8,)),
              Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "segmentation": "logarithmic"}, ()))  # fmt: skip
     monkeypatch.setattr(bench, "load_workload", lambda name: Workload(name, "", 1, None, cases))
     assert main(["bench", "--rounds", "1"]) == 0
-    header, constant, logarithmic = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    header, constant, backward, logarithmic = printed.out.splitlines()
     assert header.split()[:2] == ["problem", "backend"]
     assert " C32 " in constant and " eager " in constant and "torch.compile" in constant
-    assert " log " in logarithmic
+    assert " log " in logarithmic and backward.startswith("backward ") and " eager step " in backward
+    assert "left out: benchmarks/decode.py times decode steps" in printed.err
+
+
+def test_a_backward_without_a_forward_is_left_out(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"problem": TINY.replace(Dk=32, Dv=32, pass_="backward").to_dict(), "backend": "tvm", "config": {}}
+    monkeypatch.setattr(bench, "read_entries", lambda path: [alone])
+    notes: list[str] = []
+    _, results = bench.bench_package(package, rounds=1, note=notes.append)
+    assert not results and notes[0].endswith("left out: the package has no forward kernel to train with")
 
 
 def test_packages_that_cannot_be_timed(
