@@ -30,6 +30,7 @@ from mctune.measure.documents import document
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
 from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.kernels.support import Support
 from mctune.verify.inputs import make_inputs
 from mctune.verify.package import find_entry, launcher_of, load_package
 from mctune.verify.passes import PASSES
@@ -171,7 +172,7 @@ def test_deep_memories_have_a_bound_too() -> None:
     assert result.fraction_of_bound == pytest.approx(max(counted.operations / 100e9, counted.bytes / 10e9) / 3e-3)
 
 
-def test_benchmarks_find_the_kernels_of_a_package(package: Path) -> None:
+def test_benchmarks_find_the_kernels_of_a_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load_package(package)
     entry = find_entry(module, TINY.replace(T=200), "cpu", "tvm")
     assert entry is not None and launcher_of(module, entry)
@@ -182,6 +183,13 @@ def test_benchmarks_find_the_kernels_of_a_package(package: Path) -> None:
     try:
         decode = importlib.import_module("decode")
         config, _ = decode.kernel_of(TINY, TARGET, package, package.parent)
+        monkeypatch.setattr(decode, "computes", lambda backend, problem: Support.no("no template"))
+        assert decode.kernel_of(TINY.replace(recurrence="dla"), TARGET, package, package.parent) is None
+        for change in ({}, {"aggregation": "ssc", "top_k": 2}):
+            few = decode.DEEP.replace(H=2, Dk=8, Dv=8, **change)
+            found = decode.bench(few, None, 1)
+            assert found.backend == "eager" and set(found.baselines) == {"vmap(grad)"}
+            assert decode.said([found]).startswith(str(few))
     finally:
         sys.path.pop(0)
     assert config["chunk"] == 32
