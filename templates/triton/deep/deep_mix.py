@@ -18,7 +18,6 @@ import triton.language as tl
 from .deep_common import (
     Dims,
     Gates,
-    Layers,
     Spans,
     Strengths,
     Tables,
@@ -48,7 +47,7 @@ def _gate(gates, tile, i, bh, T, N, ROUTED: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["together", "T", "H", "N"])
 def mix_hidden_kernel(
-    q, states, gates, hidden, spans, tiles, scale, together, T, H, N,
+    q, up, gates, hidden, spans, tiles, scale, together, T, H, N,
     ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens of a head, EB hidden units; x U_t in, gelu of what all states make of x out."""
@@ -63,14 +62,14 @@ def mix_hidden_kernel(
     acc = _gate(gates, tile, tile.segment, bh, T, N, ROUTED=ROUTED, BT=BT)[:, None] * own
     for i in range(tile.oldest, tile.segment):
         gate = _gate(gates, tile, i, bh, T, N, ROUTED=ROUTED, BT=BT) * scale
-        up = load_block(states + (bh * N + i) * (dims.SK * dims.SE), 0, column, dims.SK, dims.SE, dims.PK, EB)
-        acc += gate[:, None] * tl.dot(q_t, up, input_precision=PRECISION)
+        state = load_block(up + (bh * N + i) * (dims.SK * dims.SE), 0, column, dims.SK, dims.SE, dims.PK, EB)
+        acc += gate[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
     store_rows(hidden, gelu(acc), tile.first, tile.stop, dims.SE, column, dims.SE, BT, EB)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def replay_kernel(
-    hidden, z, error, v, first, strengths, spans, online, T, H,
+    hidden, z, error, v, W_down, strengths, spans, partials, T, H,
     INDEPENDENT: tl.constexpr, SQUARED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
@@ -84,9 +83,10 @@ def replay_kernel(
     strengths = strengths_of(strengths, bh, T, H)
     hidden += bh * T * dims.SE
     z += bh * T * dims.SE
-    online += (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
-    down = load_block(first + bh % H * (dims.DE * dims.DV), column, 0, dims.DE, dims.DV, EB, dims.PV)
-    surprise = tl.zeros([EB, dims.PV], tl.float32)
+    partials += (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
+    down = load_block(W_down + bh % H * (dims.DE * dims.DV), column, 0, dims.DE, dims.DV, EB, dims.PV)
+    PV: tl.constexpr = dims.PV
+    surprise = tl.zeros([EB, PV], tl.float32)
     i = tl.arange(0, ROWS)
     seen = i[:, None] >= i[None, :]
     if INDEPENDENT:
@@ -120,21 +120,22 @@ def replay_kernel(
                 left = (row_of(by.since, last)[:, None] * rows).to(x.dtype)
                 carried = row_of(by.upto, last) * surprise
                 surprise = tl.dot(tl.trans(left), e_t, carried, input_precision=PRECISION)
-            store_rows(online, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
+            store_rows(partials, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
 
 
 @triton.jit(do_not_specialize=["parts", "together", "T", "H", "N"])
 def mix_output_kernel(
-    q, states, gates, hidden, online, spans, tiles, y, scale, added, parts, together, T, H, N,
+    q, down, gates, hidden, partials, spans, tiles, y, scale, added, parts, together, T, H, N,
     ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens of a head."""
     block, bh = block_and_head(together)
     tile = load_tile(tiles + block * 2, spans, BT)
     head = bh // H * T * H + bh % H
-    acc = tl.zeros([BT, dims.PV], tl.float32)
+    PV: tl.constexpr = dims.PV
+    acc = tl.zeros([BT, PV], tl.float32)
     for part in range(0, parts):
-        own = online + (part * (tl.num_programs(1) * together * T).to(tl.int64) + head) * dims.DV
+        own = partials + (part * (tl.num_programs(1) * together * T).to(tl.int64) + head) * dims.DV
         acc += load_rows(own, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
     acc *= _gate(gates, tile, tile.segment, bh, T, N, ROUTED=ROUTED, BT=BT)[:, None]
     if dims.DK == dims.DV:
@@ -144,8 +145,8 @@ def mix_output_kernel(
         z = load_rows(hidden + bh * T * dims.SE, tile.first, tile.stop, dims.SE, e, dims.SE, BT, EB)
         for i in range(tile.oldest, tile.segment):
             gate = _gate(gates, tile, i, bh, T, N, ROUTED=ROUTED, BT=BT)
-            down = load_block(states + (bh * N + i) * (dims.SE * dims.SV), e, 0, dims.SE, dims.SV, EB, dims.PV)
-            acc += gate[:, None] * tl.dot(z, down, input_precision=PRECISION)
+            state = load_block(down + (bh * N + i) * (dims.SE * dims.SV), e, 0, dims.SE, dims.SV, EB, dims.PV)
+            acc += gate[:, None] * tl.dot(z, state, input_precision=PRECISION)
     store_rows(y + head * dims.DV, acc, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
 
 
@@ -200,22 +201,22 @@ def deep_mix(
     read = None if gates is None else Gates(gates.logits, gates.lse)
     spans = Spans(None, tables.seg_end, tables.seg_first)
     mix_hidden_kernel[(tiles.shape[0] * parts * together, heads // together)](
-        q=q, states=states[0], gates=read, hidden=hidden, spans=spans, tiles=tiles, scale=scale, together=together, T=T,
+        q=q, up=states[0], gates=read, hidden=hidden, spans=spans, tiles=tiles, scale=scale, together=together, T=T,
         H=H, N=N, ROUTED=ROUTED, PRECISION=PRECISION, dims=dims, BT=BT, EB=EB, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    online = q.new_empty((parts, B, T, H, DV), dtype=torch.float32)
+    partials = q.new_empty((parts, B, T, H, DV), dtype=torch.float32)
     lanes = Spans(tables.seg_begin, tables.seg_end)
     if not INDEPENDENT:
         lanes = lanes._replace(lane_begin=tables.seq_begin, lane_end=tables.seq_end)
     replay_kernel[((N if INDEPENDENT else tables.seq_begin.shape[0]) * parts, heads)](
-        hidden=hidden, z=z, error=error, v=v, first=first, strengths=Strengths(*strengths), spans=lanes, online=online,
-        T=T, H=H, INDEPENDENT=INDEPENDENT, SQUARED=SQUARED, PRECISION=PRECISION, dims=dims, INNER=INNER,
-        ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps, num_stages=num_stages,
+        hidden=hidden, z=z, error=error, v=v, W_down=first, strengths=Strengths(*strengths), spans=lanes,
+        partials=partials, T=T, H=H, INDEPENDENT=INDEPENDENT, SQUARED=SQUARED, PRECISION=PRECISION, dims=dims,
+        INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     y = q.new_empty((B, T, H, DV))
     mix_output_kernel[(tiles.shape[0] * together, heads // together)](
-        q=q, states=states[1], gates=read, hidden=hidden, online=online, spans=spans, tiles=tiles, y=y, scale=scale,
+        q=q, down=states[1], gates=read, hidden=hidden, partials=partials, spans=spans, tiles=tiles, y=y, scale=scale,
         added=float(residual), parts=parts, together=together, T=T, H=H, N=N, ROUTED=ROUTED, PRECISION=PRECISION,
         dims=dims, BT=BT, EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def _add_read(acc, q_t, gate, states, place, e, scale, PRECISION: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["parts", "together", "T", "H", "N"])
 def deep_read_kernel(
-    q, states, gates, online, spans, tiles, y, scale, added, parts, together, T, H, N,
+    q, states, gates, partials, spans, tiles, y, scale, added, parts, together, T, H, N,
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr,
     EB: tl.constexpr,
 ):  # fmt: skip
@@ -56,9 +56,10 @@ def deep_read_kernel(
     valid = t < tile.stop
     head = bh // H * T * H + bh % H
     q_t = load_rows(q + head * dims.DK, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
-    acc = tl.zeros([BT, dims.PV], tl.float32)
+    PV: tl.constexpr = dims.PV
+    acc = tl.zeros([BT, PV], tl.float32)
     for part in range(0, parts):
-        own = online + (part * (tl.num_programs(1) * together * T).to(tl.int64) + head) * dims.DV
+        own = partials + (part * (tl.num_programs(1) * together * T).to(tl.int64) + head) * dims.DV
         acc += load_rows(own, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
     if ROUTED:
         lse = tl.load(gates.lse + bh * T + t, mask=valid, other=0.0)
@@ -93,7 +94,7 @@ def deep_read(
     q: torch.Tensor,
     states: tuple[torch.Tensor, torch.Tensor],
     gates: Gates | None,
-    online: torch.Tensor,
+    partials: torch.Tensor,
     tables: Tables,
     tiles: torch.Tensor,
     scale: float,
@@ -120,7 +121,7 @@ def deep_read(
         q [B, T, H, DK].
         states: end states of segments as operands, [B*H, N, SK, SE] and [B*H, N, SE, SV], in q's dtype.
         gates: of ``gates``, logits and lse; None where they are not learned.
-        online [parts, B, T, H, DV]: of ``deep_write``, float32.
+        partials [parts, B, T, H, DV]: of ``deep_write``, float32.
         tiles: of BT tokens.
         residual: whether the memory adds its input.
     """
@@ -128,9 +129,9 @@ def deep_read(
     together = math.gcd(B * H, 8)
     y = q.new_empty((B, T, H, DV))
     deep_read_kernel[(tiles.shape[0] * together, B * H // together)](
-        q=q, states=Layers(*states), gates=None if gates is None else Gates(gates.logits, gates.lse), online=online,
+        q=q, states=Layers(*states), gates=None if gates is None else Gates(gates.logits, gates.lse), partials=partials,
         spans=Spans(None, tables.seg_end, tables.seg_first), tiles=tiles, y=y, scale=scale, added=float(residual),
-        parts=online.shape[0], together=together, T=T, H=H, N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE,
+        parts=partials.shape[0], together=together, T=T, H=H, N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE,
         PRECISION=PRECISION, dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), BT=BT, EB=EB, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .deep_common import (
     Dims,
+    First,
     Layers,
     Rows,
     Spans,
@@ -49,7 +50,7 @@ class Written(NamedTuple):
         up, down [B*H, N, SK, SE], [B*H, N, SE, SV]: end states, float32.
         up_operand, down_operand: the same in k's dtype, as operands of products.
         means [B*H, N, SK]: mean keys, float32.
-        online [PARTS, B, T, H, DV]: parts of the online reads, float32, without the input that a memory adds.
+        partials [PARTS, B, T, H, DV]: parts of the online reads, float32, without the input that a memory adds.
         hidden [B*H, T, SE]: where parameters are mixed, x U_t of the online memory in k's dtype.
         z [B*H, T, SE], error [B*H, T, SV]: where parameters are mixed, rows of the second layer's writes in k's dtype;
             no error where it is -v.
@@ -60,7 +61,7 @@ class Written(NamedTuple):
     up_operand: torch.Tensor | None
     down_operand: torch.Tensor | None
     means: torch.Tensor | None
-    online: torch.Tensor | None
+    partials: torch.Tensor | None
     hidden: torch.Tensor | None = None
     z: torch.Tensor | None = None
     error: torch.Tensor | None = None
@@ -74,10 +75,11 @@ def key_means_kernel(k, seg_begin, seg_end, means, T, H, N, dims: tl.constexpr, 
     begin = tl.load(seg_begin + segment)
     end = tl.load(seg_end + segment)
     k += (bh // H * T * H + bh % H) * dims.DK
-    total = tl.zeros([dims.PK], tl.float32)
+    PK: tl.constexpr = dims.PK
+    total = tl.zeros([PK], tl.float32)
     for t0 in range(begin, end, BT):
         total += tl.sum(load_rows(k, t0, end, H * dims.DK, 0, dims.DK, BT, dims.PK).to(tl.float32), 0)
-    cols = tl.arange(0, dims.PK)
+    cols = tl.arange(0, PK)
     tl.store(means + (bh * N + segment) * dims.SK + cols, total / (end - begin), mask=cols < dims.SK)
 
 
@@ -116,8 +118,8 @@ def write_slices_kernel(
     bh = tl.program_id(1).to(tl.int64)
     rows = rows_of(rows, bh, T, H, dims)
     eta = strengths_of(strengths, bh, T, H).eta
-    up = load_block(first.up + bh % H * (dims.DK * dims.DE), 0, column, dims.DK, dims.DE, dims.PK, EB)
-    down = load_block(first.down + bh % H * (dims.DE * dims.DV), column, 0, dims.DE, dims.DV, EB, dims.PV)
+    up = load_block(first.W_up + bh % H * (dims.DK * dims.DE), 0, column, dims.DK, dims.DE, dims.PK, EB)
+    down = load_block(first.W_down + bh % H * (dims.DE * dims.DV), column, 0, dims.DE, dims.DV, EB, dims.PV)
     i = tl.arange(0, ROWS)
     seen = i[:, None] >= i[None, :]
     # Elements from one token of the head to the next, and where its first ones are.
@@ -149,8 +151,8 @@ def write_slices_kernel(
                 scores = tl.where(seen, tl.dot(x, tl.trans(z), input_precision=PRECISION), 0.0).to(k_t.dtype)
                 y = tl.dot(x, down_t, input_precision=PRECISION)
                 y = tl.dot(scores, error, y, input_precision=PRECISION)
-                online = made.online + (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
-                store_rows(online, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
+                own = made.partials + (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
+                store_rows(own, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
             up = tl.dot(tl.trans(k_t), back, up, input_precision=PRECISION)
             down = tl.dot(tl.trans(z), error, down, input_precision=PRECISION)
         _leave(made, up, down, bh * N + segment, column, dims, EB)
@@ -159,8 +161,8 @@ def write_slices_kernel(
 @triton.jit
 def _start(first, state, momentum, place, bh, H, dims: tl.constexpr, EB: tl.constexpr):
     """Copy the first state of a lane to ``place``; its momentum is 0."""
-    first_up = first.up + bh % H * (dims.DK * dims.DE)
-    first_down = first.down + bh % H * (dims.DE * dims.DV)
+    first_up = first.W_up + bh % H * (dims.DK * dims.DE)
+    first_down = first.W_down + bh % H * (dims.DE * dims.DV)
     for e in range(0, dims.SE, EB):
         up = load_block(first_up, 0, e, dims.DK, dims.DE, dims.PK, EB)
         down = load_block(first_down, e, 0, dims.DE, dims.DV, EB, dims.PV)
@@ -196,7 +198,8 @@ def _store(layers, up, down, e, dims: tl.constexpr, EB: tl.constexpr):
 @triton.jit
 def _error(k_t, v_t, state, added, PRECISION: tl.constexpr, dims: tl.constexpr, ROWS: tl.constexpr, EB: tl.constexpr):
     """2 (M(k) - v) of the rows of a chunk; ``added``: 1 where the memory adds its input, which needs DK = DV, or 0."""
-    o = tl.zeros([ROWS, dims.PV], tl.float32)
+    PV: tl.constexpr = dims.PV
+    o = tl.zeros([ROWS, PV], tl.float32)
     for e in range(0, dims.SE, EB):
         up, down = _load(state, e, dims, EB)
         z = gelu(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION)).to(k_t.dtype)
@@ -216,6 +219,7 @@ def write_lanes_kernel(
 
     ``momentum``: of layers ``[B*H, lanes, ..]``, float32, scratch; None where S does not cross chunks.
     """
+    PV: tl.constexpr = dims.PV
     lane = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     rows = rows_of(rows, bh, T, H, dims)
@@ -249,7 +253,7 @@ def write_lanes_kernel(
             since, upto = row_of(by.since, last), row_of(by.upto, last)
             scores = tl.where(seen, tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION), 0.0)
             scores = (by.rows * scores).to(k_t.dtype)
-            y = tl.zeros([ROWS, dims.PV], tl.float32)
+            y = tl.zeros([ROWS, PV], tl.float32)
             pairs = tl.zeros([ROWS, ROWS], tl.float32)
             for e in range(0, dims.SE, EB):
                 up, down = _load(state, e, dims, EB)
@@ -292,7 +296,7 @@ def write_lanes_kernel(
             else:
                 pairs = tl.where(seen, by.rows * pairs, 0.0).to(k_t.dtype)
                 y -= tl.dot(pairs, error, input_precision=PRECISION)
-                store_rows(made.online + here * dims.DV, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
+                store_rows(made.partials + here * dims.DV, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
         if made.up_operand is not None:
             tl.debug_barrier()
             left = _memory(states, bh * N + segment, dims)
@@ -309,7 +313,7 @@ def _made(
     """Room for what is left; states in float32 where products take them, too, or a lane's stand there."""
     (B, T, H, _), N = k.shape, tables.seg_begin.shape[0]
     heads, float32 = B * H, torch.float32
-    up = down = up_operand = down_operand = means = online = hidden = z = error = None
+    up = down = up_operand = down_operand = means = partials = hidden = z = error = None
     if exact or SQUARED or not HALF:
         up = k.new_empty((heads, N, SK, SE), dtype=float32)
         down = k.new_empty((heads, N, SE, SV), dtype=float32)
@@ -321,8 +325,8 @@ def _made(
         hidden, z = k.new_empty((heads, T, SE)), k.new_empty((heads, T, SE))
         error = k.new_empty((heads, T, SV)) if SQUARED else None
     else:
-        online = k.new_empty((parts, B, T, H, DV), dtype=float32)
-    return Written(up, down, up_operand, down_operand, means, online, hidden, z, error)
+        partials = k.new_empty((parts, B, T, H, DV), dtype=float32)
+    return Written(up, down, up_operand, down_operand, means, partials, hidden, z, error)
 
 
 def deep_write(
@@ -388,14 +392,14 @@ def deep_write(
             up, down = ((B * H, lanes, *layer) for layer in ((SK, SE), (SE, SV)))
             momentum = Layers(k.new_empty(up, dtype=torch.float32), k.new_empty(down, dtype=torch.float32))
         write_lanes_kernel[(lanes, B * H)](
-            rows=Rows(q, k, v), first=Layers(*first), strengths=Strengths(*strengths), spans=spans, made=made,
+            rows=Rows(q, k, v), first=First(*first), strengths=Strengths(*strengths), spans=spans, made=made,
             momentum=momentum, scale=scale, added=float(residual), T=T, H=H, N=N, lanes=lanes, INDEPENDENT=INDEPENDENT,
             MIXES=MIXES, PRECISION=PRECISION, dims=dims, INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps,
             num_stages=num_stages,
         )  # fmt: skip
     else:
         write_slices_kernel[(lanes * parts, B * H)](
-            rows=Rows(q, k, v), first=Layers(*first), strengths=Strengths(None, strengths[1], None), spans=spans,
+            rows=Rows(q, k, v), first=First(*first), strengths=Strengths(None, strengths[1], None), spans=spans,
             made=made, scale=scale, T=T, H=H, N=N, INDEPENDENT=INDEPENDENT, MIXES=MIXES, PRECISION=PRECISION, dims=dims,
             INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

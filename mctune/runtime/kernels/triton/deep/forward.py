@@ -81,7 +81,7 @@ class TritonDeepForward:
             read |= {"v": v, "first": first[1], "strengths": strengths}
             read |= {name: getattr(made, name) for name in ("hidden", "z", "error")}
         else:
-            read["online"] = made.online
+            read["partials"] = made.partials
         y = self.read(**read, tiles=tables.tiles(self.config["read_BT"]))
         return Forward(y, {name: getattr(made, name).flatten(0, 1) for name in keep})
 
