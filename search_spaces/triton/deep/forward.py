@@ -6,6 +6,7 @@ from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 _WIDE = Config.of(
     {
         "precision": "ieee",
+        "write_READ": "tokens",
         "write_EB": 64,
         "write_num_warps": 4,
         "write_num_stages": 1,
@@ -23,6 +24,7 @@ _WIDE = Config.of(
 SPACE = SearchSpace(
     params=(
         Choice("precision", ("ieee", "tf32x3"), "of float32 products"),
+        Choice("write_READ", ("tokens", "columns"), "rows of the online read's products with the second layer"),
         Pow2("write_EB", 16, 256, "hidden units of a program's state, or of a step over a lane's"),
         Pow2("write_num_warps", 4, 16),
         Int("write_num_stages", (1, 2, 3)),
