@@ -30,8 +30,8 @@ from .deep_common import (
     Strengths,
     Tables,
     coefficients,
-    gelu,
-    gelu_slope,
+    gelu_as,
+    gelu_slope_as,
     load_block,
     load_rows,
     row_of,
@@ -152,7 +152,7 @@ def write_slices_kernel(
             step = steps(eta, t0, stop, H, ROWS)
             up_t = up.to(k_t.dtype)
             down_t = down.to(k_t.dtype)
-            z, slope = gelu_slope(tl.dot(up_t, tl.trans(k_t), input_precision=PRECISION))
+            z, slope = gelu_slope_as(tl.dot(up_t, tl.trans(k_t), input_precision=PRECISION), k_t.dtype)
             z = z.to(k_t.dtype)
             # Steps times errors, negative: [EB, ROWS] and [ROWS, PV].
             back = tl.dot(down_t, tl.trans(v_t), input_precision=PRECISION) * slope
@@ -168,7 +168,9 @@ def write_slices_kernel(
                 store_rows(own, tl.trans(z), t0, stop, dims.SE, column, dims.SE, ROWS, EB)
             else:
                 own = made.partials + (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
-                y = _read(gelu(hidden).to(k_t.dtype), z, down_t, error, before, READ=READ, PRECISION=PRECISION)
+                y = _read(
+                    gelu_as(hidden, k_t.dtype).to(k_t.dtype), z, down_t, error, before, READ=READ, PRECISION=PRECISION
+                )
                 store_rows(own, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
             up = tl.dot(back, k_t, up, input_precision=PRECISION)
             down = tl.dot(z, error, down, input_precision=PRECISION)
@@ -219,7 +221,7 @@ def _error(k_t, v_t, state, added, PRECISION: tl.constexpr, dims: tl.constexpr, 
     o = tl.zeros([ROWS, PV], tl.float32)
     for e in range(0, dims.SE, EB):
         up, down = _load(state, e, dims, EB)
-        z = gelu(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION)).to(k_t.dtype)
+        z = gelu_as(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION), k_t.dtype).to(k_t.dtype)
         o = tl.dot(z, down.to(k_t.dtype), o, input_precision=PRECISION)
     if dims.DK == dims.DV:
         o += added * k_t.to(tl.float32)
@@ -275,7 +277,7 @@ def write_lanes_kernel(
             for e in range(0, dims.SE, EB):
                 up, down = _load(state, e, dims, EB)
                 up_t, down_t = up.to(k_t.dtype), down.to(k_t.dtype)
-                z, slope = gelu_slope(tl.dot(k_t, up_t, input_precision=PRECISION))
+                z, slope = gelu_slope_as(tl.dot(k_t, up_t, input_precision=PRECISION), k_t.dtype)
                 z_t = z.to(k_t.dtype)
                 back = tl.dot(error, tl.trans(down_t), input_precision=PRECISION) * slope
                 hidden = by.state[:, None] * tl.dot(q_t, up_t, input_precision=PRECISION)
@@ -288,7 +290,7 @@ def write_lanes_kernel(
                     store_rows(made.hidden + bh * T * dims.SE, hidden, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
                     store_rows(made.z + bh * T * dims.SE, z, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
                 else:
-                    x = gelu(hidden).to(k_t.dtype)
+                    x = gelu_as(hidden, k_t.dtype).to(k_t.dtype)
                     pairs = tl.dot(x, tl.trans(z_t), pairs, input_precision=PRECISION)
                     y += by.state[:, None] * tl.dot(x, down_t, input_precision=PRECISION)
                     if surprise is not None:
