@@ -163,7 +163,7 @@ def deep_mix(
     tables: Tables,
     tiles: torch.Tensor,
     scale: float,
-    residual: bool,
+    memory_residual: bool,
 ) -> torch.Tensor:
     """y ``[B, T, H, DV]``, of q's dtype.
 
@@ -175,7 +175,7 @@ def deep_mix(
         gates: of ``gates``, logits and lse; None where they are not learned.
         hidden, z, error: of ``deep_write``; ``hidden`` is overwritten with gelu(h).
         tiles: of BT tokens.
-        residual: whether the memory adds its input.
+        memory_residual: whether the memory adds its input.
     """
     (B, T, H, _), N = q.shape, tables.seg_first.shape[0]
     heads, parts = B * H, triton.cdiv(SE, EB)
@@ -198,7 +198,7 @@ def deep_mix(
     y = q.new_empty((B, T, H, DV))
     mix_output_kernel[(tiles.shape[0] * together, heads // together)](
         q=q, down=states[1], hidden=hidden, partials=partials, spans=spans, tiles=tiles, y=y, scale=scale,
-        added=float(residual), parts=parts, together=together, T=T, H=H, N=N, dims=dims, BT=BT, EB=EB,
+        added=float(memory_residual), parts=parts, together=together, T=T, H=H, N=N, dims=dims, BT=BT, EB=EB,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y
