@@ -131,8 +131,8 @@ def deep_read(
     deep_read_kernel[(tiles.shape[0] * together, B * H // together)](
         q=q, states=Layers(*states), gates=None if gates is None else Gates(gates.logits, gates.lse), partials=partials,
         spans=Spans(None, tables.seg_end, tables.seg_first), tiles=tiles, y=y, scale=scale,
-        added=float(memory_residual), parts=partials.shape[0], together=together, T=T, H=H, N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE,
-        PRECISION=PRECISION, dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), BT=BT, EB=EB, num_warps=num_warps,
-        num_stages=num_stages,
+        added=float(memory_residual), parts=partials.shape[0], together=together, T=T, H=H,
+        N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE, PRECISION=PRECISION,
+        dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), BT=BT, EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y
