@@ -97,10 +97,9 @@ def write_slices_kernel(
             down_t = down.to(k_t.dtype)
             z, slope = gelu_slope_as(tl.dot(up_t, tl.trans(k_t), input_precision=PRECISION), k_t.dtype)
             z = z.to(k_t.dtype)
-            # Steps times errors, negative: [EB, ROWS] and [ROWS, PV].
-            back = tl.dot(down_t, tl.trans(v_t), input_precision=PRECISION) * slope
-            back = (back * step[None, :]).to(k_t.dtype)
+            # Steps times errors, negative. No product reads v itself: what is loaded ahead has one kind of reader.
             error = (v_t.to(tl.float32) * step[:, None]).to(k_t.dtype)
+            back = (tl.dot(down_t, tl.trans(error), input_precision=PRECISION) * slope).to(k_t.dtype)
             scores = tl.where(before, tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION), 0.0).to(k_t.dtype)
             hidden = tl.dot(up_t, tl.trans(q_t), input_precision=PRECISION)
             hidden = tl.dot(back, scores, hidden, input_precision=PRECISION) * scale

@@ -24,7 +24,7 @@ class Written(NamedTuple):
         partials [PARTS, B, T, H, DV]: parts of the online reads, float32, without the input that a memory adds.
         hidden [B*H, T, SE]: where parameters are mixed, x U_t of the online memory in k's dtype.
         z [B*H, T, SE], error [B*H, T, SV]: where parameters are mixed, rows of the second layer's writes in k's dtype;
-            no error where it is -v.
+            the errors negative, and left out where they are v.
     """
 
     up: torch.Tensor | None

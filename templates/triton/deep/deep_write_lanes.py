@@ -171,7 +171,7 @@ def write_lanes_kernel(
                 down -= tl.dot(tl.trans(gone), error, input_precision=PRECISION)
                 _store(left, up, down, e, dims, EB)
             if MIXES:
-                store_rows(made.error + bh * T * dims.SV, error, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+                store_rows(made.error + bh * T * dims.SV, -error, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
             else:
                 pairs = tl.where(seen, by.rows * pairs, 0.0).to(k_t.dtype)
                 y -= tl.dot(pairs, error, input_precision=PRECISION)

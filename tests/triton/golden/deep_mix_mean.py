@@ -104,22 +104,23 @@ def replay_kernel(
             stop = tl.minimum(t0 + INNER, end)
             x = load_rows(hidden, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
             z_t = load_rows(z, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
-            e_t = load_rows(error + bh * T * dims.SV, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+            # No product reads these rows themselves: what is loaded ahead has one kind of reader.
+            error_t = load_rows(error + bh * T * dims.SV, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+            error_t = -error_t.to(tl.float32)
             by = coefficients(strengths, t0, stop, H, ROWS)
             last = stop - t0 - 1
             pairs = tl.dot(x, tl.trans(z_t), input_precision="ieee")
             pairs = tl.where(seen, by.rows * pairs, 0.0).to(x.dtype)
             y = by.state[:, None] * tl.dot(x, down.to(x.dtype), input_precision="ieee")
-            y -= tl.dot(pairs, e_t, input_precision="ieee")
-            rows = z_t.to(tl.float32)
-            left = (row_of(by.rows, last)[:, None] * rows).to(x.dtype)
-            down = row_of(by.state, last) * down - tl.dot(tl.trans(left), e_t, input_precision="ieee")
+            y -= tl.dot(pairs, error_t.to(x.dtype), input_precision="ieee")
+            left = (row_of(by.rows, last)[:, None] * error_t).to(x.dtype)
+            down = row_of(by.state, last) * down - tl.dot(tl.trans(z_t), left, input_precision="ieee")
             if strengths.mu is not None:
                 y -= by.momentum[:, None] * tl.dot(x, surprise.to(x.dtype), input_precision="ieee")
                 down -= row_of(by.momentum, last) * surprise
-                left = (row_of(by.since, last)[:, None] * rows).to(x.dtype)
+                left = (row_of(by.since, last)[:, None] * error_t).to(x.dtype)
                 carried = row_of(by.upto, last) * surprise
-                surprise = tl.dot(tl.trans(left), e_t, carried, input_precision="ieee")
+                surprise = tl.dot(tl.trans(z_t), left, carried, input_precision="ieee")
             store_rows(partials, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
 
 
