@@ -72,7 +72,9 @@ def every_token(plan: Plan, x: Values) -> None:
     def tokens():
         shared = T.meta_var(
             scratch(
-                hidden=f32(heads * split, plan.E), sums=f32(heads * split, plan.Dv), zk=f32(heads, plan.E),
+                hidden=f32(heads * split, plan.E),
+                sums=f32(heads * split, plan.Dv),
+                zk=f32(heads, plan.E),
                 err=f32(heads, plan.Dv),
             )
         )
@@ -129,7 +131,7 @@ def begin(plan: Plan, at: Values) -> None:
 
 def first_layer(plan: Plan, at: Values) -> None:
     """A share of a token's read: of all of it, or of the hidden units where parameters are mixed."""
-    Dk, Dv, E, mixes = plan.Dk, plan.Dv, plan.E, plan.flags.mixes
+    Dv, E, mixes = plan.Dv, plan.E, plan.flags.mixes
 
     @emit
     def steps():

@@ -10,8 +10,9 @@ where m_t is the running mean of the keys, and p_i that of a whole segment. The 
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
-from ..tiles import LANES, read_at_all
+from ..tiles import LANES, clear, read_at_all
 from .plan import Plan
+from .tiles import add_row
 
 
 def build(problem, config, target):
@@ -81,9 +82,7 @@ def one_token(plan: Plan, at: Values, *, t) -> None:
         for i in range(past):
             if read_at_all(gamma[base + i, at_t]):
                 dgamma[base + i, at_t] = gamma[base + i, at_t] * (dgamma[base + i, at_t] - mean[0])
-                for d in range(Dk // LANES):
-                    for z in T.vectorized(LANES):
-                        at.du[row, d * LANES + z] = at.du[row, d * LANES + z] + dgamma[base + i, at_t] * at.means[base + i, d * LANES + z]
+                add_row(at.du, row, dgamma[base + i, at_t], at.means, base + i, Dk)
             else:
                 dgamma[base + i, at_t] = T.float32(0)
 
@@ -118,23 +117,16 @@ def every_state(plan: Plan, x: Values) -> None:
             bh: T.let = task // x.N
             s: T.let = task % x.N
             row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
-            w = T.meta_var(scratch(dp=f32(Dk), stop=i32(1)))
+            w = T.meta_var(scratch(dp=f32(1, Dk), stop=i32(1)))
             dp = T.meta_var(w.dp)
-            for d in range(Dk // LANES):
-                for z in T.vectorized(LANES):
-                    dp[d * LANES + z] = T.float32(0)
+            clear(dp, 0, 1, Dk)
             w.stop[0] = x.end[s]
             for j in range(x.N - s):
                 if x.first[s + j] == x.first[s]:
                     w.stop[0] = x.end[s + j]
             for t in range(w.stop[0] - x.end[s]):
                 if read_at_all(x.gamma[task, x.end[s] + t]):
-                    for d in range(Dk // LANES):
-                        for z in T.vectorized(LANES):
-                            dp[d * LANES + z] = dp[d * LANES + z] + x.dgamma[task, x.end[s] + t] * x.u[row0 + (x.end[s] + t) * x.heads, d * LANES + z]
+                    add_row(dp, 0, x.dgamma[task, x.end[s] + t], x.u, row0 + (x.end[s] + t) * x.heads, Dk)
+            share: T.let = T.float32(1) / T.cast(x.end[s] - x.begin[s], "float32")
             for t in range(x.end[s] - x.begin[s]):
-                for d in range(Dk // LANES):
-                    for z in T.vectorized(LANES):
-                        x.dk[row0 + (x.begin[s] + t) * x.heads, d * LANES + z] = x.dk[row0 + (x.begin[s] + t) * x.heads, d * LANES + z] + dp[
-                            d * LANES + z
-                        ] / T.cast(x.end[s] - x.begin[s], "float32")
+                add_row(x.dk, row0 + (x.begin[s] + t) * x.heads, share, dp, 0, Dk)

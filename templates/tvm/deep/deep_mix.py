@@ -1,6 +1,7 @@
 """Reads of a deep memory whose every parameter is the weighted mean of the states' (Eq. 14-15).
 
-    h_t = gamma^(s) q U_t + sum_{i < s} gamma^(i) q U^(i),   y_t = gamma^(s) z W_t + sum_{i < s} gamma^(i) z W^(i),  z = gelu(h)
+    h_t = gamma^(s) q U_t + sum_{i < s} gamma^(i) q U^(i),  z = gelu(h)
+    y_t = gamma^(s) z W_t + sum_{i < s} gamma^(i) z W^(i)
 
 Two gated reads with one gelu between. What z reads of W_t follows a second walk of the segment's chunks, whose rows
 ``deep_write`` has left.
@@ -10,7 +11,7 @@ from tvm.script import tirx as T
 
 from ..kernel import emit, f32, scratch
 from ..tiles import LANES, clear, columns
-from .tiles import activate, copy, product, scaled
+from .tiles import activate, add_row, copy, product, scaled
 from .walk import coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows, tiles
 
 
@@ -44,9 +45,7 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
             tiles(rows, Dv, MR, NR, second(i))
         for t in range(rows):
             if at.residual > 0:
-                for n in range(plan.both // LANES):
-                    for x in T.vectorized(LANES):
-                        C[t, n * LANES + x] = C[t, n * LANES + x] + at.scale * at.q[row0 + (t0 + t) * heads, n * LANES + x]
+                add_row(C, t, at.scale, at.q, row0 + (t0 + t) * heads, plan.both)
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     at.y[row0 + (t0 + t) * heads, n * LANES + x] = C[t, n * LANES + x]
@@ -54,7 +53,7 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
 
 def second_of_online(plan, at) -> None:
     """y += gamma^(s) z W_t, chunk by chunk."""
-    s, past, E, Dv, inner = at.s, at.past, plan.E, plan.Dv, at.inner
+    s, E, Dv, inner = at.s, plan.E, plan.Dv, at.inner
 
     @emit
     def walk():
@@ -70,7 +69,7 @@ def second_of_online(plan, at) -> None:
                 P=f32(at.BP, at.BP),
                 weighed=f32(at.BP, E),
                 sum_of_rows=f32(1),
-            )  # fmt: skip
+            )
         )
         momentum = T.meta_var(scratch(SW=f32(E, Dv)))
         here = T.meta_var(without(at, "lanes", "own", "last").plus(own, momentum))

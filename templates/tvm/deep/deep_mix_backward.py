@@ -12,7 +12,7 @@ from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .deep_mix import enter, without
 from .plan import Plan
-from .tiles import overwrite, product, scaled, slopes
+from .tiles import add_row, overwrite, product, scaled, slopes
 from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, take_rows, tiles
 from .walk_backward import dot, earlier
 
@@ -26,7 +26,9 @@ def build(problem, config, target):
     if not plan.flags.mixes:
         return None
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    n = sizes("R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "residual", "carries")
+    n = sizes(
+        "R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "residual", "carries"
+    )
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), enter_down=f32(n.XD, Dv), hidden=f32(n.R, E),
@@ -52,7 +54,12 @@ def every_segment(plan: Plan, x: Values) -> None:
             past: T.let = s - x.first[s]
             at = T.meta_var(
                 x.plus(
-                    bh=bh, s=s, row0=row0, past=past, base=bh * x.N + x.first[s], length=x.end[s] - x.begin[s],
+                    bh=bh,
+                    s=s,
+                    row0=row0,
+                    past=past,
+                    base=bh * x.N + x.first[s],
+                    length=x.end[s] - x.begin[s],
                     BP=chunk_rows(x.inner),
                 )
             )
@@ -71,9 +78,19 @@ def online(plan: Plan, at: Values) -> None:
     def walk():
         own = T.meta_var(
             scratch(
-                W=f32(E, Dv), WT=f32(Dv, E), SW=f32(E, Dv), SWT=f32(Dv, E), Z=f32(at.BP, E), ERR=f32(at.BP, Dv),
-                ERRT=f32(Dv, at.BP), Y=f32(at.BP, Dv), YT=f32(Dv, at.BP), DZ=f32(at.BP, E), P=f32(at.BP, at.BP),
-                weighed=f32(at.BP, E), sum_of_rows=f32(1),
+                W=f32(E, Dv),
+                WT=f32(Dv, E),
+                SW=f32(E, Dv),
+                SWT=f32(Dv, E),
+                Z=f32(at.BP, E),
+                ERR=f32(at.BP, Dv),
+                ERRT=f32(Dv, at.BP),
+                Y=f32(at.BP, Dv),
+                YT=f32(Dv, at.BP),
+                DZ=f32(at.BP, E),
+                P=f32(at.BP, at.BP),
+                weighed=f32(at.BP, E),
+                sum_of_rows=f32(1),
             )
         )
         here = T.meta_var(at.plus(own))
@@ -143,9 +160,21 @@ def cached(plan: Plan, at: Values) -> None:
     def blocks():
         w = T.meta_var(
             scratch(
-                Q=f32(BT, Dk), QT=f32(Dk, BT), H=f32(BT, E), L=f32(BT, E), D=f32(BT, E), DHT=f32(E, BT), DY=f32(BT, Dv),
-                DYT=f32(Dv, BT), V=f32(BT, Dk), DQ=f32(BT, Dk), UT=f32(E, Dk), WT=f32(Dv, E), gate=f32(1, BT),
-                part=f32(BT, LANES), back=f32(4, LANES),
+                Q=f32(BT, Dk),
+                QT=f32(Dk, BT),
+                H=f32(BT, E),
+                L=f32(BT, E),
+                D=f32(BT, E),
+                DHT=f32(E, BT),
+                DY=f32(BT, Dv),
+                DYT=f32(Dv, BT),
+                V=f32(BT, Dk),
+                DQ=f32(BT, Dk),
+                UT=f32(E, Dk),
+                WT=f32(Dv, E),
+                gate=f32(1, BT),
+                part=f32(BT, LANES),
+                back=f32(4, LANES),
             )
         )
         here = T.meta_var(without(at, "BP").plus(w, BP=BT))
@@ -169,10 +198,9 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
         columns(at.Q, Dk, 0, 1, 0, plan.chunk, at.QT)
         take_rows(at.dy, Dv, at, DY, t0=t0, rows=rows)
         columns(DY, Dv, 0, 1, 0, plan.chunk, at.DYT)
+        clear(H, 0, rows, E)
         for t in range(rows):
-            for e in range(E // LANES):
-                for x in T.vectorized(LANES):
-                    H[t, e * LANES + x] = at.own[row0 + (t0 + t) * heads] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
+            add_row(H, t, at.own[row0 + (t0 + t) * heads], at.hidden, row0 + (t0 + t) * heads, E)
         for i in range(at.past):
             hidden_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         slopes(H, H, at.L, rows, E)

@@ -16,7 +16,7 @@ from ..tiles import LANES, columns
 from .deep_mix import mix_block, second_of_online
 from .gates import gates, pack
 from .plan import Plan
-from .tiles import activated, add, product
+from .tiles import activated, add, add_row, product
 from .walk import chunk_rows
 
 
@@ -81,7 +81,7 @@ def every_segment(plan: Plan, x: Values) -> None:
                     length=x.end[s] - x.begin[s],
                     picks=T.min(x.top_k, past),
                     BP=chunk_rows(x.inner),
-                )  # fmt: skip
+                )
             )
             one_segment(plan, at)
 
@@ -112,7 +112,7 @@ def one_segment(plan: Plan, at: Values) -> None:
 
 def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
     """y of a block: what it reads of its own segment, and unless few are chosen, of the cached states."""
-    Dk, Dv, C, own, share, gamma, row0, heads = plan.Dk, plan.Dv, at.C, at.own, at.share, at.gamma, at.row0, at.heads
+    Dv, C, own, share, gamma, row0, heads = plan.Dv, at.C, at.own, at.share, at.gamma, at.row0, at.heads
     dense = not plan.flags.sparse
 
     @emit
@@ -133,9 +133,7 @@ def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
                     share[t] = T.float32(0)
                     for i in range(at.past):
                         share[t] = share[t] + gamma[i, t]
-                    for n in range(plan.both // LANES):
-                        for x in T.vectorized(LANES):
-                            C[t, n * LANES + x] = C[t, n * LANES + x] + share[t] * at.scale * at.q[row0 + (t0 + t) * heads, n * LANES + x]
+                    add_row(C, t, share[t] * at.scale, at.q, row0 + (t0 + t) * heads, plan.both)
         for t in range(rows):
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
@@ -178,7 +176,7 @@ def read_chosen(plan: Plan, at: Values) -> None:
                 tokens_of=i32(at.top_k * at.longest + 1),
                 gates_of=f32(at.top_k * at.longest + 1),
                 QB=f32(BT, plan.Dk),
-            )  # fmt: skip
+            )
         )
         where = T.meta_var(w.where)
         sort_by_segment(at.chosen, at.value, at.picks, at.length, past, where, w.tokens_of, w.gates_of)

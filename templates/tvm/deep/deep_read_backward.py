@@ -42,9 +42,21 @@ def every_group(plan: Plan, x: Values) -> None:
             row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
             w = T.meta_var(
                 scratch(
-                    UT=f32(E, Dk), WT=f32(Dv, E), Q=f32(BT, Dk), QT=f32(Dk, BT), DY=f32(BT, Dv), DYT=f32(Dv, BT),
-                    Z=f32(BT, E), F=f32(BT, E), FT=f32(E, BT), DQ=f32(BT, Dk), gate=f32(1, BT), part=f32(BT, LANES),
-                    index=i32(x.tokens), count=i32(2), total=f32(1),
+                    UT=f32(E, Dk),
+                    WT=f32(Dv, E),
+                    Q=f32(BT, Dk),
+                    QT=f32(Dk, BT),
+                    DY=f32(BT, Dv),
+                    DYT=f32(Dv, BT),
+                    Z=f32(BT, E),
+                    F=f32(BT, E),
+                    FT=f32(E, BT),
+                    DQ=f32(BT, Dk),
+                    gate=f32(1, BT),
+                    part=f32(BT, LANES),
+                    index=i32(x.tokens),
+                    count=i32(2),
+                    total=f32(1),
                 )
             )
             at = T.meta_var(x.plus(w, bh=bh, group=group, row0=row0))
@@ -59,7 +71,7 @@ def every_group(plan: Plan, x: Values) -> None:
 
 def one_state(plan: Plan, at: Values) -> None:
     """The gradients of a state, and what its readers' queries get from it."""
-    Dk, Dv, E, BT, i, place, index = plan.Dk, plan.Dv, plan.E, plan.chunk, at.i, at.place, at.index
+    Dk, Dv, E, BT, place = plan.Dk, plan.Dv, plan.E, plan.chunk, at.place
 
     @emit
     def blocks():

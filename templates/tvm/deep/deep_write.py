@@ -5,7 +5,7 @@ Segments' end states (arXiv:2602.24281, Eq. 4, 30-31, 34-36) and mean keys (Eq. 
     online_t = M_t(scale q_t)     or, where parameters are mixed, hidden_t = scale q_t U_t
 
 A task walks the inner chunks of a segment, or under ``checkpoint`` of a head's whole row, one after another with the
-state at hand; W_t of the second layer is read by ``deep_read`` where parameters are mixed, from rows that are left here.
+state at hand. Where parameters are mixed, ``deep_read`` reads W_t of the second layer, from rows that are left here.
 """
 
 from tvm.script import tirx as T
@@ -28,8 +28,10 @@ def build(problem, config, target):
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    n = sizes("R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "residual",
-              "carries")  # fmt: skip
+    n = sizes(
+        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner",
+        "residual", "carries",
+    )  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_up=f32(n.LU, E),
         W_down=f32(n.LD, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
@@ -114,7 +116,7 @@ def start(plan: Plan, at: Values) -> None:
 
 def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
     """One inner chunk: its gradients, its reads, its writes."""
-    Dk, Dv, E, total, K = plan.Dk, plan.Dv, plan.E, at.total, at.K
+    Dk, total, K = plan.Dk, at.total, at.K
 
     @emit
     def steps():
@@ -160,7 +162,7 @@ def read(plan: Plan, at: Values, *, t0, rows) -> None:
 
 def read_second(plan: Plan, at: Values, *, t0, rows) -> None:
     """gelu, and the second layer."""
-    Dk, Dv, E, HQ, ZQT, Y, Q = plan.Dk, plan.Dv, plan.E, at.HQ, at.ZQT, at.Y, at.Q
+    Dv, E, HQ, ZQT, Y, Q = plan.Dv, plan.E, at.HQ, at.ZQT, at.Y, at.Q
     second = dict(XT=ZQT, width=E, state=at.W, inputs=at.ZT, errors=at.ERR, out=Y, cols=Dv)
 
     @emit

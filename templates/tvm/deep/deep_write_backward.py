@@ -30,8 +30,8 @@ def build(problem, config, target):
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "hidden_rows", "LSU", "LSD", "tokens", "heads", "longest", "inner",
-        "residual", "carries",
+        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "hidden_rows", "LSU", "LSD", "tokens", "heads", "longest",
+        "inner", "residual", "carries",
     )  # fmt: skip
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M),

@@ -1,6 +1,6 @@
 """The gradient rows of a chunk, with all that their own gradients need; and those gradients, the second-order terms.
 
-    H = K U,  Z = gelu(H),  L = gelu'(H),  ERR = -V or 2 (Z W (+ K) - V),  RAW = ERR W^T,  BACK = RAW * L
+H = K U,  Z = gelu(H),  L = gelu'(H),  ERR = -V or 2 (Z W (+ K) - V),  RAW = ERR W^T,  BACK = RAW * L
 """
 
 from tvm.script import tirx as T

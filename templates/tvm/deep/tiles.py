@@ -246,3 +246,20 @@ def accumulate(source, row, target, at, rows, width):
         for n in range(width // LANES):
             for x in T.vectorized(LANES):
                 target[at + d, n * LANES + x] = target[at + d, n * LANES + x] + source[row + d, n * LANES + x]
+
+
+# target[r] += weight * source[s], ``width`` columns.
+@inline
+def add_row(target, r, weight, source, s, width):
+    for e in range(width // LANES):
+        for x in T.vectorized(LANES):
+            target[r, e * LANES + x] = target[r, e * LANES + x] + weight * source[s, e * LANES + x]
+
+
+# X = a X + b Y, ``rows`` rows of ``width`` columns.
+@inline
+def blend(X, a, Y, b, rows, width):
+    for d in range(rows):
+        for e in range(width // LANES):
+            for x in T.vectorized(LANES):
+                X[d, e * LANES + x] = a * X[d, e * LANES + x] + b * Y[d, e * LANES + x]

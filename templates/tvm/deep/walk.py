@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, scratch
 from ..tiles import LANES, add_up, columns, exp, finite
-from .tiles import activated_with_slope, add, multiplied, overwrite, product, scaled, subtract, weighted
+from .tiles import activated_with_slope, add, blend, multiplied, overwrite, product, scaled, subtract, weighted
 
 
 def gates_of(plan, at) -> Values:
@@ -247,10 +247,7 @@ def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows)
         weigh_rows(plan, at, inputs=inputs, width=width, by=0, rows=rows)
         if plan.flags.momentum:
             if at.carries > 0:
-                for d in range(width):
-                    for n in range(cols // LANES):
-                        for x in T.vectorized(LANES):
-                            state[d, n * LANES + x] = ends[0] * state[d, n * LANES + x] - ends[1] * momentum[d, n * LANES + x]
+                blend(state, ends[0], momentum, -ends[1], width, cols)
             else:
                 if decays:
                     for d in range(width):

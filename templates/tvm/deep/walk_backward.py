@@ -1,20 +1,21 @@
-"""One inner chunk of a deep memory backwards: from the gradients of what it leaves and of what its tokens read, those of
-the state that enters it, of its rows and of its coefficients. The names are those of :mod:`walk`; a leading d is a
-gradient's.
+"""One inner chunk of a deep memory backwards.
+
+From the gradients of what it leaves and of what its tokens read, those of the state that enters it, of its rows and of
+its coefficients. The names are those of :mod:`walk`; a leading d is a gradient's.
 
 A layer W with input rows x_j and error rows e_j is read by rows q_t, whose outputs have gradients r_t,
 
     y_t = keep0_t q_t W - keep1_t q_t S - sum_{j <= t} c_tj (x_j . q_t) e_j
 
-and left as W' = c W - d S - sum_j l_j x_j^T e_j, S' = p S + sum_j m_j x_j^T e_j. The rows e of both layers are made from
-the state that enters (second-order terms): see :func:`gradients_backward`.
+and left as W' = c W - d S - sum_j l_j x_j^T e_j, S' = p S + sum_j m_j x_j^T e_j. The rows e of both layers are made
+from the state that enters (second-order terms): see :func:`gradients_backward`.
 """
 
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, finite
-from .tiles import add, overwrite, product, scaled, subtract
+from .tiles import add, add_row, blend, overwrite, product, scaled, subtract
 from .walk import tiles
 
 
@@ -179,9 +180,7 @@ def later(plan, at, *, weights, source, width, out, rows) -> None:
         else:
             for j in range(rows):
                 for t in range(rows - j):
-                    for d in range(width // LANES):
-                        for x in T.vectorized(LANES):
-                            out[j, d * LANES + x] = out[j, d * LANES + x] - weights[j, j + t] * source[j + t, d * LANES + x]
+                    add_row(out, j, -weights[j, j + t], source, j + t, width)
 
 
 def outer(plan, at, *, X, width, by, R, cols, out, rows) -> None:
@@ -236,10 +235,7 @@ def leave_layer_backward(
                 tiles(rows, width, A, C, pull_gradient(1, dmomentumT, False))
                 inner(dends, 1, dstate, momentum, width, cols, at.back, T.float32(-1))
                 inner(dends, 2, dmomentum, momentum, width, cols, at.back, T.float32(1))
-                for d in range(width):
-                    for n in range(cols // LANES):
-                        for x in T.vectorized(LANES):
-                            dmomentum[d, n * LANES + x] = ends[2] * dmomentum[d, n * LANES + x] - ends[1] * dstate[d, n * LANES + x]
+                blend(dmomentum, ends[2], dstate, -ends[1], width, cols)
         if plan.flags.decays:
             inner(dends, 0, dstate, state, width, cols, at.back, T.float32(1))
             for d in range(width):

@@ -9,8 +9,10 @@ from typing import Any
 _GATES = ("g", "beta", "lam")
 _DEEP_GATES = ("g", "eta", "mu")
 _WALK = ("inner", "scale", "residual", "carries")
-_DEEP_CACHE = ("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down")
-_DEEP_CACHE += ("momentum_up", "momentum_down", "key_sum", "cached", "filled")
+_DEEP_CACHE = (
+    *("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down", "momentum_up"),
+    *("momentum_down", "key_sum", "cached", "filled"),
+)
 _LEFT = ("online", "hidden", "rows_z", "rows_err")
 _SEGMENTS = ("begin", "end", "first", "tokens", "heads")
 _LIMITS = ("longest", "top_k", "scale")

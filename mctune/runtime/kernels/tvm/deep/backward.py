@@ -126,10 +126,11 @@ class TvmDeepBackward:
         """In the shapes of the inputs; sums over parts, and over all that started from one head's layers, in order."""
 
         def rows(name: str, width: int) -> torch.Tensor:
-            return x[name].view(s.B, s.T, s.H, -1)[..., :width].contiguous()
+            found: torch.Tensor = x[name].view(s.B, s.T, s.H, -1)[..., :width].contiguous()
+            return found
 
         def layers(name: str, height: int, m: int, n: int) -> torch.Tensor:
-            parts = x[name].view(s.B, s.H, -1, height, x[name].shape[1])
+            parts: torch.Tensor = x[name].view(s.B, s.H, -1, height, x[name].shape[1])
             return parts.sum((0, 2))[:, :m, :n].contiguous()
 
         Dk, Dv, E = q.shape[3], v.shape[3], W_up.shape[2]
