@@ -34,7 +34,7 @@ def gradient(plan, at) -> None:
             ERR[0, n] = -at.v[b, token, h, n]
         if plan.flags.momentum:
             read_start(plan, at, start=at.start_down, width=E, cols=Dv, Q=ZK, Y=ERR)
-            if at.residual > 0:
+            if at.adds_input > 0:
                 for n in range(plan.both):
                     ERR[0, n] = ERR[0, n] + K[0, n]
             for n in range(Dv):

@@ -41,7 +41,7 @@ def build(problem, config, target):
     what there is one of ``[B, H, 1, m, n]``; momentum has one element a side for a recurrence without. ``length`` is C,
     ``inner`` b; the output is y. Arrays need no alignment beyond that of a float.
     """
-    plan, n = Plan(problem, config), sizes("B", "n", "H", "capacity", "length", "inner", "top_k", "residual")
+    plan, n = Plan(problem, config), sizes("B", "n", "H", "capacity", "length", "inner", "top_k", "adds_input")
     Dk, Dv, E, heads = plan.Dk, plan.Dv, plan.E, (n.B, n.H)
     tokens, gate = (n.B, n.n, n.H), (n.B, n.n, n.H)
     g, mu = (gate if plan.flags.decays else (1, 1, 1)), (gate if plan.flags.momentum else (1, 1, 1))
@@ -58,7 +58,7 @@ def build(problem, config, target):
         down=f32(*heads, n.capacity, *down, align=4), descriptors=f32(*heads, n.capacity, Dk, align=4),
         online_up=one(up), online_down=one(down), start_up=one(up), start_down=one(down), momentum_up=momentum[0],
         momentum_down=momentum[1], key_sum=f32(*heads, Dk, align=4), cached=i32(n.B, align=4),
-        filled=i32(n.B, align=4), length=n.length, inner=n.inner, top_k=n.top_k, residual=n.residual, scale=T.float32,
+        filled=i32(n.B, align=4), length=n.length, inner=n.inner, top_k=n.top_k, adds_input=n.adds_input, scale=T.float32,
         y=f32(*tokens, Dv, align=4),
     )  # fmt: skip
     return prim_func("deep_decode", arguments, n, lambda x: every_token(plan, x))
@@ -150,7 +150,7 @@ def first_layer(plan: Plan, at: Values) -> None:
             else:
                 units(here.HID, E)
                 write_layer(plan, here, up=False, key=here.ZK, error=here.ERR, query=here.HID, out=here.Y)
-                if at.residual > 0:
+                if at.adds_input > 0:
                     for n in range(plan.both):
                         here.Y[0, n] = here.Y[0, n] + here.Q[0, n]
                 for n in range(Dv):
@@ -185,7 +185,7 @@ def second_layer(plan: Plan, at: Values) -> None:
             write_layer(plan, here, up=False, key=here.ZK, error=here.ERR, query=here.HID, out=here.Y)
             for n in range(Dv):
                 here.Y[0, n] = here.gate[0] * here.Y[0, n]
-            if at.residual > 0:
+            if at.adds_input > 0:
                 for n in range(plan.both):
                     here.Y[0, n] = here.Y[0, n] + here.Q[0, n]
         read_each(plan, here, states=at.down, width=E, cols=Dv, Q=here.HID, Y=here.Y)
@@ -276,7 +276,7 @@ def read_cached(plan: Plan, at: Values) -> None:
                 read_layer(plan, at, states=at.up, width=Dk, cols=E, first=i, Q=at.Q, Y=H, gates=at.one, routed=False)
                 units(H, E)
                 read_layer(plan, at, states=at.down, width=E, cols=Dv, first=i, Q=H, Y=Y, gates=weights, routed=True)
-                if at.residual > 0:
+                if at.adds_input > 0:
                     for n in range(plan.both):
                         Y[0, n] = Y[0, n] + weights[0, i] * at.Q[0, n]
 

@@ -44,7 +44,7 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
         for i in range(past):
             tiles(rows, Dv, MR, NR, second(i))
         for t in range(rows):
-            if at.residual > 0:
+            if at.adds_input > 0:
                 add_row(C, t, at.scale, at.q, row0 + (t0 + t) * heads, plan.both)
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):

@@ -27,14 +27,14 @@ def build(problem, config, target):
         return None
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "residual", "carries"
+        "R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "adds_input", "carries"
     )
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), enter_down=f32(n.XD, Dv), hidden=f32(n.R, E),
         rows_z=f32(n.R, E), rows_err=f32(n.R, Dv), gamma=f32(n.S, n.tokens), own=f32(n.R), begin=i32(n.N),
         end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
-        scale=T.float32, residual=n.residual, carries=n.carries, mixed=f32(n.R, E), dhidden=f32(n.R, E),
+        scale=T.float32, adds_input=n.adds_input, carries=n.carries, mixed=f32(n.R, E), dhidden=f32(n.R, E),
         dgamma=f32(n.S, n.tokens), parts=f32(n.part_rows, Dk),
     )  # fmt: skip
     return prim_func("deep_mix_backward", arguments, n, lambda x: every_segment(plan, x))
@@ -217,7 +217,7 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
         clear(DQ, 0, plan.chunk, Dk)
         for i in range(at.past):
             queries_of(plan, at, i=at.base + i, t0=t0, rows=rows)
-        if at.residual > 0:
+        if at.adds_input > 0:
             for t in range(rows):
                 for d in range(plan.both // LANES):
                     for x in T.vectorized(LANES):

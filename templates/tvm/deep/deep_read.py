@@ -28,14 +28,14 @@ def build(problem, config, target):
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    n = sizes("R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "residual",
+    n = sizes("R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "adds_input",
               "carries", "longest", "top_k")  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), u=f32(n.R, Dk), k=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_down=f32(n.XD, Dv),
         online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_z=f32(n.hidden_rows, E),
         rows_err=f32(n.hidden_rows, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
-        longest=n.longest, top_k=n.top_k, inner=n.inner, scale=T.float32, residual=n.residual, carries=n.carries,
+        longest=n.longest, top_k=n.top_k, inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries,
         mixed=f32(n.hidden_rows, E), y=f32(n.R, Dv),
     )  # fmt: skip
     return prim_func("deep_read", arguments, n, lambda x: every_segment(plan, x))
@@ -128,7 +128,7 @@ def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
         if dense:
             for i in range(at.past):
                 read_state(plan, at, i=at.base + i, gate=gamma, g=i, count=rows)
-            if at.residual > 0:
+            if at.adds_input > 0:
                 for t in range(rows):
                     share[t] = T.float32(0)
                     for i in range(at.past):
@@ -206,7 +206,7 @@ def chosen_block(plan: Plan, at: Values, *, i, x0, count) -> None:
                     C[t, n * LANES + x] = T.float32(0)
         read_state(plan, at, i=at.base + i, gate=own, g=0, count=count)
         for t in range(count):
-            if at.residual > 0:
+            if at.adds_input > 0:
                 for n in range(plan.both // LANES):
                     for x in T.vectorized(LANES):
                         C[t, n * LANES + x] = C[t, n * LANES + x] + own[0, t] * QB[t, n * LANES + x]

@@ -19,12 +19,12 @@ from .walk import tiles
 
 def build(problem, config, target):
     """The PrimFunc ``deep_read_backward``; parts ``[groups * R, Dk]`` add up to the gradient of scale * q."""
-    plan, n = Plan(problem, config), sizes("R", "N", "S", "hidden_rows", "P", "tokens", "heads", "residual")
+    plan, n = Plan(problem, config), sizes("R", "N", "S", "hidden_rows", "P", "tokens", "heads", "adds_input")
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv),
         gamma=f32(n.S, n.tokens), mixed=f32(n.hidden_rows, E), dhidden=f32(n.hidden_rows, E), begin=i32(n.N),
-        end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, scale=T.float32, residual=n.residual,
+        end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, scale=T.float32, adds_input=n.adds_input,
         dgamma=f32(n.S, n.tokens), dup=f32(n.S * Dk, E), ddown=f32(n.S * E, Dv), parts=f32(n.P, Dk),
     )  # fmt: skip
     return prim_func("deep_read_backward", arguments, n, lambda x: every_group(plan, x))
@@ -181,7 +181,7 @@ def make_units(plan: Plan, at: Values, *, x0, count) -> None:
         tiles(count, E, R, C, gradients)
         if plan.flags.routed:
             for t in range(count):
-                if at.residual > 0:
+                if at.adds_input > 0:
                     for e in T.unroll(plan.both // LANES):
                         for x in T.vectorized(LANES):
                             part[t, x] = part[t, x] + at.Q[t, e * LANES + x] * at.DY[t, e * LANES + x]
@@ -220,7 +220,7 @@ def to_queries(plan: Plan, at: Values, *, x0, count) -> None:
         tiles(count, Dk, R, C, queries)
         for t in range(count):
             row: T.let = at.group * at.R + at.row0 + at.index[x0 + t] * at.heads
-            if at.residual > 0:
+            if at.adds_input > 0:
                 for d in range(plan.both // LANES):
                     for x in T.vectorized(LANES):
                         DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + at.DY[t, d * LANES + x]

@@ -23,19 +23,19 @@ def build(problem, config, target):
     Rows are tokens, ``[B*T*H, D]``, gates ``[B*T*H]`` or one element where the recurrence has none; W_up ``[H*Dk, E]``
     and W_down ``[H*E, Dv]``. Outputs: up ``[S*Dk, E]``, down ``[S*E, Dv]`` and means ``[S, Dk]`` of S = B*H*N segments;
     enter_up and enter_down likewise, the momentum that enters each, where any does; online ``[R, Dv]``, or hidden,
-    rows_z ``[R, E]`` and rows_err ``[R, Dv]``. ``carries``: whether there is a mu; ``residual``: whether a memory adds
+    rows_z ``[R, E]`` and rows_err ``[R, Dv]``. ``carries``: whether there is a mu; ``adds_input``: whether a memory adds
     its input; 1 or 0.
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
         "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner",
-        "residual", "carries",
+        "adds_input", "carries",
     )  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_up=f32(n.LU, E),
         W_down=f32(n.LD, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
-        inner=n.inner, scale=T.float32, residual=n.residual, carries=n.carries, up=f32(n.S * Dk, E),
+        inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries, up=f32(n.S * Dk, E),
         down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv),
         online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_z=f32(n.hidden_rows, E),
         rows_err=f32(n.hidden_rows, Dv),
@@ -170,7 +170,7 @@ def read_second(plan: Plan, at: Values, *, t0, rows) -> None:
         activate(HQ, rows, E)
         columns(HQ, E, 0, 1, 0, at.BP, ZQT)
         read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
-        if at.residual > 0:
+        if at.adds_input > 0:
             for t in range(rows):
                 for n in range(plan.both // LANES):
                     for x in T.vectorized(LANES):

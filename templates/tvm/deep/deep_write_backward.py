@@ -31,7 +31,7 @@ def build(problem, config, target):
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
         "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "hidden_rows", "LSU", "LSD", "tokens", "heads", "longest",
-        "inner", "residual", "carries",
+        "inner", "adds_input", "carries",
     )  # fmt: skip
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M),
@@ -39,7 +39,7 @@ def build(problem, config, target):
         enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv), hidden=f32(n.hidden_rows, E), mixed=f32(n.hidden_rows, E),
         dhidden=f32(n.hidden_rows, E), own=f32(n.R), dup=f32(n.S * Dk, E), ddown=f32(n.S * E, Dv), begin=i32(n.N),
         end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
-        scale=T.float32, residual=n.residual, carries=n.carries, dq=f32(n.R, Dk), dk=f32(n.R, Dk), dv=f32(n.R, Dv),
+        scale=T.float32, adds_input=n.adds_input, carries=n.carries, dq=f32(n.R, Dk), dk=f32(n.R, Dk), dv=f32(n.R, Dv),
         dg=f32(n.G), deta=f32(n.R), dmu=f32(n.M), down_own=f32(n.R), dstart_up=f32(n.LSU, E),
         dstart_down=f32(n.LSD, Dv),
     )  # fmt: skip
@@ -280,7 +280,7 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.hidden, E, at, at.HQ, t0=t0, rows=rows)
             take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
-        elif at.residual > 0:
+        elif at.adds_input > 0:
             for t in range(rows):
                 for n in range(plan.both // LANES):
                     for x in T.vectorized(LANES):
@@ -339,7 +339,7 @@ def read_backward(plan: Plan, at: Values, *, t0, rows) -> None:
                         at.dZQ[t, e * LANES + x] = at.LQ[t, e * LANES + x] * at.dZQ[t, e * LANES + x]
         columns(at.dZQ, E, 0, 1, 0, rows, at.dHT)
         read_layer_backward(plan, at, **up, **first, rows=rows)
-        if T.And(alone, at.residual > 0):
+        if T.And(alone, at.adds_input > 0):
             for t in range(rows):
                 for n in range(plan.both // LANES):
                     for x in T.vectorized(LANES):

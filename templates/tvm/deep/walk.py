@@ -173,7 +173,7 @@ def gradients(plan, at, *, t0, rows) -> None:
                 for n in range(Dv // LANES):
                     for x in T.vectorized(LANES):
                         ERR[t, n * LANES + x] = T.float32(2) * (at.O[t, n * LANES + x] - ERR[t, n * LANES + x])
-                if at.residual > 0:
+                if at.adds_input > 0:
                     for n in range(plan.both // LANES):
                         for x in T.vectorized(LANES):
                             ERR[t, n * LANES + x] = ERR[t, n * LANES + x] + T.float32(2) * K[t, n * LANES + x]

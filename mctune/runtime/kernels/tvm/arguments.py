@@ -8,7 +8,7 @@ from typing import Any
 
 _GATES = ("g", "beta", "lam")
 _DEEP_GATES = ("g", "eta", "mu")
-_WALK = ("inner", "scale", "residual", "carries")
+_WALK = ("inner", "scale", "adds_input", "carries")
 _DEEP_CACHE = (
     *("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down", "momentum_up"),
     *("momentum_down", "key_sum", "cached", "filled"),
@@ -47,7 +47,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *("gamma", "own", *_SEGMENTS, "longest", *_WALK, "mixed", "dhidden", "dgamma", "parts"),
     ),
     "deep_read_backward": (
-        *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "residual"),
+        *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "adds_input"),
         *("dgamma", "dup", "ddown", "parts"),
     ),
     "deep_write_backward": (
@@ -58,7 +58,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "deep_gates_backward": (*("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),),
     "deep_decode": (
         *("q", "u", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_DEEP_CACHE),
-        *("length", "inner", "top_k", "residual", "scale", "y"),
+        *("length", "inner", "top_k", "adds_input", "scale", "y"),
     ),
     "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
 }

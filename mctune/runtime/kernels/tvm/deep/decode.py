@@ -81,7 +81,7 @@ class TvmDeepDecode:
             "key_sum": memory.key_sum, "cached": memory.cached, "filled": memory.filled,
             # All are 32-bit arguments; beyond these bounds they change nothing.
             "length": min(segment_length, 2**30), "inner": min(inner_chunk, segment_length, 2**30),
-            "top_k": min(max(top_k, 1), needed + 1), "residual": int(memory_residual), "scale": scale, "y": y,
+            "top_k": min(max(top_k, 1), needed + 1), "adds_input": int(memory_residual), "scale": scale, "y": y,
         }  # fmt: skip
         launch("deep_decode", self.deep_decode, values)
         return y

@@ -100,7 +100,7 @@ def flat_arguments(
         "W_up": _layer(W_up, s.Dk, s.E), "W_down": _layer(W_down, s.E, s.Dv),
         "begin": segments.begin, "end": segments.end, "first": segments.first, "tokens": s.T, "heads": s.H,
         "longest": segments.longest, "inner": min(inner_chunk, segments.longest), "scale": float(scale),
-        "residual": int(memory_residual), "carries": int(mu is not None),
+        "adds_input": int(memory_residual), "carries": int(mu is not None),
         # It sizes scratch memory and is a 32-bit argument; more than all segments cannot be chosen.
         "top_k": min(max(top_k, 1), segments.count),
     }  # fmt: skip
