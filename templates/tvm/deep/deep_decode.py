@@ -58,8 +58,8 @@ def build(problem, config, target):
         down=f32(*heads, n.capacity, *down, align=4), descriptors=f32(*heads, n.capacity, Dk, align=4),
         online_up=one(up), online_down=one(down), start_up=one(up), start_down=one(down), momentum_up=momentum[0],
         momentum_down=momentum[1], key_sum=f32(*heads, Dk, align=4), cached=i32(n.B, align=4),
-        filled=i32(n.B, align=4), length=n.length, inner=n.inner, top_k=n.top_k, adds_input=n.adds_input, scale=T.float32,
-        y=f32(*tokens, Dv, align=4),
+        filled=i32(n.B, align=4), length=n.length, inner=n.inner, top_k=n.top_k, adds_input=n.adds_input,
+        scale=T.float32, y=f32(*tokens, Dv, align=4),
     )  # fmt: skip
     return prim_func("deep_decode", arguments, n, lambda x: every_token(plan, x))
 

@@ -28,8 +28,10 @@ def build(problem, config, target):
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    n = sizes("R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "adds_input",
-              "carries", "longest", "top_k")  # fmt: skip
+    n = sizes(
+        "R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "adds_input",
+        "carries", "longest", "top_k",
+    )  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), u=f32(n.R, Dk), k=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_down=f32(n.XD, Dv),

@@ -23,8 +23,8 @@ def build(problem, config, target):
     Rows are tokens, ``[B*T*H, D]``, gates ``[B*T*H]`` or one element where the recurrence has none; W_up ``[H*Dk, E]``
     and W_down ``[H*E, Dv]``. Outputs: up ``[S*Dk, E]``, down ``[S*E, Dv]`` and means ``[S, Dk]`` of S = B*H*N segments;
     enter_up and enter_down likewise, the momentum that enters each, where any does; online ``[R, Dv]``, or hidden,
-    rows_z ``[R, E]`` and rows_err ``[R, Dv]``. ``carries``: whether there is a mu; ``adds_input``: whether a memory adds
-    its input; 1 or 0.
+    rows_z ``[R, E]`` and rows_err ``[R, Dv]``. ``carries``: whether there is a mu; ``adds_input``: whether a memory
+    adds its input; 1 or 0.
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
