@@ -1,11 +1,11 @@
 """Deep memories (arXiv:2602.24281, Eq. 30-31 and 34-36) on this CPU: a forward pass and a training step, beside torch.
 
-dla with dense GRM (Eq. 8-10) and titans with sparse SSC (Eq. 16-17, top 4) at B1 H4 D64 E256, segments of 256 and inner
-chunks of 16, float32: the kernels where there are any, mctune's eager path, and what one writes with `vmap(grad)` of
-torch.func. That one forms the state of every token, so steps are timed at a quarter of the tokens. Each is held to a
-float64 reference first. One process, rotated order, cold caches, as many threads as cores; times are medians. Counted
-are the operations that the problem needs (`mctune.core.work`; a step is three forwards), and torch's sgemm in the same
-rounds. Then the peak of what each allocates during one step.
+dla and titans with dense GRM (Eq. 8-10), sparse SSC (Eq. 16-17, top 4) and soup (Eq. 14-15) at B1 H4 D64 E256 T4096,
+segments of 256, inner chunks of 16 and of 64, float32: the kernels, and mctune's eager path. At a quarter of the tokens
+also what one writes with `vmap(grad)` of torch.func, which forms the state of every token. Each is held to a float64
+reference first. One process, rotated order, cold caches, as many threads as cores; times are medians. Counted are the
+operations that the problem needs (`mctune.core.work`; a step is three forwards), and torch's sgemm in the same rounds.
+Then the peak of what each allocates during one step.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from mctune.core.target import Target, resolve
 from mctune.core.winner import Winner
 from mctune.core.work import work
 from mctune.emit import emit_package
-from mctune.measure.bench import Contender, Result, baselines, fraction_of_bound, measure, run_of, threads
+from mctune.measure.bench import Contender, Result, baselines, eager, fraction_of_bound, measure, run_of, threads
 from mctune.measure.documents import document, write
 from mctune.verify.inputs import make_inputs
 from mctune.verify.package import find_entry, load_package
 
 GRM = Problem(recurrence="dla", aggregation="grm", T=4096, H=4, Dk=64, Dv=64, segment_length=256)
-SSC = GRM.replace(recurrence="titans", aggregation="ssc", top_k=4)
-STEPS = tuple(problem.replace(pass_="backward", T=1024) for problem in (GRM, SSC))
+READS = (GRM, GRM.replace(aggregation="ssc", top_k=4), GRM.replace(aggregation="soup"))
+ALL = tuple(read.replace(recurrence=recurrence) for recurrence in ("dla", "titans") for read in READS)
+FORWARDS = tuple(problem.replace(inner_chunk=b) for problem in ALL for b in (16, 64))
+STEPS = tuple(problem.replace(pass_="backward") for problem in ALL)
+BESIDE = tuple(one.replace(pass_=pass_, T=1024) for one in (ALL[0], ALL[4]) for pass_ in ("forward", "backward"))
+"""What is set against `vmap(grad)` too."""
 KERNEL = "tvm"
 
 
@@ -76,12 +80,13 @@ def _built(problem: Problem, target: Target, folder: Path) -> Winner:
     return Winner(problem, config, unmeasured, KERNEL, built.library, built.source, None, (), True, {})
 
 
-def bench(problem: Problem, package: Path | None, rounds: int) -> Found:
+def bench(problem: Problem, package: Path | None, rounds: int, folder: Path, beside: bool) -> Found:
     """Build or load the kernels, then measure."""
     target, _ = resolve("cpu")
     say(str(problem))
-    with tempfile.TemporaryDirectory() as scratch, threads(target.cores):
-        module, config, contenders = kernels(problem, target, package, Path(scratch)), Config.of({}), baselines(problem)
+    with threads(target.cores):
+        module, config = kernels(problem, target, package, folder), Config.of({})
+        contenders = baselines(problem) if beside else [eager(problem)]
         if module is not None:
             contenders.insert(0, Contender(KERNEL, problem, run_of(module.memory_caching, KERNEL)))
             entry = find_entry(module, problem, "cpu", KERNEL)
@@ -119,22 +124,28 @@ def table(found: Found) -> str:
 
 
 def said(all_: Sequence[Found]) -> str:
-    """Everything for a person to read."""
+    """What all were measured beside."""
     rates = [found.result.rates for found in all_]
     reached = ", ".join(f"{rate.sgemm / 1e9:.0f}" for rate in rates)
-    return "\n\n".join([*map(table, all_), f"torch's sgemm in the same rounds: {reached} GFLOP/s"])
+    return f"torch's sgemm in the same rounds: {reached} GFLOP/s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="repeats of each contender (default 9)")
-    parser.add_argument("--tokens", type=int, help="of every problem, instead of 4096, and 1024 for a step")
+    parser.add_argument("--tokens", type=int, help="of every problem, instead of 4096 and 1024")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the figures here; `mctune report` reads it")
     parser.add_argument("--package", type=Path, metavar="DIR", help="take the kernels from this tuned package")
     options = parser.parse_args()
     tokens = {"T": options.tokens} if options.tokens else {}
+    found = []
     try:
-        found = [bench(p.replace(**tokens), options.package, options.rounds) for p in (GRM, SSC, *STEPS)]
+        with tempfile.TemporaryDirectory() as scratch:
+            for one in (*FORWARDS, *STEPS, *BESIDE):
+                beside = one in BESIDE
+                problem = one.replace(**tokens)
+                found.append(bench(problem, options.package, options.rounds, Path(scratch), beside))
+                print(table(found[-1]), end="\n\n", flush=True)
     except MctuneError as error:
         raise SystemExit(f"deep.py: error: {error}") from error
     print(said(found))

@@ -29,9 +29,10 @@ def deep(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(bench, "COPY_BYTES", 1 << 16)
     module = importlib.import_module("deep")
     small = {"T": 40, "H": 1, "Dk": 8, "Dv": 8, "segment_length": 16, "inner_chunk": 4}
-    for name in ("GRM", "SSC"):
-        monkeypatch.setattr(module, name, getattr(module, name).replace(**small))
-    monkeypatch.setattr(module, "STEPS", tuple(problem.replace(**small) for problem in module.STEPS))
+    monkeypatch.setattr(module, "GRM", module.GRM.replace(**small))
+    for name, kept in (("FORWARDS", slice(0, 1)), ("STEPS", slice(0, 1)), ("BESIDE", slice(2, 4))):
+        few = tuple(problem.replace(**small) for problem in getattr(module, name)[kept])
+        monkeypatch.setattr(module, name, few)
     yield module
     for name in ("deep", "training", "forward"):
         sys.modules.pop(name, None)
@@ -44,24 +45,26 @@ def test_all_of_it_without_kernels(
     monkeypatch.setattr(sys, "argv", ["deep.py", "--rounds", "1", "--out", str(tmp_path / "deep.json")])
     deep.main()
     said = capsys.readouterr().out
-    assert said.count("\neager ") == said.count("\nvmap(grad) ") == 4
+    assert said.count("\neager ") == 2 * said.count("\nvmap(grad) ") == 4
     assert said.count("forward + backward ") == 2 and "GFLOP/s" in said
     document = read_document(tmp_path / "deep.json")
-    assert [row.backend for row in document.rows] == ["eager"] * 2 + ["eager step"] * 2
-    assert all(dict(row.baselines).keys() == {"vmap(grad)"} for row in document.rows)
+    assert [row.backend for row in document.rows] == ["eager", "eager step"] * 2
+    assert [dict(row.baselines).keys() for row in document.rows] == [set(), set(), {"vmap(grad)"}, {"vmap(grad)"}]
     peaks = json.loads((tmp_path / "deep.json").read_text())["peaks"]
-    assert [set(one["bytes"]) for one in peaks] == [{"eager", "vmap(grad)"}] * 2
+    assert [set(one["bytes"]) for one in peaks] == [{"eager"}, {"eager", "vmap(grad)"}]
     assert all(size > 0 for one in peaks for size in one["bytes"].values())
 
 
-def test_a_kernel_is_what_the_others_are_set_against(deep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_what_the_others_are_set_against(
+    deep: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def kernel(*, backend: str, **arguments: object) -> torch.Tensor:
         assert backend == "tvm"
         return memory_caching(**arguments, backend="eager")  # type: ignore[arg-type]
 
     monkeypatch.setattr(deep, "kernels", lambda *_: SimpleNamespace(memory_caching=kernel))
     monkeypatch.setattr(deep, "find_entry", lambda *_: SimpleNamespace(record={"config": {"rows": 4}}))
-    found = deep.bench(deep.STEPS[0], None, 1)
+    found = deep.bench(deep.STEPS[0], None, 1, tmp_path, beside=True)
     assert found.result.backend == "tvm step" and found.result.config["rows"] == 4
     assert set(found.peaks) == {"tvm", "eager", "vmap(grad)"} == {"tvm", *found.result.baselines}
     first = deep.table(found).splitlines()[1].split()
