@@ -30,10 +30,31 @@ def measured(target: Target, insist: bool) -> bool:
 
 
 def cases_of(
-    target: Target, workload: str | None, problem: str | None, segment_lengths: str | None
+    target: Target,
+    workload: str | None,
+    problem: str | None,
+    segment_lengths: str | None,
+    inner_chunks: str | None = None,
 ) -> tuple[tuple[Case, ...], int, float | None]:
     """The cases, and the trials and time limit that go with them."""
-    lengths = _lengths(segment_lengths) if segment_lengths else None
+    cases, trials, timeout_s = _cases(target, workload, problem, segment_lengths)
+    if not inner_chunks:
+        return cases, trials, timeout_s
+    chunks = sorted(set(_integers("--inner-chunks", inner_chunks, "8,16,64")))
+    if not any(case.problem.deep for case in cases):
+        raise UsageError("--inner-chunks has a meaning only with deep memories: --workload deep, or recurrence=titans")
+    every = (
+        Case.of(_without_length(case) | {"inner_chunk": chunk}, case.segment_lengths) if case.problem.deep else case
+        for case in cases
+        for chunk in (chunks if case.problem.deep else chunks[:1])
+    )
+    return tuple(every), trials, timeout_s
+
+
+def _cases(
+    target: Target, workload: str | None, problem: str | None, segment_lengths: str | None
+) -> tuple[tuple[Case, ...], int, float | None]:
+    lengths = _integers("--segment-lengths", segment_lengths, "64,128,256") if segment_lengths else None
     if problem is not None:
         if workload is not None:
             raise UsageError("--workload and --problem exclude each other; give one")
@@ -69,8 +90,8 @@ def parse_problem(text: str) -> dict[str, Any]:
     return fields
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _integers(option: str, text: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--segment-lengths {text!r} is not a list of integers such as 64,128,256") from None
+        raise UsageError(f"{option} {text!r} is not a list of integers such as {example}") from None

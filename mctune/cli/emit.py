@@ -21,6 +21,7 @@ from mctune.study.events import SearchRequest
 @click.option("--workload", metavar="NAME", help="Named set of problems that was searched.  [default: quick]")
 @click.option("--problem", metavar="FIELDS", help="The one problem that was searched instead.")
 @click.option("--segment-lengths", metavar="LIST", help="Segment lengths that were tried, if they were given.")
+@click.option("--inner-chunks", metavar="LIST", help="As for `mctune search`.")
 @click.option(
     "--storage", metavar="URL", help="Optuna storage, or a SQLite file.  [default: SQLite in the output directory]"
 )
@@ -33,8 +34,9 @@ from mctune.study.events import SearchRequest
               help="Sign the package with the Ed25519 private key in this PEM file.")  # fmt: skip
 @json_option
 def command(
-    target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, storage: str | None,
-    out: Path | None, max_slowdown: float, replace: bool, key: Path | None, as_json: bool,
+    target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
+    inner_chunks: str | None, storage: str | None, out: Path | None, max_slowdown: float, replace: bool,
+    key: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Emit the package of a search again: from its studies as far as they went, without searching or timing.
 
@@ -47,7 +49,7 @@ def command(
     target, note = resolve(target_name)
     if note:
         say(note)
-    cases, trials, _ = cases_of(target, workload, problem, segment_lengths)
+    cases, trials, _ = cases_of(target, workload, problem, segment_lengths, inner_chunks)
     request = SearchRequest(
         target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
         max_slowdown=max_slowdown, measure=measured(target, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace as replace_
 from pathlib import Path
 
 import click
@@ -25,6 +26,8 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--problem", metavar="FIELDS",
               help="One problem instead: T=4096,H=4,Dk=64,Dv=64,aggregation=grm, or JSON.")  # fmt: skip
 @click.option("--segment-lengths", metavar="LIST", help="Segment lengths to try, for example 64,128,256.")
+@click.option("--inner-chunks", metavar="LIST",
+              help="Inner chunks of deep memories to compare, a study each, for example 8,16,64.")  # fmt: skip
 @click.option("--trials", type=click.IntRange(min=1), help="Candidates a study.  [default: the workload's, or 100]")
 @click.option("--timeout", type=float, metavar="SECONDS",
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
@@ -44,9 +47,9 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
 @json_option
 def command(
-    target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None, trials: int | None,
-    timeout: float | None, sampler: str, seed: int, storage: str | None, out: Path | None, max_slowdown: float,
-    trial_timeout: float, replace: bool, measure: bool, as_json: bool,
+    target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
+    inner_chunks: str | None, trials: int | None, timeout: float | None, sampler: str, seed: int, storage: str | None,
+    out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
@@ -58,7 +61,7 @@ def command(
     target, note = resolve(target_name)
     if note:
         say(note)
-    cases, default_trials, default_timeout = cases_of(target, workload, problem, segment_lengths)
+    cases, default_trials, default_timeout = cases_of(target, workload, problem, segment_lengths, inner_chunks)
     for line in advice(cases):
         say(line)
     request = SearchRequest(
@@ -109,8 +112,29 @@ def command(
 
 
 def report_text(report: SearchReport) -> str:
-    """The frontier of each study, the recommendation marked."""
-    return "\n\n".join(_study_text(study) for study in report.studies)
+    """The frontier of each study, the recommendation marked; then that of inner chunks, where several were studied."""
+    return "\n\n".join([*map(_study_text, report.studies), *_inner_chunks(report)])
+
+
+def _inner_chunks(report: SearchReport) -> list[str]:
+    """Inner chunk against time: like the segment length it changes what is computed, so none is recommended."""
+    alike: dict[str, list[StudyReport]] = {}
+    for study in report.studies:
+        if study.case.problem.deep and study.recommended is not None:
+            key = str(replace_(study.case, problem=study.case.problem.replace(inner_chunk=1)))
+            alike.setdefault(key, []).append(study)
+    tables = []
+    for key, studies in alike.items():
+        points = [study.recommended for study in studies if study.recommended is not None]
+        if len(points) < 2:
+            continue
+        how = "predicted ms" if isinstance(points[0].outcome, Predicted) else "ms"
+        lines = [
+            (str(p.problem.inner_chunk), str(p.problem.segment_length or "log"), f"{p.outcome.ms:.3f}") for p in points
+        ]
+        tried = ",".join(str(p.problem.inner_chunk) for p in points)
+        tables.append(f"{key.replace(' b1 ', f' b{tried} ')}\n" + text_table(("inner chunk", "segment", how), lines))
+    return tables
 
 
 def _study_text(study: StudyReport) -> str:

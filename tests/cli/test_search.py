@@ -293,3 +293,28 @@ def test_on_a_terminal_there_is_a_bar_without_colour_if_asked(monkeypatch: pytes
     monkeypatch.setenv("NO_COLOR", "1")
     plain = progress_of(terminal=True)
     assert "20/20" in plain and "\x1b[33m" not in plain
+
+
+def test_inner_chunks_are_studies_of_their_own_and_compared_at_the_end(
+    run: Callable[..., Any], planted: Planted
+) -> None:
+    ran = run(
+        "search", "--problem", f"{FIELDS},recurrence=titans", "--inner-chunks", "64,8", "--segment-lengths", "64,128"
+    )
+    assert planted.request is not None
+    assert [case.problem.inner_chunk for case in planted.request.cases] == [8, 64]
+    assert all(case.segment_lengths == (64, 128) for case in planted.request.cases)
+    last = ran.out.split("\n\n")[-1].splitlines()
+    assert " b8,64 " in last[0] and last[1].split() == ["inner", "chunk", "segment", "ms"]
+    assert [line.split() for line in last[2:4]] == [["8", "64", "1.250"], ["64", "64", "1.250"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "chunks", "said"),
+    [("", "8,16", "only with deep memories"), (",recurrence=dla", "8,x", "'8,x' is not a list")],
+)
+def test_inner_chunks_that_cannot_be(
+    fields: str, chunks: str, said: str, run: Callable[..., Any], planted: Planted
+) -> None:
+    ran = run("search", "--problem", f"{FIELDS}{fields}", "--inner-chunks", chunks)
+    assert ran.code == 2 and said in ran.err and planted.request is None
