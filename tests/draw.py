@@ -122,7 +122,12 @@ def interpreted(pass_: str, target: Target, dtypes: Sequence[str]) -> list[sprea
 
 
 def _lighter(one: spread.Drawn, target: Target) -> spread.Drawn:
-    """Sixteen splits are more than there are states in any case; each is a program to interpret."""
+    """Sixteen splits are more than there are states in any case; each is a program to interpret. So is each block of a
+    deep memory's hidden units."""
+    if one.problem.deep and one.config.to_dict().get("write_EB", 32) == 16:
+        wider = one.config.replace(write_EB=32)
+        if get_backend("triton").space(one.problem).valid(wider, one.problem, target):
+            one = spread.Drawn(one.problem, wider)
     splits = one.config.to_dict().get("decode_SPLITS", 0)
     if not isinstance(splits, int) or splits <= 16:
         return one
