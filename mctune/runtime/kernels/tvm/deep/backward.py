@@ -72,9 +72,13 @@ class TvmDeepBackward:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
         """
         s = Shape.of(self.problem, q, v, W_up, segments)
-        groups = 1 if s.mixed else self.groups
+        groups, width = 1 if s.mixed else self.groups, max(s.Dk, s.Dv)
+        # A task keeps the states at the starts of its segment's inner chunks.
+        chunks = -(-segments.longest // min(inner_chunk, segments.longest))
         check_reach(
-            s.rows * max(groups * s.Dk, s.Dv, s.mixed and s.E), s.states * s.E * max(s.Dk, s.Dv), s.states * s.T
+            s.rows * max(groups * s.Dk, s.Dv, s.mixed and s.E),
+            max(s.states, chunks) * s.E * width,
+            s.states * s.T,
         )
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
         x["dy"] = flat_rows(dy, s.Dv)
