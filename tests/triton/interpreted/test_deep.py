@@ -1,4 +1,4 @@
-"""Deep memories' forward: gates that are absent, chunks of one token, and a memory that does not add its input though it could."""
+"""Deep memories' forward: absent gates, chunks of one token, a memory that does not add its input though it could."""
 
 from __future__ import annotations
 
