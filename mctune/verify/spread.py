@@ -18,7 +18,7 @@ from mctune.runtime.kernels.support import served
 _MATRIX = tuple(name for name, row in RECURRENCES.items() if not row.deep)
 _SHAPES = ((24, 40, 24), (16, 16, 32), (20, 33, 40), (64, 32, 16), (48, 80, 50), (7, 20, 33))
 """Dk, Dv, segment length."""
-_DEEP_SHAPES = ((16, 16, 14, 3, 4), (20, 12, 18, 2, 5), (24, 24, 20, 3, 16), (7, 20, 9, 4, 1))
+_DEEP_SHAPES = ((16, 16, 14, 3, 4), (20, 12, 18, 2, 5), (24, 24, 20, 3, 16), (7, 20, 9, 4, 3))
 """Dk, Dv, segment length, E / Dk, inner chunk."""
 _FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "forward": (

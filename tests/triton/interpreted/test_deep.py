@@ -1,4 +1,4 @@
-"""Deep memories' forward: gates that are absent, and a memory that does not add its input though it could."""
+"""Deep memories' forward: absent gates, chunks of one token, a memory that does not add its input though it could."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ CASES = (
     *((PROBLEM, absent) for count in (1, 2, 3) for absent in combinations(("g", "eta", "mu"), count)),
     (PROBLEM.replace(aggregation="mean", state_init="checkpoint"), ("mu",)),
     (PROBLEM.replace(aggregation="soup", dtype="float16"), ("g", "mu")),
+    (PROBLEM.replace(T=14, inner_chunk=1), ("mu",)),
+    (PROBLEM.replace(recurrence="dla", inner_chunk=1), ()),
     (PROBLEM.replace(recurrence="dla"), ("eta",)),
     (PROBLEM.replace(recurrence="dla", aggregation="soup"), ("eta",)),
 )
