@@ -24,7 +24,7 @@ from mctune.runtime.eager.ends import end_states
 from mctune.runtime.eager.forward import by_head, lay_out
 from mctune.runtime.kernels.kept import Names, make_kept
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.segments import Segments
+from mctune.verify.decided import DRAWS, decided, gaps, means_of
 from mctune.verify.guard import POSITIONAL, Arguments
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.kept import segments_of
@@ -35,7 +35,6 @@ _AT_ONCE = 1 << 26
 """Numbers of one array of the eager path, about: more heads than make so many are computed one after another."""
 _GAP = 1e-4
 """Logits at the edge of ssc's choice are at least so far apart; float32 decides them."""
-_DRAWS = 50
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSi
     if problem.pass_ == "decode":
         return _make_decode(problem, inputs, seed)
     if problem.reads.sparse:
-        inputs = replace(inputs, u=_decided(problem, inputs, seed))
+        inputs = decided(problem, inputs, seed, _GAP)
     if problem.pass_ == "forward":
         y = _joined([_forward(part, x) for part, x in _parts(problem, inputs)], problem)
         return AtSize(problem, inputs, {}, {"y": y})
@@ -165,11 +164,7 @@ def _states(problem: Problem, inputs: Inputs) -> tuple[tuple[Tensor, ...], Tenso
     call = call_of(problem, inputs, slice(None), torch.float32, inputs.cu_seqlens)
     k, v = (by_head(x, torch.float32) for x in (call.k, call.v))
     with torch.no_grad():
-        return end_states(call, lay_out(call), k, v).states, _means(k, call.segments)
-
-
-def _means(k: Tensor, segments: Segments) -> Tensor:
-    return torch.stack([k[:, begin:end].mean(1) for begin, end, _ in segments.spans], 1)
+        return end_states(call, lay_out(call), k, v).states, means_of(k, call.segments)
 
 
 def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
@@ -177,35 +172,6 @@ def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
     states, means = _states(problem, inputs)
     u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
     return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype)
-
-
-# --- ssc: what it chooses must not depend on rounding
-
-
-def _decided(problem: Problem, inputs: Inputs, seed: int) -> Tensor:
-    """u, drawn again for every token whose choice is within ``_GAP`` of another."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    u, segments = inputs.u.clone(), segments_of(problem, inputs)
-    means = [_means(by_head(k[None], torch.float32), segments) for k in inputs.k]
-    assert problem.top_k is not None
-    for row, head in ((row, head) for row in range(problem.B) for head in range(problem.H)):
-        for number, (begin, end, first) in enumerate(segments.spans):
-            if number - first <= problem.top_k:
-                continue
-            own, keys = u[row, begin:end, head], means[row][head, first:number]
-            for _ in range(_DRAWS):
-                tied = _gaps(own.float() @ keys.mT, problem.top_k) < _GAP
-                if not bool(tied.any()):
-                    break
-                fresh = torch.randn(int(tied.sum()), problem.Dk, generator=generator) * problem.Dk**-0.25
-                own[tied] = fresh.to(own)
-    return u
-
-
-def _gaps(logits: Tensor, top_k: int) -> Tensor:
-    """Between the last logit that is chosen and the first that is not: [..., N] to [...]."""
-    best = logits.topk(top_k + 1, dim=-1).values
-    return best[..., -2] - best[..., -1]
 
 
 # --- decode: the last token, after a memory of random numbers
@@ -217,13 +183,13 @@ _MEMORY = ("states", "descriptors", "online", "key_sum", "last_key", "last_value
 def _make_decode(problem: Problem, inputs: Inputs, seed: int) -> AtSize:
     C, last = problem.segment_length or 1, slice(problem.T - 1, problem.T)
     cached, filled = divmod(problem.T - 1, C)
-    for draw in range(_DRAWS):
+    for draw in range(DRAWS):
         given = _random_memory(problem, inputs, seed + draw)
         if not problem.reads.sparse or cached <= (problem.top_k or 1):
             break
         u = inputs.u[:, -1].float()
         logits = torch.einsum("bhd,bhnd->bhn", u, given["descriptors"][:, :, :cached])
-        if float(_gaps(logits, problem.top_k or 1).min()) >= _GAP:
+        if float(gaps(logits, problem.top_k or 1).min()) >= _GAP:
             break
     if filled == 0 and problem.state_init == "independent":
         names = ("key_sum", "last_key", "last_value", "momentum", *(() if problem.deep else ("online",)))

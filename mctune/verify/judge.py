@@ -12,9 +12,10 @@ from mctune.backends.protocol import Kernel
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
 from mctune.reference import error_ratio
+from mctune.verify.decided import choice_gap, decided
 from mctune.verify.guard import Fault, Guarded, same
 from mctune.verify.inputs import Inputs, make_inputs, odd_problems
-from mctune.verify.kept import OPTIONAL, oracle_states, segments_of
+from mctune.verify.kept import OPTIONAL
 from mctune.verify.passes import PASSES, Results
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -22,6 +23,8 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 _BACKWARD = 2.5
 """A gradient may be this many times farther off: it is a sum of longer chains."""
 _VANISHING = 1e-3
+_GAP = 1e-5
+"""Logits at the edge of ssc's choice are at least so far apart."""
 
 
 @contextmanager
@@ -46,13 +49,14 @@ def decided_inputs(problem: Problem, seed: int) -> Inputs:
     """Random inputs that float32 can be judged on.
 
     ssc's choice is discontinuous: where two logits at its edge are closer than float32 rounding, a right kernel may
-    read the other segment. Such inputs are drawn again.
+    read the other segment. Such tokens draw their u again, and where that does not help, all is drawn again.
     """
-    inputs = make_inputs(problem, seed)
-    while problem.reads.sparse and _choice_gap(problem, inputs) < 1e-5:
+    while True:
+        inputs = decided(problem, make_inputs(problem, seed), seed, _GAP)
+        # Of two segments with one mean key, every u leaves the choice open.
+        if not problem.reads.sparse or choice_gap(problem, inputs) >= _GAP:
+            return inputs
         seed += 1
-        inputs = make_inputs(problem, seed)
-    return inputs
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,6 @@ def load_cases(file: str) -> list[Judged]:
         Judged(Problem.from_dict(one["problem"]), Inputs(**one["inputs"]), one["wanted"])
         for one in torch.load(file, weights_only=True)
     ]
-
-
-def _choice_gap(problem: Problem, inputs: Inputs) -> float:
-    """The smallest difference between the last logit that ssc chooses and the first that it leaves."""
-    segments = segments_of(problem, inputs)
-    assert problem.top_k is not None
-    _, p = oracle_states(problem, inputs, problem.T)
-    gap = float("inf")
-    for number, (begin, end, first) in enumerate(segments.spans):
-        if number - first > problem.top_k:
-            u = inputs.u[:, begin:end].double()
-            logits = torch.einsum("bthd,bnhd->bthn", u, p[:, first:number]).sort(dim=-1, descending=True).values
-            gap = min(gap, float((logits[..., problem.top_k - 1] - logits[..., problem.top_k]).min()))
-    return gap
 
 
 def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:

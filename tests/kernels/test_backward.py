@@ -18,7 +18,7 @@ from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.core.target import Target
 from mctune.reference import error_ratio
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
-from mctune.verify import judge as verify
+from mctune.verify.decided import choice_gap
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import judge, poisoned_memory, run_kernel
 from mctune.verify.passes import PASSES, Results
@@ -78,7 +78,7 @@ def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Input
         return case.inputs, case.wanted
     while True:
         inputs = replace(make_inputs(problem, seed), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-        if problem.aggregation != "ssc" or verify._choice_gap(problem, inputs) > 1e-5:
+        if problem.aggregation != "ssc" or choice_gap(problem, inputs) > 1e-5:
             return inputs, PASSES["backward"].expected(problem, inputs)
         seed += 1
 

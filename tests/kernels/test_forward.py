@@ -15,7 +15,7 @@ from fences import y_of
 from mctune.core.problem import STATE_INITS, Problem
 from mctune.reference import error_ratio
 from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
-from mctune.verify import judge as verify
+from mctune.verify.decided import choice_gap
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import poisoned_memory
 from mctune.verify.passes import PASSES
@@ -56,7 +56,7 @@ def judged(problem: Problem, bounds: list[int] | None, seed: int) -> tuple[Input
         return judged_whole(problem, seed)
     while True:
         inputs = replace(make_inputs(problem, seed), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-        if problem.aggregation != "ssc" or verify._choice_gap(problem, inputs) > 1e-5:
+        if problem.aggregation != "ssc" or choice_gap(problem, inputs) > 1e-5:
             return inputs, PASSES["forward"].expected(problem, inputs)["y"]
         seed += 1
 

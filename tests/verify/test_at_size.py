@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,10 @@ from mctune.core.problem import Problem
 from mctune.runtime.kernels.kept import CHOICE, LOGITS
 from mctune.verify import at_size as module
 from mctune.verify.at_size import AtSize, at_size, make
+from mctune.verify.decided import decided, gaps, means_of
 from mctune.verify.inputs import make_inputs, sized_problems
 from mctune.verify.judge import error_of, tolerance
-from mctune.verify.kept import kept_by
+from mctune.verify.kept import kept_by, segments_of
 from mctune.verify.passes import PASSES
 from mctune.verify.rerun import error_at_size
 
@@ -70,16 +70,15 @@ def test_a_decode_step_has_a_reference(aggregation: str, T: int) -> None:
     assert torch.equal(case.wanted["states"][:, :, : (T - 1) // 8], memory.states[0][:, :, : (T - 1) // 8])
 
 
-def test_choices_of_ssc_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_GAP", 1e-2)
+def test_choices_of_ssc_are_decided() -> None:
     problem = Problem(aggregation="ssc", T=2000, H=2, Dk=4, Dv=4, segment_length=16, top_k=3)
     drawn = make_inputs(problem.replace(segment_length=2000), 0)
-    again = replace(drawn, u=module._decided(problem, drawn, 0))
+    again = decided(problem, drawn, 0, 1e-2)
     changed = (again.u != drawn.u).any(-1)
     assert 0 < int(changed.sum()) < 1500
-    means = module._means(drawn.k[:, :, 0], module.segments_of(problem, drawn))[0]
+    means = means_of(drawn.k[:, :, 0], segments_of(problem, drawn))[0]
     last = again.u[0, 1984:, 0] @ means[:124].T
-    assert float(module._gaps(last, 3).min()) >= module._GAP
+    assert float(gaps(last, 3).min()) >= 1e-2 - 1e-6
 
 
 def test_the_file_gives_what_was_made(tmp_path: Path) -> None:

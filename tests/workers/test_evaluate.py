@@ -24,6 +24,7 @@ from mctune.measure import timing
 from mctune.measure.timing import summary, time_rotated
 from mctune.reference import error_ratio
 from mctune.verify import judge as verify
+from mctune.verify.decided import choice_gap
 from mctune.verify.inputs import Inputs, make_inputs, odd_problems
 from mctune.verify.judge import judge, poisoned_memory
 from mctune.workers.evaluate import first_line
@@ -265,9 +266,9 @@ def test_the_choice_gap_is_that_of_the_nearest_decision() -> None:
         for head in range(2):
             logits = sorted((p[0, :, head] @ inputs.u[0, t, head].double()).tolist(), reverse=True)
             gaps.append(logits[1] - logits[2])
-    assert verify._choice_gap(SSC, inputs) == pytest.approx(min(gaps), rel=1e-6)
+    assert choice_gap(SSC, inputs) == pytest.approx(min(gaps), rel=1e-6)
     # Where every segment is read there is nothing to decide.
-    assert verify._choice_gap(SSC.replace(top_k=7), inputs) == float("inf")
+    assert choice_gap(SSC.replace(top_k=7), inputs) == float("inf")
 
 
 def test_judging_leaves_the_threads_as_they_were() -> None:
