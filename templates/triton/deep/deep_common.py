@@ -48,7 +48,7 @@ class Spans(NamedTuple):
     """int32: seg_begin, seg_end and seg_first ``[N]`` of segments; of lanes, where they are sequences, the first
     segment and one past the last; None where not read."""
 
-    seg_begin: torch.Tensor
+    seg_begin: torch.Tensor | None
     seg_end: torch.Tensor
     seg_first: torch.Tensor | None = None
     lane_begin: torch.Tensor | None = None
@@ -64,8 +64,8 @@ class Rows(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The two matrices of memories: ``[H, DK, DE]`` and ``[H, DE, DV]`` to start from, else ``[.., SK, SE]``, ``[.., SE,
-    SV]``; in a kernel, from the first element of one memory on."""
+    """The two matrices of memories: ``[H, DK, DE]``, ``[H, DE, DV]`` to start from, else ``[.., SK, SE]``,
+    ``[.., SE, SV]``; in a kernel, from the first element of one memory on."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -78,6 +78,13 @@ class Strengths(NamedTuple):
     g: torch.Tensor | None
     eta: torch.Tensor | None
     mu: torch.Tensor | None
+
+
+class Gates(NamedTuple):
+    """Of :mod:`gates`, float32: logits ``[B*H, N, T]`` of segments, and lse ``[B*H, T]``; gamma = exp(logit - lse)."""
+
+    logits: torch.Tensor
+    lse: torch.Tensor
 
 
 class Tile(NamedTuple):
