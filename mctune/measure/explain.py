@@ -23,7 +23,8 @@ from mctune.backends.protocol import Launch
 from mctune.backends.triton.backend import TritonBackend
 from mctune.backends.triton.cost.calibrated import calibration
 from mctune.backends.triton.cost.predict import Demand, Part, demands, estimate
-from mctune.backends.triton.cost.trips import Source, source_of
+from mctune.backends.triton.cost.trips import source_of
+from mctune.backends.triton.cost.walk import Source
 from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
 from mctune.core.config import Config, Scalar

@@ -11,7 +11,8 @@ from mctune.backends.triton.cost.mix import loops_of
 from mctune.backends.triton.cost.opcodes import Mix, amd_mix
 from mctune.backends.triton.cost.parameters import Parameters
 from mctune.backends.triton.cost.predict import demands
-from mctune.backends.triton.cost.trips import TRIPS, Source, Walk, source_of
+from mctune.backends.triton.cost.trips import TRIPS, source_of
+from mctune.backends.triton.cost.walk import Source, Walk
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve

@@ -12,7 +12,8 @@ from mctune.backends.triton.cost import calibrated
 from mctune.backends.triton.cost.opcodes import Mix
 from mctune.backends.triton.cost.parameters import Parameters
 from mctune.backends.triton.cost.predict import Demand, demands, estimate, predict
-from mctune.backends.triton.cost.trips import TRIPS, Source
+from mctune.backends.triton.cost.trips import TRIPS
+from mctune.backends.triton.cost.walk import Source
 from mctune.core.outcome import Predicted, describe, from_json, to_json
 from mctune.core.target import resolve
 from tests.cost.launches import CONFIG, FORWARD, H100, LOOP, launched, ptx

@@ -15,7 +15,7 @@ from mctune.backends.triton import notes
 from mctune.backends.triton.cost import trips
 from mctune.backends.triton.cost.parameters import Parameters
 from mctune.backends.triton.cost.predict import demands, estimate, predict
-from mctune.backends.triton.cost.trips import Source
+from mctune.backends.triton.cost.walk import Source
 from mctune.backends.triton.device import VirtualDevice
 from mctune.core.config import Config
 from mctune.core.problem import Problem

@@ -22,6 +22,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.triton.deep.forward import TritonDeepForward
 from mctune.runtime.kernels.triton.matrix.backward import TritonBackward
 from mctune.runtime.kernels.triton.matrix.decode import TritonDecode
 from mctune.runtime.kernels.triton.matrix.forward import TritonForward
@@ -30,10 +31,13 @@ LAUNCHERS = {
     ("matrix", "forward"): TritonForward,
     ("matrix", "backward"): TritonBackward,
     ("matrix", "decode"): TritonDecode,
+    ("deep", "forward"): TritonDeepForward,
 }
 """By family and pass."""
 WIDEST = 256
 """A program holds a row of q whole."""
+LONGEST_CHUNK = 128
+"""Tokens of an inner chunk: a program holds the product of its rows with each other."""
 
 
 class TritonBackend:
@@ -59,6 +63,9 @@ class TritonBackend:
         for name, width in (("Dk", problem.Dk), ("Dv", problem.Dv)):
             if answer and width > WIDEST:
                 answer = Support.no(f"{name}={width}: Triton's templates take at most {WIDEST}; take more heads")
+        if answer and problem.deep and (problem.inner_chunk or 1) > LONGEST_CHUNK:
+            reason = f"inner_chunk={problem.inner_chunk}: Triton's templates take at most {LONGEST_CHUNK}"
+            answer = Support.no(f"{reason}; take a shorter inner_chunk, or the eager path")
         return answer
 
     def ready(self, here: bool = True) -> None:

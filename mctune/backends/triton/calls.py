@@ -8,7 +8,7 @@ import torch
 
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
-from mctune.runtime.kernels.kept import Sizes, shape
+from mctune.runtime.kernels.kept import ENDS, Sizes, shape
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import Segments, make_segments
@@ -28,7 +28,7 @@ def call_on_meta(
     """
     match problem.pass_:
         case "forward":
-            keep = ("states", "means") if alone is False else ()
+            keep = ENDS[problem.writes.family] if alone is False else ()
             rows = _rows(problem, problem.T)
             kernel(*rows, segments=_segments(problem), keep=keep, **_options(problem, problem.T))
         case "backward":

@@ -37,9 +37,12 @@ PREFIXES = {
     "grouped_backward": "dgroup",
     "decode_step": "decode",
     "decode_combine": "decode",
+    "deep_write": "write",
+    "deep_read": "read",
+    "deep_mix": "read",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-SHARED = ("common", "decode_common", "backward_common")
+SHARED = ("common", "decode_common", "backward_common", "deep_common")
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -47,6 +50,15 @@ LEAST, LANES = 16, 16
 
 def operations(problem: Problem, config: Config) -> tuple[str, ...]:
     """The templates that a pass of ``problem`` launches with ``config``, in order."""
+    return _deep(problem) if problem.deep else _matrix(problem, config)
+
+
+def _deep(problem: Problem) -> tuple[str, ...]:
+    gates = ("gates",) if problem.routed else ()
+    return ("deep_write", *gates, "deep_mix" if problem.reads.mixes_parameters else "deep_read")
+
+
+def _matrix(problem: Problem, config: Config) -> tuple[str, ...]:
     match problem.pass_:
         case "forward":
             gates = ("gates",) if problem.routed and config["gates"] == "precomputed" else ()
@@ -68,6 +80,8 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "ROUTED": problem.reads.routed,
         "SPARSE": problem.reads.sparse,
         "AVERAGES": problem.reads.averages,
+        "MIXES": problem.reads.mixes_parameters,
+        "SQUARED": problem.writes.momentum,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",
         "GATES": "precomputed",
@@ -75,7 +89,9 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "PRECISION": "ieee",
         "OPERAND": "registers",
     }
-    for letter, width in (("K", problem.Dk), ("V", problem.Dv)):
+    if problem.deep:
+        found["INNER"] = problem.inner_chunk or 1
+    for letter, width in (("K", problem.Dk), ("V", problem.Dv), *((("E", problem.E),) if problem.deep else ())):
         found[f"D{letter}"] = width
         found[f"P{letter}"] = max(LEAST, 1 << (width - 1).bit_length())
         found[f"S{letter}"] = -(-width // LANES) * LANES

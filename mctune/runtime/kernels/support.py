@@ -44,7 +44,11 @@ class Served:
     fixed: tuple[str, ...] = ()
 
 
-SERVED = (Served("tvm", "cpu", "matrix", dtype="float32"), Served("triton", "cuda", "matrix"))
+SERVED = (
+    Served("tvm", "cpu", "matrix", dtype="float32"),
+    Served("triton", "cuda", "matrix"),
+    Served("triton", "cuda", "deep", passes=("forward",), fixed=("inner_chunk",)),
+)
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
 
 

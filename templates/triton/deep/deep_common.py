@@ -63,9 +63,15 @@ class Rows(NamedTuple):
     v: torch.Tensor
 
 
+class First(NamedTuple):
+    """The memory that every lane starts from, float32: ``[H, DK, DE]`` and ``[H, DE, DV]``."""
+
+    W_up: torch.Tensor
+    W_down: torch.Tensor
+
+
 class Layers(NamedTuple):
-    """The two matrices of memories: ``[H, DK, DE]``, ``[H, DE, DV]`` to start from, else ``[.., SK, SE]``,
-    ``[.., SE, SV]``; in a kernel, from the first element of one memory on."""
+    """The two matrices of memories, ``[.., SK, SE]`` and ``[.., SE, SV]``; in a kernel also of one of them."""
 
     up: torch.Tensor
     down: torch.Tensor

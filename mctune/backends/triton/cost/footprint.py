@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mctune.backends.protocol import Launch
-from mctune.backends.triton.cost.trips import Walk
+from mctune.backends.triton.cost.walk import Walk
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 
@@ -17,8 +17,11 @@ _PIECE_KEYS = ("sums", "pulls", "dk_lead", "dv_lead")
 _GATE_ROWS = ("logits", "gammas", "dgamma", "dr")
 _TOKENS = (
     "g", "beta", "lam", "cum", "now", "after", "lse", "own", "gate", "pull", "dg", "dbeta", "dlam", "diagonal", "tail",
-    "ending", "own_logit",
+    "ending", "own_logit", "eta", "mu",
 )  # fmt: skip
+_DEEP = ("W_up", "W_down", "partials", "error")
+_HIDDEN = ("hidden", "z")
+_LAYERS = {"up": 0, "up_operand": 0, "down": 1, "down_operand": 1}
 _CHOICES = ("chosen", "picked", "order", "chosen_dr")
 _IN_PLACE = {("step_kernel", "online"), ("connector_kernel", "dgamma")}
 """(kernel, parameter) of arrays that are read and written."""
@@ -76,8 +79,26 @@ def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
         return heads * tokens
     if name in _CHOICES:
         return heads * tokens * top_k
+    if p.deep and (name in _HIDDEN or name in _LAYERS or name in _DEEP):
+        return _of_deep(name, walk, heads, tokens)
     if name == "partial":
         return heads * tokens * top_k * (p.Dk if p.pass_ == "backward" else p.Dv)
     if name == "parts":
         return heads * tokens * (int(walk.values.get("SPLITS", 1)) + 1) * p.Dv
     return heads * Dk * Dv if name == "online" else 0.0
+
+
+def _of_deep(name: str, walk: Walk, heads: int, tokens: int) -> float:
+    """Of deep memories' arrays: rows of hidden units, layers of segments' states and of the first, parts of reads."""
+    p = walk.problem
+    Dk, Dv, E = (-(-width // 16) * 16 for width in (p.Dk, p.Dv, p.E))
+    if name in _HIDDEN:
+        return heads * tokens * E
+    if name in _LAYERS:
+        return heads * walk.segments * E * (Dk, Dv)[_LAYERS[name]]
+    if name == "error":
+        return heads * tokens * Dv
+    if name == "partials":
+        parts = int(walk.values.get("parts", 0)) or (1 if p.writes.momentum else -(-E // walk["EB"]))
+        return heads * tokens * p.Dv * parts
+    return p.H * p.E * (p.Dk if name == "W_up" else p.Dv)

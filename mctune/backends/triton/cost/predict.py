@@ -16,7 +16,8 @@ from mctune.backends.triton.cost.footprint import footprint
 from mctune.backends.triton.cost.mix import Loop, loops_of, sum_of
 from mctune.backends.triton.cost.opcodes import Mix
 from mctune.backends.triton.cost.parameters import Parameters
-from mctune.backends.triton.cost.trips import UNCOUNTED, Source, source_of
+from mctune.backends.triton.cost.trips import UNCOUNTED, source_of
+from mctune.backends.triton.cost.walk import Source
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
