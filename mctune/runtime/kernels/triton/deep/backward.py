@@ -1,4 +1,4 @@
-"""Launch the backward kernels of a Triton package for deep memories: the writes once more, reads, gates, states, writes.
+"""Launch the backward kernels of a Triton package for deep memories: the writes again, reads, gates, states, writes.
 
 Coefficients of inner chunks, c_t, d_t and c_tj, are small: torch makes them, and their gradients are turned into the
 gates' by its autograd.
@@ -112,19 +112,13 @@ class TritonDeepBackward:
             rows = Rows(*(x[:, :, heads].contiguous() for x in (q, k, v, dy, u)))
             gates = {n: None if x is None else x[:, :, heads] for n, x in {"g": g, "eta": eta, "mu": mu}.items()}
             own = {n: x.view(B, H, N, *x.shape[1:])[:, heads].flatten(0, 1) for n, x in (kept or {}).items()}
-            parts.append(
-                self._heads(
-                    _Call(
-                        rows, gates, W_up[heads], W_down[heads], memory_residual, inner_chunk, float(scale), top_k,
-                        segments, own,
-                    )  # fmt: skip
-                )
-            )
+            layers = (W_up[heads], W_down[heads])
+            call = _Call(rows, gates, *layers, memory_residual, inner_chunk, float(scale), top_k, segments, own)
+            parts.append(self._heads(call))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _heads(self, call: _Call) -> Gradients:
         rows, scale, adds = call.rows, call.scale, call.residual
-        B, T, H, _ = rows.k.shape
         tables = make_tables(call.segments, call.inner_chunk, self.checkpoint, rows.k.device)
         # Of reads and gates: every segment is one piece.
         whole = make_tables(call.segments, call.segments.longest, self.checkpoint, rows.k.device)
@@ -172,7 +166,7 @@ class TritonDeepBackward:
         )  # fmt: skip
         firsts = None if not self.checkpoint else tables.segment.index_select(0, tables.seq_begin)
         Dk, E, Dv = call.W_up.shape[1], *call.W_down.shape[1:]
-        dW_up, dW_down = (_start(x, firsts, B) for x in (dends.up, dends.down))
+        dW_up, dW_down = (_start(x, firsts, len(rows.k)) for x in (dends.up, dends.down))
         found = gate_gradients(places, dweights, **call.gates)
         return Gradients(
             made.dq, made.dk, made.dv, None if du is None else du.float(), **found,
