@@ -40,9 +40,20 @@ PREFIXES = {
     "deep_write": "write",
     "deep_read": "read",
     "deep_mix": "read",
+    "deep_replay": "replay",
+    "deep_online_backward": "online",
+    "deep_read_backward": "dq",
+    "deep_state_backward": "dstates",
+    "deep_write_backward": "dkv",
+    "deep_decode_gates": "decode",
+    "deep_decode": "decode",
+    "deep_decode_mix": "decode",
+    "deep_decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-SHARED = ("common", "decode_common", "backward_common", "deep_common")
+SHARED = (
+    "common", "decode_common", "backward_common", "deep_backward_common", "deep_decode_common", "deep_common",
+)  # fmt: skip
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -54,8 +65,17 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
 
 
 def _deep(problem: Problem) -> tuple[str, ...]:
-    gates = ("gates",) if problem.routed else ()
-    return ("deep_write", *gates, "deep_mix" if problem.reads.mixes_parameters else "deep_read")
+    mixes = problem.reads.mixes_parameters
+    gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
+    match problem.pass_:
+        case "forward":
+            return ("deep_write", *gates, "deep_mix" if mixes else "deep_read")
+        case "backward":
+            read = ("deep_read_backward", *dgates, "deep_state_backward")
+            return ("deep_replay", *gates, "deep_online_backward", *read, "deep_write_backward")
+        case _:
+            before = ("deep_decode_gates",) if problem.routed or problem.writes.momentum else ()
+            return (*before, "deep_decode", *(("deep_decode_mix",) if mixes else ()), "deep_decode_combine")
 
 
 def _matrix(problem: Problem, config: Config) -> tuple[str, ...]:
@@ -114,12 +134,17 @@ def write_parts(problem: Problem, config: Config, folder: Path) -> tuple[tuple[s
     parts = []
     for operation in operations(problem, config):
         text = _rendered(operation, tuple(values(operation, problem, config).items()))
-        for name in SHARED:
-            if f"from .{name} import" in text:
-                shared[name] = _write(folder, name, _source(name))
-                text = text.replace(f"from .{name} import", f"from .{shared[name].removesuffix('.py')} import")
-        parts.append((operation, _write(folder, operation, text)))
+        parts.append((operation, _write(folder, operation, _linked(text, folder, shared))))
     return (*parts, *shared.items())
+
+
+def _linked(text: str, folder: Path, shared: dict[str, str]) -> str:
+    """``text`` with imports of the shared modules' files, which are written first and noted in ``shared``."""
+    for name in SHARED:
+        if f"from .{name} import" in text:
+            shared[name] = _write(folder, name, _linked(_source(name), folder, shared))
+            text = text.replace(f"from .{name} import", f"from .{shared[name].removesuffix('.py')} import")
+    return text
 
 
 @cache

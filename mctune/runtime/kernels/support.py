@@ -47,7 +47,7 @@ class Served:
 SERVED = (
     Served("tvm", "cpu", "matrix", dtype="float32"),
     Served("triton", "cuda", "matrix"),
-    Served("triton", "cuda", "deep", passes=("forward",), fixed=("inner_chunk",)),
+    Served("triton", "cuda", "deep", fixed=("inner_chunk",)),
 )
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
 

@@ -43,7 +43,7 @@ def _store(up, down, upper, lower, e, widths: tl.constexpr):
 
 @triton.jit
 def _append(memory, upper, lower, bh, e, slot, capacity, widths: tl.constexpr):
-    """The end state of a segment, where there is room: the host knows that there is, unless the device has the counts."""
+    """The end state of a segment, where there is room: there is, unless counts are on the device."""
     place = bh * capacity + tl.minimum(slot, capacity - 1)
     up = memory.up + place * (widths.DK * widths.DE)
     down = memory.down + place * (widths.DE * widths.DV)
@@ -152,8 +152,10 @@ def read_states(
     STAGES: tl.constexpr, MOST: tl.constexpr, widths: tl.constexpr,
 ):  # fmt: skip
     """``[PV]``: the weighted reads of the cached states number ``lo`` to ``hi``."""
+    EB: tl.constexpr = widths.EB
+    PV: tl.constexpr = widths.PV
     BLOCKS: tl.constexpr = (widths.DE + widths.EB - 1) // widths.EB
-    total = tl.zeros([widths.EB, widths.PV], tl.float32)
+    total = tl.zeros([EB, PV], tl.float32)
     for step in tl.range(0, (hi - lo) * BLOCKS, num_stages=STAGES):
         r = lo + step // BLOCKS
         e = step % BLOCKS * widths.EB
@@ -172,7 +174,9 @@ def read_uppers(
     AVERAGES: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr, widths: tl.constexpr,
 ):  # fmt: skip
     """``[EB]``: the weighted upper layers of the cached states number ``lo`` to ``hi``, read with x."""
-    total = tl.zeros([widths.PK, widths.EB], tl.float32)
+    PK: tl.constexpr = widths.PK
+    EB: tl.constexpr = widths.EB
+    total = tl.zeros([PK, EB], tl.float32)
     for r in tl.range(lo, hi, num_stages=STAGES):
         place = bh * capacity + _slot(shares, bh, r, SPARSE, MOST)
         share = _share(shares, bh, r, used, ROUTED, AVERAGES, MOST)
@@ -181,7 +185,7 @@ def read_uppers(
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "top_k"])
-def step_kernel(
+def deep_step_kernel(
     tokens, strengths, memory, shares, parts, cached_all, filled_all, first, total, H, capacity, length, top_k, scale,
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, AVERAGES: tl.constexpr, MIXES: tl.constexpr, SQUARED: tl.constexpr,
     INDEPENDENT: tl.constexpr, ADDS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr,
@@ -278,7 +282,7 @@ def deep_decode(
         programs, made = blocks * (SPLITS + 1), parts._replace(hidden=like.new_empty((B * H, SPLITS + 1, DE)))
     else:
         programs, made = blocks + SPLITS, parts._replace(reads=like.new_empty((B * H, SPLITS + blocks, DV)))
-    step_kernel[(B * H, programs)](
+    deep_step_kernel[(B * H, programs)](
         tokens=tokens, strengths=strengths, memory=memory._replace(descriptors=None, key_sum=None), shares=shares,
         parts=made, cached_all=cached_all, filled_all=filled_all, first=first, total=total, H=H, capacity=capacity,
         length=length, top_k=top_k, scale=scale, ROUTED=ROUTED, SPARSE=SPARSE, AVERAGES=AVERAGES, MIXES=MIXES,

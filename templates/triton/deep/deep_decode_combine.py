@@ -10,18 +10,19 @@ from .deep_decode_common import Memory, Tokens, Widths, load_place, load_row, to
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "PARTS"])
-def combine_kernel(
+def deep_combine_kernel(
     tokens, memory, reads, cached_all, filled_all, first, total, H, capacity, length, PARTS, scale,
     ROUTED: tl.constexpr, AVERAGES: tl.constexpr, MIXES: tl.constexpr, ADDS: tl.constexpr, widths: tl.constexpr,
     BP: tl.constexpr,
 ):  # fmt: skip
     """One program: the token of a head."""
+    PV: tl.constexpr = widths.PV
     bh = tl.program_id(0).to(tl.int64)
     used, begun = load_place(memory, cached_all, filled_all, bh // H, first, length)
     row = (bh // H * total + first) * H + bh % H
     mine = tokens_of(tokens, row, widths)
     x = tl.arange(0, widths.PV)
-    y = tl.zeros([widths.PV], tl.float32)
+    y = tl.zeros([PV], tl.float32)
     for p0 in range(0, PARTS, BP):
         p = p0 + tl.arange(0, BP)
         inside = (p < PARTS)[:, None] & (x < widths.DV)[None, :]
@@ -67,7 +68,7 @@ def deep_decode_combine(
     own = Memory(
         descriptors=memory.descriptors, key_sum=memory.key_sum, cached=memory.cached, filled=memory.filled
     )  # fmt: skip
-    combine_kernel[(B * H,)](
+    deep_combine_kernel[(B * H,)](
         tokens=tokens, memory=own, reads=reads, cached_all=cached_all, filled_all=filled_all, first=first,
         total=tokens.k.shape[1], H=H, capacity=capacity, length=length, PARTS=reads.shape[1], scale=scale,
         ROUTED=ROUTED, AVERAGES=AVERAGES, MIXES=MIXES, ADDS=adds, widths=Widths(DK, DV, DE, PK, PV, 16),

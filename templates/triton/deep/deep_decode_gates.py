@@ -67,7 +67,7 @@ def _gates(
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "total", "H", "capacity", "length", "top_k"])
-def prepare_kernel(
+def deep_prepare_kernel(
     tokens, memory, shares, parts, cached_all, filled_all, first, total, H, capacity, length, top_k,
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, SQUARED: tl.constexpr, widths: tl.constexpr, INNER: tl.constexpr,
     CP: tl.constexpr, MOST: tl.constexpr, BS: tl.constexpr,
@@ -129,7 +129,7 @@ def deep_decode_gates(
             chosen = like.new_empty((B * H, most), dtype=torch.int32)
         shares = Shares(like.new_empty((B * H, most)), like.new_empty((B * H,)), chosen)
     if programs > 0:
-        prepare_kernel[(B * H, programs)](
+        deep_prepare_kernel[(B * H, programs)](
             tokens=tokens, memory=memory, shares=shares, parts=parts, cached_all=cached_all, filled_all=filled_all,
             first=first, total=total, H=H, capacity=capacity, length=length, top_k=top_k, ROUTED=ROUTED, SPARSE=SPARSE,
             SQUARED=SQUARED, widths=Widths(DK, DV, DE, PK, PV, EB), INNER=INNER, CP=CP, MOST=most,

@@ -17,8 +17,9 @@ from .deep_decode_common import Memory, Parts, Shares, Widths, even_share, load_
 @triton.jit
 def _hidden(parts, bh, e, SPLITS: tl.constexpr, widths: tl.constexpr):
     """``[EB]``: the hidden units of the mixture."""
+    EB: tl.constexpr = widths.EB
     units = e + tl.arange(0, widths.EB)
-    total = tl.zeros([widths.EB], tl.float32)
+    total = tl.zeros([EB], tl.float32)
     for split in range(0, SPLITS + 1):
         place = (bh * (SPLITS + 1) + split) * widths.DE
         total += tl.load(parts.hidden + place + units, mask=units < widths.DE, other=0.0)
@@ -26,12 +27,13 @@ def _hidden(parts, bh, e, SPLITS: tl.constexpr, widths: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["cached_all", "filled_all", "first", "H", "capacity", "length", "top_k"])
-def mix_kernel(
+def deep_lower_kernel(
     memory, shares, parts, cached_all, filled_all, first, H, capacity, length, top_k,
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, AVERAGES: tl.constexpr, INDEPENDENT: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr, widths: tl.constexpr,
 ):  # fmt: skip
     """The last split is the online state, which an independent segment's end resets now."""
+    PV: tl.constexpr = widths.PV
     EB: tl.constexpr = widths.EB
     BLOCKS: tl.constexpr = (widths.DE + EB - 1) // EB
     bh = tl.program_id(0).to(tl.int64)
@@ -40,7 +42,7 @@ def mix_kernel(
     e = pid % BLOCKS * EB
     split = pid // BLOCKS
     z = _hidden(parts, bh, e, SPLITS, widths)
-    total = tl.zeros([EB, widths.PV], tl.float32)
+    total = tl.zeros([EB, PV], tl.float32)
     if split < SPLITS:
         count = used
         if SPARSE:
@@ -93,7 +95,7 @@ def deep_decode_mix(
         down=memory.down, online_down=memory.online_down, initial_down=memory.initial_down, cached=memory.cached,
         filled=memory.filled,
     )  # fmt: skip
-    mix_kernel[(B * H, programs)](
+    deep_lower_kernel[(B * H, programs)](
         memory=own, shares=shares, parts=made, cached_all=cached_all, filled_all=filled_all, first=first, H=H,
         capacity=capacity, length=length, top_k=top_k, ROUTED=ROUTED, SPARSE=SPARSE, AVERAGES=AVERAGES,
         INDEPENDENT=INDEPENDENT, SPLITS=SPLITS, STAGES=STAGES, MOST=shares.gammas.shape[1] if ROUTED else 1,

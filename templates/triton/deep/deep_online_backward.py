@@ -33,7 +33,7 @@ from .deep_common import gelu_slope, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
-def online_kernel(
+def online_backward_kernel(
     q, k, v, dy, states, weights, saved, own, chunks, scale, T, H, P,
     SQUARED: tl.constexpr, MIXES: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
     BB: tl.constexpr,
@@ -97,7 +97,7 @@ def deep_online_backward(
     tables: Tables,
     scale: float,
     SQUARED: bool, MIXES: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int,
-    INNER: int, BB: int, EB: int, num_warps: int, num_stages: int,
+    INNER: int, EB: int, num_warps: int, num_stages: int,
 ) -> tuple[Saved, torch.Tensor | None]:  # fmt: skip
     """Hidden units and their gradients at every token, and the own gate's gradient.
 
@@ -116,10 +116,10 @@ def deep_online_backward(
     z = q.new_empty((heads, T, SE), dtype=torch.float32)
     saved = Saved(errors, z, torch.empty_like(z))
     own = None if MIXES else z.new_empty((blocks, heads, T))
-    online_kernel[(blocks * P, heads)](
+    online_backward_kernel[(blocks * P, heads)](
         q=q, k=k, v=v, dy=dy, states=states, weights=weights, saved=saved, own=own,
         chunks=Chunks(tables.begin, tables.end), scale=scale, T=T, H=H, P=P, SQUARED=SQUARED, MIXES=MIXES,
-        PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, eb), INNER=INNER, BB=BB, num_warps=num_warps,
-        num_stages=num_stages,
+        PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, eb), INNER=INNER,
+        BB=max(16, triton.next_power_of_2(INNER)), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return saved, own

@@ -35,11 +35,12 @@ from .deep_common import gelu_slope, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def mix_kernel(
+def mix_backward_kernel(
     q, dy, ends, shares, saved, own, seg_first, segment, end, tiles, scale, T, H, N,
     PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens and EB hidden units of a head; ``saved`` comes as what the online memory gives."""
+    EB: tl.constexpr = dims.EB
     TYPE: tl.constexpr = q.dtype.element_ty
     BLOCKS: tl.constexpr = (dims.SE + dims.EB - 1) // dims.EB
     block = tl.program_id(0) % BLOCKS
@@ -57,8 +58,8 @@ def mix_kernel(
     online = load_rows(saved.z + bh * T * dims.SE, t0, stop, dims.SE, e, dims.SE, BT, dims.EB)
     donline = load_rows(saved.dhidden + bh * T * dims.SE, t0, stop, dims.SE, e, dims.SE, BT, dims.EB)
     gate = gate_of(shares, bh, s, t, t < stop, T, N)[:, None]
-    hidden = tl.zeros([BT, dims.EB], tl.float32)
-    dz = tl.zeros([BT, dims.EB], tl.float32)
+    hidden = tl.zeros([BT, EB], tl.float32)
+    dz = tl.zeros([BT, EB], tl.float32)
     for i in range(tl.load(seg_first + s), s):
         share = gate_of(shares, bh, i, t, t < stop, T, N)[:, None]
         U = load_up(ends.up + (bh * N + i) * (dims.SK * dims.SE), e, dims)
@@ -97,12 +98,13 @@ def read_state(
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def dq_kernel(
+def deep_dq_kernel(
     q, dy, ends, shares, saved, own, dgamma, delta, dq, seg_first, segment, end, tiles, scale, T, H, N,
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, MIXES: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
     dims: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One program: BT tokens of a head. ``own`` [heads, T] is the gradient of the own gate."""
+    PK: tl.constexpr = dims.PK
     TYPE: tl.constexpr = q.dtype.element_ty
     tile = tiles + tl.program_id(0) * 2
     bh = tl.program_id(1).to(tl.int64)
@@ -116,7 +118,7 @@ def dq_kernel(
     valid = t < stop
     q_t = load_rows(q + token * dims.DK, t0, stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     dy_t = load_rows(dy + token * dims.DV, t0, stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
-    dq_t = tl.zeros([BT, dims.PK], tl.float32)
+    dq_t = tl.zeros([BT, PK], tl.float32)
     if ROUTED:
         total = gate_of(shares, bh, s, t, valid, T, N) * tl.load(own + bh * T + t, mask=valid, other=0.0)
     for i in range(first, s):
@@ -173,7 +175,7 @@ def mix_backward(
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     tiles, blocks = tables.tiles(BT), triton.cdiv(SE, eb)
     own = saved.z.new_empty((blocks, heads, T))
-    mix_kernel[(blocks * tiles.shape[0], heads)](
+    mix_backward_kernel[(blocks * tiles.shape[0], heads)](
         q=q, dy=dy, ends=ends, shares=shares, saved=saved._replace(errors=None), own=own, seg_first=tables.seg_first,
         segment=tables.segment, end=tables.end, tiles=tiles, scale=scale, T=T, H=H, N=N, PRECISION=PRECISION,
         dims=Dims(DK, DV, PK, PV, SK, SV, SE, eb), BT=BT, num_warps=num_warps, num_stages=num_stages,
@@ -213,7 +215,7 @@ def deep_read_backward(
     heads, N = ends.up.shape[:2]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     tiles = tables.tiles(BT)
-    dq_kernel[(tiles.shape[0], heads)](
+    deep_dq_kernel[(tiles.shape[0], heads)](
         q=q, dy=dy, ends=ends, shares=shares, saved=saved._replace(errors=None), own=own, dgamma=dgamma, delta=delta,
         dq=dq, seg_first=tables.seg_first, segment=tables.segment, end=tables.end, tiles=tiles, scale=scale, 
         T=T, H=H, N=N, ROUTED=ROUTED, SPARSE=SPARSE, MIXES=MIXES, ADDS=adds, PRECISION=PRECISION,

@@ -48,14 +48,17 @@ def residuals(k_j, v_j, up, down, TYPE: tl.constexpr, ADDS: tl.constexpr, PRECIS
 @triton.jit
 def open_lane(initial, states, h, place, dims: tl.constexpr):
     """The state that a lane starts from, of head h, and no momentum."""
+    PK: tl.constexpr = dims.PK
+    EB: tl.constexpr = dims.EB
+    PV: tl.constexpr = dims.PV
     up: tl.constexpr = dims.SK * dims.SE
     down: tl.constexpr = dims.SE * dims.SV
     for e in range(0, dims.SE, dims.EB):
         store_up(states.up + place * up, e, load_up(initial.up + h * up, e, dims), dims)
         store_down(states.down + place * down, e, load_down(initial.down + h * down, e, dims), dims)
         if states.s_up is not None:
-            store_up(states.s_up + place * up, e, tl.zeros([dims.PK, dims.EB], tl.float32), dims)
-            store_down(states.s_down + place * down, e, tl.zeros([dims.EB, dims.PV], tl.float32), dims)
+            store_up(states.s_up + place * up, e, tl.zeros([PK, EB], tl.float32), dims)
+            store_down(states.s_down + place * down, e, tl.zeros([EB, PV], tl.float32), dims)
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def write_chunk(
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
-def replay_kernel(
+def rewrite_kernel(
     k, v, initial, states, ends, errors, weights, chunks, seg_last, T, H, N, P,
     SQUARED: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
     BB: tl.constexpr,
@@ -137,14 +140,15 @@ def replay_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def means_kernel(k, seg_begin, seg_end, means, T, H, N, dims: tl.constexpr, BT: tl.constexpr):
+def key_means_kernel(k, seg_begin, seg_end, means, T, H, N, dims: tl.constexpr, BT: tl.constexpr):
     """One program: the mean key of a segment of a head."""
+    PK: tl.constexpr = dims.PK
     segment = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     begin = tl.load(seg_begin + segment)
     end = tl.load(seg_end + segment)
     k += (bh // H * T * H + bh % H) * dims.DK
-    total = tl.zeros([dims.PK], tl.float32)
+    total = tl.zeros([PK], tl.float32)
     for t0 in range(begin, end, BT):
         total += tl.sum(load_rows(k, t0, end, H * dims.DK, 0, dims.DK, BT, dims.PK).to(tl.float32), 0)
     cols = tl.arange(0, dims.PK)
@@ -155,7 +159,7 @@ def key_means(k: torch.Tensor, tables: Tables, DK: int, PK: int, SK: int) -> tor
     """Mean keys of segments ``[B*H, N, SK]``, float32; k [B, T, H, DK]."""
     (B, T, H, _), N = k.shape, tables.seg_begin.shape[0]
     means = k.new_empty((B * H, N, SK), dtype=torch.float32)
-    means_kernel[(N, B * H)](
+    key_means_kernel[(N, B * H)](
         k=k, seg_begin=tables.seg_begin, seg_end=tables.seg_end, means=means, T=T, H=H, N=N,
         dims=Dims(DK, DK, PK, PK, SK, SK, 16, 16), BT=32, num_warps=4,
     )  # fmt: skip
@@ -171,7 +175,7 @@ def deep_replay(
     tables: Tables,
     adds: bool,
     ended: bool,
-    SQUARED: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int, INNER: int, BB: int,
+    SQUARED: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int, INNER: int,
     EB: int, num_warps: int, num_stages: int,
 ) -> tuple[Layers, torch.Tensor | None, Layers | None]:  # fmt: skip
     """The states that enter the inner chunks their errors, and end states.
@@ -197,10 +201,10 @@ def deep_replay(
     states = layers(P, weights.momentum is not None)
     ends = layers(N, False) if ended else None
     errors = k.new_empty((heads, T, SV), dtype=torch.float32) if SQUARED else None
-    replay_kernel[(lanes.shape[0], heads)](
+    rewrite_kernel[(lanes.shape[0], heads)](
         k=k, v=v, initial=initial, states=states, ends=ends, errors=errors, weights=weights,
         chunks=Chunks(tables.begin, tables.end, tables.segment, lanes=lanes), seg_last=tables.seg_last, T=T,
         H=H, N=N, P=P, SQUARED=SQUARED, ADDS=adds, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, EB),
-        INNER=INNER, BB=BB, num_warps=num_warps, num_stages=num_stages,
+        INNER=INNER, BB=max(16, triton.next_power_of_2(INNER)), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return states, errors, ends

@@ -47,11 +47,14 @@ def add_tokens(
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def state_kernel(
+def deep_dstate_kernel(
     q, dy, ends, shares, saved, dends, seg_end, seg_past_end, scale, T, H, N,
     SPARSE: tl.constexpr, MIXES: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One program: EB hidden units of a segment's state, of a head."""
+    PK: tl.constexpr = dims.PK
+    EB: tl.constexpr = dims.EB
+    PV: tl.constexpr = dims.PV
     TYPE: tl.constexpr = q.dtype.element_ty
     BLOCKS: tl.constexpr = (dims.SE + dims.EB - 1) // dims.EB
     # The first segments, which most tokens read, come first.
@@ -65,8 +68,8 @@ def state_kernel(
     place_down = (bh * N + i) * (dims.SE * dims.SV)
     U = load_up(ends.up + place_up, e, dims)
     W = load_down(ends.down + place_down, e, dims)
-    dU = tl.zeros([dims.PK, dims.EB], tl.float32)
-    dW = tl.zeros([dims.EB, dims.PV], tl.float32)
+    dU = tl.zeros([PK, EB], tl.float32)
+    dW = tl.zeros([EB, PV], tl.float32)
     for t0 in range(low, high, BT):
         t = t0 + tl.arange(0, BT)
         share = gate_of(shares, bh, i, t, t < high, T, N)
@@ -102,7 +105,7 @@ def deep_state_backward(
     heads, N = ends.up.shape[:2]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     dends = Layers(torch.empty_like(ends.up), torch.empty_like(ends.down))
-    state_kernel[(triton.cdiv(SE, eb) * N, heads)](
+    deep_dstate_kernel[(triton.cdiv(SE, eb) * N, heads)](
         q=q, dy=dy, ends=ends, shares=shares, saved=saved._replace(errors=None), dends=dends, seg_end=tables.seg_end,
         seg_past_end=tables.seg_past_end, scale=scale, T=T, H=H, N=N, SPARSE=SPARSE, MIXES=MIXES,
         PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, eb), BT=BT, num_warps=num_warps,

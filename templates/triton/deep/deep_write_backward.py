@@ -119,9 +119,11 @@ class Sums(NamedTuple):
 @triton.jit
 def no_sums(dims: tl.constexpr, BB: tl.constexpr):
     """Sums of nothing."""
+    PK: tl.constexpr = dims.PK
+    PV: tl.constexpr = dims.PV
     square = tl.zeros([BB, BB], tl.float32)
-    keys = tl.zeros([BB, dims.PK], tl.float32)
-    values = tl.zeros([BB, dims.PV], tl.float32)
+    keys = tl.zeros([BB, PK], tl.float32)
+    values = tl.zeros([BB, PV], tl.float32)
     line = tl.zeros([BB], tl.float32)
     return Sums(square, square, values, keys, keys, keys, values, values, line, line, line, line, line, line, line)
 
@@ -336,19 +338,20 @@ def pull_keys(dk, rest, u, keys, bh, j0, stop, T, H, PRECISION: tl.constexpr, di
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
-def walk_kernel(
+def walk_back_kernel(
     rows, saved, shares, keys, weights, dweights, states, dends, moments, chunks, seg_last, made, scale, T, H, N,
     P, SQUARED: tl.constexpr, ROUTED: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
     INNER: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """One program: a lane of a head, from its last inner chunk to its first."""
+    PK: tl.constexpr = dims.PK
     TYPE: tl.constexpr = rows.k.dtype.element_ty
     bh = tl.program_id(1).to(tl.int64)
     token = bh // H * T * H + bh % H
     first = tl.load(chunks.lanes + tl.program_id(0) * 2)
     past = tl.load(chunks.lanes + tl.program_id(0) * 2 + 1)
     own_place = bh * tl.num_programs(0) + tl.program_id(0)
-    rest = tl.zeros([dims.PK], tl.float32)
+    rest = tl.zeros([PK], tl.float32)
     for m in range(0, past - first):
         # What is read now other threads may have written.
         tl.debug_barrier()
@@ -411,7 +414,7 @@ def deep_write_backward(
     scale: float,
     adds: bool,
     SQUARED: bool, ROUTED: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int,
-    INNER: int, BB: int, EB: int, num_warps: int, num_stages: int,
+    INNER: int, EB: int, num_warps: int, num_stages: int,
 ) -> Weights:  # fmt: skip
     """dk, dv and the rest of dq, and the gradients of the coefficients.
 
@@ -430,11 +433,11 @@ def deep_write_backward(
     moments = None
     if weights.momentum is not None:
         moments = Layers(states.up.new_zeros((heads, L, SK, SE)), states.up.new_zeros((heads, L, SE, SV)))
-    walk_kernel[(L, heads)](
+    walk_back_kernel[(L, heads)](
         rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, dweights=dweights, states=states,
         dends=dends, moments=moments, chunks=Chunks(tables.begin, tables.end, tables.segment, tables.entering, lanes),
         seg_last=tables.seg_last, made=made, scale=scale, T=T, H=H, N=N, P=P, SQUARED=SQUARED, ROUTED=ROUTED,
-        ADDS=adds, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, EB), INNER=INNER, BB=BB,
-        num_warps=num_warps, num_stages=num_stages,
+        ADDS=adds, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, EB), INNER=INNER,
+        BB=max(16, triton.next_power_of_2(INNER)), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dweights

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -22,7 +22,7 @@ from ...kept import wanted
 from ...results import Gradients, padded
 from ..loader import load_parts
 from ..tables import DEVICE, Tables, make_tables
-from .groups import Gates, Keys, Layers, Made, ReadGradients, Rows, Shares
+from .groups import Gates, Keys, Layers, Made, ReadGradients, Rows, Saved, Shares, Weights
 from .weights import gate_gradients, make_weights
 
 Tensor = torch.Tensor
@@ -44,6 +44,27 @@ class _Call:
     top_k: int
     segments: Segments
     kept: Mapping[str, Tensor]
+
+
+class _Written(NamedTuple):
+    """What the writes have left: the states that enter inner chunks and those at the ends of segments."""
+
+    tables: Tables
+    lanes: Tensor
+    weights: Weights
+    states: Layers
+    errors: Tensor | None
+    ends: Layers
+
+
+class _Read(NamedTuple):
+    """What the reads' gradients have left for those of the writes."""
+
+    saved: Saved
+    shares: Shares
+    dends: Layers
+    du: Tensor | None
+    keys: Keys | None
 
 
 class TritonDeepBackward:
@@ -120,8 +141,6 @@ class TritonDeepBackward:
     def _heads(self, call: _Call) -> Gradients:
         rows, scale, adds = call.rows, call.scale, call.residual
         tables = make_tables(call.segments, call.inner_chunk, self.checkpoint, rows.k.device)
-        # Of reads and gates: every segment is one piece.
-        whole = make_tables(call.segments, call.segments.longest, self.checkpoint, rows.k.device)
         lanes = (tables.seq_begin, tables.seq_end) if self.checkpoint else (tables.seg_piece, tables.seg_last + 1)
         lane = torch.stack(lanes, 1).contiguous()
         places, weights = make_weights(tables, call.inner_chunk, **call.gates, like=rows.k)
@@ -131,47 +150,54 @@ class TritonDeepBackward:
             ended="up" not in call.kept,
         )  # fmt: skip
         if ends is None:
-            ends = Layers(call.kept["up"].contiguous(), call.kept["down"].contiguous())
-        means = gates = None
-        shares = Shares(even=_even(call.segments, rows.k.device) if self.reads.averages else None)
-        if self.gates is not None:
-            means = call.kept["means"] if "means" in call.kept else self.replay.key_means(k=rows.k, tables=tables)
-            gates = self._gates(call, whole, means)
-            shares = Shares(gates.logits, gates.lse)
-        saved, own = self.online(
-            q=rows.q, k=rows.k, v=rows.v, dy=rows.dy, states=states, errors=errors, weights=weights, tables=tables,
-            scale=scale,
-        )  # fmt: skip
-        read = {
-            "q": rows.q, "dy": rows.dy, "ends": ends, "shares": shares, "saved": saved, "tables": whole, "scale": scale
-        }  # fmt: skip
-        if self.reads.mixes_parameters:
-            own = self.read.mix_backward(**read)
-        own, dgamma, delta = own.sum(0), None, None
-        if gates is not None:
-            dgamma, delta = torch.empty_like(gates.logits), torch.empty_like(gates.lse)
+            ends = Layers(call.kept["up"], call.kept["down"])
+        written = _Written(tables, lane, weights, states, errors, ends)
         made = Made(*(torch.empty_like(x, dtype=torch.float32) for x in (rows.q, rows.k, rows.v)))
-        self.read.deep_read_backward(**read, own=own, dgamma=dgamma, delta=delta, dq=made.dq, adds=adds)
-        dends = self.state_backward(**read)
-        du = keys = None
-        if gates is not None and self.gates_backward is not None:
-            dgates = self.gates_backward(
-                k=rows.k, u=rows.u, means=means, sums=None, gates=gates, dpicked=None,
-                reads=ReadGradients(None, dgamma[None], own[None], delta[None]), tables=whole,
-            )  # fmt: skip
-            du, keys = dgates.du, Keys(dgates.pull, dgates.dmeans)
+        read = self._reads(call, written, made)
         dweights = self.write_backward(
-            rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, states=states, dends=dends, made=made,
-            lanes=lane, tables=tables, scale=scale, adds=adds,
+            rows=rows, saved=read.saved, shares=read.shares, keys=read.keys, weights=weights, states=states,
+            dends=read.dends, made=made, lanes=lane, tables=tables, scale=scale, adds=adds,
         )  # fmt: skip
-        firsts = None if not self.checkpoint else tables.segment.index_select(0, tables.seq_begin)
+        firsts = tables.segment.index_select(0, tables.seq_begin) if self.checkpoint else None
         Dk, E, Dv = call.W_up.shape[1], *call.W_down.shape[1:]
-        dW_up, dW_down = (_start(x, firsts, len(rows.k)) for x in (dends.up, dends.down))
+        dW_up, dW_down = (_start(x, firsts, len(rows.k)) for x in (read.dends.up, read.dends.down))
         found = gate_gradients(places, dweights, **call.gates)
         return Gradients(
-            made.dq, made.dk, made.dv, None if du is None else du.float(), **found,
-            W_up=dW_up[:, :Dk, :E].contiguous(), W_down=dW_down[:, :E, :Dv].contiguous(),
+            made.dq, made.dk, made.dv, None if read.du is None else read.du.float(), g=found.get("g"),
+            eta=found.get("eta"), mu=found.get("mu"), W_up=dW_up[:, :Dk, :E].contiguous(),
+            W_down=dW_down[:, :E, :Dv].contiguous(),
         )  # fmt: skip
+
+    def _reads(self, call: _Call, written: _Written, made: Made) -> _Read:
+        """The gradients of end states, of connectors, and those of queries as far as they come of cached states."""
+        rows, scale = call.rows, call.scale
+        # Every segment is one piece.
+        whole = make_tables(call.segments, call.segments.longest, self.checkpoint, rows.k.device)
+        shares = Shares(even=_even(call.segments, rows.k.device) if self.reads.averages else None)
+        means = gates = dgamma = delta = du = keys = None
+        if self.gates is not None:
+            means = call.kept["means"] if "means" in call.kept else self.replay.key_means(k=rows.k, tables=whole)
+            gates = self._gates(call, whole, means)
+            dgamma, delta, shares = torch.empty_like(gates.logits), torch.empty_like(gates.lse), gates.shares
+        saved, own = self.online(
+            q=rows.q, k=rows.k, v=rows.v, dy=rows.dy, states=written.states, errors=written.errors,
+            weights=written.weights, tables=written.tables, scale=scale,
+        )  # fmt: skip
+        read = {"q": rows.q, "dy": rows.dy, "ends": written.ends, "shares": shares, "saved": saved, "tables": whole}
+        if self.reads.mixes_parameters:
+            own = self.read.mix_backward(**read, scale=scale)
+        own = own.sum(0)
+        self.read.deep_read_backward(
+            **read, own=own, dgamma=dgamma, delta=delta, dq=made.dq, scale=scale, adds=call.residual
+        )
+        dends = self.state_backward(**read, scale=scale)
+        if self.gates_backward is not None and dgamma is not None and delta is not None:
+            reads = ReadGradients(None, dgamma[None], own[None], delta[None])
+            dgates = self.gates_backward(
+                k=rows.k, u=rows.u, means=means, sums=None, gates=gates, dpicked=None, reads=reads, tables=whole
+            )
+            du, keys = dgates.du, Keys(dgates.pull, dgates.dmeans)
+        return _Read(saved, shares, dends, du, keys)
 
     def _gates(self, call: _Call, whole: Tables, means: Tensor) -> Gates:
         assert self.gates is not None
@@ -190,11 +216,12 @@ def _widened(W: Tensor) -> Tensor:
     return pad(W.to(torch.float32), (0, columns, 0, rows)).contiguous()
 
 
-def _start(dends: Tensor, firsts: Tensor | None, B: int) -> Tensor:
+def _start(dends: Tensor | None, firsts: Tensor | None, B: int) -> Tensor:
     """[H, ..]: the sum over lanes, whose first segments are ``firsts`` (``None``: all), of dends [B*H, N, ..]."""
+    assert dends is not None
     if firsts is not None:
         dends = dends.index_select(1, firsts)
-    return dends.unflatten(0, (B, -1)).sum((0, 2))
+    return dends.view(B, -1, *dends.shape[1:]).sum((0, 2))
 
 
 def _even(segments: Segments, device: torch.device) -> Tensor:
@@ -212,7 +239,7 @@ def _ranks(spans: tuple[tuple[int, int, int], ...]) -> Tensor:
 
 def _joined(parts: list[Gradients]) -> Gradients:
     """The gradients of all heads; of layers heads come first."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, x in zip(Gradients._fields, zip(*parts, strict=True), strict=True):
         found[name] = None if x[0] is None else torch.cat(x, 0 if name.startswith("W_") else 2)
     return Gradients(**found)

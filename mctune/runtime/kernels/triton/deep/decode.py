@@ -42,6 +42,8 @@ class Memory(NamedTuple):
 
     up: Tensor | None = None
     down: Tensor | None = None
+    cached: Tensor | None = None
+    filled: Tensor | None = None
     online_up: Tensor | None = None
     online_down: Tensor | None = None
     start_up: Tensor | None = None
@@ -52,8 +54,6 @@ class Memory(NamedTuple):
     initial_down: Tensor | None = None
     descriptors: Tensor | None = None
     key_sum: Tensor | None = None
-    cached: Tensor | None = None
-    filled: Tensor | None = None
 
 
 class TritonDeepDecode:
@@ -117,13 +117,15 @@ class TritonDeepDecode:
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         if y.numel() == 0:
             return y
-        tokens = Tokens(*(x.contiguous() for x in (q, k, v, u)), y)
+        tokens = Tokens(q.contiguous(), k.contiguous(), v.contiguous(), u.contiguous(), y)
         strengths = Strengths(*(None if x is None else x.contiguous() for x in (g, eta, mu)))
         initial = memory.initial or (W_up.contiguous(), W_down.contiguous())
-        held = Memory(
-            *memory.states, *memory.online, *memory.start, *memory.momentum, *initial, memory.descriptors,
-            memory.key_sum, *counts,
-        )  # fmt: skip
+        pairs = {"online": memory.online, "start": memory.start, "momentum": memory.momentum, "initial": initial}
+        found = dict(zip(("cached", "filled", "up", "down"), (*counts, *memory.states), strict=True))
+        found |= {"descriptors": memory.descriptors, "key_sum": memory.key_sum}
+        for name, pair in pairs.items():
+            found |= {f"{name}_up": pair[0], f"{name}_down": pair[1]}
+        held = Memory(**found)
         # More than all states cannot be chosen.
         most = max(1, min(top_k, capacity))
         for first in range(n):

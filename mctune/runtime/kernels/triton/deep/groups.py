@@ -51,6 +51,11 @@ class Gates(NamedTuple):
     order: Tensor | None = None
     starts: Tensor | None = None
 
+    @property
+    def shares(self) -> Shares:
+        """As deep kernels take them. Logits of online segments stay where they are."""
+        return Shares(self.logits, self.lse)
+
 
 class ReadGradients(NamedTuple):
     """As ``gates_backward`` takes them: dgamma [1, B*H, N, T], own and delta [1, B*H, T]."""

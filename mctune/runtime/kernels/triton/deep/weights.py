@@ -24,7 +24,8 @@ def make_weights(
     T = like.shape[1]
     place = tables.begin.long()[:, None] + torch.arange(b, device=like.device)
     place = torch.where(place < tables.end[:, None], place, T)
-    return place, Weights(*_weights(place, like, *(_taken(x, place) for x in (g, eta, mu))))
+    made = _weights(place, like, *(_taken(x, place) for x in (g, eta, mu)))
+    return place, made
 
 
 def _taken(gate: Tensor | None, place: Tensor) -> Tensor | None:
@@ -36,19 +37,19 @@ def _taken(gate: Tensor | None, place: Tensor) -> Tensor | None:
     return gate.index_select(1, place.flatten()).transpose(1, 2).reshape(B * H, *place.shape)
 
 
-def _weights(
-    place: Tensor, like: Tensor, g: Tensor | None, eta: Tensor | None, mu: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _weights(place: Tensor, like: Tensor, g: Tensor | None, eta: Tensor | None, mu: Tensor | None) -> Weights:
     B, T, H, _ = like.shape
     if eta is None:
         eta = (place < T).to(torch.float32).expand(B * H, -1, -1)
     by, upto, products = coefficients(eta, g, mu)
     if upto is None or products is None:
-        return tuple(None if x is None else x.contiguous() for x in (by.rows, by.state, None, None, None))
+        return Weights(by.rows.contiguous(), None if by.state is None else by.state.contiguous())
     last = ((place < T).sum(1) - 1).expand(B * H, -1)[..., None]
     decay = upto.gather(2, last)[..., 0]
     products = products.gather(2, last[..., None].expand(-1, -1, -1, products.shape[-1]))[:, :, 0]
-    return tuple(None if x is None else x.contiguous() for x in (by.rows, by.state, by.momentum, decay, products))
+    assert by.momentum is not None
+    state = None if by.state is None else by.state.contiguous()
+    return Weights(by.rows.contiguous(), state, by.momentum.contiguous(), decay.contiguous(), products.contiguous())
 
 
 def gate_gradients(
