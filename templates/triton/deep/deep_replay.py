@@ -36,7 +36,8 @@ from .deep_common import gelu_slope, load_rows, store_rows
 @triton.jit
 def residuals(k_j, v_j, up, down, TYPE: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr):
     """``[BB, PV]``: 2 (M(k) - v) of a chunk's tokens, over all hidden units."""
-    o = tl.zeros([k_j.shape[0], dims.PV], tl.float32)
+    PV: tl.constexpr = dims.PV
+    o = tl.zeros([k_j.shape[0], PV], tl.float32)
     for e in range(0, dims.SE, dims.EB):
         z, _ = gelu_slope(product(k_j, load_up(up, e, dims), TYPE, PRECISION))
         o = add_product(z, load_down(down, e, dims), o, TYPE, PRECISION)
