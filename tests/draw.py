@@ -115,10 +115,10 @@ def wanted(pass_: str) -> tuple[Wanted, ...]:
 
 
 def interpreted(pass_: str, target: Target, dtypes: Sequence[str]) -> list[spread.Drawn]:
-    """Triton's: each pair of recurrence and aggregation meets both dtypes."""
+    """Triton's: each pair of recurrence and aggregation meets both dtypes; soup once for all matrix memories."""
     drawn = [_lighter(one, target) for one in spread.draw(pass_, target, dtypes)]
     once = next(one for one in drawn if one.problem.aggregation == "soup")
-    return [one for one in drawn if one.problem.aggregation != "soup" or one is once]
+    return [one for one in drawn if one.problem.aggregation != "soup" or one.problem.deep or one is once]
 
 
 def _lighter(one: spread.Drawn, target: Target) -> spread.Drawn:

@@ -10,14 +10,16 @@ from itertools import cycle, product
 from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
+from mctune.core.problem import AGGREGATIONS, RECURRENCES, STATE_INITS, Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
+from mctune.runtime.kernels.support import served
 
-RECURRENCES = ("linear", "swla")
-"""Those that have templates."""
+_MATRIX = tuple(name for name, row in RECURRENCES.items() if not row.deep)
 _SHAPES = ((24, 40, 24), (16, 16, 32), (20, 33, 40), (64, 32, 16), (48, 80, 50), (7, 20, 33))
 """Dk, Dv, segment length."""
+_DEEP_SHAPES = ((16, 16, 14, 3, 4), (20, 12, 18, 2, 5), (24, 24, 20, 3, 16), (7, 20, 9, 4, 1))
+"""Dk, Dv, segment length, E / Dk, inner chunk."""
 _FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "forward": (
         *(
@@ -50,10 +52,19 @@ class Drawn:
         return f"{p.recurrence}-{p.aggregation}-{p.state_init}{how}-{p.Dk}x{p.Dv}-{p.dtype}"
 
 
+def recurrences(pass_: str) -> tuple[str, ...]:
+    """Those whose pass has templates."""
+    families = {row.family for row in served(backend="triton") if pass_ in row.passes}
+    return tuple(name for name, row in RECURRENCES.items() if row.family in families)
+
+
 def draw_defaults(pass_: str, target: Target) -> list[Drawn]:
     """The configurations that calls of the widest use start from: heads of 128, segments of 256, in bfloat16."""
     drawn = []
-    for recurrence, aggregation in product(RECURRENCES, ("grm", "ssc", "residual")):
+    for recurrence, aggregation in product(recurrences(pass_), AGGREGATIONS):
+        mixed = AGGREGATIONS[aggregation].mixes_parameters
+        if mixed and not (RECURRENCES[recurrence].deep and AGGREGATIONS[aggregation].routed):
+            continue
         problem = Problem(
             recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=16384 + (pass_ == "decode"), H=16, Dk=128,
             Dv=128, segment_length=256, dtype="bfloat16", top_k=4 if aggregation == "ssc" else None,
@@ -78,13 +89,18 @@ def default(problem: Problem, target: Target) -> Config:
 def draw(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
     """One candidate for each recurrence, aggregation and state init; ``dtypes`` take turns."""
     rng = random.Random(1)
-    shapes, kinds = cycle(_SHAPES), cycle(dtypes)
+    shapes, deep_shapes, kinds = cycle(_SHAPES), cycle(_DEEP_SHAPES), cycle(dtypes)
     drawn = []
-    for recurrence, aggregation, state_init in product(RECURRENCES, AGGREGATIONS, STATE_INITS):
-        Dk, Dv, C = next(shapes)
+    for recurrence, aggregation, state_init in product(recurrences(pass_), AGGREGATIONS, STATE_INITS):
+        expansion = inner_chunk = None
+        if RECURRENCES[recurrence].deep:
+            Dk, Dv, C, expansion, inner_chunk = next(deep_shapes)
+        else:
+            Dk, Dv, C = next(shapes)
         problem = Problem(
             recurrence=recurrence, aggregation=aggregation, state_init=state_init, pass_=pass_, B=2, T=3 * C + 5, H=2,
             Dk=Dk, Dv=Dv, segment_length=C, dtype=next(kinds), top_k=2 if aggregation == "ssc" else None,
+            expansion=expansion, inner_chunk=inner_chunk,
         )  # fmt: skip
         drawn.append(Drawn(problem, walk(rng, problem, target)))
     return drawn
@@ -94,7 +110,7 @@ def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list
     """Each way to compute the cached read of a pass, or its gradients, for each recurrence."""
     drawn = []
     for (recurrence, dtype), (aggregation, fixed) in product(
-        zip(RECURRENCES, cycle(dtypes), strict=False), _FORMULATIONS[pass_]
+        zip(_MATRIX, cycle(dtypes), strict=False), _FORMULATIONS[pass_]
     ):
         problem = Problem(
             recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=100, H=1, Dk=20, Dv=33, segment_length=40,

@@ -1,11 +1,16 @@
 """Search space of the forward pass of deep memories on a GPU: writes, gates and the read, searched together."""
 
+from collections.abc import Callable
+
 from mctune.core.config import Config
+from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.target import Target
 
 _WIDE = Config.of(
     {
         "precision": "ieee",
+        "write_READ": "columns",
         "write_EB": 64,
         "write_num_warps": 4,
         "write_num_stages": 1,
@@ -19,11 +24,91 @@ _WIDE = Config.of(
         "read_num_stages": 2,
     }
 )
+_GATES = ("gates_BT", "gates_BN", "gates_num_warps", "gates_num_stages")
+
+
+def _power(value: int) -> int:
+    """The next power of two that products take."""
+    return max(16, 1 << (value - 1).bit_length())
+
+
+def _longest(problem: Problem) -> int:
+    """Tokens of the longest segment, as a tile holds them."""
+    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
+
+
+def _at_most(name: str, limit: Callable[[Problem], int], reason: str) -> Constraint:
+    """Of the values beyond a limit, which compute nothing more, only the default's stays."""
+    return Constraint(name, lambda c, p, t: c.integer(name) <= limit(p) or c[name] == _WIDE[name], reason)
+
+
+def _states(config: Config, problem: Problem, target: Target) -> bool:
+    """A block of both layers in a quarter of a thread's registers; in half of them where products leave their other
+    operands in shared memory and momentum has no block beside it."""
+    floats = config.integer("write_EB") * (_power(problem.Dk) + _power(problem.Dv))
+    threads = (32 if target.kind == "cuda" else 64) * config.integer("write_num_warps")
+    if problem.writes.momentum:
+        return 2 * floats <= 64 * threads
+    return floats <= (128 if target.products_in_flight else 64) * threads
+
+
+def _sums(config: Config, problem: Problem, target: Target) -> bool:
+    """The sum of a tile's reads, and a block of its hidden units."""
+    floats = config.integer("read_BT") * (_power(problem.Dv) + config.integer("read_EB"))
+    return floats <= 128 * 32 * config.integer("read_num_warps")
+
+
+def _queries(config: Config, problem: Problem, target: Target) -> bool:
+    """float32 rows are operands of products too, which take most of the registers."""
+    rows = config.integer("read_BT") * _power(problem.Dk)
+    return problem.dtype != "float32" or config["read_BT"] == 16 or rows <= 512 * config.integer("read_num_warps")
+
+
+def _logits(config: Config, problem: Problem, target: Target) -> bool:
+    rows = config.integer("gates_BT") * _power(problem.Dk)
+    return not _wide(problem) or config["gates_BT"] == 16 or rows <= 512 * config.integer("gates_num_warps")
+
+
+def _wide(problem: Problem) -> bool:
+    return problem.dtype == "float32" and problem.routed
+
+
+def _lists(config: Config, problem: Problem, target: Target) -> bool:
+    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
+    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
+    segments = -(-problem.T // (problem.segment_length or problem.T))
+    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
+    return not problem.reads.sparse or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
+
+
+def _narrow(EB: int, warps: int) -> Config:
+    """The default for wider heads."""
+    return _WIDE.replace(write_EB=EB, write_num_warps=warps, read_EB=32)
+
+
+def _float32(precision: str, EB: int, warps: int) -> Config:
+    return _WIDE.replace(
+        precision=precision, write_EB=EB, write_num_warps=warps, read_BT=16, read_EB=32, read_num_warps=4,
+        read_num_stages=1, gates_BT=16, gates_num_warps=8,
+    )  # fmt: skip
+
+
+_DEFAULTS = (_WIDE, *(_narrow(EB, warps) for EB, warps in ((32, 4), (32, 8), (16, 8), (16, 16))))
+_FLOAT32 = tuple(
+    _float32(precision, EB, warps) for precision in ("tf32x3", "ieee") for EB in (32, 16) for warps in (8, 16)
+)
+
+
+def _variants(config: Config) -> tuple[Config, ...]:
+    """A default, and what takes its place for larger lists of the best logits, and where gates are not learned."""
+    return config, config.replace(gates_num_warps=8), config.replace(**{name: _WIDE[name] for name in _GATES})
+
 
 SPACE = SearchSpace(
     params=(
         Choice("precision", ("ieee", "tf32x3"), "of float32 products"),
-        Pow2("write_EB", 16, 256, "hidden units of a program's state, or of a step over a lane's"),
+        Choice("write_READ", ("tokens", "columns"), "rows of the online read's product with the second layer"),
+        Pow2("write_EB", 16, 256, "hidden units that a program owns, or a step of one that owns a lane"),
         Pow2("write_num_warps", 4, 16),
         Int("write_num_stages", (1, 2, 3)),
         Pow2("gates_BT", 16, 128, "tokens of a tile of logits"),
@@ -41,7 +126,38 @@ SPACE = SearchSpace(
             lambda c, p, t: c["precision"] == "ieee" or (p.dtype == "float32" and t.kind == "cuda"),
             "only products of float32 on NVIDIA's GPUs have a choice of precision",
         ),
+        Constraint(
+            "write_READ",
+            lambda c, p, t: (
+                c["write_READ"] == _WIDE["write_READ"] or not (p.writes.momentum or p.reads.mixes_parameters)
+            ),
+            "the second layer is read by another kernel, or in blocks",
+        ),
+        Constraint(
+            "gates_*",
+            lambda c, p, t: p.routed or all(c[name] == _WIDE[name] for name in _GATES),
+            "there is no gates kernel to tune",
+        ),
+        _at_most("write_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
+        _at_most("read_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
+        _at_most("read_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
+        _at_most("gates_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
+        Constraint("write registers", _states, "the states alone would spill"),
+        Constraint("read registers", _sums, "the accumulators alone would spill"),
+        Constraint("read operands", _queries, "float32 rows of q would spill"),
+        Constraint("gates operands", _logits, "float32 rows of u would spill"),
+        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
+        *(
+            Constraint(
+                name,
+                lambda c, p, t, name=name: c.integer(name) <= 8 or t.arch == "sm_90",
+                "only the products of sm_90 spread over so many warps",
+            )
+            for name in ("read_num_warps",)
+        ),
     ),
     default=_WIDE,
-    fallbacks=(),
+    fallbacks=tuple(
+        dict.fromkeys(one for config in (*_DEFAULTS, *_FLOAT32) for one in _variants(config) if one != _WIDE)
+    ),
 )

@@ -23,7 +23,7 @@ from .deep_common import (
     Tables,
     block_and_head,
     coefficients,
-    gelu,
+    gelu_as,
     load_block,
     load_rows,
     load_tile,
@@ -64,7 +64,7 @@ def mix_hidden_kernel(
         gate = _gate(gates, tile, i, bh, T, N, ROUTED=ROUTED, BT=BT) * scale
         state = load_block(up + (bh * N + i) * (dims.SK * dims.SE), 0, column, dims.SK, dims.SE, dims.PK, EB)
         acc += gate[:, None] * tl.dot(q_t, state, input_precision=PRECISION)
-    store_rows(hidden, gelu(acc), tile.first, tile.stop, dims.SE, column, dims.SE, BT, EB)
+    store_rows(hidden, gelu_as(acc, q_t.dtype), tile.first, tile.stop, dims.SE, column, dims.SE, BT, EB)
 
 
 @triton.jit(do_not_specialize=["T", "H"])

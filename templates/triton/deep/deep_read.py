@@ -23,7 +23,7 @@ from .deep_common import (
     Spans,
     Tables,
     block_and_head,
-    gelu,
+    gelu_as,
     load_block,
     load_rows,
     load_tile,
@@ -36,7 +36,7 @@ def _add_read(acc, q_t, gate, states, place, e, scale, PRECISION: tl.constexpr, 
     """acc and the gated read of EB hidden units of the state at ``place``."""
     up = load_block(states.up + place * (dims.SK * dims.SE), 0, e, dims.SK, dims.SE, dims.PK, EB)
     down = load_block(states.down + place * (dims.SE * dims.SV), e, 0, dims.SE, dims.SV, EB, dims.PV)
-    z = gelu(tl.dot(q_t, up, input_precision=PRECISION) * scale)
+    z = gelu_as(tl.dot(q_t, up, input_precision=PRECISION) * scale, q_t.dtype)
     if gate is not None:
         z *= gate[:, None]
     return tl.dot(z.to(q_t.dtype), down, acc, input_precision=PRECISION)

@@ -30,8 +30,8 @@ from .deep_common import (
     Strengths,
     Tables,
     coefficients,
-    gelu,
-    gelu_slope,
+    gelu_as,
+    gelu_slope_as,
     load_block,
     load_rows,
     row_of,
@@ -105,11 +105,28 @@ def _leave(made, up, down, place, column, dims: tl.constexpr, EB: tl.constexpr):
         store_block(made.down_operand + place * SIZE_DOWN, down, column, 0, dims.SE, dims.SV, EB, dims.PV)
 
 
+@triton.jit
+def _read(x, z, down, error, before, READ: tl.constexpr, PRECISION: tl.constexpr):
+    """``[ROWS, PV]``: what the second layer makes of the hidden units ``x [EB, ROWS]`` of queries, theirs written.
+
+    READ: the products' rows are those of the result, "tokens", few; or "columns" of values, whose state is transposed.
+    """
+    if READ == "tokens":
+        rows = tl.trans(x)
+        pairs = tl.where(tl.trans(before), tl.dot(rows, z, input_precision=PRECISION), 0.0).to(x.dtype)
+        y = tl.dot(rows, down, input_precision=PRECISION)
+        return tl.dot(pairs, error, y, input_precision=PRECISION)
+    else:
+        pairs = tl.where(before, tl.dot(tl.trans(z), x, input_precision=PRECISION), 0.0).to(x.dtype)
+        y = tl.dot(tl.trans(down), x, input_precision=PRECISION)
+        return tl.trans(tl.dot(tl.trans(error), pairs, y, input_precision=PRECISION))
+
+
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def write_slices_kernel(
     rows, first, strengths, spans, made, scale, T, H, N,
-    INDEPENDENT: tl.constexpr, MIXES: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
-    ROWS: tl.constexpr, EB: tl.constexpr,
+    INDEPENDENT: tl.constexpr, MIXES: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
+    INNER: tl.constexpr, ROWS: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
     """One program: EB hidden units of a lane of a head, their states in registers. Where the error is -v."""
     PARTS: tl.constexpr = (dims.SE + EB - 1) // EB
@@ -118,11 +135,11 @@ def write_slices_kernel(
     bh = tl.program_id(1).to(tl.int64)
     rows = rows_of(rows, bh, T, H, dims)
     eta = strengths_of(strengths, bh, T, H).eta
-    up = load_block(first.W_up + bh % H * (dims.DK * dims.DE), 0, column, dims.DK, dims.DE, dims.PK, EB)
+    # Hidden units are rows, in the states and in the chunk's products alike: what a warp adds up, it reads itself.
+    up = tl.trans(load_block(first.W_up + bh % H * (dims.DK * dims.DE), 0, column, dims.DK, dims.DE, dims.PK, EB))
     down = load_block(first.W_down + bh % H * (dims.DE * dims.DV), column, 0, dims.DE, dims.DV, EB, dims.PV)
     i = tl.arange(0, ROWS)
-    seen = i[:, None] >= i[None, :]
-    # Elements from one token of the head to the next, and where its first ones are.
+    before = i[:, None] <= i[None, :]
     here = bh // H * T * H + bh % H
     begins, ends = _lane(spans, tl.program_id(0) // PARTS, INDEPENDENT=INDEPENDENT)
     for segment in range(begins, ends):
@@ -135,27 +152,29 @@ def write_slices_kernel(
             step = steps(eta, t0, stop, H, ROWS)
             up_t = up.to(k_t.dtype)
             down_t = down.to(k_t.dtype)
-            z, slope = gelu_slope(tl.dot(k_t, up_t, input_precision=PRECISION))
+            z, slope = gelu_slope_as(tl.dot(up_t, tl.trans(k_t), input_precision=PRECISION), k_t.dtype)
             z = z.to(k_t.dtype)
-            # Steps times errors, negative.
+            # Steps times errors, negative: [EB, ROWS] and [ROWS, PV].
+            back = tl.dot(down_t, tl.trans(v_t), input_precision=PRECISION) * slope
+            back = (back * step[None, :]).to(k_t.dtype)
             error = (v_t.to(tl.float32) * step[:, None]).to(k_t.dtype)
-            back = (tl.dot(v_t, tl.trans(down_t), input_precision=PRECISION) * slope * step[:, None]).to(k_t.dtype)
-            scores = tl.where(seen, tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION), 0.0).to(k_t.dtype)
-            hidden = tl.dot(q_t, up_t, input_precision=PRECISION)
-            hidden = tl.dot(scores, back, hidden, input_precision=PRECISION) * scale
+            scores = tl.where(before, tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION), 0.0).to(k_t.dtype)
+            hidden = tl.dot(up_t, tl.trans(q_t), input_precision=PRECISION)
+            hidden = tl.dot(back, scores, hidden, input_precision=PRECISION) * scale
             if MIXES:
-                store_rows(made.hidden + bh * T * dims.SE, hidden, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
-                store_rows(made.z + bh * T * dims.SE, z, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
+                own = made.hidden + bh * T * dims.SE
+                store_rows(own, tl.trans(hidden), t0, stop, dims.SE, column, dims.SE, ROWS, EB)
+                own = made.z + bh * T * dims.SE
+                store_rows(own, tl.trans(z), t0, stop, dims.SE, column, dims.SE, ROWS, EB)
             else:
-                x = gelu(hidden).to(k_t.dtype)
-                scores = tl.where(seen, tl.dot(x, tl.trans(z), input_precision=PRECISION), 0.0).to(k_t.dtype)
-                y = tl.dot(x, down_t, input_precision=PRECISION)
-                y = tl.dot(scores, error, y, input_precision=PRECISION)
                 own = made.partials + (part * (tl.num_programs(1) * T).to(tl.int64) + here) * dims.DV
+                y = _read(
+                    gelu_as(hidden, k_t.dtype).to(k_t.dtype), z, down_t, error, before, READ=READ, PRECISION=PRECISION
+                )
                 store_rows(own, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
-            up = tl.dot(tl.trans(k_t), back, up, input_precision=PRECISION)
-            down = tl.dot(tl.trans(z), error, down, input_precision=PRECISION)
-        _leave(made, up, down, bh * N + segment, column, dims, EB)
+            up = tl.dot(back, k_t, up, input_precision=PRECISION)
+            down = tl.dot(z, error, down, input_precision=PRECISION)
+        _leave(made, tl.trans(up), down, bh * N + segment, column, dims, EB)
 
 
 @triton.jit
@@ -202,7 +221,7 @@ def _error(k_t, v_t, state, added, PRECISION: tl.constexpr, dims: tl.constexpr, 
     o = tl.zeros([ROWS, PV], tl.float32)
     for e in range(0, dims.SE, EB):
         up, down = _load(state, e, dims, EB)
-        z = gelu(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION)).to(k_t.dtype)
+        z = gelu_as(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION), k_t.dtype).to(k_t.dtype)
         o = tl.dot(z, down.to(k_t.dtype), o, input_precision=PRECISION)
     if dims.DK == dims.DV:
         o += added * k_t.to(tl.float32)
@@ -258,7 +277,7 @@ def write_lanes_kernel(
             for e in range(0, dims.SE, EB):
                 up, down = _load(state, e, dims, EB)
                 up_t, down_t = up.to(k_t.dtype), down.to(k_t.dtype)
-                z, slope = gelu_slope(tl.dot(k_t, up_t, input_precision=PRECISION))
+                z, slope = gelu_slope_as(tl.dot(k_t, up_t, input_precision=PRECISION), k_t.dtype)
                 z_t = z.to(k_t.dtype)
                 back = tl.dot(error, tl.trans(down_t), input_precision=PRECISION) * slope
                 hidden = by.state[:, None] * tl.dot(q_t, up_t, input_precision=PRECISION)
@@ -271,7 +290,7 @@ def write_lanes_kernel(
                     store_rows(made.hidden + bh * T * dims.SE, hidden, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
                     store_rows(made.z + bh * T * dims.SE, z, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
                 else:
-                    x = gelu(hidden).to(k_t.dtype)
+                    x = gelu_as(hidden, k_t.dtype).to(k_t.dtype)
                     pairs = tl.dot(x, tl.trans(z_t), pairs, input_precision=PRECISION)
                     y += by.state[:, None] * tl.dot(x, down_t, input_precision=PRECISION)
                     if surprise is not None:
@@ -344,6 +363,7 @@ def deep_write(
     ROUTED: bool,
     INDEPENDENT: bool,
     HALF: bool,
+    READ: str,
     PRECISION: str,
     DK: int,
     DV: int,
@@ -400,8 +420,8 @@ def deep_write(
     else:
         write_slices_kernel[(lanes * parts, B * H)](
             rows=Rows(q, k, v), first=First(*first), strengths=Strengths(None, strengths[1], None), spans=spans,
-            made=made, scale=scale, T=T, H=H, N=N, INDEPENDENT=INDEPENDENT, MIXES=MIXES, PRECISION=PRECISION, dims=dims,
-            INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps, num_stages=num_stages,
+            made=made, scale=scale, T=T, H=H, N=N, INDEPENDENT=INDEPENDENT, MIXES=MIXES, READ=READ, PRECISION=PRECISION,
+            dims=dims, INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if HALF:
         return made
