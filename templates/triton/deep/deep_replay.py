@@ -119,7 +119,8 @@ def rewrite_kernel(
     first = tl.load(chunks.lanes + tl.program_id(0) * 2)
     past = tl.load(chunks.lanes + tl.program_id(0) * 2 + 1)
     open_lane(initial, states, bh % H, bh * P + first, dims)
-    for chunk in range(first, past):
+    # One stage: no load of a state may go ahead of the store before it.
+    for chunk in tl.range(first, past, num_stages=1):
         # What is read now other threads may have written.
         tl.debug_barrier()
         place = bh * P + chunk

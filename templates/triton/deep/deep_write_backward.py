@@ -352,7 +352,8 @@ def walk_back_kernel(
     past = tl.load(chunks.lanes + tl.program_id(0) * 2 + 1)
     own_place = bh * tl.num_programs(0) + tl.program_id(0)
     rest = tl.zeros([PK], tl.float32)
-    for m in range(0, past - first):
+    # One stage: no load of a state may go ahead of the store before it.
+    for m in tl.range(0, past - first, num_stages=1):
         # What is read now other threads may have written.
         tl.debug_barrier()
         chunk = past - 1 - m
