@@ -20,6 +20,8 @@ GOLDEN = Path(__file__).parent / "golden"
 _GRM = Problem(aggregation="grm", T=16384, H=16, Dk=128, Dv=128, segment_length=256, dtype="bfloat16")
 _SSC = _GRM.replace(recurrence="swla", aggregation="ssc", top_k=4, state_init="checkpoint")
 _MEAN = _GRM.replace(aggregation="mean", Dk=48, Dv=80)
+_DLA = _GRM.replace(recurrence="dla", Dk=64, Dv=64)
+_TITANS = _DLA.replace(recurrence="titans", aggregation="mean", state_init="checkpoint", Dk=48, Dv=80)
 CASES = {
     "segment_states_grm": ("segment_states", _GRM, {}),
     "segment_states_swla": ("segment_states", _SSC, {}),
@@ -39,6 +41,12 @@ CASES = {
     "state_backward_mean": ("state_backward", _MEAN.replace(pass_="backward"), {}),
     "write_backward_swla": ("write_backward", _SSC.replace(pass_="backward"), {}),
     "decode_combine_swla": ("decode_combine", _SSC.replace(pass_="decode"), {}),
+    "deep_write_dla": ("deep_write", _DLA, {}),
+    "deep_write_titans": ("deep_write", _TITANS.replace(aggregation="grm"), {}),
+    "deep_read_grm": ("deep_read", _DLA, {}),
+    "deep_read_ssc": ("deep_read", _DLA.replace(aggregation="ssc", top_k=4), {}),
+    "deep_mix_soup": ("deep_mix", _DLA.replace(aggregation="soup"), {}),
+    "deep_mix_mean": ("deep_mix", _TITANS, {}),
     "decode_step_ssc": ("decode_step", _SSC.replace(pass_="decode", state_init="independent"), {}),
 }
 
@@ -60,7 +68,7 @@ def test_is_the_golden_file(name: str) -> None:
     tree = ast.parse(text)
     assert text == (GOLDEN / f"{name}.py").read_text(encoding="utf-8")
     flags = {"SWLA", "AGGREGATION", "ROUTED", "AVERAGES", "HALF", "PRECISION", "FORMULATION", "INDEPENDENT", "OPERAND"}
-    flags |= {"SPARSE", "GATES"}
+    flags |= {"SPARSE", "GATES", "MIXES", "SQUARED", "READ"}
     found = {x.id for x in ast.walk(tree) if isinstance(x, ast.Name)}
     found |= {x.arg for x in ast.walk(tree) if isinstance(x, ast.arg | ast.keyword) and x.arg is not None}
     assert not found & flags

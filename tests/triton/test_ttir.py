@@ -24,16 +24,16 @@ from mctune.backends.triton.device import VirtualDevice
 from mctune.backends.triton.templates import PREFIXES, SHARED, operations, values, write_parts
 from mctune.core.config import Config
 from mctune.core.paths import templates_dir
-from mctune.core.problem import PASSES, STATE_INITS, Problem
+from mctune.core.problem import AGGREGATIONS, PASSES, RECURRENCES, STATE_INITS, Problem
 from mctune.core.target import resolve
 from mctune.runtime.kernels.triton.loader import load_parts
-from mctune.verify.spread import draw_specialized
+from mctune.verify.spread import draw_specialized, recurrences
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
 
 TARGET, _ = resolve("h100-sxm")
-TEMPLATES = templates_dir() / "triton" / "matrix"
+TEMPLATES = templates_dir() / "triton"
 C = 128
 
 
@@ -118,7 +118,8 @@ def to_ttir(function: Any, signature: Any, constexprs: Any, options: Any, attrs:
 
 def unrendered(operation: str, given: Mapping[str, Any]) -> SimpleNamespace:
     """A template whose functions are given what rendering sets."""
-    module: ModuleType = load_parts(TEMPLATES, {operation: f"{operation}.py"})[operation]
+    (file,) = TEMPLATES.glob(f"*/{operation}.py")
+    module: ModuleType = load_parts(file.parent, {operation: file.name})[operation]
     wrappers = {
         name: x for name, x in inspect.getmembers(module, inspect.isfunction) if x.__module__ == module.__name__
     }
@@ -138,6 +139,15 @@ def problems(pass_: str) -> Iterator[Problem]:
             recurrence=recurrence, aggregation=aggregation, state_init=state_init, pass_=pass_, B=2, T=3 * C, H=2,
             Dk=64, Dv=48, segment_length=C, dtype=dtype, top_k=2 if aggregation == "ssc" else None,
         )  # fmt: skip
+    for recurrence, aggregation, dtype, state_init in product(
+        (name for name in recurrences(pass_) if RECURRENCES[name].deep), AGGREGATIONS, ("bfloat16", "float32"),
+        STATE_INITS,
+    ):  # fmt: skip
+        yield Problem(
+            recurrence=recurrence, aggregation=aggregation, state_init=state_init, pass_=pass_, B=2, T=3 * C, H=2,
+            Dk=32, Dv=32 if aggregation in ("grm", "soup") else 48, expansion=3, segment_length=C, dtype=dtype,
+            top_k=2 if aggregation == "ssc" else None,
+        )  # fmt: skip
 
 
 def configs(problem: Problem) -> Iterator[Config]:
@@ -151,7 +161,7 @@ def configs(problem: Problem) -> Iterator[Config]:
     seen = set()
     for chosen in product(*choices.values()):
         config = default.replace(**dict(zip(choices, chosen, strict=True)))
-        if "read_BT" in config:
+        if "read_BT" in config and "piece" in config:
             config = config.replace(read_BT=min(config.integer("read_BT"), config.integer("piece")))
         if space.valid(config, problem, TARGET) and config not in seen:
             seen.add(config)
@@ -217,7 +227,7 @@ def compare(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_template_is_compared() -> None:
     used = {operation for case in ALL for operation in operations(case.problem, case.config)}
-    assert used == set(PREFIXES) == {path.stem for path in TEMPLATES.glob("*.py")} - {*SHARED}
+    assert used == set(PREFIXES) == {path.stem for path in TEMPLATES.glob("*/*.py")} - {*SHARED}
 
 
 @pytest.mark.parametrize("case", spread(), ids=str)

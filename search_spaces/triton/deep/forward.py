@@ -1,6 +1,6 @@
 """Search space of the forward pass of deep memories on a GPU: writes, gates and the read, searched together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mctune.core.config import Config
 from mctune.core.problem import Problem
@@ -18,9 +18,9 @@ _WIDE = Config.of(
         "gates_BN": 16,
         "gates_num_warps": 4,
         "gates_num_stages": 2,
-        "read_BT": 128,
+        "read_BT": 256,
         "read_EB": 64,
-        "read_num_warps": 8,
+        "read_num_warps": 16,
         "read_num_stages": 2,
     }
 )
@@ -43,25 +43,26 @@ def _at_most(name: str, limit: Callable[[Problem], int], reason: str) -> Constra
 
 
 def _states(config: Config, problem: Problem, target: Target) -> bool:
-    """A block of both layers in a quarter of a thread's registers; in half of them where products leave their other
-    operands in shared memory and momentum has no block beside it."""
+    """A block of both layers in a quarter of a thread's registers, momentum's and float32's operands beside it; in half
+    of them where products leave their other operands in shared memory."""
     floats = config.integer("write_EB") * (_power(problem.Dk) + _power(problem.Dv))
     threads = (32 if target.kind == "cuda" else 64) * config.integer("write_num_warps")
-    if problem.writes.momentum:
+    if problem.writes.momentum or problem.dtype == "float32":
         return 2 * floats <= 64 * threads
     return floats <= (128 if target.products_in_flight else 64) * threads
 
 
 def _sums(config: Config, problem: Problem, target: Target) -> bool:
-    """The sum of a tile's reads, and a block of its hidden units."""
+    """The sum of a tile's reads and a block of its hidden units: in half of a thread's registers, of which many warps
+    leave each other fewer."""
     floats = config.integer("read_BT") * (_power(problem.Dv) + config.integer("read_EB"))
-    return floats <= 128 * 32 * config.integer("read_num_warps")
+    return floats <= min(128 * 32 * config.integer("read_num_warps"), 65536 // 2)
 
 
 def _queries(config: Config, problem: Problem, target: Target) -> bool:
-    """float32 rows are operands of products too, which take most of the registers."""
+    """float32 rows are operands of products too, and so are hidden units, which takes most of the registers."""
     rows = config.integer("read_BT") * _power(problem.Dk)
-    return problem.dtype != "float32" or config["read_BT"] == 16 or rows <= 512 * config.integer("read_num_warps")
+    return problem.dtype != "float32" or config["read_BT"] == 16 or rows <= 128 * config.integer("read_num_warps")
 
 
 def _logits(config: Config, problem: Problem, target: Target) -> bool:
@@ -81,27 +82,37 @@ def _lists(config: Config, problem: Problem, target: Target) -> bool:
     return not problem.reads.sparse or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
-def _narrow(EB: int, warps: int) -> Config:
-    """The default for wider heads."""
-    return _WIDE.replace(write_EB=EB, write_num_warps=warps, read_EB=32)
+_WRITES = ((64, 4), (32, 4), (32, 8), (16, 8), (16, 16))
+"""Hidden units and warps of a program: narrower for wider heads."""
+_READS = ((256, 64, 16), (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 64, 8))
+_SHORT = ((32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 4))
+"""Tokens, hidden units and warps: fewer tokens for wider heads, and for short segments."""
 
 
-def _float32(precision: str, EB: int, warps: int) -> Config:
+def _default(write: tuple[int, int], read: tuple[int, int, int], tile: int, warps: int, precision: str) -> Config:
+    """Blocks of writes and of the read, tokens and warps of a tile of logits."""
     return _WIDE.replace(
-        precision=precision, write_EB=EB, write_num_warps=warps, read_BT=16, read_EB=32, read_num_warps=4,
-        read_num_stages=1, gates_BT=16, gates_num_warps=8,
+        precision=precision, write_EB=write[0], write_num_warps=write[1], read_BT=read[0], read_EB=read[1],
+        read_num_warps=read[2], gates_BT=tile, gates_num_warps=warps,
     )  # fmt: skip
 
 
-_DEFAULTS = (_WIDE, *(_narrow(EB, warps) for EB, warps in ((32, 4), (32, 8), (16, 8), (16, 16))))
-_FLOAT32 = tuple(
-    _float32(precision, EB, warps) for precision in ("tf32x3", "ieee") for EB in (32, 16) for warps in (8, 16)
-)
+def _defaults(reads: Sequence[tuple[int, int, int]]) -> tuple[Config, ...]:
+    return tuple(
+        _default(write, read, 64, warps, "ieee").replace(read_num_stages=stages)
+        for stages in (2, 1)
+        for warps in (4, 8)  # longer lists of the best logits take more
+        for read in reads
+        for write in _WRITES
+    )
 
 
-def _variants(config: Config) -> tuple[Config, ...]:
-    """A default, and what takes its place for larger lists of the best logits, and where gates are not learned."""
-    return config, config.replace(gates_num_warps=8), config.replace(**{name: _WIDE[name] for name in _GATES})
+def _float32(precision: str) -> tuple[Config, ...]:
+    return tuple(
+        _default(write, (16, 32, 4), tile, warps, precision).replace(read_num_stages=1)
+        for tile, warps in ((16, 8), (64, 4))  # the second where there are no gates
+        for write in _WRITES[2:]
+    )
 
 
 SPACE = SearchSpace(
@@ -140,24 +151,30 @@ SPACE = SearchSpace(
         ),
         _at_most("write_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
         _at_most("read_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
-        _at_most("read_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
+        Constraint(
+            "read_BT",
+            lambda c, p, t: c.integer("read_BT") <= _longest(p),
+            "a tile longer than a segment computes rows that do not exist",
+        ),
         _at_most("gates_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
         Constraint("write registers", _states, "the states alone would spill"),
         Constraint("read registers", _sums, "the accumulators alone would spill"),
         Constraint("read operands", _queries, "float32 rows of q would spill"),
         Constraint("gates operands", _logits, "float32 rows of u would spill"),
         Constraint("gates registers", _lists, "the lists of the best logits would spill"),
-        *(
-            Constraint(
-                name,
-                lambda c, p, t, name=name: c.integer(name) <= 8 or t.arch == "sm_90",
-                "only the products of sm_90 spread over so many warps",
-            )
-            for name in ("read_num_warps",)
+        Constraint(
+            "read_num_warps",
+            lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90",
+            "only the products of sm_90 spread over so many warps",
+        ),
+        Constraint(
+            "read_num_stages",
+            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or _power(max(p.Dk, p.Dv)) <= 128,
+            "AMD's 64 KiB of shared memory do not hold wide states that are loaded ahead",
         ),
     ),
     default=_WIDE,
     fallbacks=tuple(
-        dict.fromkeys(one for config in (*_DEFAULTS, *_FLOAT32) for one in _variants(config) if one != _WIDE)
+        dict.fromkeys((*_defaults(_READS)[1:], *_float32("tf32x3"), *_defaults(_SHORT), *_float32("ieee")))
     ),
 )
