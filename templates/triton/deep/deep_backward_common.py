@@ -56,10 +56,10 @@ class Dims(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Two layers, up ``[.., SK, SE]`` and down ``[.., SE, SV]``, float32, and their momentum, None where there is none.
+    """Two layers, up ``[.., SK, SE]`` and down ``[.., SE, SV]``, and their momentum, None where there is none.
 
-    Of the states that enter inner chunks ``[.., P, ..]``; of their gradients up and down ``[.., N, ..]`` and momentum
-    ``[.., lanes, ..]``.
+    Of the states that enter inner chunks ``[B*H * P, ..]``, operands of products; float32 of end states and their
+    gradients ``[B*H * N, ..]``, and of what lanes carry ``[B*H * L, ..]``.
     """
 
     up: torch.Tensor | None = None
@@ -103,7 +103,7 @@ class Shares(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Of the tokens, float32: errors ``[.., T, SV]`` (None where they are -v); z and dhidden ``[.., T, SE]``.
+    """Operands of products: errors ``[B*H, T, SV]``, None where they are -v; z and dhidden ``[B*H, T, SE]``.
 
     z is what the lower layer reads, dhidden the gradient of what the upper layer gives, without the own gate.
     """

@@ -29,7 +29,7 @@ from .deep_backward_common import (
     load_up,
     product,
 )
-from .deep_common import gelu_slope, load_rows, store_rows
+from .deep_common import gelu_slope_as, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "P"])
@@ -60,7 +60,7 @@ def online_backward_kernel(
     rows = load_square(weights.rows + place * INNER * INNER, INNER, BB)
     U = load_up(states.up + place * (dims.SK * dims.SE), e, dims)
     W = load_down(states.down + place * (dims.SE * dims.SV), e, dims)
-    z_j, slope = gelu_slope(product(k_j, U, TYPE, PRECISION))
+    z_j, slope = gelu_slope_as(product(k_j, U, TYPE, PRECISION), TYPE)
     back = product(err, tl.trans(W), TYPE, PRECISION) * slope
 
     hidden = product(q_j, U, TYPE, PRECISION)
@@ -78,7 +78,7 @@ def online_backward_kernel(
     hidden = add_product(-rows * product(q_j, tl.trans(k_j), TYPE, PRECISION), back, hidden, TYPE, PRECISION) * scale
     dz = add_product(-rows * product(dy_j, tl.trans(err), TYPE, PRECISION), z_j, dz, TYPE, PRECISION)
     if not MIXES:
-        hidden, slope = gelu_slope(hidden)
+        hidden, slope = gelu_slope_as(hidden, TYPE)
         part = (block * tl.num_programs(1) + bh) * T
         tl.store(own + part + t, tl.sum(hidden * dz, 1), mask=t < stop)
         dz *= slope
@@ -106,16 +106,16 @@ def deep_online_backward(
         states, errors: of :mod:`deep_replay`.
 
     Returns:
-        Saved z and dhidden [heads, T, SE], hidden and dz where parameters are mixed; and, where they are not, the
-        gradients of the own gate [blocks, heads, T], to be added up.
+        Saved z and dhidden [B*H, T, SE] in q's dtype, hidden and dz where parameters are mixed; and, where not, the
+        gradients of the own gate [blocks, B*H, T], float32, to be added up.
     """
     _, T, H, _ = q.shape
-    heads, P = states.up.shape[:2]
+    heads, P = q.shape[0] * H, tables.begin.shape[0]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     blocks = triton.cdiv(SE, eb)
-    z = q.new_empty((heads, T, SE), dtype=torch.float32)
+    z = q.new_empty((heads, T, SE))
     saved = Saved(errors, z, torch.empty_like(z))
-    own = None if MIXES else z.new_empty((blocks, heads, T))
+    own = None if MIXES else q.new_empty((blocks, heads, T), dtype=torch.float32)
     online_backward_kernel[(blocks * P, heads)](
         q=q, k=k, v=v, dy=dy, states=states, weights=weights, saved=saved, own=own,
         chunks=Chunks(tables.begin, tables.end), scale=scale, T=T, H=H, P=P, SQUARED=SQUARED, MIXES=MIXES,

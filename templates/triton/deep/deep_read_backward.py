@@ -31,7 +31,7 @@ from .deep_backward_common import (
     load_up,
     product,
 )
-from .deep_common import gelu_slope, load_rows, store_rows
+from .deep_common import gelu_slope_as, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
@@ -55,8 +55,9 @@ def mix_backward_kernel(
     t = t0 + tl.arange(0, BT)
     q_t = load_rows(q + token * dims.DK, t0, stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     dy_t = load_rows(dy + token * dims.DV, t0, stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
-    online = load_rows(saved.z + bh * T * dims.SE, t0, stop, dims.SE, e, dims.SE, BT, dims.EB)
+    online = load_rows(saved.z + bh * T * dims.SE, t0, stop, dims.SE, e, dims.SE, BT, dims.EB).to(tl.float32)
     donline = load_rows(saved.dhidden + bh * T * dims.SE, t0, stop, dims.SE, e, dims.SE, BT, dims.EB)
+    donline = donline.to(tl.float32)
     gate = gate_of(shares, bh, s, t, t < stop, T, N)[:, None]
     hidden = tl.zeros([BT, EB], tl.float32)
     dz = tl.zeros([BT, EB], tl.float32)
@@ -66,7 +67,7 @@ def mix_backward_kernel(
         W = load_down(ends.down + (bh * N + i) * (dims.SE * dims.SV), e, dims)
         hidden += share * product(q_t, U, TYPE, PRECISION)
         dz += share * product(dy_t, tl.trans(W), TYPE, PRECISION)
-    z, slope = gelu_slope(hidden * scale + gate * online)
+    z, slope = gelu_slope_as(hidden * scale + gate * online, TYPE)
     dhidden = (dz + gate * donline) * slope
     tl.store(own + (block * tl.num_programs(1) + bh) * T + t, tl.sum(online * dhidden + z * donline, 1), mask=t < stop)
     store_rows(saved.z + bh * T * dims.SE, z, t0, stop, dims.SE, e, dims.SE, BT, dims.EB)
@@ -88,7 +89,7 @@ def read_state(
                 dz = product(dy_t, tl.trans(load_down(down, e, dims)), TYPE, PRECISION)
                 dgamma += tl.sum(z_t * dz + product(q_t, U, TYPE, PRECISION) * scale * dh, 1)
         else:
-            z_t, slope = gelu_slope(product(q_t, U, TYPE, PRECISION) * scale)
+            z_t, slope = gelu_slope_as(product(q_t, U, TYPE, PRECISION) * scale, TYPE)
             dz = product(dy_t, tl.trans(load_down(down, e, dims)), TYPE, PRECISION)
             if ROUTED:
                 dgamma += tl.sum(z_t * dz, 1)
@@ -103,7 +104,7 @@ def deep_dq_kernel(
     ROUTED: tl.constexpr, SPARSE: tl.constexpr, MIXES: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
     dims: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """One program: BT tokens of a head. ``own`` [heads, T] is the gradient of the own gate."""
+    """One program: BT tokens of a head. ``own`` [B*H, T] is the gradient of the own gate."""
     PK: tl.constexpr = dims.PK
     TYPE: tl.constexpr = q.dtype.element_ty
     tile = tiles + tl.program_id(0) * 2
@@ -166,15 +167,15 @@ def mix_backward(
     PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int, BT: int, EB: int, num_warps: int,
     num_stages: int,
 ) -> torch.Tensor:  # fmt: skip
-    """The mixture's z and dh in place of ``saved``, and the gradients of the own gate [blocks, heads, T], to be added.
+    """The mixture's z and dh in place of ``saved``, and the gradients of the own gate [blocks, B*H, T], to be added.
 
     Arguments as those of :func:`deep_read_backward`; ``saved`` has what :mod:`deep_online_backward` gives.
     """
     _, T, H, _ = q.shape
-    heads, N = ends.up.shape[:2]
+    heads, N = q.shape[0] * H, tables.seg_begin.shape[0]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     tiles, blocks = tables.tiles(BT), triton.cdiv(SE, eb)
-    own = saved.z.new_empty((blocks, heads, T))
+    own = q.new_empty((blocks, heads, T), dtype=torch.float32)
     mix_backward_kernel[(blocks * tiles.shape[0], heads)](
         q=q, dy=dy, ends=ends, shares=shares, saved=saved._replace(errors=None), own=own, seg_first=tables.seg_first,
         segment=tables.segment, end=tables.end, tiles=tiles, scale=scale, T=T, H=H, N=N, PRECISION=PRECISION,
@@ -203,16 +204,16 @@ def deep_read_backward(
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV]: of one dtype.
-        ends: end states [heads, N, ..].
-        saved: z and dh of the mixture [heads, T, SE], where parameters are mixed.
-        own [heads, T]: the gradient of the own gate.
+        ends: end states [B*H * N, ..].
+        saved: z and dh of the mixture [B*H, T, SE], where parameters are mixed.
+        own [B*H, T]: the gradient of the own gate.
         dgamma [B*H, N, T], delta [B*H, T]: written; None where gates are not learned.
         dq [B, T, H, DK]: float32, written.
         tables: whose pieces are whole segments.
         adds: whether the memory adds its input.
     """
     _, T, H, _ = q.shape
-    heads, N = ends.up.shape[:2]
+    heads, N = q.shape[0] * H, tables.seg_begin.shape[0]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     tiles = tables.tiles(BT)
     deep_dq_kernel[(tiles.shape[0], heads)](

@@ -26,7 +26,7 @@ from .deep_backward_common import (
     store_down,
     store_up,
 )
-from .deep_common import gelu_slope, load_rows
+from .deep_common import gelu_slope_as, load_rows
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def add_tokens(
         z = load_rows(saved.z + bh * T * dims.SE, t0, high, dims.SE, e, dims.SE, BT, dims.EB)
         dh = load_rows(saved.dhidden + bh * T * dims.SE, t0, high, dims.SE, e, dims.SE, BT, dims.EB)
     else:
-        z, slope = gelu_slope(product(q_t, U, TYPE, PRECISION) * scale)
+        z, slope = gelu_slope_as(product(q_t, U, TYPE, PRECISION) * scale, TYPE)
         dh = product(dy_t, tl.trans(W), TYPE, PRECISION) * slope
     dU = add_product(tl.trans(q_t), share[:, None] * dh, dU, TYPE, PRECISION)
     dW = add_product(tl.trans(share[:, None] * z), dy_t, dW, TYPE, PRECISION)
@@ -102,7 +102,7 @@ def deep_state_backward(
 ) -> Layers:  # fmt: skip
     """The gradients of end states, float32, in their shapes; arguments as those of :mod:`deep_read_backward`."""
     _, T, H, _ = q.shape
-    heads, N = ends.up.shape[:2]
+    heads, N = q.shape[0] * H, tables.seg_begin.shape[0]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
     dends = Layers(torch.empty_like(ends.up), torch.empty_like(ends.down))
     deep_dstate_kernel[(triton.cdiv(SE, eb) * N, heads)](

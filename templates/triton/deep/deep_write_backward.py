@@ -1,6 +1,8 @@
 """Gradients of a deep memory's writes: the reverse walk over inner chunks (Eq. 30-31, 34-36).
 
-A lane's last chunk comes first. Given the gradients aU, aW of the states that a chunk leaves and bU, bW of its
+A lane's last chunk comes first. Where errors are -v, a program has EB hidden units of a lane, their gradients in
+registers, and leaves parts of what is added up over hidden units; else it has a lane, whose gradients are in memory.
+ Given the gradients aU, aW of the states that a chunk leaves and bU, bW of its
 momentum, with l, s the coefficients of its last row and of the momentum, dh, z of the online reads, their own gate
 included, A = c_tj, P = x K^T, G = dy err^T, Pz = sum z Z^T, Gh = sum dh back^T (over hidden units):
 
@@ -41,7 +43,7 @@ from .deep_backward_common import (
     store_down,
     store_up,
 )
-from .deep_common import gelu_curve, gelu_slope, load_rows, store_rows
+from .deep_common import gelu_curve, gelu_slope_as, load_rows, store_rows
 
 
 class Rows(NamedTuple):
@@ -205,6 +207,24 @@ def add_units(
 
 
 @triton.jit
+def add_layers(
+    sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Sums, dU and dW with what comes through dback and dz of a block of hidden units."""
+    dR = dback * slope
+    dH = dback * R * bend + dz * slope
+    derr = add_product(dR, W, sums.derr, TYPE, PRECISION)
+    dk = add_product(dH, tl.trans(U), sums.dk, TYPE, PRECISION)
+    dU = add_product(tl.trans(b.k), dH, dU, TYPE, PRECISION)
+    dW = add_product(tl.trans(dR), b.err, dW, TYPE, PRECISION)
+    made = Sums(
+        sums.scores, sums.pulls, derr, dk, sums.read, sums.read_s, sums.ended, sums.ended_s, sums.dstate,
+        sums.dmomentum, sums.dlast, sums.dproducts, sums.dkeep, sums.dmoved, sums.ddecay,
+    )  # fmt: skip
+    return made, dU, dW
+
+
+@triton.jit
 def add_momentum(
     sums, b, dback, dz, h, slope, R, aU, aW, S_up, S_down, bU, bW, z, dh, scale, TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -266,21 +286,12 @@ def walk_units(
             )
             store_up(moments.up + own_place * up, e, dS_up, dims)
             store_down(moments.down + own_place * down, e, dS_down, dims)
-        dR = dback * slope
-        dH = dback * R * bend + dz * slope
-        derr = add_product(dR, W, sums.derr, TYPE, PRECISION)
-        dk = add_product(dH, tl.trans(U), sums.dk, TYPE, PRECISION)
-        dU = add_product(tl.trans(b.k), dH, dU, TYPE, PRECISION)
-        dW = add_product(tl.trans(dR), b.err, dW, TYPE, PRECISION)
+        sums, dU, dW = add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE, PRECISION)
         if source != target:
             dU += load_up(dends.up + target * up, e, dims)
             dW += load_down(dends.down + target * down, e, dims)
         store_up(dends.up + target * up, e, dU, dims)
         store_down(dends.down + target * down, e, dW, dims)
-        sums = Sums(
-            sums.scores, sums.pulls, derr, dk, sums.read, sums.read_s, sums.ended, sums.ended_s, sums.dstate,
-            sums.dmomentum, sums.dlast, sums.dproducts, sums.dkeep, sums.dmoved, sums.ddecay,
-        )  # fmt: skip
     return sums
 
 
@@ -294,7 +305,7 @@ def add_outputs(
     for e in range(0, dims.SE, dims.EB):
         U = load_up(states.up + place * up, e, dims)
         W = load_down(states.down + place * down, e, dims)
-        z, slope = gelu_slope(product(k, U, TYPE, PRECISION))
+        z, slope = gelu_slope_as(product(k, U, TYPE, PRECISION), TYPE)
         dH = product(do, tl.trans(W), TYPE, PRECISION) * slope
         dk = add_product(dH, tl.trans(U), dk, TYPE, PRECISION)
         dU = load_up(dends.up + target * up, e, dims)
@@ -337,15 +348,110 @@ def pull_keys(dk, rest, u, keys, bh, j0, stop, T, H, PRECISION: tl.constexpr, di
     return dk, rest + tl.sum(u_t * pull[:, None], 0)
 
 
+@triton.jit
+def finish(sums, b, weights, scale, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """dq (without its scale), dk, derr and the gradients of the last row's c_j, when all units are in ``sums``."""
+    dq = b.keep * sums.read
+    dq = add_product(-b.rows * sums.scores, b.k, dq, TYPE, PRECISION)
+    dk = add_product(-tl.trans(b.rows * sums.scores) * scale, b.q, sums.dk, TYPE, PRECISION)
+    derr = sums.derr + b.last * sums.ended
+    derr = add_product(-tl.trans(b.rows * sums.pulls), b.dy, derr, TYPE, PRECISION)
+    dlast = sums.dlast - tl.sum(sums.ended * b.err, 1)
+    if weights.momentum is not None:
+        dq -= b.moved * sums.read_s
+        derr += b.strength * sums.ended_s
+    return dq, dk, derr, dlast
+
+
+@triton.jit
+def mean_pull(keys, seg_last, segment, chunk, rest, bh, N, dims: tl.constexpr):
+    """``rest``, or at a segment's end what its mean key says of every key."""
+    if tl.load(seg_last + segment) == chunk:
+        cols = tl.arange(0, dims.PK)
+        rest = tl.load(keys.dmeans + (bh * N + segment) * dims.SK + cols, mask=cols < dims.SK, other=0.0)
+    return rest
+
+
 @triton.jit(do_not_specialize=["T", "H", "N", "P"])
-def walk_back_kernel(
-    rows, saved, shares, keys, weights, dweights, states, dends, moments, chunks, seg_last, made, scale, T, H, N,
-    P, SQUARED: tl.constexpr, ROUTED: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
-    INNER: tl.constexpr, BB: tl.constexpr,
+def walk_slices_kernel(
+    rows, saved, shares, keys, weights, dweights, states, dends, chunks, seg_last, made, scale, T, H, N, P,
+    ROUTED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """One program: a lane of a head, from its last inner chunk to its first."""
-    PK: tl.constexpr = dims.PK
+    """One program: EB hidden units of a lane of a head, from its last chunk to its first, where errors are -v.
+
+    ``made`` and ``dweights`` are parts, to be added up over blocks of hidden units; the first has what mean keys say.
+    """
     TYPE: tl.constexpr = rows.k.dtype.element_ty
+    PK: tl.constexpr = dims.PK
+    BLOCKS: tl.constexpr = (dims.SE + dims.EB - 1) // dims.EB
+    up: tl.constexpr = dims.SK * dims.SE
+    down: tl.constexpr = dims.SE * dims.SV
+    block = tl.program_id(0) % BLOCKS
+    e = block * dims.EB
+    lane = chunks.lanes + tl.program_id(0) // BLOCKS * 2
+    bh = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1).to(tl.int64)
+    token = block * heads * T + bh // H * T * H + bh % H
+    first = tl.load(lane)
+    past = tl.load(lane + 1)
+    final = bh * N + tl.load(chunks.segment + past - 1)
+    aU = load_up(dends.up + final * up, e, dims)
+    aW = load_down(dends.down + final * down, e, dims)
+    rest = tl.zeros([PK], tl.float32)
+    for m in range(0, past - first):
+        chunk = past - 1 - m
+        place = bh * P + chunk
+        j0 = tl.load(chunks.begin + chunk)
+        stop = tl.load(chunks.end + chunk)
+        segment = tl.load(chunks.segment + chunk)
+        before = tl.load(chunks.entering + chunk)
+        b = load_block(
+            rows, saved, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, False, PRECISION, dims, INNER,
+            BB,
+        )  # fmt: skip
+        t = j0 + tl.arange(0, BB)
+        gate = gate_of(shares, bh, segment, t, t < stop, T, N)[:, None]
+        U = load_up(states.up + place * up, e, dims)
+        W = load_down(states.down + place * down, e, dims)
+        z = load_rows(saved.z + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB)
+        dh = load_rows(saved.dhidden + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB) * gate
+        sums, dU, dW, dback, dz, _, slope, bend, R = add_units(
+            no_sums(dims, BB), b, U, W, aU, aW, z, dh, weights, scale, TYPE, PRECISION
+        )
+        sums, aU, aW = add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE, PRECISION)
+        dq, dk, derr, dlast = finish(sums, b, weights, scale, TYPE, PRECISION)
+        store_coefficients(
+            sums, b, weights, dweights, block * heads * P + place, stop - j0 - 1, dlast, scale, INNER, BB
+        )  # fmt: skip
+        if ROUTED:
+            if block == 0:
+                rest = mean_pull(keys, seg_last, segment, chunk, rest, bh, N, dims)
+                dk, rest = pull_keys(dk, rest, rows.u, keys, bh, j0, stop, T, H, PRECISION, dims, BB)
+        store_rows(made.dq + token * dims.DK, dq * scale, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
+        store_rows(made.dk + token * dims.DK, dk, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
+        store_rows(made.dv + token * dims.DV, -derr, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV)
+        if before >= 0:
+            earlier = tl.load(chunks.segment + before)
+            if earlier != segment:
+                # The state that enters is the end state of a segment, which later tokens read.
+                aU += load_up(dends.up + (bh * N + earlier) * up, e, dims)
+                aW += load_down(dends.down + (bh * N + earlier) * down, e, dims)
+    opened = bh * N + tl.load(chunks.segment + first)
+    # Other threads may still read it.
+    tl.debug_barrier()
+    store_up(dends.up + opened * up, e, aU, dims)
+    store_down(dends.down + opened * down, e, aW, dims)
+
+
+@triton.jit(do_not_specialize=["T", "H", "N", "P"])
+def walk_lanes_kernel(
+    rows, saved, shares, keys, weights, dweights, states, dends, moments, chunks, seg_last, made, scale, T, H, N, P,
+    ROUTED: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
+    BB: tl.constexpr,
+):  # fmt: skip
+    """One program: a lane of a head, from its last inner chunk to its first; its gradients are in memory."""
+    TYPE: tl.constexpr = rows.k.dtype.element_ty
+    PK: tl.constexpr = dims.PK
     bh = tl.program_id(1).to(tl.int64)
     token = bh // H * T * H + bh % H
     first = tl.load(chunks.lanes + tl.program_id(0) * 2)
@@ -365,40 +471,50 @@ def walk_back_kernel(
         source = bh * N + segment
         target = bh * N + tl.load(chunks.segment + tl.where(before >= 0, before, chunk))
         b = load_block(
-            rows, saved, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, SQUARED, PRECISION, dims, INNER,
+            rows, saved, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, True, PRECISION, dims, INNER,
             BB,
         )  # fmt: skip
         sums = walk_units(
-            b, states, dends, moments, saved, weights, shares, bh, segment, place, source, target, own_place, j0,
-            stop, scale, T, N, TYPE, PRECISION, dims, BB,
+            b, states, dends, moments, saved, weights, shares, bh, segment, place, source, target, own_place, j0, stop,
+            scale, T, N, TYPE, PRECISION, dims, BB,
         )  # fmt: skip
-        dq = b.keep * sums.read
-        dq = add_product(-b.rows * sums.scores, b.k, dq, TYPE, PRECISION)
-        dk = add_product(-tl.trans(b.rows * sums.scores) * scale, b.q, sums.dk, TYPE, PRECISION)
-        derr = sums.derr + b.last * sums.ended
-        derr = add_product(-tl.trans(b.rows * sums.pulls), b.dy, derr, TYPE, PRECISION)
-        dlast = sums.dlast - tl.sum(sums.ended * b.err, 1)
-        if weights.momentum is not None:
-            dq -= b.moved * sums.read_s
-            derr += b.strength * sums.ended_s
+        dq, dk, derr, dlast = finish(sums, b, weights, scale, TYPE, PRECISION)
         store_coefficients(sums, b, weights, dweights, place, stop - j0 - 1, dlast, scale, INNER, BB)
-        if SQUARED:
-            derr *= 2.0
-            tl.debug_barrier()
-            dk = add_outputs(dk, derr, b.k, states, dends, place, target, TYPE, PRECISION, dims)
-            if ADDS:
-                dk += derr
+        derr *= 2.0
+        # What is read now other threads have written.
+        tl.debug_barrier()
+        dk = add_outputs(dk, derr, b.k, states, dends, place, target, TYPE, PRECISION, dims)
+        if ADDS:
+            dk += derr
         if ROUTED:
-            if tl.load(seg_last + segment) == chunk:
-                cols = tl.arange(0, dims.PK)
-                means = keys.dmeans + (bh * N + segment) * dims.SK
-                rest = tl.load(means + cols, mask=cols < dims.SK, other=0.0)
+            rest = mean_pull(keys, seg_last, segment, chunk, rest, bh, N, dims)
             dk, rest = pull_keys(dk, rest, rows.u, keys, bh, j0, stop, T, H, PRECISION, dims, BB)
         dq_place = made.dq + token * dims.DK
         dq = dq * scale + load_rows(dq_place, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(dq_place, dq, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dk + token * dims.DK, dk, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dv + token * dims.DV, -derr, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV)
+
+
+def _sliced(
+    rows: Rows, saved: Saved, shares: Shares, keys: Keys | None, weights: Weights, states: Layers, dends: Layers,
+    made: Made, chunks: Chunks, seg_last: torch.Tensor, scale: float, ROUTED: bool, PRECISION: str, dims: Dims,
+    INNER: int, bb: int, num_warps: int, num_stages: int,
+) -> Weights:  # fmt: skip
+    """The walk where errors are -v: parts of all gradients, added up."""
+    B, T, H, _ = rows.k.shape
+    blocks, P, N = triton.cdiv(dims.SE, dims.EB), chunks.begin.shape[0], dends.up.shape[0] // (B * H)
+    parts = Made(*(x.new_empty((blocks, *x.shape)) for x in made))
+    dweights = Weights(weights.rows.new_empty((blocks, *weights.rows.shape)))
+    walk_slices_kernel[(blocks * chunks.lanes.shape[0], B * H)](
+        rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, dweights=dweights, states=states,
+        dends=dends, chunks=chunks, seg_last=seg_last, made=parts, scale=scale, T=T, H=H, N=N, P=P, ROUTED=ROUTED,
+        PRECISION=PRECISION, dims=dims, INNER=INNER, BB=bb, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    made.dq.add_(parts.dq.sum(0))
+    torch.sum(parts.dk, 0, out=made.dk)
+    torch.sum(parts.dv, 0, out=made.dv)
+    return Weights(dweights.rows.sum(0))
 
 
 def deep_write_backward(
@@ -423,22 +539,28 @@ def deep_write_backward(
         saved: of :mod:`deep_online_backward`, or of the mixture.
         keys: of the gates' gradients; None where they are not learned.
         states, weights: of :mod:`deep_replay`.
-        dends: gradients of end states [heads, N, ..]; they are overwritten, and those of a lane's first segment end up
-            as the gradients of what the lane starts from.
+        dends: gradients of end states [B*H * N, ..], float32; they are overwritten, and those of a lane's first
+            segment end up as the gradients of what the lane starts from.
         lanes [L, 2]: the first chunk of each lane, and one past its last.
         adds: whether the memory adds its input.
     """
-    _, T, H, _ = rows.k.shape
-    (heads, P), N, L = states.up.shape[:2], tables.seg_begin.shape[0], lanes.shape[0]
+    B, T, H, _ = rows.k.shape
+    P, N, L = tables.begin.shape[0], tables.seg_begin.shape[0], lanes.shape[0]
+    chunks = Chunks(tables.begin, tables.end, tables.segment, tables.entering, lanes)
+    dims, bb = Dims(DK, DV, PK, PV, SK, SV, SE, EB), max(16, triton.next_power_of_2(INNER))
+    if not SQUARED:
+        return _sliced(
+            rows, saved, shares, keys, weights, states, dends, made, chunks, tables.seg_last, scale, ROUTED, PRECISION,
+            dims, INNER, bb, num_warps, num_stages,
+        )  # fmt: skip
     dweights = Weights(*(None if x is None else torch.empty_like(x) for x in weights))
     moments = None
     if weights.momentum is not None:
-        moments = Layers(states.up.new_zeros((heads, L, SK, SE)), states.up.new_zeros((heads, L, SE, SV)))
-    walk_back_kernel[(L, heads)](
+        moments = Layers(dends.up.new_zeros((B * H * L, SK, SE)), dends.up.new_zeros((B * H * L, SE, SV)))
+    walk_lanes_kernel[(L, B * H)](
         rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, dweights=dweights, states=states,
-        dends=dends, moments=moments, chunks=Chunks(tables.begin, tables.end, tables.segment, tables.entering, lanes),
-        seg_last=tables.seg_last, made=made, scale=scale, T=T, H=H, N=N, P=P, SQUARED=SQUARED, ROUTED=ROUTED,
-        ADDS=adds, PRECISION=PRECISION, dims=Dims(DK, DV, PK, PV, SK, SV, SE, EB), INNER=INNER,
-        BB=max(16, triton.next_power_of_2(INNER)), num_warps=num_warps, num_stages=num_stages,
+        dends=dends, moments=moments, chunks=chunks, seg_last=tables.seg_last, made=made, scale=scale, T=T, H=H, N=N,
+        P=P, ROUTED=ROUTED, ADDS=adds, PRECISION=PRECISION, dims=dims, INNER=INNER, BB=bb, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return dweights

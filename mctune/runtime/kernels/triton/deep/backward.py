@@ -132,7 +132,7 @@ class TritonDeepBackward:
             heads = slice(low, min(low + at_once, H))
             rows = Rows(*(x[:, :, heads].contiguous() for x in (q, k, v, dy, u)))
             gates = {n: None if x is None else x[:, :, heads] for n, x in {"g": g, "eta": eta, "mu": mu}.items()}
-            own = {n: x.view(B, H, N, *x.shape[1:])[:, heads].flatten(0, 1) for n, x in (kept or {}).items()}
+            own = {n: x.view(B, H, N, *x.shape[1:])[:, heads].flatten(0, 2) for n, x in (kept or {}).items()}
             layers = (W_up[heads], W_down[heads])
             call = _Call(rows, gates, *layers, memory_residual, inner_chunk, float(scale), top_k, segments, own)
             parts.append(self._heads(call))
@@ -141,16 +141,17 @@ class TritonDeepBackward:
     def _heads(self, call: _Call) -> Gradients:
         rows, scale, adds = call.rows, call.scale, call.residual
         tables = make_tables(call.segments, call.inner_chunk, self.checkpoint, rows.k.device)
-        lanes = (tables.seq_begin, tables.seq_end) if self.checkpoint else (tables.seg_piece, tables.seg_last + 1)
-        lane = torch.stack(lanes, 1).contiguous()
+        by_segment = torch.stack((tables.seg_piece, tables.seg_last + 1), 1)
+        lane = torch.stack((tables.seq_begin, tables.seq_end), 1) if self.checkpoint else by_segment
         places, weights = make_weights(tables, call.inner_chunk, **call.gates, like=rows.k)
         initial = Layers(_widened(call.W_up), _widened(call.W_down))
+        known = Layers(call.kept["up"], call.kept["down"]) if "up" in call.kept else None
+        # Momentum goes on from segment to segment, and only states are known.
+        alone = known is not None and weights.momentum is None
         states, errors, ends = self.replay.deep_replay(
-            k=rows.k, v=rows.v, initial=initial, weights=weights, lanes=lane, tables=tables, adds=adds,
-            ended="up" not in call.kept,
+            k=rows.k, v=rows.v, initial=initial, known=known if alone else None, weights=weights,
+            lanes=by_segment if alone else lane, tables=tables, adds=adds,
         )  # fmt: skip
-        if ends is None:
-            ends = Layers(call.kept["up"], call.kept["down"])
         written = _Written(tables, lane, weights, states, errors, ends)
         made = Made(*(torch.empty_like(x, dtype=torch.float32) for x in (rows.q, rows.k, rows.v)))
         read = self._reads(call, written, made)
@@ -160,7 +161,7 @@ class TritonDeepBackward:
         )  # fmt: skip
         firsts = tables.segment.index_select(0, tables.seq_begin) if self.checkpoint else None
         Dk, E, Dv = call.W_up.shape[1], *call.W_down.shape[1:]
-        dW_up, dW_down = (_start(x, firsts, len(rows.k)) for x in (read.dends.up, read.dends.down))
+        dW_up, dW_down = (_start(x, firsts, len(rows.k), rows.k.shape[2]) for x in (read.dends.up, read.dends.down))
         found = gate_gradients(places, dweights, **call.gates)
         return Gradients(
             made.dq, made.dk, made.dv, None if read.du is None else read.du.float(), g=found.get("g"),
@@ -216,12 +217,11 @@ def _widened(W: Tensor) -> Tensor:
     return pad(W.to(torch.float32), (0, columns, 0, rows)).contiguous()
 
 
-def _start(dends: Tensor | None, firsts: Tensor | None, B: int) -> Tensor:
-    """[H, ..]: the sum over lanes, whose first segments are ``firsts`` (``None``: all), of dends [B*H, N, ..]."""
+def _start(dends: Tensor | None, firsts: Tensor | None, B: int, H: int) -> Tensor:
+    """[H, ..]: the sum over lanes, whose first segments are ``firsts`` (``None``: all), of dends [B*H * N, ..]."""
     assert dends is not None
-    if firsts is not None:
-        dends = dends.index_select(1, firsts)
-    return dends.view(B, -1, *dends.shape[1:]).sum((0, 2))
+    dends = dends.view(B, H, -1, *dends.shape[1:])
+    return (dends if firsts is None else dends.index_select(2, firsts)).sum((0, 2))
 
 
 def _even(segments: Segments, device: torch.device) -> Tensor:
