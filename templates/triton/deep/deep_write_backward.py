@@ -186,7 +186,8 @@ def add_units(
     ended = add_product(h, aW, sums.ended, TYPE, PRECISION)
     left = product(b.k, aU, TYPE, PRECISION)
     dback = b.last * left - product(tl.trans(b.rows * b.scores), dh, TYPE, PRECISION)
-    dz = product(b.last * b.err, tl.trans(aW), TYPE, PRECISION)
+    # Factors of rows are of the result, for operands take more registers.
+    dz = b.last * product(b.err, tl.trans(aW), TYPE, PRECISION)
     dz = add_product(-tl.trans(b.rows * b.pulls), z, dz, TYPE, PRECISION)
     dk = add_product(b.last * back, tl.trans(aU), sums.dk, TYPE, PRECISION)
     dlast = sums.dlast - tl.sum(left * back, 1)
@@ -235,7 +236,7 @@ def add_momentum(
     ended_s = add_product(h, bW, sums.ended_s, TYPE, PRECISION)
     left = product(b.k, bU, TYPE, PRECISION)
     dback += b.strength * left
-    dz = add_product(b.strength * b.err, tl.trans(bW), dz, TYPE, PRECISION)
+    dz += b.strength * product(b.err, tl.trans(bW), TYPE, PRECISION)
     dk = add_product(b.strength * back, tl.trans(bU), sums.dk, TYPE, PRECISION)
     dproducts = sums.dproducts + tl.sum(left * back, 1)
     dmomentum = sums.dmomentum - tl.sum(z * product(b.dy, tl.trans(S_down), TYPE, PRECISION), 1)
@@ -277,6 +278,7 @@ def walk_units(
             sums, b, U, W, aU, aW, z, dh, weights, scale, TYPE, PRECISION
         )
         if weights.momentum is not None:
+            tl.debug_barrier()
             S_up = load_up(states.s_up + place * up, e, dims)
             S_down = load_down(states.s_down + place * down, e, dims)
             bU = load_up(moments.up + own_place * up, e, dims)
@@ -286,6 +288,7 @@ def walk_units(
             )
             store_up(moments.up + own_place * up, e, dS_up, dims)
             store_down(moments.down + own_place * down, e, dS_down, dims)
+            tl.debug_barrier()
         sums, dU, dW = add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE, PRECISION)
         if source != target:
             dU += load_up(dends.up + target * up, e, dims)
