@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .deep_common import load_block, store_block
+from .deep_common import load_block, load_rows, store_block
 
 
 class Tables(Protocol):
@@ -72,15 +72,49 @@ class Weights(NamedTuple):
     """Coefficients of inner chunks, or their gradients, float32.
 
     Attributes:
-        state, momentum [.., P, b]: c_t and d_t; rows [.., P, b, b]: c_tj.
-        decay [.., P], products [.., P, b]: the momentum's own p and s_j.
+        rows [B*H, P, b, b]: c_tj; last [B*H, P, b]: those of a chunk's last row, c_j.
+        state, momentum [B*H, P, b]: c_t and d_t.
+        decay [B*H, P], products [B*H, P, b]: the momentum's own p and s_j.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | None
+    last: torch.Tensor | None
     state: torch.Tensor | None = None
     momentum: torch.Tensor | None = None
     decay: torch.Tensor | None = None
     products: torch.Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """q, k, u ``[B, T, H, DK]`` and v, dy ``[B, T, H, DV]``, of one dtype; u is None where gates are not learned."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dy: torch.Tensor
+    u: torch.Tensor | None = None
+
+
+class Made(NamedTuple):
+    """Float32: dq, dk ``[B, T, H, DK]``, dv ``[B, T, H, DV]``; where errors are not -v, derr ``[B*H, T, SV]`` of the
+    reads."""
+
+    dq: torch.Tensor | None
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+    derr: torch.Tensor | None = None
+
+
+class Block(NamedTuple):
+    """A chunk's k and q as loaded, err and dy (with the own gate) float32, c_tj, x K^T and dy err^T ``[BB, BB]``."""
+
+    k: tl.tensor
+    q: tl.tensor
+    err: tl.tensor
+    dy: tl.tensor
+    rows: tl.tensor
+    scores: tl.tensor
+    pulls: tl.tensor
 
 
 class Chunks(NamedTuple):
@@ -175,3 +209,25 @@ def gate_of(shares, bh, i, t, valid, T, N):
             return tl.load(shares.even + t, mask=valid, other=0.0)
         else:
             return tl.where(valid, 1.0, 0.0)
+
+
+@triton.jit
+def load_chunk(
+    rows, errors, shares, weights, bh, s, place, j0, stop, scale, T, H, N,
+    SQUARED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """The rows and coefficients of a chunk of segment s."""
+    TYPE: tl.constexpr = rows.k.dtype.element_ty
+    token = bh // H * T * H + bh % H
+    t = j0 + tl.arange(0, BB)
+    k = load_rows(rows.k + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
+    q = load_rows(rows.q + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
+    dy = load_rows(rows.dy + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)
+    dy *= gate_of(shares, bh, s, t, t < stop, T, N)[:, None]
+    if SQUARED:
+        err = load_rows(errors + bh * T * dims.SV, j0, stop, dims.SV, 0, dims.SV, BB, dims.PV).to(tl.float32)
+    else:
+        err = -load_rows(rows.v + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)
+    scores = product(q, tl.trans(k), TYPE, PRECISION) * scale
+    pulls = product(dy, tl.trans(err), TYPE, PRECISION)
+    return Block(k, q, err, dy, load_square(weights.rows + place * INNER * INNER, INNER, BB), scores, pulls)

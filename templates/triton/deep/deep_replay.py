@@ -79,7 +79,7 @@ def rewrite_slices_kernel(
         last = stop - j0 - 1
         k_j = load_rows(k, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         v_j = load_rows(v, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV)
-        weigh = load_line(weights.rows + (place * INNER + last) * INNER, last + 1, BB)[:, None]
+        weigh = load_line(weights.last + place * INNER, last + 1, BB)[:, None]
         leave(states, place, U, W, e, dims)
         z, slope = gelu_slope_as(product(k_j, U, TYPE, PRECISION), TYPE)
         back = product(v_j, tl.trans(W), TYPE, PRECISION) * slope
@@ -126,7 +126,7 @@ def write_chunk(
     """A chunk in place of what enters it in ``carry``, which goes to ``states``; at a segment's end to ``ends`` too."""
     up: tl.constexpr = dims.SK * dims.SE
     down: tl.constexpr = dims.SE * dims.SV
-    rows = -load_line(weights.rows + (place * INNER + last) * INNER, last + 1, BB)[:, None]
+    rows = -load_line(weights.last + place * INNER, last + 1, BB)[:, None]
     keep = 1.0
     if weights.state is not None:
         keep = tl.load(weights.state + place * INNER + last)

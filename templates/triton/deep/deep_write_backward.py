@@ -2,19 +2,19 @@
 
 A lane's last chunk comes first. Where errors are -v, a program has EB hidden units of a lane, their gradients in
 registers, and leaves parts of what is added up over hidden units; else it has a lane, whose gradients are in memory.
- Given the gradients aU, aW of the states that a chunk leaves and bU, bW of its
-momentum, with l, s the coefficients of its last row and of the momentum, dh, z of the online reads, their own gate
-included, A = c_tj, P = x K^T, G = dy err^T, Pz = sum z Z^T, Gh = sum dh back^T (over hidden units):
+Given the gradients aU, aW of the states that a chunk leaves and bU, bW of its momentum, with l, s the coefficients of
+its last row and of the momentum, dh, z, dy of the online reads with gates, A = c_tj, P = x K^T, G = dy err^T:
 
-    dback = -(A P)^T dh - l (K aU) + s (K bU)          dZ = -(A G)^T z + (-l err) aW^T + (s err) bW^T
+    dback = -(A P)^T dh - l (K aU) + s (K bU)          dZ = -(A G)^T z - l err aW^T + s err bW^T
     dR = dback gelu'(H)                                dH = dback R gelu''(H) + dZ gelu'(H)
-    derr = -(A Pz)^T dy - l (Z aW) + s (Z bW) + dR W   dK = dH U^T - l back aU^T + s back bU^T - (A Gh)^T x
+    derr = -l (Z aW) + s (Z bW) + dR W                 dK = dH U^T - l back aU^T + s back bU^T
     dU = c aU + x^T (c dh) + K^T dH                    dW = c aW + z^T (c dy) + dR^T err
     dS_U = p bU - d aU - x^T (d dh)                    dS_W = p bW - d aW - z^T (d dy)
     dV = -derr (dla), and for titans dV = -dO, dO = 2 derr, and once more over all hidden units:
     dZ += dO W^T, whose dH is added to dK and dU; dW += Z^T dO
 
-Gradients of coefficients are sums of the same terms. Keys also have a gradient through the segments' mean keys.
+:mod:`deep_online_backward` has the rest of derr and dK. Gradients of coefficients are sums of the same terms. Keys also
+have a gradient through the segments' mean keys.
 """
 
 from __future__ import annotations
@@ -29,31 +29,23 @@ from .deep_backward_common import (
     Chunks,
     Dims,
     Layers,
+    Made,
+    Rows,
     Saved,
     Shares,
     Tables,
     Weights,
     add_product,
     gate_of,
+    load_chunk,
     load_down,
     load_line,
-    load_square,
     load_up,
     product,
     store_down,
     store_up,
 )
 from .deep_common import gelu_curve, gelu_slope_as, load_rows, store_rows
-
-
-class Rows(NamedTuple):
-    """q, k, u ``[B, T, H, DK]`` and v, dy ``[B, T, H, DV]``, of one dtype; u is None where gates are not learned."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    dy: torch.Tensor
-    u: torch.Tensor | None = None
 
 
 class Keys(NamedTuple):
@@ -63,54 +55,27 @@ class Keys(NamedTuple):
     dmeans: torch.Tensor
 
 
-class Made(NamedTuple):
-    """dq, dk ``[B, T, H, DK]``, dv ``[B, T, H, DV]``, float32; dq has the cached states' part already."""
+class Ends(NamedTuple):
+    """Of a chunk's last row -c_j, and of the momentum s_j, ``[BB, 1]``; the last row's c and d, the momentum's p."""
 
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-
-
-class Block(NamedTuple):
-    """A chunk's rows: k and q as loaded, err and dy (with the own gate) float32, c_tj, x K^T and dy err^T ``[BB, BB]``.
-
-    Of the last row -c_j and of the momentum s_j ``[BB, 1]``; c_t and d_t ``[BB, 1]``, those of the last row, and p.
-    """
-
-    k: tl.tensor
-    q: tl.tensor
-    err: tl.tensor
-    dy: tl.tensor
-    rows: tl.tensor
-    scores: tl.tensor
-    pulls: tl.tensor
     last: tl.tensor
     strength: tl.tensor
     keep: tl.tensor
     moved: tl.tensor
-    keep_last: tl.tensor
-    moved_last: tl.tensor
     decay: tl.tensor
 
 
 class Sums(NamedTuple):
     """What is added up over hidden units.
 
-    scores, pulls [BB, BB]: Gh and Pz; derr [BB, PV]; dk [BB, PK]; read, read_s [BB, PK]: dh U^T and dh S_U^T; ended,
-    ended_s [BB, PV]: Z aW and Z bW. Gradients of coefficients [BB]: of c_t and d_t, of the last row's c_j, of s_j; and
-    at every place the same number, of the last row's c and d and of p.
+    derr [BB, PV]; dk [BB, PK]; ended, ended_s [BB, PV]: Z aW and Z bW. Gradients of coefficients [BB]: of the last
+    row's c_j, of s_j; and at every place the same number, of the last row's c and d and of p.
     """
 
-    scores: tl.tensor
-    pulls: tl.tensor
     derr: tl.tensor
     dk: tl.tensor
-    read: tl.tensor
-    read_s: tl.tensor
     ended: tl.tensor
     ended_s: tl.tensor
-    dstate: tl.tensor
-    dmomentum: tl.tensor
     dlast: tl.tensor
     dproducts: tl.tensor
     dkeep: tl.tensor
@@ -123,94 +88,62 @@ def no_sums(dims: tl.constexpr, BB: tl.constexpr):
     """Sums of nothing."""
     PK: tl.constexpr = dims.PK
     PV: tl.constexpr = dims.PV
-    square = tl.zeros([BB, BB], tl.float32)
-    keys = tl.zeros([BB, PK], tl.float32)
     values = tl.zeros([BB, PV], tl.float32)
     line = tl.zeros([BB], tl.float32)
-    return Sums(square, square, values, keys, keys, keys, values, values, line, line, line, line, line, line, line)
+    return Sums(values, tl.zeros([BB, PK], tl.float32), values, values, line, line, line, line, line)
 
 
 @triton.jit
-def load_block(
-    rows, saved, shares, weights, bh, s, place, j0, stop, scale, T, H, N,
-    SQUARED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
-):  # fmt: skip
-    """The rows and coefficients of a chunk."""
-    TYPE: tl.constexpr = rows.k.dtype.element_ty
-    token = bh // H * T * H + bh % H
-    t = j0 + tl.arange(0, BB)
-    last = stop - j0 - 1
-    k = load_rows(rows.k + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
-    q = load_rows(rows.q + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
-    dy = load_rows(rows.dy + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)
-    dy *= gate_of(shares, bh, s, t, t < stop, T, N)[:, None]
-    if SQUARED:
-        err = load_rows(saved.errors + bh * T * dims.SV, j0, stop, dims.SV, 0, dims.SV, BB, dims.PV)
-    else:
-        err = -load_rows(rows.v + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)
-    scores = product(q, tl.trans(k), TYPE, PRECISION) * scale
-    pulls = product(dy, tl.trans(err), TYPE, PRECISION)
-    weigh = load_square(weights.rows + place * INNER * INNER, INNER, BB)
-    ended = load_line(weights.rows + (place * INNER + last) * INNER, last + 1, BB)[:, None]
-    one = tl.full([BB, 1], 1.0, tl.float32)
-    keep = one
-    moved = one
-    strength = one
-    keep_last = 1.0
-    moved_last = 0.0
+def load_ends(weights, place, count, INNER: tl.constexpr, BB: tl.constexpr):
+    """The coefficients of what a chunk of ``count`` tokens leaves."""
+    last = -load_line(weights.last + place * INNER, count, BB)[:, None]
+    strength = last
+    keep = 1.0
+    moved = 0.0
     decay = 0.0
     if weights.state is not None:
-        keep = load_line(weights.state + place * INNER, INNER, BB)[:, None]
-        keep_last = tl.load(weights.state + place * INNER + last)
+        keep = tl.load(weights.state + place * INNER + count - 1)
     if weights.momentum is not None:
-        moved = load_line(weights.momentum + place * INNER, INNER, BB)[:, None]
-        strength = load_line(weights.products + place * INNER, last + 1, BB)[:, None]
-        moved_last = tl.load(weights.momentum + place * INNER + last)
+        strength = load_line(weights.products + place * INNER, count, BB)[:, None]
+        moved = tl.load(weights.momentum + place * INNER + count - 1)
         decay = tl.load(weights.decay + place)
-    return Block(
-        k, q, err, dy, weigh, scores, pulls, -ended, strength, keep, moved, keep_last, moved_last, decay
-    )  # fmt: skip
+    return Ends(last, strength, keep, moved, decay)
 
 
 @triton.jit
 def add_units(
-    sums, b, U, W, aU, aW, z, dh, weights, scale, TYPE: tl.constexpr, PRECISION: tl.constexpr
+    sums, b, by, U, W, aU, aW, z, dh, weights, scale, place, INNER: tl.constexpr, BB: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums with those of a block of hidden units; dU and dW; and what comes of momentum, dback ``[BB, EB]`` and dz."""
+    """Sums with those of a block of hidden units; dU and dW; and dback ``[BB, EB]``, dz, and what they go through."""
     h, slope, bend = gelu_curve(product(b.k, U, TYPE, PRECISION))
     R = product(b.err, tl.trans(W), TYPE, PRECISION)
     back = R * slope
-    scores = add_product(dh, tl.trans(back), sums.scores, TYPE, PRECISION)
-    pulls = add_product(z, tl.trans(h), sums.pulls, TYPE, PRECISION)
-    read = add_product(dh, tl.trans(U), sums.read, TYPE, PRECISION)
     ended = add_product(h, aW, sums.ended, TYPE, PRECISION)
     left = product(b.k, aU, TYPE, PRECISION)
-    dback = b.last * left - product(tl.trans(b.rows * b.scores), dh, TYPE, PRECISION)
+    dback = by.last * left - product(tl.trans(b.rows * b.scores), dh, TYPE, PRECISION)
     # Factors of rows are of the result, for operands take more registers.
-    dz = b.last * product(b.err, tl.trans(aW), TYPE, PRECISION)
+    dz = by.last * product(b.err, tl.trans(aW), TYPE, PRECISION)
     dz = add_product(-tl.trans(b.rows * b.pulls), z, dz, TYPE, PRECISION)
-    dk = add_product(b.last * back, tl.trans(aU), sums.dk, TYPE, PRECISION)
+    dk = add_product(by.last * back, tl.trans(aU), sums.dk, TYPE, PRECISION)
     dlast = sums.dlast - tl.sum(left * back, 1)
-    dU = b.keep_last * aU
-    dW = b.keep_last * aW
-    dU = add_product(tl.trans(b.q), b.keep * dh * scale, dU, TYPE, PRECISION)
-    dW = add_product(tl.trans(z), b.keep * b.dy, dW, TYPE, PRECISION)
-    dstate = sums.dstate
     dkeep = sums.dkeep
     if weights.state is not None:
-        dstate += tl.sum(z * product(b.dy, tl.trans(W), TYPE, PRECISION), 1)
+        keep = load_line(weights.state + place * INNER, INNER, BB)[:, None]
         dkeep += tl.sum(tl.sum(U * aU, 1), 0) + tl.sum(tl.sum(W * aW, 1), 0)
+        dU = add_product(tl.trans(b.q), keep * dh * scale, by.keep * aU, TYPE, PRECISION)
+        dW = add_product(tl.trans(z), keep * b.dy, by.keep * aW, TYPE, PRECISION)
+    else:
+        dU = add_product(tl.trans(b.q), dh * scale, aU, TYPE, PRECISION)
+        dW = add_product(tl.trans(z), b.dy, aW, TYPE, PRECISION)
     made = Sums(
-        scores, pulls, sums.derr, dk, read, sums.read_s, ended, sums.ended_s, dstate, sums.dmomentum, dlast,
-        sums.dproducts, dkeep, sums.dmoved, sums.ddecay,
+        sums.derr, dk, ended, sums.ended_s, dlast, sums.dproducts, dkeep, sums.dmoved, sums.ddecay
     )  # fmt: skip
     return made, dU, dW, dback, dz, h, slope, bend, R
 
 
 @triton.jit
-def add_layers(
-    sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Sums, dU and dW with what comes through dback and dz of a block of hidden units."""
     dR = dback * slope
     dH = dback * R * bend + dz * slope
@@ -219,44 +152,41 @@ def add_layers(
     dU = add_product(tl.trans(b.k), dH, dU, TYPE, PRECISION)
     dW = add_product(tl.trans(dR), b.err, dW, TYPE, PRECISION)
     made = Sums(
-        sums.scores, sums.pulls, derr, dk, sums.read, sums.read_s, sums.ended, sums.ended_s, sums.dstate,
-        sums.dmomentum, sums.dlast, sums.dproducts, sums.dkeep, sums.dmoved, sums.ddecay,
+        derr, dk, sums.ended, sums.ended_s, sums.dlast, sums.dproducts, sums.dkeep, sums.dmoved, sums.ddecay
     )  # fmt: skip
     return made, dU, dW
 
 
 @triton.jit
 def add_momentum(
-    sums, b, dback, dz, h, slope, R, aU, aW, S_up, S_down, bU, bW, z, dh, scale, TYPE: tl.constexpr,
+    sums, b, by, dback, dz, h, slope, R, aU, aW, S_up, S_down, bU, bW, z, dh, scale, moved, TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums, dback and dz with what the momentum says of a block of hidden units; dS_U and dS_W."""
+    """Sums, dback and dz with what the momentum says of a block of hidden units; dS_U and dS_W.
+
+    ``moved`` [BB, 1]: d_t.
+    """
     back = R * slope
-    read_s = add_product(dh, tl.trans(S_up), sums.read_s, TYPE, PRECISION)
     ended_s = add_product(h, bW, sums.ended_s, TYPE, PRECISION)
     left = product(b.k, bU, TYPE, PRECISION)
-    dback += b.strength * left
-    dz += b.strength * product(b.err, tl.trans(bW), TYPE, PRECISION)
-    dk = add_product(b.strength * back, tl.trans(bU), sums.dk, TYPE, PRECISION)
+    dback += by.strength * left
+    dz += by.strength * product(b.err, tl.trans(bW), TYPE, PRECISION)
+    dk = add_product(by.strength * back, tl.trans(bU), sums.dk, TYPE, PRECISION)
     dproducts = sums.dproducts + tl.sum(left * back, 1)
-    dmomentum = sums.dmomentum - tl.sum(z * product(b.dy, tl.trans(S_down), TYPE, PRECISION), 1)
     dmoved = sums.dmoved - tl.sum(tl.sum(S_up * aU, 1), 0) - tl.sum(tl.sum(S_down * aW, 1), 0)
     ddecay = sums.ddecay + tl.sum(tl.sum(S_up * bU, 1), 0) + tl.sum(tl.sum(S_down * bW, 1), 0)
-    dS_up = b.decay * bU - b.moved_last * aU
-    dS_down = b.decay * bW - b.moved_last * aW
-    dS_up = add_product(tl.trans(b.q), -b.moved * dh * scale, dS_up, TYPE, PRECISION)
-    dS_down = add_product(tl.trans(z), -b.moved * b.dy, dS_down, TYPE, PRECISION)
-    made = Sums(
-        sums.scores, sums.pulls, sums.derr, dk, sums.read, read_s, sums.ended, ended_s, sums.dstate, dmomentum,
-        sums.dlast, dproducts, sums.dkeep, dmoved, ddecay,
-    )  # fmt: skip
+    dS_up = by.decay * bU - by.moved * aU
+    dS_down = by.decay * bW - by.moved * aW
+    dS_up = add_product(tl.trans(b.q), -moved * dh * scale, dS_up, TYPE, PRECISION)
+    dS_down = add_product(tl.trans(z), -moved * b.dy, dS_down, TYPE, PRECISION)
+    made = Sums(sums.derr, dk, sums.ended, ended_s, sums.dlast, dproducts, sums.dkeep, dmoved, ddecay)
     return made, dback, dz, dS_up, dS_down
 
 
 @triton.jit
 def walk_units(
-    b, states, dends, moments, saved, weights, shares, bh, s, place, source, target, own_place, j0, stop, scale, T,
-    N, TYPE: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, BB: tl.constexpr,
+    b, by, states, dends, moments, saved, weights, shares, bh, s, place, source, target, own_place, j0, stop, scale, T,
+    N, TYPE: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """A chunk's sums over all hidden units; the gradients of what enters it go to place ``target`` of ``dends``.
 
@@ -275,20 +205,20 @@ def walk_units(
         z = load_rows(saved.z + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB)
         dh = load_rows(saved.dhidden + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB) * gate
         sums, dU, dW, dback, dz, h, slope, bend, R = add_units(
-            sums, b, U, W, aU, aW, z, dh, weights, scale, TYPE, PRECISION
+            sums, b, by, U, W, aU, aW, z, dh, weights, scale, place, INNER, BB, TYPE, PRECISION
         )
         if weights.momentum is not None:
-            tl.debug_barrier()
             S_up = load_up(states.s_up + place * up, e, dims)
             S_down = load_down(states.s_down + place * down, e, dims)
+            moved = load_line(weights.momentum + place * INNER, INNER, BB)[:, None]
             bU = load_up(moments.up + own_place * up, e, dims)
             bW = load_down(moments.down + own_place * down, e, dims)
             sums, dback, dz, dS_up, dS_down = add_momentum(
-                sums, b, dback, dz, h, slope, R, aU, aW, S_up, S_down, bU, bW, z, dh, scale, TYPE, PRECISION
-            )
+                sums, b, by, dback, dz, h, slope, R, aU, aW, S_up, S_down, bU, bW, z, dh, scale, moved, TYPE,
+                PRECISION,
+            )  # fmt: skip
             store_up(moments.up + own_place * up, e, dS_up, dims)
             store_down(moments.down + own_place * down, e, dS_down, dims)
-            tl.debug_barrier()
         sums, dU, dW = add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE, PRECISION)
         if source != target:
             dU += load_up(dends.up + target * up, e, dims)
@@ -319,20 +249,16 @@ def add_outputs(
 
 
 @triton.jit
-def store_coefficients(sums, b, weights, made, place, last, dlast, scale, INNER: tl.constexpr, BB: tl.constexpr):
-    """The gradients of a chunk's coefficients."""
+def store_coefficients(sums, b, weights, made, place, last, dlast, INNER: tl.constexpr, BB: tl.constexpr):
+    """The gradients of the coefficients of what a chunk leaves; those of its last row's c and d are added to others."""
     t = tl.arange(0, BB)
-    x = b.q.to(tl.float32) * scale
-    rows = -(b.scores * sums.scores + b.pulls * sums.pulls)
-    rows += tl.where((t == last)[:, None], dlast[None, :], 0.0)
-    inside = (t < INNER)[:, None] & (t < INNER)[None, :]
-    tl.store(made.rows + place * INNER * INNER + t[:, None] * INNER + t[None, :], rows, mask=inside)
+    tl.store(made.last + place * INNER + t, dlast, mask=t < INNER)
     if weights.state is not None:
-        line = sums.dstate + tl.sum(x * sums.read, 1) + tl.where(t == last, sums.dkeep, 0.0)
-        tl.store(made.state + place * INNER + t, line, mask=t < INNER)
+        line = made.state + place * INNER + last
+        tl.store(line, tl.load(line) + tl.max(sums.dkeep, 0))
     if weights.momentum is not None:
-        line = sums.dmomentum - tl.sum(x * sums.read_s, 1) + tl.where(t == last, sums.dmoved, 0.0)
-        tl.store(made.momentum + place * INNER + t, line, mask=t < INNER)
+        line = made.momentum + place * INNER + last
+        tl.store(line, tl.load(line) + tl.max(sums.dmoved, 0))
         products = sums.dproducts + tl.sum(sums.ended_s * b.err, 1)
         tl.store(made.products + place * INNER + t, products, mask=t < INNER)
         tl.store(made.decay + place, tl.max(sums.ddecay, 0))
@@ -349,21 +275,6 @@ def pull_keys(dk, rest, u, keys, bh, j0, stop, T, H, PRECISION: tl.constexpr, di
     pulled = tl.where(t[None, :] >= t[:, None], pull[None, :], 0.0)
     dk = tl.dot(pulled, u_t, dk + rest[None, :], input_precision=PRECISION)
     return dk, rest + tl.sum(u_t * pull[:, None], 0)
-
-
-@triton.jit
-def finish(sums, b, weights, scale, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """dq (without its scale), dk, derr and the gradients of the last row's c_j, when all units are in ``sums``."""
-    dq = b.keep * sums.read
-    dq = add_product(-b.rows * sums.scores, b.k, dq, TYPE, PRECISION)
-    dk = add_product(-tl.trans(b.rows * sums.scores) * scale, b.q, sums.dk, TYPE, PRECISION)
-    derr = sums.derr + b.last * sums.ended
-    derr = add_product(-tl.trans(b.rows * sums.pulls), b.dy, derr, TYPE, PRECISION)
-    dlast = sums.dlast - tl.sum(sums.ended * b.err, 1)
-    if weights.momentum is not None:
-        dq -= b.moved * sums.read_s
-        derr += b.strength * sums.ended_s
-    return dq, dk, derr, dlast
 
 
 @triton.jit
@@ -408,10 +319,10 @@ def walk_slices_kernel(
         stop = tl.load(chunks.end + chunk)
         segment = tl.load(chunks.segment + chunk)
         before = tl.load(chunks.entering + chunk)
-        b = load_block(
-            rows, saved, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, False, PRECISION, dims, INNER,
-            BB,
-        )  # fmt: skip
+        b = load_chunk(
+            rows, None, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, False, PRECISION, dims, INNER, BB
+        )
+        by = load_ends(weights, place, stop - j0, INNER, BB)
         t = j0 + tl.arange(0, BB)
         gate = gate_of(shares, bh, segment, t, t < stop, T, N)[:, None]
         U = load_up(states.up + place * up, e, dims)
@@ -419,18 +330,17 @@ def walk_slices_kernel(
         z = load_rows(saved.z + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB)
         dh = load_rows(saved.dhidden + bh * T * dims.SE, j0, stop, dims.SE, e, dims.SE, BB, dims.EB) * gate
         sums, dU, dW, dback, dz, _, slope, bend, R = add_units(
-            no_sums(dims, BB), b, U, W, aU, aW, z, dh, weights, scale, TYPE, PRECISION
+            no_sums(dims, BB), b, by, U, W, aU, aW, z, dh, weights, scale, place, INNER, BB, TYPE, PRECISION
         )
         sums, aU, aW = add_layers(sums, b, U, W, dU, dW, dback, dz, slope, bend, R, TYPE, PRECISION)
-        dq, dk, derr, dlast = finish(sums, b, weights, scale, TYPE, PRECISION)
-        store_coefficients(
-            sums, b, weights, dweights, block * heads * P + place, stop - j0 - 1, dlast, scale, INNER, BB
-        )  # fmt: skip
+        derr = sums.derr + by.last * sums.ended
+        dk = sums.dk
+        dlast = sums.dlast - tl.sum(sums.ended * b.err, 1)
+        store_coefficients(sums, b, weights, dweights, block * heads * P + place, stop - j0 - 1, dlast, INNER, BB)
         if ROUTED:
             if block == 0:
                 rest = mean_pull(keys, seg_last, segment, chunk, rest, bh, N, dims)
                 dk, rest = pull_keys(dk, rest, rows.u, keys, bh, j0, stop, T, H, PRECISION, dims, BB)
-        store_rows(made.dq + token * dims.DK, dq * scale, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dk + token * dims.DK, dk, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dv + token * dims.DV, -derr, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV)
         if before >= 0:
@@ -473,16 +383,22 @@ def walk_lanes_kernel(
         before = tl.load(chunks.entering + chunk)
         source = bh * N + segment
         target = bh * N + tl.load(chunks.segment + tl.where(before >= 0, before, chunk))
-        b = load_block(
-            rows, saved, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, True, PRECISION, dims, INNER,
-            BB,
+        b = load_chunk(
+            rows, saved.errors, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, True, PRECISION, dims,
+            INNER, BB,
         )  # fmt: skip
+        by = load_ends(weights, place, stop - j0, INNER, BB)
         sums = walk_units(
-            b, states, dends, moments, saved, weights, shares, bh, segment, place, source, target, own_place, j0, stop,
-            scale, T, N, TYPE, PRECISION, dims, BB,
+            b, by, states, dends, moments, saved, weights, shares, bh, segment, place, source, target, own_place, j0,
+            stop, scale, T, N, TYPE, PRECISION, dims, INNER, BB,
         )  # fmt: skip
-        dq, dk, derr, dlast = finish(sums, b, weights, scale, TYPE, PRECISION)
-        store_coefficients(sums, b, weights, dweights, place, stop - j0 - 1, dlast, scale, INNER, BB)
+        dk = sums.dk + load_rows(made.dk + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
+        derr = load_rows(made.derr + bh * T * dims.SV, j0, stop, dims.SV, 0, dims.SV, BB, dims.PV)
+        derr += sums.derr + by.last * sums.ended
+        if weights.momentum is not None:
+            derr += by.strength * sums.ended_s
+        dlast = sums.dlast - tl.sum(sums.ended * b.err, 1)
+        store_coefficients(sums, b, weights, dweights, place, stop - j0 - 1, dlast, INNER, BB)
         derr *= 2.0
         # What is read now other threads have written.
         tl.debug_barrier()
@@ -492,9 +408,6 @@ def walk_lanes_kernel(
         if ROUTED:
             rest = mean_pull(keys, seg_last, segment, chunk, rest, bh, N, dims)
             dk, rest = pull_keys(dk, rest, rows.u, keys, bh, j0, stop, T, H, PRECISION, dims, BB)
-        dq_place = made.dq + token * dims.DK
-        dq = dq * scale + load_rows(dq_place, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
-        store_rows(dq_place, dq, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dk + token * dims.DK, dk, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
         store_rows(made.dv + token * dims.DV, -derr, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV)
 
@@ -503,21 +416,20 @@ def _sliced(
     rows: Rows, saved: Saved, shares: Shares, keys: Keys | None, weights: Weights, states: Layers, dends: Layers,
     made: Made, chunks: Chunks, seg_last: torch.Tensor, scale: float, ROUTED: bool, PRECISION: str, dims: Dims,
     INNER: int, bb: int, num_warps: int, num_stages: int,
-) -> Weights:  # fmt: skip
-    """The walk where errors are -v: parts of all gradients, added up."""
+) -> torch.Tensor:  # fmt: skip
+    """The walk where errors are -v: parts of all gradients, added up; those of the last rows' c_j."""
     B, T, H, _ = rows.k.shape
     blocks, P, N = triton.cdiv(dims.SE, dims.EB), chunks.begin.shape[0], dends.up.shape[0] // (B * H)
-    parts = Made(*(x.new_empty((blocks, *x.shape)) for x in made))
-    dweights = Weights(weights.rows.new_empty((blocks, *weights.rows.shape)))
+    dk, dv = (x.new_empty((blocks, *x.shape)) for x in (made.dk, made.dv))
+    last = weights.last.new_empty((blocks, *weights.last.shape))
     walk_slices_kernel[(blocks * chunks.lanes.shape[0], B * H)](
-        rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, dweights=dweights, states=states,
-        dends=dends, chunks=chunks, seg_last=seg_last, made=parts, scale=scale, T=T, H=H, N=N, P=P, ROUTED=ROUTED,
-        PRECISION=PRECISION, dims=dims, INNER=INNER, BB=bb, num_warps=num_warps, num_stages=num_stages,
+        rows=rows, saved=saved, shares=shares, keys=keys, weights=weights, dweights=Weights(None, last), states=states,
+        dends=dends, chunks=chunks, seg_last=seg_last, made=Made(None, dk, dv), scale=scale, T=T, H=H, N=N, P=P,
+        ROUTED=ROUTED, PRECISION=PRECISION, dims=dims, INNER=INNER, BB=bb, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    made.dq.add_(parts.dq.sum(0))
-    torch.sum(parts.dk, 0, out=made.dk)
-    torch.sum(parts.dv, 0, out=made.dv)
-    return Weights(dweights.rows.sum(0))
+    made.dk.add_(dk.sum(0))
+    made.dv.add_(dv.sum(0))
+    return last.sum(0)
 
 
 def deep_write_backward(
@@ -526,6 +438,7 @@ def deep_write_backward(
     shares: Shares,
     keys: Keys | None,
     weights: Weights,
+    dweights: Weights,
     states: Layers,
     dends: Layers,
     made: Made,
@@ -536,10 +449,10 @@ def deep_write_backward(
     SQUARED: bool, ROUTED: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int,
     INNER: int, EB: int, num_warps: int, num_stages: int,
 ) -> Weights:  # fmt: skip
-    """dk, dv and the rest of dq, and the gradients of the coefficients.
+    """dk and dv, and the gradients of all coefficients.
 
     Args:
-        saved: of :mod:`deep_online_backward`, or of the mixture.
+        saved: of :mod:`deep_online_backward`, or of the mixture; dweights, made: what the online reads say.
         keys: of the gates' gradients; None where they are not learned.
         states, weights: of :mod:`deep_replay`.
         dends: gradients of end states [B*H * N, ..], float32; they are overwritten, and those of a lane's first
@@ -552,11 +465,11 @@ def deep_write_backward(
     chunks = Chunks(tables.begin, tables.end, tables.segment, tables.entering, lanes)
     dims, bb = Dims(DK, DV, PK, PV, SK, SV, SE, EB), max(16, triton.next_power_of_2(INNER))
     if not SQUARED:
-        return _sliced(
+        last = _sliced(
             rows, saved, shares, keys, weights, states, dends, made, chunks, tables.seg_last, scale, ROUTED, PRECISION,
             dims, INNER, bb, num_warps, num_stages,
         )  # fmt: skip
-    dweights = Weights(*(None if x is None else torch.empty_like(x) for x in weights))
+        return dweights._replace(last=last)
     moments = None
     if weights.momentum is not None:
         moments = Layers(dends.up.new_zeros((B * H * L, SK, SE)), dends.up.new_zeros((B * H * L, SE, SV)))

@@ -90,7 +90,7 @@ class TritonDeepBackward:
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.reads = AGGREGATIONS[problem["aggregation"]]
         self.replay = parts["deep_replay"]
-        self.online = parts["deep_online_backward"].deep_online_backward
+        self.online = parts["deep_online_backward"]
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.read = parts["deep_read_backward"]
         self.state_backward = parts["deep_state_backward"].deep_state_backward
@@ -155,10 +155,14 @@ class TritonDeepBackward:
         written = _Written(tables, lane, weights, states, errors, ends)
         made = Made(*(torch.empty_like(x, dtype=torch.float32) for x in (rows.q, rows.k, rows.v)))
         read = self._reads(call, written, made)
+        shared = {
+            "rows": rows, "saved": read.saved, "shares": read.shares, "weights": weights, "states": states,
+            "tables": tables, "scale": scale,
+        }  # fmt: skip
+        dweights, made = self.online.online_sums(**shared, made=made)
         dweights = self.write_backward(
-            rows=rows, saved=read.saved, shares=read.shares, keys=read.keys, weights=weights, states=states,
-            dends=read.dends, made=made, lanes=lane, tables=tables, scale=scale, adds=adds,
-        )  # fmt: skip
+            **shared, keys=read.keys, dweights=dweights, dends=read.dends, made=made, lanes=lane, adds=adds
+        )
         firsts = tables.segment.index_select(0, tables.seq_begin) if self.checkpoint else None
         Dk, E, Dv = call.W_up.shape[1], *call.W_down.shape[1:]
         dW_up, dW_down = (_start(x, firsts, len(rows.k), rows.k.shape[2]) for x in (read.dends.up, read.dends.down))
@@ -180,7 +184,7 @@ class TritonDeepBackward:
             means = call.kept["means"] if "means" in call.kept else self.replay.key_means(k=rows.k, tables=whole)
             gates = self._gates(call, whole, means)
             dgamma, delta, shares = torch.empty_like(gates.logits), torch.empty_like(gates.lse), gates.shares
-        saved, own = self.online(
+        saved, own = self.online.deep_online_backward(
             q=rows.q, k=rows.k, v=rows.v, dy=rows.dy, states=written.states, errors=written.errors,
             weights=written.weights, tables=written.tables, scale=scale,
         )  # fmt: skip

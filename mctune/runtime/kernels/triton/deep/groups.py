@@ -12,10 +12,12 @@ Tensor = torch.Tensor
 class Weights(NamedTuple):
     """Coefficients of the P inner chunks of b tokens, or their gradients, float32; None what there is not.
 
-    rows [B*H, P, b, b], state and momentum [B*H, P, b]; of the momentum itself decay [B*H, P], products [B*H, P, b].
+    rows [B*H, P, b, b]; last, those of a chunk's last token, state and momentum [B*H, P, b]; of the momentum itself
+    decay [B*H, P], products [B*H, P, b].
     """
 
     rows: Tensor
+    last: Tensor
     state: Tensor | None = None
     momentum: Tensor | None = None
     decay: Tensor | None = None
@@ -92,8 +94,9 @@ class Keys(NamedTuple):
 
 
 class Made(NamedTuple):
-    """dq, dk [B, T, H, Dk] and dv [B, T, H, Dv], float32."""
+    """dq, dk [B, T, H, Dk] and dv [B, T, H, Dv], float32; derr [B*H, T, Dv], of the reads, where errors are not -v."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    derr: Tensor | None = None

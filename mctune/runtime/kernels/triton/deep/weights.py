@@ -42,14 +42,12 @@ def _weights(place: Tensor, like: Tensor, g: Tensor | None, eta: Tensor | None, 
     if eta is None:
         eta = (place < T).to(torch.float32).expand(B * H, -1, -1)
     by, upto, products = coefficients(eta, g, mu)
-    if upto is None or products is None:
-        return Weights(by.rows.contiguous(), None if by.state is None else by.state.contiguous())
-    last = ((place < T).sum(1) - 1).expand(B * H, -1)[..., None]
-    decay = upto.gather(2, last)[..., 0]
-    products = products.gather(2, last[..., None].expand(-1, -1, -1, products.shape[-1]))[:, :, 0]
-    assert by.momentum is not None
-    state = None if by.state is None else by.state.contiguous()
-    return Weights(by.rows.contiguous(), state, by.momentum.contiguous(), decay.contiguous(), products.contiguous())
+    index = ((place < T).sum(1) - 1).expand(B * H, -1)[..., None]
+    row = index[..., None].expand(-1, -1, -1, place.shape[1])
+    made = [by.rows, by.rows.gather(2, row)[:, :, 0], by.state, by.momentum, None, None]
+    if upto is not None and products is not None:
+        made[4:] = upto.gather(2, index)[..., 0], products.gather(2, row)[:, :, 0]
+    return Weights(*(x if x is None else x.contiguous() for x in made))  # type: ignore[arg-type]
 
 
 def gate_gradients(
