@@ -249,7 +249,7 @@ def test_untuned_use_warns_once(tuned: Kernels, monkeypatch: pytest.MonkeyPatch)
     (
         ("tvm", {"aggregation": "mean"}, "none of the 1 tuned kernels fits"),
         ("triton", {}, "none of the 1 tuned kernels fits"),
-        ("tvm", {"recurrence": "dla"}, "recurrence='dla' has no kernels yet"),
+        ("tvm", {"recurrence": "dla"}, "the tensors are on cpu and kernels run on cuda"),
     ),
 )
 def test_forced_backend_that_cannot_serve(tuned: Kernels, backend: str, options: dict[str, Any], reason: str) -> None:

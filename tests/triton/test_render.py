@@ -42,7 +42,7 @@ CASES = {
     "write_backward_swla": ("write_backward", _SSC.replace(pass_="backward"), {}),
     "decode_combine_swla": ("decode_combine", _SSC.replace(pass_="decode"), {}),
     "deep_write_dla": ("deep_write", _DLA, {}),
-    "deep_write_titans": ("deep_write", _TITANS.replace(aggregation="grm"), {}),
+    "deep_write_lanes": ("deep_write_lanes", _TITANS.replace(aggregation="grm"), {}),
     "deep_read_grm": ("deep_read", _DLA, {}),
     "deep_read_ssc": ("deep_read", _DLA.replace(aggregation="ssc", top_k=4), {}),
     "deep_mix_soup": ("deep_mix", _DLA.replace(aggregation="soup"), {}),

@@ -38,6 +38,7 @@ PREFIXES = {
     "decode_step": "decode",
     "decode_combine": "decode",
     "deep_write": "write",
+    "deep_write_lanes": "write",
     "deep_read": "read",
     "deep_mix": "read",
     "deep_replay": "replay",
@@ -52,7 +53,8 @@ PREFIXES = {
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 SHARED = (
-    "common", "decode_common", "backward_common", "deep_backward_common", "deep_decode_common", "deep_common",
+    "common", "decode_common", "backward_common", "deep_write_common", "deep_backward_common", "deep_decode_common",
+    "deep_common",
 )  # fmt: skip
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
@@ -69,7 +71,8 @@ def _deep(problem: Problem) -> tuple[str, ...]:
     gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
     match problem.pass_:
         case "forward":
-            return ("deep_write", *gates, "deep_mix" if mixes else "deep_read")
+            write = "deep_write_lanes" if problem.writes.momentum else "deep_write"
+            return (write, *gates, "deep_mix" if mixes else "deep_read")
         case "backward":
             read = ("deep_read_backward", *dgates, "deep_state_backward")
             return ("deep_replay", *gates, "deep_online_backward", *read, "deep_write_backward")
@@ -100,7 +103,7 @@ def values(operation: str, problem: Problem, config: Config) -> dict[str, Scalar
         "ROUTED": problem.reads.routed,
         "SPARSE": problem.reads.sparse,
         "AVERAGES": problem.reads.averages,
-        "MIXES": problem.reads.mixes_parameters,
+        "MIXES": problem.deep and problem.reads.mixes_parameters,
         "SQUARED": problem.writes.momentum,
         "INDEPENDENT": problem.state_init == "independent",
         "HALF": problem.dtype != "float32",

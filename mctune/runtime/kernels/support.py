@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,6 +61,12 @@ def served(device: str | None = None, family: str | None = None, backend: str | 
     )
 
 
+def runs_on(device: str, row: Served) -> bool:
+    """Whether a row's kernels run on a device kind: on their own, or where Triton's interpreter runs them, on a CPU."""
+    interpreted = row.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device == row.device or (interpreted and device == "cpu")
+
+
 @cache
 def support(recurrence: str, device: str, dtype: str) -> Support:
     """Whether there can be a kernel for a call, tuned or not."""
@@ -68,7 +75,7 @@ def support(recurrence: str, device: str, dtype: str) -> Support:
         families = {row.family for row in SERVED}
         have = " and ".join(name for name, row in RECURRENCES.items() if row.family in families)
         return Support.no(f"recurrence={recurrence!r} has no kernels yet, only {have} have")
-    if not served(device, family):
+    if not any(runs_on(device, row) for row in served(family=family)):
         devices = dict.fromkeys(row.device for row in served(family=family))
         return Support.no(f"the tensors are on {device} and kernels run on {' and '.join(devices)}")
     if dtype == "float64":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 from ..errors import PackageError
 from ..manifest import Contents
 from ..traits import AGGREGATIONS, PASSES, RECURRENCES, alike
-from .support import BACKENDS, Served, served
+from .support import BACKENDS, Served, runs_on, served
 
 NAME = "tuned.json"
 SCHEMA = 1
@@ -103,7 +102,7 @@ class Entry:
             and any(
                 self._reads(request.dtype, row.dtype) and self._fits(request, row.fixed)
                 for row in self.rows
-                if self._runs_on(request.device, row.device)
+                if runs_on(request.device, row)
             )
         )
 
@@ -115,11 +114,6 @@ class Entry:
     def _fits(self, request: Request, fixed: tuple[str, ...]) -> bool:
         """Whether what the kernel is compiled for, besides widths, is what is asked for."""
         return all(self.problem.get(name) == getattr(request, name) for name in fixed)
-
-    def _runs_on(self, device: str, own: str) -> bool:
-        """Under Triton's interpreter, a GPU's kernels run on a CPU."""
-        interpreted = self.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        return device == own or (interpreted and device == "cpu")
 
     def distance(self, request: Request) -> float:
         """How far the tuned shape is from the asked one: the |log| of each ratio, summed.

@@ -214,9 +214,9 @@ def gate_of(shares, bh, i, t, valid, T, N):
 @triton.jit
 def load_chunk(
     rows, errors, shares, weights, bh, s, place, j0, stop, scale, T, H, N,
-    SQUARED: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
+    PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """The rows and coefficients of a chunk of segment s."""
+    """The rows and coefficients of a chunk of segment s; ``errors`` are None where they are -v."""
     TYPE: tl.constexpr = rows.k.dtype.element_ty
     token = bh // H * T * H + bh % H
     t = j0 + tl.arange(0, BB)
@@ -224,7 +224,7 @@ def load_chunk(
     q = load_rows(rows.q + token * dims.DK, j0, stop, H * dims.DK, 0, dims.DK, BB, dims.PK)
     dy = load_rows(rows.dy + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)
     dy *= gate_of(shares, bh, s, t, t < stop, T, N)[:, None]
-    if SQUARED:
+    if errors is not None:
         err = load_rows(errors + bh * T * dims.SV, j0, stop, dims.SV, 0, dims.SV, BB, dims.PV).to(tl.float32)
     else:
         err = -load_rows(rows.v + token * dims.DV, j0, stop, H * dims.DV, 0, dims.DV, BB, dims.PV).to(tl.float32)

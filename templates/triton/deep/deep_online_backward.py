@@ -134,7 +134,7 @@ def online_sums_kernel(
     stop = tl.load(chunks.end + chunk)
     s = tl.load(chunks.segment + chunk)
     b = load_chunk(
-        rows, saved.errors, shares, weights, bh, s, place, j0, stop, scale, T, H, N, SQUARED, PRECISION, dims, INNER, BB
+        rows, saved.errors, shares, weights, bh, s, place, j0, stop, scale, T, H, N, PRECISION, dims, INNER, BB
     )
     i = tl.arange(0, BB)
     gate = gate_of(shares, bh, s, j0 + i, j0 + i < stop, T, N)[:, None]

@@ -98,7 +98,7 @@ def deep_read(
     tables: Tables,
     tiles: torch.Tensor,
     scale: float,
-    residual: bool,
+    memory_residual: bool,
     ROUTED: bool,
     SPARSE: bool,
     PRECISION: str,
@@ -123,16 +123,16 @@ def deep_read(
         gates: of ``gates``, logits and lse; None where they are not learned.
         partials [parts, B, T, H, DV]: of ``deep_write``, float32.
         tiles: of BT tokens.
-        residual: whether the memory adds its input.
+        memory_residual: whether the memory adds its input.
     """
     B, T, H, _ = q.shape
     together = math.gcd(B * H, 8)
     y = q.new_empty((B, T, H, DV))
     deep_read_kernel[(tiles.shape[0] * together, B * H // together)](
         q=q, states=Layers(*states), gates=None if gates is None else Gates(gates.logits, gates.lse), partials=partials,
-        spans=Spans(None, tables.seg_end, tables.seg_first), tiles=tiles, y=y, scale=scale, added=float(residual),
-        parts=partials.shape[0], together=together, T=T, H=H, N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE,
-        PRECISION=PRECISION, dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), BT=BT, EB=EB, num_warps=num_warps,
-        num_stages=num_stages,
+        spans=Spans(None, tables.seg_end, tables.seg_first), tiles=tiles, y=y, scale=scale,
+        added=float(memory_residual), parts=partials.shape[0], together=together, T=T, H=H,
+        N=tables.seg_first.shape[0], ROUTED=ROUTED, SPARSE=SPARSE, PRECISION=PRECISION,
+        dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), BT=BT, EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -1,21 +1,16 @@
-"""The writes of deep memories, a chunk after another, and the online read that goes along (Eq. 30-31, 34-36).
+"""The writes of deep memories whose loss is -<M(k), v>, and the online read that goes along (Eq. 30-31).
 
-    dla: L = -<M(k), v>, e = -v        titans: L = ||M(k) - v||^2, e = 2 (M(k) - v)
-    z = gelu(k U)        back = (e W^T) gelu'(k U)        U <- c U - d S - k^T (c_j back), W <- c W - d S - z^T (c_j e)
+    e = -v        z = gelu(k U)        back = (e W^T) gelu'(k U)
+    U <- U - k^T (eta_j back)        W <- W - z^T (eta_j e)
 
-A lane is what must go in sequence: a segment where states start afresh, a sequence where they are carried over. dla's
-error is known beforehand, so that hidden units do not depend on each other: a program owns EB of them through a whole
-lane, their states in registers, and leaves its part of the sum over hidden units. titans' takes z W over all of them
-first: a program owns a lane, whose states stand in memory, and goes twice through the blocks of EB hidden units.
+The error is known beforehand, so that hidden units do not depend on each other: a program owns EB of them through a
+whole lane, their states in registers, and leaves its part of the sum over hidden units. A token of the online segment
+reads the states as they are after its own write:
 
-A token of the online segment reads the states as they are after its own write:
-
-    x U_t = c_t x U - d_t x S - sum_{j <= t} c_tj (x k_j) back_j, then gelu, then the same with W, z_j and e_j
+    x U_t = x U - sum_{j <= t} eta_j (x k_j) back_j, then gelu, then the same with W, z_j and e_j
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,72 +19,20 @@ import triton.language as tl
 from .deep_common import (
     Dims,
     First,
-    Layers,
     Rows,
-    Spans,
     Strengths,
     Tables,
-    coefficients,
     gelu_as,
     gelu_slope_as,
     load_block,
     load_rows,
-    row_of,
     rows_of,
     steps,
     store_block,
     store_rows,
     strengths_of,
 )
-
-
-class Written(NamedTuple):
-    """What :func:`deep_write` leaves, N segments and PARTS of the hidden units; None what is not wanted.
-
-    Attributes:
-        up, down [B*H, N, SK, SE], [B*H, N, SE, SV]: end states, float32.
-        up_operand, down_operand: the same in k's dtype, as operands of products.
-        means [B*H, N, SK]: mean keys, float32.
-        partials [PARTS, B, T, H, DV]: parts of the online reads, float32, without the input that a memory adds.
-        hidden [B*H, T, SE]: where parameters are mixed, x U_t of the online memory in k's dtype.
-        z [B*H, T, SE], error [B*H, T, SV]: where parameters are mixed, rows of the second layer's writes in k's dtype;
-            no error where it is -v.
-    """
-
-    up: torch.Tensor | None
-    down: torch.Tensor | None
-    up_operand: torch.Tensor | None
-    down_operand: torch.Tensor | None
-    means: torch.Tensor | None
-    partials: torch.Tensor | None
-    hidden: torch.Tensor | None = None
-    z: torch.Tensor | None = None
-    error: torch.Tensor | None = None
-
-
-@triton.jit(do_not_specialize=["T", "H", "N"])
-def key_means_kernel(k, seg_begin, seg_end, means, T, H, N, dims: tl.constexpr, BT: tl.constexpr):
-    """One program: the mean key of a segment of a head."""
-    segment = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    begin = tl.load(seg_begin + segment)
-    end = tl.load(seg_end + segment)
-    k += (bh // H * T * H + bh % H) * dims.DK
-    PK: tl.constexpr = dims.PK
-    total = tl.zeros([PK], tl.float32)
-    for t0 in range(begin, end, BT):
-        total += tl.sum(load_rows(k, t0, end, H * dims.DK, 0, dims.DK, BT, dims.PK).to(tl.float32), 0)
-    cols = tl.arange(0, PK)
-    tl.store(means + (bh * N + segment) * dims.SK + cols, total / (end - begin), mask=cols < dims.SK)
-
-
-@triton.jit
-def _lane(spans, lane, INDEPENDENT: tl.constexpr):
-    """The first segment of a lane, and one past its last."""
-    if INDEPENDENT:
-        return lane, lane + 1
-    else:
-        return tl.load(spans.lane_begin + lane), tl.load(spans.lane_end + lane)
+from .deep_write_common import Written, as_operands, lanes_of, room_for, segments_of
 
 
 @triton.jit
@@ -125,10 +68,10 @@ def _read(x, z, down, error, before, READ: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def write_slices_kernel(
     rows, first, strengths, spans, made, scale, T, H, N,
-    INDEPENDENT: tl.constexpr, MIXES: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr,
-    INNER: tl.constexpr, ROWS: tl.constexpr, EB: tl.constexpr,
+    MIXES: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
-    """One program: EB hidden units of a lane of a head, their states in registers. Where the error is -v."""
+    """One program: EB hidden units of a lane of a head, their states in registers."""
     PARTS: tl.constexpr = (dims.SE + EB - 1) // EB
     part = tl.program_id(0) % PARTS
     column = part * EB
@@ -141,7 +84,7 @@ def write_slices_kernel(
     i = tl.arange(0, ROWS)
     before = i[:, None] <= i[None, :]
     here = bh // H * T * H + bh % H
-    begins, ends = _lane(spans, tl.program_id(0) // PARTS, INDEPENDENT=INDEPENDENT)
+    begins, ends = segments_of(spans, tl.program_id(0) // PARTS)
     for segment in range(begins, ends):
         end = tl.load(spans.seg_end + segment)
         for t0 in range(tl.load(spans.seg_begin + segment), end, INNER):
@@ -154,10 +97,9 @@ def write_slices_kernel(
             down_t = down.to(k_t.dtype)
             z, slope = gelu_slope_as(tl.dot(up_t, tl.trans(k_t), input_precision=PRECISION), k_t.dtype)
             z = z.to(k_t.dtype)
-            # Steps times errors, negative: [EB, ROWS] and [ROWS, PV].
-            back = tl.dot(down_t, tl.trans(v_t), input_precision=PRECISION) * slope
-            back = (back * step[None, :]).to(k_t.dtype)
+            # Steps times errors, negative. No product reads v itself: what is loaded ahead has one kind of reader.
             error = (v_t.to(tl.float32) * step[:, None]).to(k_t.dtype)
+            back = (tl.dot(down_t, tl.trans(error), input_precision=PRECISION) * slope).to(k_t.dtype)
             scores = tl.where(before, tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION), 0.0).to(k_t.dtype)
             hidden = tl.dot(up_t, tl.trans(q_t), input_precision=PRECISION)
             hidden = tl.dot(back, scores, hidden, input_precision=PRECISION) * scale
@@ -177,177 +119,6 @@ def write_slices_kernel(
         _leave(made, tl.trans(up), down, bh * N + segment, column, dims, EB)
 
 
-@triton.jit
-def _start(first, state, momentum, place, bh, H, dims: tl.constexpr, EB: tl.constexpr):
-    """Copy the first state of a lane to ``place``; its momentum is 0."""
-    first_up = first.W_up + bh % H * (dims.DK * dims.DE)
-    first_down = first.W_down + bh % H * (dims.DE * dims.DV)
-    for e in range(0, dims.SE, EB):
-        up = load_block(first_up, 0, e, dims.DK, dims.DE, dims.PK, EB)
-        down = load_block(first_down, e, 0, dims.DE, dims.DV, EB, dims.PV)
-        store_block(state.up, up, 0, e, dims.SK, dims.SE, dims.PK, EB)
-        store_block(state.down, down, e, 0, dims.SE, dims.SV, EB, dims.PV)
-        if momentum is not None:
-            store_block(momentum.up, tl.zeros_like(up), 0, e, dims.SK, dims.SE, dims.PK, EB)
-            store_block(momentum.down, tl.zeros_like(down), e, 0, dims.SE, dims.SV, EB, dims.PV)
-
-
-@triton.jit
-def _memory(layers, place, dims: tl.constexpr):
-    """The layers of the memory at ``place``."""
-    if layers is not None:
-        return Layers(layers.up + place * (dims.SK * dims.SE), layers.down + place * (dims.SE * dims.SV))
-    else:
-        return layers
-
-
-@triton.jit
-def _load(layers, e, dims: tl.constexpr, EB: tl.constexpr):
-    """EB hidden units of a memory."""
-    up = load_block(layers.up, 0, e, dims.SK, dims.SE, dims.PK, EB)
-    return up, load_block(layers.down, e, 0, dims.SE, dims.SV, EB, dims.PV)
-
-
-@triton.jit
-def _store(layers, up, down, e, dims: tl.constexpr, EB: tl.constexpr):
-    store_block(layers.up, up, 0, e, dims.SK, dims.SE, dims.PK, EB)
-    store_block(layers.down, down, e, 0, dims.SE, dims.SV, EB, dims.PV)
-
-
-@triton.jit
-def _error(k_t, v_t, state, added, PRECISION: tl.constexpr, dims: tl.constexpr, ROWS: tl.constexpr, EB: tl.constexpr):
-    """2 (M(k) - v) of the rows of a chunk; ``added``: 1 where the memory adds its input, which needs DK = DV, or 0."""
-    PV: tl.constexpr = dims.PV
-    o = tl.zeros([ROWS, PV], tl.float32)
-    for e in range(0, dims.SE, EB):
-        up, down = _load(state, e, dims, EB)
-        z = gelu_as(tl.dot(k_t, up.to(k_t.dtype), input_precision=PRECISION), k_t.dtype).to(k_t.dtype)
-        o = tl.dot(z, down.to(k_t.dtype), o, input_precision=PRECISION)
-    if dims.DK == dims.DV:
-        o += added * k_t.to(tl.float32)
-    return 2.0 * (o - v_t.to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["T", "H", "N", "lanes"])
-def write_lanes_kernel(
-    rows, first, strengths, spans, made, momentum, scale, added, T, H, N, lanes,
-    INDEPENDENT: tl.constexpr, MIXES: tl.constexpr, PRECISION: tl.constexpr, dims: tl.constexpr, INNER: tl.constexpr,
-    ROWS: tl.constexpr, EB: tl.constexpr,
-):  # fmt: skip
-    """One program: a lane of a head; the state at hand stands where its segment's end state will, ``made.up`` and down.
-
-    ``momentum``: of layers ``[B*H, lanes, ..]``, float32, scratch; None where S does not cross chunks.
-    """
-    PV: tl.constexpr = dims.PV
-    lane = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    rows = rows_of(rows, bh, T, H, dims)
-    strengths = strengths_of(strengths, bh, T, H)
-    here = bh // H * T * H + bh % H
-    begins, ends = _lane(spans, lane, INDEPENDENT=INDEPENDENT)
-    states = Layers(made.up, made.down)
-    surprise = _memory(momentum, bh * lanes + lane, dims)
-    place = bh * N + begins
-    _start(first, _memory(states, place, dims), surprise, place, bh, H, dims, EB)
-    i = tl.arange(0, ROWS)
-    seen = i[:, None] >= i[None, :]
-    for segment in range(begins, ends):
-        begin = tl.load(spans.seg_begin + segment)
-        end = tl.load(spans.seg_end + segment)
-        # One stage: no load of a state may go ahead of the store before it.
-        for t0 in tl.range(begin, end, INNER, num_stages=1):
-            # What other threads have stored is loaded.
-            tl.debug_barrier()
-            stop = tl.minimum(t0 + INNER, end)
-            entered = bh * N + tl.where((t0 == begin) & (segment > begins), segment - 1, segment)
-            state = _memory(states, entered, dims)
-            left = _memory(states, bh * N + segment, dims)
-            k_t = load_rows(rows.k, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
-            v_t = load_rows(rows.v, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
-            q_t = load_rows(rows.q, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
-            error = _error(k_t, v_t, state, added, PRECISION=PRECISION, dims=dims, ROWS=ROWS, EB=EB).to(k_t.dtype)
-            by = coefficients(strengths, t0, stop, H, ROWS)
-            last = stop - t0 - 1
-            leaving, c, d = row_of(by.rows, last), row_of(by.state, last), row_of(by.momentum, last)
-            since, upto = row_of(by.since, last), row_of(by.upto, last)
-            scores = tl.where(seen, tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION), 0.0)
-            scores = (by.rows * scores).to(k_t.dtype)
-            y = tl.zeros([ROWS, PV], tl.float32)
-            pairs = tl.zeros([ROWS, ROWS], tl.float32)
-            for e in range(0, dims.SE, EB):
-                up, down = _load(state, e, dims, EB)
-                up_t, down_t = up.to(k_t.dtype), down.to(k_t.dtype)
-                z, slope = gelu_slope_as(tl.dot(k_t, up_t, input_precision=PRECISION), k_t.dtype)
-                z_t = z.to(k_t.dtype)
-                back = tl.dot(error, tl.trans(down_t), input_precision=PRECISION) * slope
-                hidden = by.state[:, None] * tl.dot(q_t, up_t, input_precision=PRECISION)
-                hidden -= tl.dot(scores, back.to(k_t.dtype), input_precision=PRECISION)
-                if surprise is not None:
-                    s_up, s_down = _load(surprise, e, dims, EB)
-                    hidden -= by.momentum[:, None] * tl.dot(q_t, s_up.to(k_t.dtype), input_precision=PRECISION)
-                hidden *= scale
-                if MIXES:
-                    store_rows(made.hidden + bh * T * dims.SE, hidden, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
-                    store_rows(made.z + bh * T * dims.SE, z, t0, stop, dims.SE, e, dims.SE, ROWS, EB)
-                else:
-                    x = gelu_as(hidden, k_t.dtype).to(k_t.dtype)
-                    pairs = tl.dot(x, tl.trans(z_t), pairs, input_precision=PRECISION)
-                    y += by.state[:, None] * tl.dot(x, down_t, input_precision=PRECISION)
-                    if surprise is not None:
-                        y -= by.momentum[:, None] * tl.dot(x, s_down.to(k_t.dtype), input_precision=PRECISION)
-                down *= c
-                up *= c
-                if surprise is not None:
-                    up -= d * s_up
-                    down -= d * s_down
-                    gone = (since[:, None] * back).to(k_t.dtype)
-                    s_up = tl.dot(tl.trans(k_t), gone, upto * s_up, input_precision=PRECISION)
-                    gone = (since[:, None] * z).to(k_t.dtype)
-                    s_down = tl.dot(tl.trans(gone), error, upto * s_down, input_precision=PRECISION)
-                    _store(surprise, s_up, s_down, e, dims, EB)
-                gone = (leaving[:, None] * back).to(k_t.dtype)
-                up -= tl.dot(tl.trans(k_t), gone, input_precision=PRECISION)
-                gone = (leaving[:, None] * z).to(k_t.dtype)
-                down -= tl.dot(tl.trans(gone), error, input_precision=PRECISION)
-                _store(left, up, down, e, dims, EB)
-            if MIXES:
-                store_rows(made.error + bh * T * dims.SV, error, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
-            else:
-                pairs = tl.where(seen, by.rows * pairs, 0.0).to(k_t.dtype)
-                y -= tl.dot(pairs, error, input_precision=PRECISION)
-                store_rows(made.partials + here * dims.DV, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
-        if made.up_operand is not None:
-            tl.debug_barrier()
-            left = _memory(states, bh * N + segment, dims)
-            operand = _memory(Layers(made.up_operand, made.down_operand), bh * N + segment, dims)
-            for e in range(0, dims.SE, EB):
-                up, down = _load(left, e, dims, EB)
-                _store(operand, up, down, e, dims, EB)
-
-
-def _made(
-    k: torch.Tensor, tables: Tables, exact: bool, parts: int, MIXES: bool, SQUARED: bool, ROUTED: bool, HALF: bool,
-    SK: int, SV: int, SE: int, DV: int,
-) -> Written:  # fmt: skip
-    """Room for what is left; states in float32 where products take them, too, or a lane's stand there."""
-    (B, T, H, _), N = k.shape, tables.seg_begin.shape[0]
-    heads, float32 = B * H, torch.float32
-    up = down = up_operand = down_operand = means = partials = hidden = z = error = None
-    if exact or SQUARED or not HALF:
-        up = k.new_empty((heads, N, SK, SE), dtype=float32)
-        down = k.new_empty((heads, N, SE, SV), dtype=float32)
-    if HALF:
-        up_operand, down_operand = k.new_empty((heads, N, SK, SE)), k.new_empty((heads, N, SE, SV))
-    if ROUTED or exact:
-        means = k.new_empty((heads, N, SK), dtype=float32)
-    if MIXES:
-        hidden, z = k.new_empty((heads, T, SE)), k.new_empty((heads, T, SE))
-        error = k.new_empty((heads, T, SV)) if SQUARED else None
-    else:
-        partials = k.new_empty((parts, B, T, H, DV), dtype=float32)
-    return Written(up, down, up_operand, down_operand, means, partials, hidden, z, error)
-
-
 def deep_write(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -356,9 +127,8 @@ def deep_write(
     strengths: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     tables: Tables,
     scale: float,
-    residual: bool,
+    memory_residual: bool,
     exact: bool,
-    SQUARED: bool,
     MIXES: bool,
     ROUTED: bool,
     INDEPENDENT: bool,
@@ -386,43 +156,21 @@ def deep_write(
         strengths: g, eta, mu [B, T, H], float32, None where absent.
         tables: segments, each one piece.
         scale: a memory is read with ``scale`` q.
-        residual: whether the memory adds its input.
+        memory_residual: whether the memory adds its input.
         exact: whether end states and mean keys are wanted in float32.
-
-    Returns:
-        The operands are the end states themselves where k is float32.
     """
-    (B, T, H, _), N = k.shape, tables.seg_begin.shape[0]
-    parts = 1 if SQUARED else triton.cdiv(SE, EB)
-    lanes = N if INDEPENDENT else tables.seq_begin.shape[0]
-    made = _made(k, tables, exact, parts, MIXES, SQUARED, ROUTED, HALF, SK, SV, SE, DV)
+    B, T, H, _ = k.shape
+    parts = triton.cdiv(SE, EB)
     dims = Dims(DK, DV, DE, PK, PV, SK, SV, SE)
-    spans = Spans(tables.seg_begin, tables.seg_end)
-    if not INDEPENDENT:
-        spans = spans._replace(lane_begin=tables.seq_begin, lane_end=tables.seq_end)
-    rows = triton.next_power_of_2(max(INNER, 16))
-    if made.means is not None:
-        key_means_kernel[(N, B * H)](
-            k=k, seg_begin=tables.seg_begin, seg_end=tables.seg_end, means=made.means, T=T, H=H, N=N, dims=dims,
-            BT=min(128, 8192 // PK), num_warps=4,
-        )  # fmt: skip
-    if SQUARED:
-        momentum = None
-        if strengths[2] is not None:
-            up, down = ((B * H, lanes, *layer) for layer in ((SK, SE), (SE, SV)))
-            momentum = Layers(k.new_empty(up, dtype=torch.float32), k.new_empty(down, dtype=torch.float32))
-        write_lanes_kernel[(lanes, B * H)](
-            rows=Rows(q, k, v), first=First(*first), strengths=Strengths(*strengths), spans=spans, made=made,
-            momentum=momentum, scale=scale, added=float(residual), T=T, H=H, N=N, lanes=lanes, INDEPENDENT=INDEPENDENT,
-            MIXES=MIXES, PRECISION=PRECISION, dims=dims, INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps,
-            num_stages=num_stages,
-        )  # fmt: skip
+    lanes, spans = lanes_of(tables, INDEPENDENT)
+    made = room_for(k, tables, dims, states=exact or not HALF, operands=HALF, means=exact or ROUTED)
+    if MIXES:
+        made = made._replace(hidden=k.new_empty((B * H, T, SE)), z=k.new_empty((B * H, T, SE)))
     else:
-        write_slices_kernel[(lanes * parts, B * H)](
-            rows=Rows(q, k, v), first=First(*first), strengths=Strengths(None, strengths[1], None), spans=spans,
-            made=made, scale=scale, T=T, H=H, N=N, INDEPENDENT=INDEPENDENT, MIXES=MIXES, READ=READ, PRECISION=PRECISION,
-            dims=dims, INNER=INNER, ROWS=rows, EB=EB, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-    if HALF:
-        return made
-    return made._replace(up_operand=made.up, down_operand=made.down)
+        made = made._replace(partials=k.new_empty((parts, B, T, H, DV), dtype=torch.float32))
+    write_slices_kernel[(lanes * parts, B * H)](
+        rows=Rows(q, k, v), first=First(*first), strengths=Strengths(None, strengths[1], None), spans=spans, made=made,
+        scale=scale, T=T, H=H, N=tables.seg_begin.shape[0], MIXES=MIXES, READ=READ, PRECISION=PRECISION, dims=dims,
+        INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return as_operands(made)

@@ -320,7 +320,7 @@ def walk_slices_kernel(
         segment = tl.load(chunks.segment + chunk)
         before = tl.load(chunks.entering + chunk)
         b = load_chunk(
-            rows, None, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, False, PRECISION, dims, INNER, BB
+            rows, None, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, PRECISION, dims, INNER, BB
         )
         by = load_ends(weights, place, stop - j0, INNER, BB)
         t = j0 + tl.arange(0, BB)
@@ -384,7 +384,7 @@ def walk_lanes_kernel(
         source = bh * N + segment
         target = bh * N + tl.load(chunks.segment + tl.where(before >= 0, before, chunk))
         b = load_chunk(
-            rows, saved.errors, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, True, PRECISION, dims,
+            rows, saved.errors, shares, weights, bh, segment, place, j0, stop, scale, T, H, N, PRECISION, dims,
             INNER, BB,
         )  # fmt: skip
         by = load_ends(weights, place, stop - j0, INNER, BB)

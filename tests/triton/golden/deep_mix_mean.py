@@ -104,22 +104,23 @@ def replay_kernel(
             stop = tl.minimum(t0 + INNER, end)
             x = load_rows(hidden, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
             z_t = load_rows(z, t0, stop, dims.SE, column, dims.SE, ROWS, EB)
-            e_t = load_rows(error + bh * T * dims.SV, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+            # No product reads these rows themselves: what is loaded ahead has one kind of reader.
+            error_t = load_rows(error + bh * T * dims.SV, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+            error_t = -error_t.to(tl.float32)
             by = coefficients(strengths, t0, stop, H, ROWS)
             last = stop - t0 - 1
             pairs = tl.dot(x, tl.trans(z_t), input_precision="ieee")
             pairs = tl.where(seen, by.rows * pairs, 0.0).to(x.dtype)
             y = by.state[:, None] * tl.dot(x, down.to(x.dtype), input_precision="ieee")
-            y -= tl.dot(pairs, e_t, input_precision="ieee")
-            rows = z_t.to(tl.float32)
-            left = (row_of(by.rows, last)[:, None] * rows).to(x.dtype)
-            down = row_of(by.state, last) * down - tl.dot(tl.trans(left), e_t, input_precision="ieee")
+            y -= tl.dot(pairs, error_t.to(x.dtype), input_precision="ieee")
+            left = (row_of(by.rows, last)[:, None] * error_t).to(x.dtype)
+            down = row_of(by.state, last) * down - tl.dot(tl.trans(z_t), left, input_precision="ieee")
             if strengths.mu is not None:
                 y -= by.momentum[:, None] * tl.dot(x, surprise.to(x.dtype), input_precision="ieee")
                 down -= row_of(by.momentum, last) * surprise
-                left = (row_of(by.since, last)[:, None] * rows).to(x.dtype)
+                left = (row_of(by.since, last)[:, None] * error_t).to(x.dtype)
                 carried = row_of(by.upto, last) * surprise
-                surprise = tl.dot(tl.trans(left), e_t, carried, input_precision="ieee")
+                surprise = tl.dot(tl.trans(z_t), left, carried, input_precision="ieee")
             store_rows(partials, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
 
 
@@ -163,7 +164,7 @@ def deep_mix(
     tables: Tables,
     tiles: torch.Tensor,
     scale: float,
-    residual: bool,
+    memory_residual: bool,
 ) -> torch.Tensor:
     """y ``[B, T, H, DV]``, of q's dtype.
 
@@ -175,7 +176,7 @@ def deep_mix(
         gates: of ``gates``, logits and lse; None where they are not learned.
         hidden, z, error: of ``deep_write``; ``hidden`` is overwritten with gelu(h).
         tiles: of BT tokens.
-        residual: whether the memory adds its input.
+        memory_residual: whether the memory adds its input.
     """
     (B, T, H, _), N = q.shape, tables.seg_first.shape[0]
     heads, parts = B * H, triton.cdiv(SE, EB)
@@ -198,7 +199,7 @@ def deep_mix(
     y = q.new_empty((B, T, H, DV))
     mix_output_kernel[(tiles.shape[0] * together, heads // together)](
         q=q, down=states[1], hidden=hidden, partials=partials, spans=spans, tiles=tiles, y=y, scale=scale,
-        added=float(residual), parts=parts, together=together, T=T, H=H, N=N, dims=dims, BT=BT, EB=EB,
+        added=float(memory_residual), parts=parts, together=together, T=T, H=H, N=N, dims=dims, BT=BT, EB=EB,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

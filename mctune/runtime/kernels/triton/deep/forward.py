@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ....segments import Segments
-from ....traits import AGGREGATIONS
+from ....traits import AGGREGATIONS, RECURRENCES
 from ...kept import given
 from ...results import Forward
 from ..loader import load_parts
@@ -38,7 +38,8 @@ class TritonDeepForward:
         self.gives = given("triton", problem, self.config)
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.mixes = AGGREGATIONS[problem["aggregation"]].mixes_parameters
-        self.write = parts["deep_write"].deep_write
+        squared = RECURRENCES[problem["recurrence"]].momentum
+        self.write = parts["deep_write_lanes"].deep_write_lanes if squared else parts["deep_write"].deep_write
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.read: Any = parts["deep_mix"].deep_mix if self.mixes else parts["deep_read"].deep_read
 
@@ -68,7 +69,7 @@ class TritonDeepForward:
         strengths = tuple(None if x is None else x.to(torch.float32).contiguous() for x in (g, eta, mu))
         # A segment is one piece.
         tables = make_tables(segments, segments.longest, self.checkpoint, q.device)
-        options = {"tables": tables, "scale": float(scale), "residual": memory_residual}
+        options = {"tables": tables, "scale": float(scale), "memory_residual": memory_residual}
         made = self.write(q=q, k=k, v=v, first=first, strengths=strengths, exact=bool(keep), **options)
         gates = None
         if self.gates is not None:
