@@ -204,7 +204,7 @@ def deep_read_backward(
 
     Args:
         q [B, T, H, DK], dy [B, T, H, DV]: of one dtype.
-        ends: end states [B*H * N, ..].
+        ends: end states [B*H * N, ..], as operands of products.
         saved: z and dh of the mixture [B*H, T, SE], where parameters are mixed.
         own [B*H, T]: the gradient of the own gate.
         dgamma [B*H, N, T], delta [B*H, T]: written; None where gates are not learned.

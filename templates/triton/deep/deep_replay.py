@@ -237,9 +237,10 @@ def deep_replay(
     lanes: torch.Tensor,
     tables: Tables,
     adds: bool,
+    ended: bool,
     SQUARED: bool, PRECISION: str, DK: int, DV: int, PK: int, PV: int, SK: int, SV: int, SE: int, INNER: int, EB: int,
     num_warps: int, num_stages: int,
-) -> tuple[Layers, torch.Tensor | None, Layers]:  # fmt: skip
+) -> tuple[Layers, torch.Tensor | None, Layers | None]:  # fmt: skip
     """The states that enter the inner chunks, their errors, and end states.
 
     Args:
@@ -249,16 +250,17 @@ def deep_replay(
         weights: of :class:`Weights`.
         lanes [L, 2]: the first chunk of each lane, and one past its last.
         adds: whether the memory adds its input.
+        ended: whether end states are wanted.
 
     Returns:
         Layers [B*H * P, ..] in k's dtype; errors [B*H, T, SV] in k's dtype, None where they are -v; Layers
-        [B*H * N, ..], float32.
+        [B*H * N, ..], float32, or None.
     """
     B, T, H, _ = k.shape
     P, N, L = tables.begin.shape[0], tables.seg_begin.shape[0], lanes.shape[0]
     momentum = weights.momentum is not None
     states = _layers(k, B * H * P, SK, SV, SE, momentum, k.dtype)
-    ends = None if known is not None else _layers(k, B * H * N, SK, SV, SE, False, torch.float32)
+    ends = None if not ended else _layers(k, B * H * N, SK, SV, SE, False, torch.float32)
     chunks = Chunks(tables.begin, tables.end, tables.segment, tables.entering, lanes)
     bb, errors = max(16, triton.next_power_of_2(INNER)), None
     if SQUARED:
@@ -276,4 +278,4 @@ def deep_replay(
             seg_last=tables.seg_last, T=T, H=H, N=N, P=P, PRECISION=PRECISION,
             dims=Dims(DK, DV, PK, PV, SK, SV, SE, EB), INNER=INNER, BB=bb, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-    return states, errors, known if ends is None else ends
+    return states, errors, ends

@@ -104,7 +104,7 @@ def deep_state_backward(
     _, T, H, _ = q.shape
     heads, N = q.shape[0] * H, tables.seg_begin.shape[0]
     eb = min(EB, max(16, triton.next_power_of_2(SE)))
-    dends = Layers(torch.empty_like(ends.up), torch.empty_like(ends.down))
+    dends = Layers(*(torch.empty_like(x, dtype=torch.float32) for x in (ends.up, ends.down)))
     deep_dstate_kernel[(triton.cdiv(SE, eb) * N, heads)](
         q=q, dy=dy, ends=ends, shares=shares, saved=saved._replace(errors=None), dends=dends, seg_end=tables.seg_end,
         seg_past_end=tables.seg_past_end, scale=scale, T=T, H=H, N=N, SPARSE=SPARSE, MIXES=MIXES,

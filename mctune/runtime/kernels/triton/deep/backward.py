@@ -148,10 +148,11 @@ class TritonDeepBackward:
         known = Layers(call.kept["up"], call.kept["down"]) if "up" in call.kept else None
         # Momentum goes on from segment to segment, and only states are known.
         alone = known is not None and weights.momentum is None
-        states, errors, ends = self.replay.deep_replay(
+        states, errors, made = self.replay.deep_replay(
             k=rows.k, v=rows.v, initial=initial, known=known if alone else None, weights=weights,
-            lanes=by_segment if alone else lane, tables=tables, adds=adds,
+            lanes=by_segment if alone else lane, tables=tables, adds=adds, ended=known is None,
         )  # fmt: skip
+        ends = Layers(*made) if known is None else known
         written = _Written(tables, lane, weights, states, errors, ends)
         made = Made(*(torch.empty_like(x, dtype=torch.float32) for x in (rows.q, rows.k, rows.v)))
         read = self._reads(call, written, made)
@@ -188,7 +189,8 @@ class TritonDeepBackward:
             q=rows.q, k=rows.k, v=rows.v, dy=rows.dy, states=written.states, errors=written.errors,
             weights=written.weights, tables=written.tables, scale=scale,
         )  # fmt: skip
-        read = {"q": rows.q, "dy": rows.dy, "ends": written.ends, "shares": shares, "saved": saved, "tables": whole}
+        ends = written.ends.to(rows.k.dtype)
+        read = {"q": rows.q, "dy": rows.dy, "ends": ends, "shares": shares, "saved": saved, "tables": whole}
         if self.reads.mixes_parameters:
             own = self.read.mix_backward(**read, scale=scale)
         own = own.sum(0)

@@ -32,6 +32,11 @@ class Layers(NamedTuple):
     s_up: Tensor | None = None
     s_down: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Layers:
+        """Both layers as operands of products."""
+        assert self.up is not None and self.down is not None
+        return Layers(self.up.to(dtype), self.down.to(dtype))
+
 
 class Shares(NamedTuple):
     """Logits [B*H, N, T] and lse [B*H, T] of learned gates, or what all of a token's states weigh, [T]; None for 1."""
