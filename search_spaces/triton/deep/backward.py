@@ -63,7 +63,7 @@ def _logits(config: Config, problem: Problem, target: Target) -> bool:
     """float32 rows of u are operands of products, and lists of the best logits grow with top_k."""
     rows = config.integer("gates_BT") * _power(problem.Dk)
     if problem.routed and problem.dtype == "float32" and config["gates_BT"] != 16:
-        if rows > 512 * config.integer("gates_num_warps"):
+        if rows > 256 * config.integer("gates_num_warps"):
             return False
     places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
     segments = -(-problem.T // (problem.segment_length or problem.T))
@@ -115,7 +115,7 @@ _UNITS = ("replay_EB", "online_EB", "dq_BT", "dq_EB", "dstates_BT", "dstates_EB"
 _TIERS = (
     # For wider and wider heads, momentum, and float32.
     ((64, 64, 128, 64, 128, 64, 32), 8, 4),
-    ((32, 64, 128, 64, 128, 64, 32), 8, 4),
+    ((32, 64, 128, 64, 128, 64, 32), 8, 8),
     ((32, 32, 64, 64, 64, 64, 16), 8, 4),
     ((32, 32, 64, 32, 64, 32, 16), 8, 8),
     ((16, 32, 64, 32, 64, 32, 16), 8, 8),
@@ -186,7 +186,7 @@ SPACE = SearchSpace(
         _fits("online", lambda c, p: _momentum(p) * c.integer("online_EB") * _layers(p), 128),
         _fits("dq", lambda c, p: c.integer("dq_BT") * (_power(p.Dk) + 2 * c.integer("dq_EB")), 128),
         _fits("dstates", lambda c, p: c.integer("dstates_EB") * (_layers(p) + 2 * c.integer("dstates_BT")), 128),
-        _fits("dkv", lambda c, p: c.integer("dkv_EB") * _layers(p), 32),
+        _fits("dkv", lambda c, p: _momentum(p) * c.integer("dkv_EB") * _layers(p), 32),
         Constraint("gates registers", _logits, "rows of u, or lists of the best logits, would spill"),
         Constraint("dgates registers", _connectors, "the sums of products would spill"),
         Constraint("shared memory", _little_shared, "wide rows that are loaded ahead exceed 64 KiB"),
