@@ -53,8 +53,8 @@ PREFIXES = {
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 SHARED = (
-    "common", "decode_common", "backward_common", "deep_write_common", "deep_backward_common", "deep_decode_common",
-    "deep_common",
+    "common", "decode_common", "backward_common", "deep_write_common", "deep_walk_common", "deep_backward_common",
+    "deep_decode_common", "deep_common",
 )  # fmt: skip
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
