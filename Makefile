@@ -44,7 +44,7 @@ test-all: test
 		PYTHONPATH=build/triton-$$version $(PYTEST) tests/triton || exit 1; done
 
 bench: $(READY)
-	for pass in forward training decode; do \
+	for pass in forward training decode deep; do \
 		$(BIN)/python benchmarks/$$pass.py --out results/cpu/$$pass.json \
 			$(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED)) || exit 1; done
 

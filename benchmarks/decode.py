@@ -6,9 +6,11 @@ read. The torch forms, which find the states where the kernel does, contiguous:
     gated       (gamma_i q) side by side times all states on top of one another: one product a head
     weighted    q times each state, then the sum of the results by their gates
 
-each on all states, or on the chosen ones, gathered. Every y is held to the float64 oracle first. One process, rotated
-order, caches warm as they are from one token to the next; times are medians. The bound is the time that a copy of as
-many bytes as a step must touch takes in the same rounds.
+each on all states, or on the chosen ones, gathered. Then a deep memory (dla, Eq. 30-31) at H4 D64 E256, where the torch
+form is `vmap(grad)` of torch.func for the write and the MLP under vmap for the reads; without kernels the eager path
+stands in their place. Every y is held to the float64 oracle first. One process, rotated order, caches warm as they are
+from one token to the next; times are medians. The bound is the time that a copy of as many bytes as a step must touch
+takes in the same rounds.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from forward import Goal
+from torch.func import grad, vmap
 
+from mctune.backends.registry import computes
 from mctune.backends.tvm import TvmBackend
 from mctune.cli._output import say, text_table
 from mctune.core.config import Config
@@ -36,19 +40,22 @@ from mctune.core.work import work
 from mctune.measure.bench import Rates, Result, threads
 from mctune.measure.documents import document, write
 from mctune.measure.timing import summary
+from mctune.measure.vmapped import loss
+from mctune.measure.vmapped import memory as mlp
 from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.api.step import memory_caching_step
 from mctune.runtime.memory import Rules
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, tolerance
-from mctune.verify.package import load_package
-from mctune.verify.passes import memory_of
+from mctune.verify.package import find_entry, launcher_of, load_package
+from mctune.verify.passes import memory_of, options
 
 STATES = 64
 # A step's time does not depend on the segment length: short ones keep the oracle cheap.
 SMALL = Problem(pass_="decode", aggregation="grm", T=4 * STATES + 2, H=4, Dk=64, Dv=64, segment_length=4)
 LARGE = SMALL.replace(H=16, Dk=128, Dv=128)
-PROBLEMS = tuple(p.replace(**ssc) for ssc in ({}, {"aggregation": "ssc", "top_k": 8}) for p in (SMALL, LARGE))
+DEEP = SMALL.replace(recurrence="dla")
+PROBLEMS = tuple(p.replace(**ssc) for p in (SMALL, LARGE, DEEP) for ssc in ({}, {"aggregation": "ssc", "top_k": 8}))
 FASTER_THAN_TORCH = 3.0
 SAMPLE_S = 1e-3
 """How long a function is called over and over for one sample."""
@@ -96,22 +103,59 @@ class Torch:
         return y.transpose(0, 1)[None]
 
 
+class Deep:
+    """A deep memory in torch.func, of its own states; there is no momentum."""
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        memory = memory_of(problem, inputs, problem.T - 1)
+        self.filled = int(memory.filled[0]) + 1
+        self.states = tuple(store[0, :, :STATES].contiguous() for store in memory.states)
+        self.means = memory.descriptors[0, :, :STATES].contiguous()
+        self.start, self.online = ([layer[0].clone() for layer in x] for x in (memory.start, memory.online))
+        self.key_sum, self.top_k = memory.key_sum[0].clone(), problem.top_k
+        self.eta = inputs.gates["eta"][0, -1]
+        self.q, self.k, self.v, self.u = (x[0, -1] for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+        self.scale, residual = problem.Dk**-0.5, problem.Dk == problem.Dv
+        self.surprise = vmap(grad(partial(loss, residual=residual, squared=False)))
+        self.each = vmap(partial(mlp, residual=residual))
+        self.every = vmap(vmap(partial(mlp, residual=residual), (0, None)))
+
+    def step(self) -> Tensor:
+        """Write, then read every state or the chosen ones."""
+        self.key_sum += self.k
+        steps = self.surprise((self.start[0], self.start[1]), self.k, self.v)
+        for layer, gradient in zip(self.online, steps, strict=True):
+            layer -= self.eta[:, None, None] * gradient
+        past, states = torch.bmm(self.means, self.u[:, :, None])[..., 0], self.states
+        if self.top_k is not None:
+            past, chosen = past.topk(self.top_k, sorted=False)
+            states = tuple(store[torch.arange(len(store))[:, None], chosen] for store in states)
+        own = (self.u * self.key_sum).sum(-1, keepdim=True) / self.filled
+        gamma, q = torch.cat([past, own], -1).softmax(-1), self.q * self.scale
+        y = gamma[:, -1:] * self.each((self.online[0], self.online[1]), q)
+        return (y + (gamma[:, :-1, None] * self.every(states, q)).sum(1))[None, None]
+
+
+def torch_forms(problem: Problem, inputs: Inputs) -> dict[str, Step]:
+    """What one writes in torch."""
+    if problem.deep:
+        return {"vmap(grad)": Deep(problem, inputs).step}
+    return {"torch, gated": Torch(problem, inputs).gated, "torch, weighted": Torch(problem, inputs).weighted}
+
+
 def eager(problem: Problem, inputs: Inputs) -> Step:
     """mctune's own step in torch. It counts tokens, so it goes back before each."""
-    memory = memory_of(problem, inputs, problem.T - 1)
+    memory, C = memory_of(problem, inputs, problem.T - 1), problem.segment_length
     cached, filled = memory.cached.clone(), memory.filled.clone()
-    ssc = {"top_k": problem.top_k} if problem.top_k else {}
-    options: dict[str, Any] = {
-        "aggregation": problem.aggregation, "segment_length": problem.segment_length, "backend": "eager", **ssc,
-    }  # fmt: skip
-    q, k, v, u = (x[:, -1:] for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    C = problem.segment_length
     assert C is not None
-    memory.rules = Rules(problem.recurrence, problem.state_init, C, 16, True)
+    memory.rules = Rules(problem.recurrence, problem.state_init, C, problem.inner_chunk or 16, problem.Dk == problem.Dv)
+    left_out = ("segmentation", "cu_seqlens")
+    given = {name: value for name, value in inputs.arguments(problem).items() if name not in left_out}
+    given |= {name: given[name][:, -1:] for name in ("q", "k", "v", "u", *inputs.gates)}
 
     def step() -> Tensor:
         memory.cached, memory.filled = cached.clone(), filled.clone()
-        return memory_caching_step(q, k, v, u, memory=memory, **options)
+        return memory_caching_step(**given, memory=memory, backend="eager")
 
     return step
 
@@ -120,22 +164,24 @@ def kernel_step(kernel: Any, problem: Problem, inputs: Inputs) -> Step:
     """The decode kernel through its launcher."""
     memory = memory_of(problem, inputs, problem.T - 1)
     q, k, v, u = (x[:, -1:].contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return lambda: kernel(
-        q, k, v, u, g=None, beta=None, lam=None, scale=problem.Dk**-0.5, top_k=problem.top_k or 1,
-        segment_length=problem.segment_length, memory=memory,
-    )  # fmt: skip
+    given = options(problem, inputs, slice(problem.T - 1, problem.T))
+    return lambda: kernel(q, k, v, u, **given, segment_length=problem.segment_length, memory=memory)
 
 
-def kernel_of(problem: Problem, target: Target, package: Path | None, folder: Path) -> tuple[Config, Any]:
-    """The kernel of the package that serves the problem, else one of the space's default, built into ``folder``."""
+def kernel_of(problem: Problem, target: Target, package: Path | None, folder: Path) -> tuple[Config, Any] | None:
+    """The kernel of the package that serves the problem, else one of the space's default, built into ``folder``.
+
+    ``None`` where there is no template.
+    """
     if package is not None:
-        runtime = load_package(package).runtime
-        names = [field.name for field in fields(runtime.table.Request) if field.name != "device"]
-        request = runtime.table.Request(**{name: getattr(problem, name) for name in names}, device="cpu")
-        entry = runtime.table.find(runtime.dispatch.TABLE, request, "tvm")
+        module = load_package(package)
+        entry = find_entry(module, problem, "cpu", "tvm")
         if entry is not None:
-            return Config.of(entry.record["config"]), runtime.dispatch.launcher(entry)
+            return Config.of(entry.record["config"]), launcher_of(module, entry)
         say(f"{package} has no kernel for {problem}; one is built")
+    if not computes("tvm", problem):
+        say(f"no kernel: {computes('tvm', problem).reason}")
+        return None
     backend = TvmBackend()
     space = backend.space(problem)
     config = space.first_valid(lambda candidate: space.valid(candidate, problem, target))
@@ -173,15 +219,11 @@ def bench(problem: Problem, package: Path | None, rounds: int) -> Result:
     target, _ = resolve("cpu")
     with tempfile.TemporaryDirectory() as folder, threads(target.cores), torch.no_grad():
         say(f"{problem}, {STATES} states")
-        config, kernel = kernel_of(problem, target, package, Path(folder))
+        found = kernel_of(problem, target, package, Path(folder))
         inputs = decided_inputs(problem, 0)
         wanted = memory_caching(**inputs.arguments(problem))[:, -1:]
-        steps: dict[str, Step] = {
-            "tvm": kernel_step(kernel, problem, inputs),
-            "torch, gated": Torch(problem, inputs).gated,
-            "torch, weighted": Torch(problem, inputs).weighted,
-            "eager": eager(problem, inputs),
-        }
+        steps = {} if found is None else {"tvm": kernel_step(found[1], problem, inputs)}
+        steps |= {"eager": eager(problem, inputs), **torch_forms(problem, inputs)}
         errors = {name: error_ratio(step(), wanted) for name, step in steps.items()}
         for name, error in errors.items():
             if not error <= tolerance(problem):
@@ -194,7 +236,8 @@ def bench(problem: Problem, package: Path | None, rounds: int) -> Result:
         times[name] = Timed(*summary(of_one), len(of_one), error)
     copied, product = (statistics.median(of_one) / 1e3 for of_one in samples[len(times) :])
     rates = Rates(2.0 * 1024**3 / product, touched / copied)
-    return Result(problem, "tvm", config, times.pop("tvm"), times, rates)
+    first, config = ("eager", Config.of({})) if found is None else ("tvm", found[0])
+    return Result(problem, first, config, times.pop(first), times, rates)
 
 
 def goal(result: Result) -> Goal:
@@ -203,7 +246,8 @@ def goal(result: Result) -> Goal:
     best = min(result.baselines, key=lambda name: result.baselines[name].ms)
     slow, fast = result.baselines[best].ms * 1e3, result.timed.ms * 1e3
     return Goal(
-        f"times as fast a token of {problem.aggregation}, H{problem.H} D{problem.Dk}, as the best torch form",
+        f"times as fast a token of {problem.recurrence} {problem.aggregation}, H{problem.H} {problem.widths}, as the "
+        "best torch form",
         FASTER_THAN_TORCH,
         slow / fast,
         f"{best} {slow:.0f} us, kernel {fast:.0f} us, {result.fraction_of_bound:.2f} of the bound",
@@ -224,16 +268,18 @@ def table(result: Result) -> str:
             f"{timed.error:.1e}",
         )
         for name, timed in [
-            ("mctune, tvm kernel", result.timed),
+            ("mctune, tvm kernel" if result.backend == "tvm" else result.backend, result.timed),
             *sorted(result.baselines.items(), key=lambda item: item[1].ms),
         ]
     ]
-    return text_table((str(result.problem), "us", "20% to 80%", "GB/s", "of kernel", "of the bound", "error"), lines)
+    return text_table(
+        (str(result.problem), "us", "20% to 80%", "GB/s", f"of {result.backend}", "of the bound", "error"), lines
+    )
 
 
 def said(results: Sequence[Result]) -> str:
     """Everything for a person to read."""
-    goals = [goal(result) for result in results]
+    goals = [goal(result) for result in results if result.backend == "tvm"]
     lines = [
         f"{'met   ' if g.met else 'MISSED'} {g.figure:.2f} {g.name}, {g.wanted:g} wanted ({g.explained})" for g in goals
     ]
@@ -245,15 +291,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101, help="samples of each contender (default 101)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the figures here; `mctune report` reads it")
     parser.add_argument("--package", type=Path, metavar="DIR", help="take the kernels from this tuned package")
-    options = parser.parse_args()
+    chosen = parser.parse_args()
     try:
-        results = [bench(problem, options.package, options.rounds) for problem in PROBLEMS]
+        results = [bench(problem, chosen.package, chosen.rounds) for problem in PROBLEMS]
     except MctuneError as error:
         raise SystemExit(f"decode.py: error: {error}") from error
     print(said(results))
-    if options.out is not None:
-        goals = [goal(result).to_dict() for result in results]
-        write(options.out, {**document(resolve("cpu")[0], results), "goals": goals})
+    if chosen.out is not None:
+        goals = [goal(result).to_dict() for result in results if result.backend == "tvm"]
+        write(chosen.out, {**document(resolve("cpu")[0], results), "goals": goals})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mctune.measure.bench import Contender, Measurement, Result, compiled, eager
 from mctune.measure.documents import document, write
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import Run, run_kernel
-from mctune.verify.package import load_package
+from mctune.verify.package import find_entry, load_package
 from mctune.verify.passes import Results
 
 GRM = Problem(aggregation="grm", T=4096, H=4, Dk=64, Dv=64, segment_length=256)
@@ -165,10 +165,7 @@ def ours(problem: Problem, config: Config, target: Target, package: Path | None,
     """The kernel of the package that serves the problem, else one that is built into ``folder`` with ``config``."""
     if package is not None:
         module = load_package(package)
-        table = module.runtime.kernels.table
-        asked = {field.name: getattr(problem, field.name) for field in fields(table.Request) if field.name != "device"}
-        request = table.Request(**asked, device="cpu")
-        entry = table.find(module.runtime.kernels.dispatch.TABLE, request, "tvm")
+        entry = find_entry(module, problem, "cpu", "tvm")
         if entry is not None:
             return Ours(Config.of(entry.record["config"]), _of_package(module.memory_caching))
         say(f"{package} has no kernel for {problem}; one is built")
@@ -282,7 +279,7 @@ def table(result: Result) -> str:
             f"{timed.low:.2f} to {timed.high:.2f}",
             f"{counted / timed.ms / 1e6:.0f}",
             f"{timed.ms / result.timed.ms:.2f}",
-            f"{bound:.0%}" if bound is not None else "-",
+            f"{bound:.0%}",
             f"{timed.error:.1e}",
         )
 

@@ -75,6 +75,7 @@ class Run:
     heads: int = 2
     head_dim: int = 8
     top_k: int = 2
+    inner_chunk: int = 4  # of dla and titans: two to a segment
     batch: int = 16
     steps: int = 750
     learning_rate: float = 0.01
@@ -164,6 +165,7 @@ def make_mixer(run: Run) -> nn.Module:
         recurrence=run.recurrence,
         segment_length=run.length if run.mixer == "base" else run.segment_length,
         top_k=run.top_k,
+        inner_chunk=run.inner_chunk,
         backend="eager",
         **MIXERS[run.mixer],
     )
@@ -261,7 +263,7 @@ def study(runs: list[Run], words: Words, path: Path, console: Console) -> dict[t
         for run in runs:
             if run.key in rows:
                 continue
-            label = f"{run.mixer}, {run.pairs} pairs, seed {run.seed}"
+            label = f"{run.recurrence} {run.mixer}, {run.pairs} pairs, seed {run.seed}"
             progress.update(task, description=label)
             rows[run.key] = result = train(run, words)
             append_row(path, run, result)
@@ -271,11 +273,13 @@ def study(runs: list[Run], words: Words, path: Path, console: Console) -> dict[t
 
 
 def accuracies(runs: list[Run], rows: dict[tuple[str, ...], Result]) -> dict[str, dict[int, list[float]]]:
-    """Accuracy of each seed by mixer and number of pairs."""
+    """Accuracy of each seed by mixer, and recurrence if there are several, and number of pairs."""
     found: dict[str, dict[int, list[float]]] = {}
+    several = len({run.recurrence for run in runs}) > 1
     for run in runs:
         if run.key in rows:
-            found.setdefault(run.mixer, {}).setdefault(run.pairs, []).append(rows[run.key].accuracy)
+            label = f"{run.recurrence} {run.mixer}" if several else run.mixer
+            found.setdefault(label, {}).setdefault(run.pairs, []).append(rows[run.key].accuracy)
     return found
 
 
@@ -323,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one number of pairs, one seed, few steps: about a minute")
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=DEFAULT_MIXERS)
-    parser.add_argument("--recurrence", choices=("linear", "swla"), default="swla")
+    parser.add_argument("--recurrence", nargs="+", choices=("linear", "swla", "dla", "titans"), default=["swla"])
     parser.add_argument("--pairs", nargs="+", type=int, default=[12, 20])
     parser.add_argument("--seeds", type=int, default=2, help="how many, counted from 0")
     parser.add_argument("--steps", type=int, default=Run.steps)
@@ -333,8 +337,9 @@ def main(arguments: list[str] | None = None) -> None:
     pairs, seeds, steps = (chosen.pairs[-1:], 1, 250) if chosen.quick else (chosen.pairs, chosen.seeds, chosen.steps)
     torch.set_num_threads(1)  # such small products only lose by a second thread
     runs = [
-        Run(mixer, number, seed, chosen.recurrence, steps=steps)
+        Run(mixer, number, seed, recurrence, steps=steps)
         for seed in range(seeds)
+        for recurrence in chosen.recurrence
         for number in pairs
         for mixer in chosen.mixers
     ]

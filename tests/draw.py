@@ -132,7 +132,7 @@ def _lighter(one: spread.Drawn, target: Target) -> spread.Drawn:
     splits = given.get("decode_SPLITS", 0)
     if isinstance(splits, int) and splits > most:
         changes["decode_SPLITS"] = most
-    if one.problem.deep and one.problem.pass_ == "backward":
+    if one.problem.deep:
         changes |= {name: 32 for name, value in given.items() if name.endswith("_EB") and value == 16}
     space = get_backend("triton").space(one.problem)
     for name, value in changes.items():

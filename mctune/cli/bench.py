@@ -30,11 +30,13 @@ def command(
     small: bool,
     as_json: bool,
 ) -> int:
-    """Time every kernel of PACKAGE side by side with mctune's eager path and torch.compile of that.
+    """Time the kernels of PACKAGE side by side with mctune's eager path and torch.compile of that.
 
     One process, rotated order, cold caches, after a check against the float64 oracle; beside them torch's own matrix
     product and a copy, whose rates give the bound. Without PACKAGE, the eager path against torch.compile of it, over
-    the quick workload. `mctune report` reads the JSON.
+    the quick workload. `mctune report` reads the JSON. A backward is timed as a training step, forward and backward.
+    Deep memories are set against vmap(grad) of torch.func instead. Decode steps are left out: benchmarks/decode.py
+    times them.
 
     A package of GPU kernels is set against what people use there: torch's attention, FlashAttention 3,
     flash-linear-attention and torch.compile, shape by shape, those that decide first. FILE (build/gpu/benchmark.json

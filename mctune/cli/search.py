@@ -11,6 +11,7 @@ from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
+from mctune.core.advice import advice
 from mctune.core.errors import MctuneError, NoValidConfigError
 from mctune.core.outcome import Predicted
 from mctune.core.target import resolve
@@ -58,6 +59,8 @@ def command(
     if note:
         say(note)
     cases, default_trials, default_timeout = cases_of(target, workload, problem, segment_lengths)
+    for line in advice(cases):
+        say(line)
     request = SearchRequest(
         target=target,
         cases=cases,

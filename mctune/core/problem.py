@@ -60,6 +60,8 @@ class Problem:
         forward linear grm constant independent B1 T4096 H8 D64 C256 float32
         >>> len(problem.spans())
         16
+        >>> print(problem.replace(recurrence="dla"))
+        forward dla grm constant independent B1 T4096 H8 D64 E256 C256 b16 float32
     """
 
     recurrence: str = "linear"
@@ -160,6 +162,12 @@ class Problem:
         """Rows and columns of the matrices that a state is made of."""
         return ((self.Dk, self.E), (self.E, self.Dv)) if self.deep else ((self.Dk, self.Dv),)
 
+    @property
+    def widths(self) -> str:
+        """The widths as tables show them: ``D64``, ``Dk64 Dv32``, and of a deep memory ``D64 E256``."""
+        heads = f"D{self.Dk}" if self.Dk == self.Dv else f"Dk{self.Dk} Dv{self.Dv}"
+        return f"{heads} E{self.E}" if self.deep else heads
+
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Start and end of each segment of one sequence of T tokens (Eq. 4); a packed row counts as one sequence.
 
@@ -230,9 +238,9 @@ class Problem:
 
     def __str__(self) -> str:
         segments = "log" if self.segment_length is None else f"C{self.segment_length}"
-        widths = f"D{self.Dk}" if self.Dk == self.Dv else f"Dk{self.Dk} Dv{self.Dv}"
         top_k = f" top{self.top_k}" if self.top_k else ""
+        inner = f" b{self.inner_chunk}" if self.deep else ""
         return (
             f"{self.pass_} {self.recurrence} {self.aggregation}{top_k} {self.segmentation} {self.state_init} "
-            f"B{self.B} T{self.T} H{self.H} {widths} {segments} {self.dtype}"
+            f"B{self.B} T{self.T} H{self.H} {self.widths} {segments}{inner} {self.dtype}"
         )

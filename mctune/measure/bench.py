@@ -1,6 +1,7 @@
 """Time everything that computes a problem side by side: kernels, the eager path, torch.compile of it, the machine.
 
-Everything is held to the oracle on the same inputs that it is timed on; a wrong result has no time.
+Everything is held to the oracle on the same inputs that it is timed on; a wrong result has no time. A backward is timed
+as a training step, forward and backward through autograd, as a model runs it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from mctune.core.target import Target, resolve
 from mctune.core.work import bound, work
 from mctune.core.workload import load_workload
 from mctune.measure.timing import summary, time_rotated
+from mctune.measure.vmapped import vmapped
 from mctune.runtime.api.functional import memory_caching
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import Run, decided_inputs, error_of, tolerance
-from mctune.verify.package import load_package, read_entries
-from mctune.verify.passes import PASSES, Results
+from mctune.verify.package import find_entry, load_package, read_entries
+from mctune.verify.passes import PASSES, Results, gradients
 
 COPY_BYTES = 64 << 20
 _SGEMM = ((2048, 2048, 2048), (4096, 512, 64))
@@ -83,8 +86,8 @@ class Result:
     rates: Rates
 
     @property
-    def fraction_of_bound(self) -> float | None:
-        """The shortest possible time at the measured rates over the time taken; ``None`` without a work count."""
+    def fraction_of_bound(self) -> float:
+        """The shortest possible time at the measured rates over the time taken."""
         return fraction_of_bound(self.problem, self.timed.ms, self.rates)
 
 
@@ -92,9 +95,9 @@ Note = Callable[[str], None]
 """Takes a remark for a person: what is being timed, what was left out."""
 
 
-def fraction_of_bound(problem: Problem, ms: float, rates: Rates) -> float | None:
-    """The time that no implementation can beat at these rates, over ``ms``; ``None`` for deep memories."""
-    return None if problem.deep else bound(work(problem), rates.sgemm, rates.copy) * 1e3 / ms
+def fraction_of_bound(problem: Problem, ms: float, rates: Rates) -> float:
+    """The time that no implementation can beat at these rates, over ``ms``."""
+    return bound(work(problem), rates.sgemm, rates.copy) * 1e3 / ms
 
 
 def measure(contenders: Sequence[Contender], *, rounds: int, seed: int = 0, note: Note) -> Measurement:
@@ -145,7 +148,9 @@ def target_of(path: Path) -> Target:
 
 
 def bench_package(path: Path, *, rounds: int, note: Note) -> tuple[Target, list[Result]]:
-    """Time every kernel of an emitted package against the eager path and torch.compile of it.
+    """Time the kernels of an emitted package against the eager path and what else torch can do.
+
+    Decode steps are left out, and backward kernels without a forward, which no model runs; ``note`` is told.
 
     Raises:
         UsageError: if there is no package at ``path``.
@@ -156,10 +161,15 @@ def bench_package(path: Path, *, rounds: int, note: Note) -> tuple[Target, list[
     with threads(target.cores):
         for number, entry in enumerate(entries):
             problem, name = Problem.from_dict(entry["problem"]), entry["backend"]
+            if not _timed_here(problem, note):
+                continue
+            forward = problem.replace(pass_="forward")
+            if problem.pass_ == "backward" and find_entry(package, forward, "cpu", name) is None:
+                note(f"{problem} left out: the package has no forward kernel to train with")
+                continue
             note(f"{number + 1}/{len(entries)} {problem}")
-            kernel = Contender(name, problem, _run(package.memory_caching, name))
-            config, baselines = Config.of(entry["config"]), [eager(problem), compiled(problem)]
-            results.append(_compare(kernel, config, baselines, rounds, note))
+            kernel = Contender(name, problem, run_of(package.memory_caching, name))
+            results.append(_compare(kernel, Config.of(entry["config"]), baselines(problem), rounds, note))
     return target, results
 
 
@@ -172,9 +182,17 @@ def bench_defaults(*, rounds: int, note: Note) -> tuple[Target, list[Result]]:
         for number, case in enumerate(cases):
             lengths = case.segment_lengths
             problem = case.problem.replace(segment_length=lengths[len(lengths) // 2] if lengths else None)
+            if not _timed_here(problem, note):
+                continue
             note(f"{number + 1}/{len(cases)} {problem}")
-            results.append(_compare(eager(problem), Config.of({}), [compiled(problem)], rounds, note))
+            results.append(_compare(eager(problem), Config.of({}), baselines(problem)[1:], rounds, note))
     return target, results
+
+
+def _timed_here(problem: Problem, note: Note) -> bool:
+    if problem.pass_ == "decode":
+        note(f"{problem} left out: benchmarks/decode.py times decode steps")
+    return problem.pass_ != "decode"
 
 
 def described(target: Target, rates: Sequence[Rates]) -> dict[str, Any]:
@@ -183,22 +201,45 @@ def described(target: Target, rates: Sequence[Rates]) -> dict[str, Any]:
     return {**environment(target), "threads": target.cores, **typical.to_dict()}
 
 
+def baselines(problem: Problem) -> list[Contender]:
+    """What a kernel is set against: the eager path first, then what else torch can do."""
+    return [eager(problem), vmap_of_grad(problem) if problem.deep else compiled(problem)]
+
+
 def eager(problem: Problem) -> Contender:
     """mctune's vectorised torch implementation."""
-    return Contender("eager", problem, _run(memory_caching, "eager"))
+    return Contender("eager", problem, run_of(memory_caching, "eager"))
 
 
 def compiled(problem: Problem) -> Contender:
     """torch.compile of the eager path."""
     function: Callable[..., torch.Tensor] = torch.compile(memory_caching)
-    return Contender("torch.compile", problem, _run(function, "eager"), optional=True)
+    return Contender("torch.compile", problem, run_of(function, "eager"), optional=True)
+
+
+def vmap_of_grad(problem: Problem) -> Contender:
+    """A deep memory by ``torch.func``; torch.compile leaves the eager path of one alone."""
+    return Contender("vmap(grad)", problem, run_of(vmapped), optional=True)
+
+
+def run_of(function: Callable[..., torch.Tensor], backend: str | None = None) -> Run:
+    """``function``, called like ``memory_caching``; for a backward, a training step: the gradients by autograd."""
+    operation = function if backend is None else partial(function, backend=backend)
+
+    def run(problem: Problem, inputs: Inputs) -> Results:
+        if problem.pass_ == "backward":
+            return gradients(operation, problem, inputs, inputs.q.dtype)
+        return {"y": operation(**inputs.arguments(problem))}
+
+    return run
 
 
 def _compare(judged: Contender, config: Config, baselines: list[Contender], rounds: int, note: Note) -> Result:
     measured = measure([judged, *baselines], rounds=rounds, note=note)
     times = dict(measured.times)
     timed = times.pop(judged.name)
-    return Result(judged.problem, judged.name, config, timed, times, measured.rates)
+    name = f"{judged.name} step" if judged.problem.pass_ == "backward" else judged.name
+    return Result(judged.problem, name, config, timed, times, measured.rates)
 
 
 def _inputs(problem: Problem, seed: int) -> Inputs:
@@ -206,15 +247,14 @@ def _inputs(problem: Problem, seed: int) -> Inputs:
     return decided_inputs(problem, seed) if problem.pass_ == "backward" else make_inputs(problem, seed)
 
 
-def _run(function: Callable[..., torch.Tensor], backend: str) -> Run:
-    return lambda problem, inputs: {"y": function(**inputs.arguments(problem), backend=backend)}
-
-
 def _bind(contender: Contender, inputs: Inputs) -> Callable[[], Results]:
     return lambda: contender.run(contender.problem, inputs)
 
 
 def _oracle(problem: Problem, inputs: Inputs) -> Results:
+    if problem.deep and problem.pass_ == "backward":
+        # The oracle's autograd would keep the state of every token. Elsewhere the eager path is held to the oracle.
+        return gradients(partial(memory_caching, backend="eager"), problem, inputs, torch.float64)
     # The oracle's operations are too small to gain from threads.
     with threads(1):
         return PASSES[problem.pass_].expected(problem, inputs)

@@ -85,7 +85,9 @@ class Row:
             if not isinstance(version, str) or len(name) + len(version) > 200:
                 raise UsageError(f"versions: {name!r:.60}={version!r:.60} is not the version of a package")
         p = self.problem
-        if max(p.B, p.T, p.H, p.Dk, p.Dv) > _LARGEST or p.T > _SEGMENTS * (p.segment_length or p.T):
+        if max(p.B, p.T, p.H, p.Dk, p.Dv, p.E, p.inner_chunk or 0) > _LARGEST or p.T > _SEGMENTS * (
+            p.segment_length or p.T
+        ):
             raise UsageError(f"{p!s:.120}: no machine computes that")
 
     @classmethod

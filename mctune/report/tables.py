@@ -51,10 +51,9 @@ def _operation(problem: Problem) -> str:
 
 def _line(row: Row) -> tuple[str, ...]:
     p, best = row.problem, row.best_baseline
-    widths = f"D{p.Dk}" if p.Dk == p.Dv else f"Dk{p.Dk} Dv{p.Dv}"
     spread = f" ({row.low:.3g} to {row.high:.3g})" if row.low is not None and row.high is not None else ""
     return (
-        f"B{p.B} T{p.T} H{p.H} {widths} {p.dtype}",
+        f"B{p.B} T{p.T} H{p.H} {p.widths}{f' b{p.inner_chunk}' if p.deep else ''} {p.dtype}",
         str(p.segment_length or "powers of two"),
         f"{row.ms:.3g}{spread}",
         f"{best[0]} {best[1]:.3g}" if best else "",

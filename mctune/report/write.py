@@ -177,7 +177,7 @@ def _fastest(rates: Sequence[dict[str, float]]) -> tuple[float, float] | None:
 
 def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
     """The row with its fraction of the bound; one that was timed without rates of its own gets a benchmark's."""
-    if row.fraction_of_bound is not None or rates is None or row.problem.deep:
+    if row.fraction_of_bound is not None or rates is None:
         return row
     return replace(row, fraction_of_bound=bound(work(row.problem), *rates) * 1e3 / row.ms)
 

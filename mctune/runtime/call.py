@@ -51,6 +51,14 @@ class Call(Options):
         """Where the row is cut; computing it checks ``cu_seqlens``."""
         return make_segments(self.q.shape[1], self.segmentation, self.segment_length, self.cu_seqlens)
 
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices that a state is made of."""
+        Dk, Dv = self.q.shape[3], self.v.shape[3]
+        if self.W_up is None:
+            return ((Dk, Dv),)
+        return (Dk, self.W_up.shape[2]), (self.W_up.shape[2], Dv)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The call with ``function`` of every tensor that has a row a token, [B, T, H, ...]."""
         tensors: dict[str, Any] = {name: getattr(self, name) for name in ("q", "k", "v", "u", *GATES)}

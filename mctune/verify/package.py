@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -117,6 +117,15 @@ def _contents(path: Path) -> tuple[Path, Contents]:
     except PackageError as error:
         raise MctuneError(str(error)) from error
     return root, contents
+
+
+def find_entry(module: ModuleType, problem: Problem, device: str, backend: str) -> Any | None:
+    """The entry of a loaded package that serves a problem on a device kind by a backend; ``None`` without one."""
+    table = module.runtime.kernels.table
+    names = [field.name for field in fields(table.Request) if field.name != "device"]
+    # A problem of matrix memories has the hidden width 0, a request none.
+    request = table.Request(**{name: getattr(problem, name) or None for name in names}, device=device)
+    return table.find(module.runtime.kernels.dispatch.TABLE, request, backend)
 
 
 def launcher_of(module: ModuleType, entry: Any) -> Any:

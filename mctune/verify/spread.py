@@ -18,7 +18,7 @@ from mctune.runtime.kernels.support import served
 _MATRIX = tuple(name for name, row in RECURRENCES.items() if not row.deep)
 _SHAPES = ((24, 40, 24), (16, 16, 32), (20, 33, 40), (64, 32, 16), (48, 80, 50), (7, 20, 33))
 """Dk, Dv, segment length."""
-_DEEP_SHAPES = ((16, 16, 14, 3, 4), (20, 12, 18, 2, 5), (24, 24, 20, 3, 16), (7, 20, 9, 4, 1))
+_DEEP_SHAPES = ((16, 16, 14, 3, 4), (20, 12, 18, 2, 5), (24, 24, 20, 3, 16), (7, 20, 9, 4, 3))
 """Dk, Dv, segment length, E / Dk, inner chunk."""
 _FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "forward": (
@@ -59,15 +59,17 @@ def recurrences(pass_: str) -> tuple[str, ...]:
 
 
 def draw_defaults(pass_: str, target: Target) -> list[Drawn]:
-    """The configurations that calls of the widest use start from: heads of 128, segments of 256, in bfloat16."""
+    """The configurations that calls of the widest use start from: segments of 256, heads of 128 (64 of deep memories,
+    for they take long to interpret), in bfloat16."""
     drawn = []
     for recurrence, aggregation in product(recurrences(pass_), AGGREGATIONS):
-        mixed = AGGREGATIONS[aggregation].mixes_parameters
-        if mixed and not (RECURRENCES[recurrence].deep and AGGREGATIONS[aggregation].routed):
+        deep, reads = RECURRENCES[recurrence].deep, AGGREGATIONS[aggregation]
+        if reads.mixes_parameters and not (deep and reads.routed):
             continue
+        width = 64 if deep else 128
         problem = Problem(
-            recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=16384 + (pass_ == "decode"), H=16, Dk=128,
-            Dv=128, segment_length=256, dtype="bfloat16", top_k=4 if aggregation == "ssc" else None,
+            recurrence=recurrence, aggregation=aggregation, pass_=pass_, T=16384 + (pass_ == "decode"), H=16,
+            Dk=width, Dv=width, segment_length=256, dtype="bfloat16", top_k=4 if aggregation == "ssc" else None,
         )  # fmt: skip
         drawn.append(Drawn(problem, default(problem, target)))
     return drawn

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mctune.core.problem import PASSES
 from mctune.core.target import targets
 from mctune.core.workload import workload_names
+from mctune.runtime.kernels.support import SERVED
 
 
 def test_targets(run: Callable[..., object]) -> None:
@@ -48,9 +48,9 @@ def test_the_cpu_target_names_its_lanes(run: Callable[..., object]) -> None:
 
 def test_spaces(run: Callable[..., object]) -> None:
     text, data = run("spaces").out, json.loads(run("spaces", "--json").out)
-    assert [space["name"] for space in data["spaces"]] == [
-        f"{backend}/matrix/{pass_}" for backend in ("triton", "tvm") for pass_ in sorted(PASSES)
-    ]
+    assert [space["name"] for space in data["spaces"]] == sorted(
+        f"{row.backend}/{row.family}/{pass_}" for row in SERVED for pass_ in row.passes
+    )
     assert tuple(workload["name"] for workload in data["workloads"]) == workload_names()
     assert "tvm/matrix/forward" in text and "quick" in text
 

@@ -158,8 +158,8 @@ def test_what_cannot_be_searched_is_said_before_anything_is_built(
     assert "a100-80g (NVIDIA A100 80 GB) is not on this machine" in err and "a100 means a100-80g" in err
     _, err = run(tmp_path, "search", "--gpu", "v100", *PROBLEM, code=2)
     assert "no matrix units" in err and "sm_80 or later" in err
-    _, err = run(tmp_path, "search", "--problem", "recurrence=titans,T=256,H=2,Dk=16,Dv=16", code=2)
-    assert "titans" in err and "linear, swla" in err
+    _, err = run(tmp_path, "search", "--problem", "recurrence=gru,T=256,H=2,Dk=16,Dv=16", code=2)
+    assert "gru" in err and "linear, swla, dla, titans" in err
     _, err = run(tmp_path, "search", *PROBLEM, "--storage", "nosuch://x", code=2)
     assert "nosuch://x" in err
     monkeypatch.setenv(CPU_ARCH, "x86-64-v9")

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mctune.cli._cases import parse_problem
+from mctune.cli._cases import cases_of, parse_problem
 from mctune.cli._progress import SearchProgress
+from mctune.core.advice import advice
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed, TimedOut, Wrong
-from mctune.core.problem import Problem
+from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import resolve
 from mctune.core.work import cached_state_bytes, cached_states
-from mctune.core.workload import Case
+from mctune.core.workload import Case, load_workload
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 
 FIELDS = "T=512,H=1,Dk=16,Dv=16"
@@ -118,6 +119,38 @@ def test_data_on_stdout_and_progress_on_stderr(run: Callable[..., Any], planted:
     data = json.loads(run("search", "--problem", FIELDS, "--json").out)
     assert data["studies"][0]["recommended"]["ms"] == 1.25 and data["interrupted"] is False
     assert data["studies"][0]["outcomes"] == {"timed": 4, "wrong": 2}
+
+
+@pytest.mark.parametrize("aggregation", [name for name in AGGREGATIONS if not AGGREGATIONS[name].sparse])
+def test_a_dense_read_of_a_deep_memory_that_exceeds_attention_is_told(
+    aggregation: str, run: Callable[..., Any], planted: Planted
+) -> None:
+    deep = f"T=4096,H=1,Dk=128,Dv=128,recurrence=dla,aggregation={aggregation}"
+    told = run("search", "--problem", deep, "--segment-lengths", "128,256,512,1024")
+    # E = 4 D = 512: 2 * 512 * 256 operations a state, and for attention 2 C * 256.
+    assert told.err.splitlines()[0] == (
+        "a dense read of deep memories, E512, in segments of 128, 256 tokens takes 4, 2 times the work of attention: "
+        "2 E (Dk + Dv) = 262144 operations a token and state, 2 C (Dk + Dv) = 65536, 131072 for attention to its "
+        "segment; take aggregation=ssc, or segments of at least E = 512 tokens"
+    )
+    assert told.out.count("dense read") == 0
+
+
+@pytest.mark.parametrize(
+    "other", ["recurrence=dla,aggregation=ssc", "recurrence=titans,expansion=1", "recurrence=linear",
+              "recurrence=dla,segmentation=logarithmic"],
+)  # fmt: skip
+def test_other_reads_have_no_such_advice(other: str, run: Callable[..., Any], planted: Planted) -> None:
+    problem = f"T=4096,H=1,Dk=128,Dv=128,{other}"
+    cases, _, _ = cases_of(resolve("cpu")[0], None, problem, "128,256")
+    assert advice(cases) == ()
+    one_segment, _, _ = cases_of(resolve("cpu")[0], None, "T=256,H=1,Dk=128,Dv=128,recurrence=dla", "256")
+    assert advice(one_segment) == ()
+
+
+def test_advice_is_given_once_for_a_workload() -> None:
+    (line,) = advice(load_workload("deep").cases)
+    assert "E256, in segments of 128 tokens takes 2 times" in line
 
 
 def test_what_the_compiler_says_of_the_recommended_one_is_told(

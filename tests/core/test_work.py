@@ -41,6 +41,70 @@ def test_the_published_sketch() -> None:
     assert attention_operations(large) == pytest.approx(1.10e12, rel=0.01)
 
 
+def test_a_deep_memory_of_one_segment_by_hand() -> None:
+    # Dk 2, E 6, Dv 3: W_up has 12 numbers, W_down 18. Five tokens in inner chunks of 2: places 1 2, 1 2, 1.
+    one = problem(recurrence="dla", expansion=3, inner_chunk=2, T=5, H=1, Dk=2, Dv=3)
+    assert dict(work(one).parts) == {
+        "gradients": 5 * (2 * 12 + 2 * 18),  # k W_up, e W_down^T
+        "state update": 5 * (2 * 12 + 2 * 18),
+        # A row at place n: n scores over Dk and n rows of E are added up, then n scores over E and n rows of Dv.
+        "intra-chunk": (1 + 2 + 1 + 2 + 1) * 2 * (2 + 6 + 6 + 3),
+        "entering state": 5 * (2 * 12 + 2 * 18),
+        "cached read": 0,
+        "gate logits": 5 * 2 * 2,
+    }
+    titans = dict(work(one.replace(recurrence="titans")).parts)
+    assert titans.pop("gradients") == 5 * (2 * 12 + 2 * 18 + 2 * 18)
+    assert titans == {name: count for name, count in work(one).parts if name != "gradients"}
+    assert work(one).chunk == work(one, 2).chunk == 2
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "by_hand"),
+    [
+        # Segments of 4, 4 and 2 tokens, 30 parameters: the second reads one state, the third two.
+        ("grm", 4 * 1 * 60 + 2 * 2 * 60),
+        ("soup", 4 * 1 * 60 + 2 * 2 * 60),
+        ("residual", 4 * 1 * 60 + 2 * 2 * 60),
+        ("ssc", 4 * 1 * 60 + 2 * 1 * 60),
+        # One sum of states, which the third segment adds to.
+        ("mean", (4 * 60 + 30) + (2 * 60 + 30)),
+    ],
+)
+def test_cached_reads_of_a_deep_memory_by_hand(aggregation: str, by_hand: int) -> None:
+    shape: dict[str, Any] = {"T": 10, "H": 1, "Dk": 2, "Dv": 3, "expansion": 3, "segment_length": 4}
+    top_k = {"top_k": 1} if aggregation == "ssc" else {}
+    three = Problem(recurrence="titans", aggregation=aggregation, **shape, **top_k)
+    assert dict(work(three).parts)["cached read"] == by_hand
+
+
+def test_a_deep_read_is_four_to_the_width_of_attention_a_token() -> None:
+    """With E = 4 D a state takes 16 D^2: segments of E tokens cost what attention to them costs."""
+    deep = problem(recurrence="dla", segment_length=256)
+    past = attention_operations(deep) - 16 * attention_operations(problem(T=256))
+    # A token attends to T (Dk + Dv) over the whole row: to past segments that much, in 2 operations a product.
+    assert dict(work(deep).parts)["cached read"] == past
+    wide = dict(work(deep.replace(Dk=128, Dv=128)).parts)["cached read"]
+    assert wide == 2 * (
+        attention_operations(problem(Dk=128, Dv=128)) - 16 * attention_operations(problem(T=256, Dk=128, Dv=128))
+    )
+
+
+def test_deep_backward_bytes_and_decode() -> None:
+    deep = problem(recurrence="titans")
+    assert work(deep.replace(pass_="backward")).operations == 3 * work(deep).operations
+    rows, parameters, gates = 4096 * 4 * 64, 256 * 128, 3 * 4096 * 4 * 4
+    states, weights = 15 * 4 * parameters * 4, 4 * parameters * 4
+    assert work(deep).bytes == 5 * rows * 4 + gates + 2 * states + weights
+    backward = (4 + 1 + 4) * rows * 4 + 2 * gates + 4 * states + 2 * weights
+    assert work(deep.replace(pass_="backward")).bytes == backward
+    step = work(deep.replace(pass_="decode"))
+    gradients = 2 * parameters + 2 * 256 * 64
+    assert step.operations == 4 * (gradients + 4 * parameters + 2 * 15 * parameters + 2 * 16 * 64)
+    # The online state and the momentum go both ways, the state at the inner chunk's start one.
+    assert step.bytes == 4 * 4 * (5 * 64 + 3 + (2 + 2 + 1 + 15) * parameters + 15 * 64)
+
+
 def token_by_token(p: Problem, chunk: int) -> int:
     """The same counts, one token at a time."""
     total, top_k = 0, p.top_k
@@ -132,7 +196,7 @@ def test_the_bound_is_the_slower_of_the_two() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="recurrence='titans'"):
-        work(problem(recurrence="titans"))
+    with pytest.raises(UsageError, match="chunk=8 with inner_chunk=16"):
+        work(problem(recurrence="titans"), chunk=8)
     with pytest.raises(UsageError, match="chunk=0"):
         work(problem(), chunk=0)

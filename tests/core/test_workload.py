@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from mctune.core.errors import UsageError
-from mctune.core.problem import PASSES
+from mctune.core.problem import PASSES, RECURRENCES
 from mctune.core.work import cached_states
 from mctune.core.workload import Case, load_workload, read_workload, workload_names
 
 
 def test_the_shipped_workloads() -> None:
-    assert workload_names() == ("decisive", "decode", "paper", "quick", "train")
+    assert workload_names() == ("decisive", "decode", "deep", "paper", "quick", "train")
     quick = load_workload("quick")
     assert quick.timeout_s is not None and quick.timeout_s <= 300
     assert load_workload("quick", gpu=True).timeout_s == 420
@@ -24,7 +24,12 @@ def test_the_shipped_workloads() -> None:
     assert all(case.segment_lengths == (256,) for case in quick.cases[1:])
     train = load_workload("train").cases
     assert {c.problem.pass_ for c in train} == set(PASSES)
-    assert {c.problem.recurrence for c in train} == {"linear", "swla"}
+    assert {c.problem.recurrence for c in train} == set(RECURRENCES)
+    deep = load_workload("deep")
+    reads = {(c.problem.pass_, c.problem.recurrence, c.problem.aggregation, c.problem.top_k) for c in deep.cases}
+    assert len(reads) == len(deep.cases) == len(PASSES) * 2 * 3 and all(c.problem.deep for c in deep.cases)
+    on_gpu = load_workload("deep", gpu=True).cases
+    assert {(c.problem.T, c.problem.H, c.problem.E, c.problem.dtype) for c in on_gpu} == {(16384, 16, 256, "bfloat16")}
     paper = load_workload("paper")
     shapes = {(c.problem.H * c.problem.Dk, c.problem.T, c.problem.aggregation) for c in paper.cases}
     assert shapes == {
@@ -49,6 +54,8 @@ def test_cases() -> None:
     case = Case.of(fields, (64, 32, 64))
     assert case.segment_lengths == (32, 64) and case.problem.segment_length == 32
     assert " C32,64 " in str(case)
+    deep = Case.of({**fields, "recurrence": "titans", "inner_chunk": 8}, (64, 32))
+    assert " D8 E32 C32,64 b8 float32" in str(deep)
     assert Case.of({**fields, "segment_length": 16}, (32,)).segment_lengths == (16,)
     assert Case.of({**fields, "segmentation": "logarithmic"}, (32,)).segment_lengths == ()
     with pytest.raises(UsageError, match="no segment length"):

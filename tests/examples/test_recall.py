@@ -69,10 +69,12 @@ def test_too_many_pairs_are_refused() -> None:
         batch(9, 40)
 
 
-@pytest.mark.parametrize("mixer", list(recall.MIXERS))
-def test_models_are_causal_and_alike(mixer: str) -> None:
+@pytest.mark.parametrize(
+    ("mixer", "recurrence"), [*((mixer, "swla") for mixer in recall.MIXERS), ("soup", "dla"), ("ssc", "titans")]
+)
+def test_models_are_causal_and_alike(mixer: str, recurrence: str) -> None:
     torch.manual_seed(0)
-    run = recall.Run(mixer, 5, 0, length=19, segment_length=4)
+    run = recall.Run(mixer, 5, 0, recurrence, length=19, segment_length=4)
     model = recall.Model(run, WORDS)
     tokens, _ = batch(size=2)
     changed = tokens.clone()
@@ -135,6 +137,9 @@ def test_the_csv_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = recall.accuracies(more[:3], rows)
     assert found == {"grm": {3: [0.5, 0.5]}, "ssc": {3: [0.5]}}
     assert recall.make_table(found, [3]).row_count == 2
+    deep = recall.Run("grm", 3, 0, "dla")
+    both = recall.accuracies([more[0], deep], rows | {deep.key: recall.Result(0.75, 1.0, 750, 10, 0.1)})
+    assert both == {"swla grm": {3: [0.5]}, "dla grm": {3: [0.75]}}
 
 
 def test_quick_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

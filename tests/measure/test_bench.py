@@ -29,7 +29,10 @@ from mctune.measure.bench import Contender, Rates, Result, eager, measure
 from mctune.measure.documents import document
 from mctune.report.rows import Row
 from mctune.report.write import read_document, write_results
+from mctune.runtime.api.functional import memory_caching
+from mctune.runtime.kernels.support import Support
 from mctune.verify.inputs import make_inputs
+from mctune.verify.package import find_entry, launcher_of, load_package
 from mctune.verify.passes import PASSES
 
 TINY = Problem(T=96, H=1, Dk=64, Dv=64, segment_length=32)
@@ -117,6 +120,19 @@ def test_ssc_may_read_another_segment_where_logits_are_equal() -> None:
         measure([differs(2)], rounds=1, note=pytest.fail)
 
 
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize(("recurrence", "names"), [("linear", ["eager", "torch.compile"]),
+                                                   ("titans", ["eager", "vmap(grad)"])])  # fmt: skip
+def test_passes_are_timed_as_what_they_are(pass_: str, recurrence: str, names: list[str]) -> None:
+    """A backward is a training step: all gradients are held to a reference, not y."""
+    problem = TINY.replace(T=40, Dk=8, Dv=8, segment_length=16, pass_=pass_, recurrence=recurrence)
+    found = measure(bench.baselines(problem), rounds=1, note=pytest.fail)
+    assert list(found.times) == names and max(one.error for one in found.times.values()) < 5e-6
+    given = bench.run_of(memory_caching, "eager")(problem, make_inputs(problem, 0))
+    others = {"dg", "deta", "dmu", "dW_up", "dW_down"} if recurrence == "titans" else set()
+    assert set(given) == ({"y"} if pass_ == "forward" else {"dq", "dk", "dv", "du"} | others)
+
+
 def test_what_cannot_run_is_left_out_aloud_if_it_may() -> None:
     def run(problem: Problem, inputs: Any) -> torch.Tensor:
         raise RuntimeError("no C++ compiler\nand a long story")
@@ -149,9 +165,34 @@ def test_speedup_and_fraction_of_bound(tmp_path: Path) -> None:
     assert "3.00x" in (folder / "README.md").read_text() and "matrix_gflops" in (folder / "README.md").read_text()
 
 
-def test_deep_memories_have_no_bound() -> None:
+def test_deep_memories_have_a_bound_too() -> None:
     deep = TINY.replace(recurrence="dla", Dk=8, Dv=8)
-    assert Result(deep, "eager", Config.of({}), timed(3.0), {}, RATES).fraction_of_bound is None
+    result = Result(deep, "eager", Config.of({}), timed(3.0), {}, RATES)
+    counted = work(deep)
+    assert result.fraction_of_bound == pytest.approx(max(counted.operations / 100e9, counted.bytes / 10e9) / 3e-3)
+
+
+def test_benchmarks_find_the_kernels_of_a_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_package(package)
+    entry = find_entry(module, TINY.replace(T=200), "cpu", "tvm")
+    assert entry is not None and launcher_of(module, entry)
+    for other in (TINY.replace(Dk=32, Dv=32), TINY.replace(recurrence="dla"), TINY.replace(pass_="decode")):
+        assert find_entry(module, other, "cpu", "tvm") is None
+    assert find_entry(module, TINY, "cpu", "triton") is None
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        decode = importlib.import_module("decode")
+        config, _ = decode.kernel_of(TINY, TARGET, package, package.parent)
+        monkeypatch.setattr(decode, "computes", lambda backend, problem: Support.no("no template"))
+        assert decode.kernel_of(TINY.replace(recurrence="dla"), TARGET, package, package.parent) is None
+        for change in ({}, {"aggregation": "ssc", "top_k": 2}):
+            few = decode.DEEP.replace(H=2, Dk=8, Dv=8, **change)
+            found = decode.bench(few, None, 1)
+            assert found.backend == "eager" and set(found.baselines) == {"vmap(grad)"}
+            assert decode.said([found]).startswith(str(few))
+    finally:
+        sys.path.pop(0)
+    assert config["chunk"] == 32
 
 
 def test_a_package_from_the_command_line(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,13 +213,25 @@ def test_without_a_package_the_eager_path_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = (Case.of({"T": 96, "H": 1, "Dk": 8, "Dv": 8}, (16, 32, 48)),
+             Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "pass": "decode"}, (8,)),
+             Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "pass": "backward"}, (8,)),
              Case.of({"T": 40, "H": 1, "Dk": 8, "Dv": 8, "segmentation": "logarithmic"}, ()))  # fmt: skip
     monkeypatch.setattr(bench, "load_workload", lambda name: Workload(name, "", 1, None, cases))
     assert main(["bench", "--rounds", "1"]) == 0
-    header, constant, logarithmic = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    header, constant, backward, logarithmic = printed.out.splitlines()
     assert header.split()[:2] == ["problem", "backend"]
     assert " C32 " in constant and " eager " in constant and "torch.compile" in constant
-    assert " log " in logarithmic
+    assert " log " in logarithmic and backward.startswith("backward ") and " eager step " in backward
+    assert "left out: benchmarks/decode.py times decode steps" in printed.err
+
+
+def test_a_backward_without_a_forward_is_left_out(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"problem": TINY.replace(Dk=32, Dv=32, pass_="backward").to_dict(), "backend": "tvm", "config": {}}
+    monkeypatch.setattr(bench, "read_entries", lambda path: [alone])
+    notes: list[str] = []
+    _, results = bench.bench_package(package, rounds=1, note=notes.append)
+    assert not results and notes[0].endswith("left out: the package has no forward kernel to train with")
 
 
 def test_packages_that_cannot_be_timed(

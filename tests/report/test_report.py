@@ -115,6 +115,13 @@ def test_readme_says_what_is_measured_and_what_is_not() -> None:
     assert "predicted" not in results_readme([row()], ENVIRONMENT)
 
 
+def test_a_deep_memory_is_told_from_another_of_other_width_or_inner_chunk() -> None:
+    deep = GRM.replace(recurrence="dla")
+    text = results_readme([row(deep), row(deep.replace(inner_chunk=64)), row(deep.replace(expansion=2))], ENVIRONMENT)
+    for shape in ("E256 b16", "E256 b64", "E128 b16"):
+        assert f"| B1 T4096 H4 D64 {shape} float32 | 256 " in text
+
+
 def test_results_from_a_package_and_a_benchmark(tmp_path: Path) -> None:
     package, bench = tmp_path / "package", tmp_path / "bench.json"
     package.mkdir()

@@ -61,6 +61,7 @@ def make_call(
 def with_states(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``forward_with_states`` of the arguments of ``memory_caching``."""
+    """``forward_with_states`` of the arguments of ``memory_caching`` for a matrix memory, which has one layer."""
     backend = options.pop("backend", "auto")
-    return forward_with_states(make_call(q, k, v, u, **options), backend)
+    y, states, means = forward_with_states(make_call(q, k, v, u, **options), backend)
+    return y, None if states is None else states[0], means

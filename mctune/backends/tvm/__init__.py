@@ -23,6 +23,9 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.results import padded
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.tvm.deep.backward import TvmDeepBackward
+from mctune.runtime.kernels.tvm.deep.decode import TvmDeepDecode
+from mctune.runtime.kernels.tvm.deep.forward import TvmDeepForward
 from mctune.runtime.kernels.tvm.loader import load_library
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
 from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
@@ -43,6 +46,9 @@ LAUNCHERS = {
     ("matrix", "forward"): TvmForward,
     ("matrix", "backward"): TvmBackward,
     ("matrix", "decode"): TvmDecode,
+    ("deep", "forward"): TvmDeepForward,
+    ("deep", "backward"): TvmDeepBackward,
+    ("deep", "decode"): TvmDeepDecode,
 }
 """By family and pass."""
 
@@ -97,8 +103,11 @@ class TvmBackend:
         return {"name": self.name, "tvm": TVM, "templates": source_hash()[:16]}
 
     def padded(self, problem: Problem) -> Problem:
-        """The problem with the widths that kernels are compiled for: decode works in place, on exact ones."""
-        if problem.pass_ == "decode":
+        """The problem with the widths that kernels are compiled for: decode works in place, on exact ones.
+
+        Templates of deep memories widen by themselves: the hidden width of a padded problem would be another.
+        """
+        if problem.pass_ == "decode" or problem.deep:
             return problem
         return problem.replace(Dk=padded(problem.Dk), Dv=padded(problem.Dv))
 

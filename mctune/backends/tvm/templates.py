@@ -21,6 +21,12 @@ OPERATIONS = {
     ("matrix", "forward"): ("segment_states", "read_forward"),
     ("matrix", "backward"): ("segment_states", "read_backward", "state_backward", "write_backward"),
     ("matrix", "decode"): ("decode_step",),
+    ("deep", "forward"): ("deep_write", "deep_read"),
+    ("deep", "backward"): (
+        *("deep_write", "deep_gates", "deep_mix_backward", "deep_read_backward", "deep_write_backward"),
+        "deep_gates_backward",
+    ),
+    ("deep", "decode"): ("deep_decode",),
 }
 """The templates of each family and pass; one exported library holds them all."""
 

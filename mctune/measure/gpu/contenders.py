@@ -25,7 +25,7 @@ from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.kernels.triton.tables import DEVICE
 from mctune.runtime.memory import LayerMemory
 from mctune.runtime.segments import make_segments
-from mctune.verify.package import load_package
+from mctune.verify.package import find_entry, launcher_of, load_package
 
 NARROW = "16-bit states"
 TORCH_ATTENTION = ("sdpa", "products")
@@ -188,13 +188,9 @@ def _default(problem: Problem, target: Target, folder: Path) -> tuple[Any, Confi
 
 
 def _tuned(package: Path, problem: Problem) -> tuple[Any, Config] | None:
-    runtime = load_package(package).runtime
-    names = [name for name in runtime.table.Request.__dataclass_fields__ if name != "device"]
-    request = runtime.table.Request(**{name: getattr(problem, name) for name in names}, device=DEVICE)
-    entry = runtime.table.find(runtime.dispatch.TABLE, request, "triton")
-    if entry is None:
-        return None
-    return runtime.dispatch.launcher(entry), Config.of(entry.record["config"])
+    module = load_package(package)
+    entry = find_entry(module, problem, DEVICE, "triton")
+    return None if entry is None else (launcher_of(module, entry), Config.of(entry.record["config"]))
 
 
 def eager(shape: Shape, data: Data, aggregation: str) -> Call:

@@ -133,13 +133,13 @@ def remember(
     call: Call,
     bound: int | None = None,
     state_dtype: torch.dtype | None = None,
-    kept: Tensor | None = None,
+    kept: tuple[Tensor, ...] | None = None,
     means: Tensor | None = None,
 ) -> LayerMemory:
     """The memory that sequences leave, from their writes alone; ``state_dtype`` as in :meth:`LayerMemory.empty`.
 
-    ``kept`` and ``means`` are the states at the segments' ends, [B, H, N, Dk, Dv], and their mean keys, [B, H, N, Dk],
-    where a kernel has left them.
+    ``kept`` and ``means`` are the states at the segments' ends, [B, H, N, ...] a layer, and their mean keys,
+    [B, H, N, Dk], where a kernel has left them.
     """
     lengths = sequence_lengths(call)
     memory = LayerMemory.empty(call, len(lengths), bound, state_dtype)
@@ -149,8 +149,9 @@ def remember(
     start: tuple[Tensor, ...] = ()
     with without_autocast(call.q.device):
         k, v = (by_head(x, call.compute_dtype) for x in (call.k, call.v))
-        if kept is not None and means is not None:
-            states, means = (kept.flatten(0, 1),), means.flatten(0, 1)
+        if kept is not None and means is not None and (not call.deep or _starts_afresh(call)):
+            states, means = tuple(x.flatten(0, 1) for x in kept), means.flatten(0, 1)
+            momentum, start = _of_last_chunk(call, max(lengths)) if call.deep else ((), ())
         else:
             layout = lay_out(call)
             left = end_states(call, layout, k, v)
@@ -187,3 +188,19 @@ def remember(
                 W[row] = ends[G, row if packed else 0]
         first = last + 1
     return memory
+
+
+def _starts_afresh(call: Call) -> bool:
+    """Whether what a segment under way was written with does not depend on those before it, in all rows alike."""
+    return not call.carried and call.cu_seqlens is None
+
+
+def _of_last_chunk(call: Call, length: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """S, and the state that entered the last inner chunk, of a deep memory: the last segment's writes, once more."""
+    rest = length % call.segment_length
+    if not rest:
+        return (), ()
+    last = tokens(call, length - rest, length)
+    k, v = (by_head(x, call.compute_dtype) for x in (last.k, last.v))
+    left = end_states(last, lay_out(last), k, v)
+    return left.momentum, left.start

@@ -47,6 +47,7 @@ class Served:
 
 SERVED = (
     Served("tvm", "cpu", "matrix", dtype="float32"),
+    Served("tvm", "cpu", "deep", dtype="float32"),
     Served("triton", "cuda", "matrix"),
     Served("triton", "cuda", "deep", fixed=("inner_chunk",)),
 )

@@ -10,7 +10,7 @@ from mctune.core.target import Target
 _WIDE = Config.of(
     {
         "precision": "ieee",
-        "write_READ": "columns",
+        "write_READ": "tokens",
         "write_EB": 64,
         "write_num_warps": 4,
         "write_num_stages": 1,
@@ -87,6 +87,8 @@ _WRITES = ((64, 4), (32, 4), (32, 8), (16, 8), (16, 16))
 _READS = ((256, 64, 16), (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 64, 8))
 _SHORT = ((32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 4))
 """Tokens, hidden units and warps: fewer tokens for wider heads, and for short segments."""
+_COLUMNS = _READS[1]
+"""Where heads are narrow, and products not those of sm_90."""
 
 
 def _default(write: tuple[int, int], read: tuple[int, int, int], tile: int, warps: int, precision: str) -> Config:
@@ -99,10 +101,11 @@ def _default(write: tuple[int, int], read: tuple[int, int, int], tile: int, warp
 
 def _defaults(reads: Sequence[tuple[int, int, int]]) -> tuple[Config, ...]:
     return tuple(
-        _default(write, read, 64, warps, "ieee").replace(read_num_stages=stages)
+        _default(write, read, 64, warps, "ieee").replace(read_num_stages=stages, write_READ=order)
         for stages in (2, 1)
         for warps in (4, 8)  # longer lists of the best logits take more
         for read in reads
+        for order in (("columns", "tokens") if read == _COLUMNS else ("tokens",))
         for write in _WRITES
     )
 
@@ -171,6 +174,11 @@ SPACE = SearchSpace(
             "read_num_stages",
             lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or _power(max(p.Dk, p.Dv)) <= 128,
             "AMD's 64 KiB of shared memory do not hold wide states that are loaded ahead",
+        ),
+        Constraint(
+            "write_num_stages",
+            lambda c, p, t: t.kind == "cuda" or c["write_num_stages"] == 1,
+            "Triton cannot compile rows of a chunk that are loaded ahead for AMD",
         ),
     ),
     default=_WIDE,

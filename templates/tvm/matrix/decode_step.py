@@ -16,9 +16,9 @@ from functools import partial
 
 from tvm.script import tirx as T
 
+from ..decode_tiles import advance, over_columns, read
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from ..tiles import LANES
-from .decode_tiles import advance, over_columns, read
 from .decode_token import Plan, gates, leave_empty, prepare, remember, take
 
 

@@ -2,10 +2,10 @@
 
 from tvm.script import tirx as T
 
+from ..decode_tiles import LOW, choose, dots, softmax
 from ..flags import flags_of
 from ..kernel import Values, emit, f32, i32, scratch
 from ..tiles import LANES, exp, stain
-from .decode_tiles import LOW, choose, dots, softmax
 
 _DOTS = 8
 """Descriptors whose inner products with u are in flight together."""

@@ -67,9 +67,10 @@ def _read(x, z, down, error, before):
 
     READ: the products' rows are those of the result, "tokens", few; or "columns" of values, whose state is transposed.
     """
-    pairs = tl.where(before, tl.dot(tl.trans(z), x, input_precision="ieee"), 0.0).to(x.dtype)
-    y = tl.dot(tl.trans(down), x, input_precision="ieee")
-    return tl.trans(tl.dot(tl.trans(error), pairs, y, input_precision="ieee"))
+    rows = tl.trans(x)
+    pairs = tl.where(tl.trans(before), tl.dot(rows, z, input_precision="ieee"), 0.0).to(x.dtype)
+    y = tl.dot(rows, down, input_precision="ieee")
+    return tl.dot(pairs, error, y, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])

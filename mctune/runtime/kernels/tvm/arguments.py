@@ -7,6 +7,13 @@ from operator import itemgetter
 from typing import Any
 
 _GATES = ("g", "beta", "lam")
+_DEEP_GATES = ("g", "eta", "mu")
+_WALK = ("inner", "scale", "adds_input", "carries")
+_DEEP_CACHE = (
+    *("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down", "momentum_up"),
+    *("momentum_down", "key_sum", "cached", "filled"),
+)
+_LEFT = ("online", "hidden", "rows_z", "rows_err")
 _SEGMENTS = ("begin", "end", "first", "tokens", "heads")
 _LIMITS = ("longest", "top_k", "scale")
 _CACHE = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "cached", "filled")
@@ -25,6 +32,33 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "write_backward": (
         *("dy", "q", "u", "k", "v", *_GATES, "own", "entering", "states", "dstates", "dmeans", *_SEGMENTS, "scale"),
         *("lead_key", "lead_value", "dk", "dv", "dg", "dbeta", "dlam"),
+    ),
+    "deep_write": (
+        *("q", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_SEGMENTS, *_WALK),
+        *("up", "down", "means", "enter_up", "enter_down", *_LEFT),
+    ),
+    "deep_read": (
+        *("q", "u", "k", *_DEEP_GATES, "W_down", "up", "down", "means", "enter_down", *_LEFT, *_SEGMENTS),
+        *("longest", "top_k", *_WALK, "mixed", "y"),
+    ),
+    "deep_gates": ("u", "k", "means", *_SEGMENTS, "top_k", "gamma", "own"),
+    "deep_mix_backward": (
+        *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_z", "rows_err"),
+        *("gamma", "own", *_SEGMENTS, "longest", *_WALK, "mixed", "dhidden", "dgamma", "parts"),
+    ),
+    "deep_read_backward": (
+        *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "adds_input"),
+        *("dgamma", "dup", "ddown", "parts"),
+    ),
+    "deep_write_backward": (
+        *("dy", "q", "k", "v", *_DEEP_GATES, "W_up", "W_down", "means", "up", "down", "enter_up", "enter_down"),
+        *("hidden", "mixed", "dhidden", "own", "dup", "ddown", *_SEGMENTS, "longest", *_WALK),
+        *("dq", "dk", "dv", "dg", "deta", "dmu", "down_own", "dstart_up", "dstart_down"),
+    ),
+    "deep_gates_backward": (*("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),),
+    "deep_decode": (
+        *("q", "u", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_DEEP_CACHE),
+        *("length", "inner", "top_k", "adds_input", "scale", "y"),
     ),
     "decode_step": ("q", "u", "k", "v", *_GATES, *_CACHE, "length", "top_k", "scale", "y"),
 }

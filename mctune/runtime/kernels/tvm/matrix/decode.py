@@ -59,7 +59,7 @@ class TvmDecode:
             KernelError: if the cached states are of 16 bits, the memory has no room for those of the tokens, or an
                 array has more elements than the kernel's 32-bit indices reach.
         """
-        needed = self._check(v, memory, segment_length)
+        needed = check_memory(v, memory, segment_length)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         if self.gated:
             last_key, last_value = memory.last_key, memory.last_value
@@ -80,27 +80,28 @@ class TvmDecode:
         launch("decode_step", self.decode_step, values)
         return y
 
-    def _check(self, v: torch.Tensor, memory: LayerMemory, segment_length: int) -> int:
-        """How many states there may be at the end of the call.
 
-        Raises:
-            KernelError: if the kernel cannot serve the memory, or the memory has no room for them.
-        """
-        (states,), (online,), n = memory.states, memory.online, v.shape[1]
-        if states.dtype != torch.float32:
-            raise KernelError(
-                f"cached states of {states.dtype}, and kernels of the CPU read torch.float32; use "
-                "MemoryCache(state_dtype=None)"
-            )
-        needed = memory.needed(n, segment_length)
-        room, Dk, Dv = memory.descriptors.shape[2], online.shape[2], online.shape[3]
-        if needed > room:
-            raise KernelError(
-                f"{n} more tokens need room for {needed} states and the memory has room for {room}; "
-                f"call memory.reserve({n}) first"
-            )
-        check_reach(states.numel(), n * (online.numel() // min(Dk, Dv)))
-        return needed
+def check_memory(v: torch.Tensor, memory: LayerMemory, segment_length: int) -> int:
+    """How many states there may be after the tokens of v.
+
+    Raises:
+        KernelError: if a kernel cannot serve the memory, or the memory has no room for them.
+    """
+    n, layers = v.shape[1], zip(memory.states, memory.online, strict=True)
+    if memory.states[0].dtype != torch.float32:
+        raise KernelError(
+            f"cached states of {memory.states[0].dtype}, and kernels of the CPU read torch.float32; use "
+            "MemoryCache(state_dtype=None)"
+        )
+    needed = memory.needed(n, segment_length)
+    if needed > memory.capacity:
+        raise KernelError(
+            f"{n} more tokens need room for {needed} states and the memory has room for {memory.capacity}; "
+            f"call memory.reserve({n}) first"
+        )
+    for states, online in layers:
+        check_reach(states.numel(), n * (online.numel() // min(online.shape[2:])))
+    return needed
 
 
 LAUNCHER = TvmDecode

@@ -2,8 +2,8 @@
 
 from tvm.script import tirx as T
 
-from ..kernel import emit, inline
-from ..tiles import LANES, LARGEST, exp
+from .kernel import emit, inline
+from .tiles import LANES, LARGEST, exp
 
 LOW = -3.0e38
 """Less than any logit; its exponential is 0."""

@@ -1,0 +1,64 @@
+"""Search space of the backward pass of deep memories on a CPU."""
+
+from mctune.core.config import Config
+from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+
+from ._rules import divides, fits_registers
+
+_WIDE = Config.of(
+    {
+        "walk_rows": 8,
+        "walk_cols": 32,
+        "unroll": 1,
+        "chunk": 64,
+        "rows": 8,
+        "cols": 32,
+        "groups": 1,
+        "score_rows": 8,
+        "score_lanes": 16,
+        "saved": "states",
+    }
+)
+_HALF = _WIDE.replace(walk_cols=16, rows=4, cols=16, score_rows=4)
+
+SPACE = SearchSpace(
+    params=(
+        Int("walk_rows", (1, 2, 4, 8, 16), "tokens, or rows of a layer, of a register tile of the writes' gradients"),
+        Int("walk_cols", (16, 32, 48, 64), "columns of that tile"),
+        Pow2("unroll", 1, 8, "unrolling of a tile's loop over a width"),
+        Int("chunk", (16, 32, 48, 64, 96, 128, 256), "tokens whose reads of a state are taken together"),
+        Int("rows", (2, 4, 8, 16), "rows of a register tile of the reads' gradients"),
+        Int("cols", (16, 32, 48, 64), "columns of that tile"),
+        Pow2("groups", 1, 8, "groups of a head's states, each with its own part of dq"),
+        Int("score_rows", (2, 4, 8), "segments of a tile of logits"),
+        Int("score_lanes", (16, 32, 48, 64), "tokens of a tile of logits"),
+        Choice("saved", ("states", "nothing"), "what the forward keeps; with nothing the states are computed again"),
+    ),
+    constraints=(
+        divides("walk_cols", "Dk", "Dv", "E"),
+        fits_registers("walk_rows", "walk_cols"),
+        divides("rows", "chunk"),
+        divides("cols", "Dk", "Dv", "E"),
+        fits_registers("rows", "cols"),
+        divides("score_lanes", "chunk"),
+        fits_registers("score_rows", "score_lanes"),
+        Constraint(
+            "chunk",
+            lambda c, p, t: c["chunk"] == 16 or p.segment_length is None or c.integer("chunk") <= p.segment_length,
+            "a chunk longer than a segment computes rows that do not exist",
+        ),
+        Constraint(
+            "groups",
+            lambda c, p, t: c["groups"] == 1 or not p.reads.mixes_parameters,
+            "where parameters are mixed, dq is not added up by state",
+        ),
+        Constraint(
+            "saved",
+            lambda c, p, t: c["saved"] == "states" or not (p.reads.mixes_parameters or p.writes.momentum),
+            "the writes are computed again whatever is kept",
+        ),
+    ),
+    default=_WIDE,
+    # For short segments, narrow values, AVX2's 16 registers, and both.
+    fallbacks=(_WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16)),
+)

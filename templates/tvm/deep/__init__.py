@@ -1,0 +1,1 @@
+"""Templates of deep memories: dla and titans."""

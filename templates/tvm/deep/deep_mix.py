@@ -1,0 +1,128 @@
+"""Reads of a deep memory whose every parameter is the weighted mean of the states' (Eq. 14-15).
+
+    h_t = gamma^(s) q U_t + sum_{i < s} gamma^(i) q U^(i),  z = gelu(h)
+    y_t = gamma^(s) z W_t + sum_{i < s} gamma^(i) z W^(i)
+
+Two gated reads with one gelu between. What z reads of W_t follows a second walk of the segment's chunks, whose rows
+``deep_write`` has left.
+"""
+
+from tvm.script import tirx as T
+
+from ..kernel import emit, f32, scratch
+from ..tiles import LANES, clear, columns
+from .tiles import activate, add_row, copy, product, scaled
+from .walk import coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows, tiles
+
+
+def mix_block(plan, at, *, t0, rows, seen) -> None:
+    """z of a block of tokens, and the part of y that comes of cached states."""
+    Dk, Dv, E, MR, NR, past, base = plan.Dk, plan.Dv, plan.E, plan.rows, plan.cols, at.past, at.base
+    H, HT, C, own, row0, heads = at.H, at.HT, at.C, at.own, at.row0, at.heads
+
+    def first(i):
+        tile = product(MR, NR, plan.unroll, scaled(MR, NR, H, at.gamma, i))
+        return lambda r, n: tile(A=at.QT, a0=0, ac=r, B=at.up, b0=(base + i) * Dk, bc=n, steps=Dk, r0=r, n0=n)
+
+    def second(i):
+        tile = product(MR, NR, plan.unroll, scaled(MR, NR, C, at.gamma, i))
+        return lambda r, n: tile(A=HT, a0=0, ac=r, B=at.down, b0=(base + i) * E, bc=n, steps=E, r0=r, n0=n)
+
+    @emit
+    def products():
+        for t in range(rows):
+            at.own_of[seen + t] = own[0, t]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    H[t, e * LANES + x] = own[0, t] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
+        for i in range(past):
+            tiles(rows, E, MR, NR, first(i))
+        activate(H, rows, E)
+        put_rows(at, H, at.mixed, E, t0=t0, rows=rows)
+        columns(H, E, 0, 1, 0, rows, HT)
+        clear(C, 0, rows, Dv)
+        for i in range(past):
+            tiles(rows, Dv, MR, NR, second(i))
+        for t in range(rows):
+            if at.adds_input > 0:
+                add_row(C, t, at.scale, at.q, row0 + (t0 + t) * heads, plan.both)
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.y[row0 + (t0 + t) * heads, n * LANES + x] = C[t, n * LANES + x]
+
+
+def second_of_online(plan, at) -> None:
+    """y += gamma^(s) z W_t, chunk by chunk."""
+    s, E, Dv, inner = at.s, plan.E, plan.Dv, at.inner
+
+    @emit
+    def walk():
+        own = T.meta_var(
+            scratch(
+                W=f32(E, Dv),
+                Z=f32(at.BP, E),
+                ZT=f32(E, at.BP),
+                ERR=f32(at.BP, Dv),
+                ZQ=f32(at.BP, E),
+                ZQT=f32(E, at.BP),
+                Y=f32(at.BP, Dv),
+                P=f32(at.BP, at.BP),
+                weighed=f32(at.BP, E),
+                sum_of_rows=f32(1),
+            )
+        )
+        momentum = T.meta_var(scratch(SW=f32(E, Dv)))
+        here = T.meta_var(without(at, "lanes", "own", "last").plus(own, momentum))
+        enter(plan, here)
+        w = T.meta_var(here.plus(gates_of(plan, here)))
+        for c in range((at.length + inner - 1) // inner):
+            t0: T.let = at.begin[s] + c * inner
+            rows: T.let = T.min(inner, at.end[s] - t0)
+            one_chunk(plan, w, t0=t0, rows=rows, seen=c * inner)
+
+
+def without(at, *names):
+    """The values but for some, whose names others need."""
+    return type(at)(**{name: value for name, value in vars(at).items() if name not in names})
+
+
+def enter(plan, at) -> None:
+    """The second layer, and its momentum, where the segment starts."""
+    E, Dv, s = plan.E, plan.Dv, at.s
+
+    @emit
+    def states():
+        if plan.flags.checkpoint:
+            if at.past > 0:
+                copy(at.down, (at.base + at.past - 1) * E, at.W, 0, E, Dv)
+            else:
+                copy(at.W_down, at.bh % at.heads * E, at.W, 0, E, Dv)
+        else:
+            copy(at.W_down, at.bh % at.heads * E, at.W, 0, E, Dv)
+        if plan.flags.enters:
+            copy(at.enter_down, (at.bh * at.N + s) * E, at.SW, 0, E, Dv)
+        elif plan.flags.momentum:
+            clear(at.SW, 0, E, Dv)
+
+
+def one_chunk(plan, at, *, t0, rows, seen) -> None:
+    """One inner chunk of the walk."""
+    E, Dv, Y, row0, heads = plan.E, plan.Dv, at.Y, at.row0, at.heads
+    layer = dict(width=E, state=at.W, momentum=at.SW, errors=at.ERR, cols=Dv, rows=rows)
+
+    @emit
+    def steps():
+        take_rows(at.rows_z, E, at, at.Z, t0=t0, rows=rows)
+        take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
+        take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
+        columns(at.Z, E, 0, 1, 0, at.BP, at.ZT)
+        columns(at.ZQ, E, 0, 1, 0, at.BP, at.ZQT)
+        coefficients(plan, at, t0=t0, rows=rows)
+        read_layer(plan, at, **layer, XT=at.ZQT, inputs=at.ZT, out=Y)
+        for t in range(rows):
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.y[row0 + (t0 + t) * heads, n * LANES + x] = (
+                        at.y[row0 + (t0 + t) * heads, n * LANES + x] + at.own_of[seen + t] * Y[t, n * LANES + x]
+                    )  # fmt: skip
+        leave_layer(plan, at, **layer, inputs=at.Z)

@@ -1,0 +1,347 @@
+"""Gradients of a deep memory's writes and of what tokens read of their own segment, float32, on a CPU.
+
+The gradients of dL(M; k, v) of Eq. 30-31 and 34-36 are differentiated themselves, so what reaches a write goes on to k,
+v, eta, g, mu and to the state that its inner chunk started from. A task walks a segment, or under ``checkpoint`` a
+head's segments, from the last inner chunk to the first; states at the chunks' starts are computed first, one segment at
+a time, and kept in scratch.
+"""
+
+from tvm.script import tirx as T
+
+from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
+from ..tiles import LANES, clear, columns
+from .coefficients_backward import coefficients_backward, tables
+from .gradients_backward import gradients, gradients_backward
+from .plan import Plan
+from .tiles import accumulate, copy, slopes
+from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows
+from .walk_backward import coefficient_gradients, dot, leave_layer_backward, read_layer_backward
+
+
+def build(problem, config, target):
+    """The PrimFunc ``deep_write_backward``.
+
+    Besides what ``deep_write`` takes: up and down, the segments' end states, and enter_up, enter_down; own ``[R]``, the
+    gates of the tokens' own segments; dy ``[R, Dv]``; dup and ddown, the gradients of the end states by what was read
+    of them; where parameters are mixed, dhidden and mixed ``[R, E]`` and hidden, of which there is one row elsewhere.
+    Outputs: dq, dk, dv, dg, deta, dmu; down_own ``[R]``, the gradients of own; dstart_up and dstart_down, those of the
+    layers that a segment, or under ``checkpoint`` a head's sequences, started from.
+    """
+    plan = Plan(problem, config)
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+    n = sizes(
+        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "hidden_rows", "LSU", "LSD", "tokens", "heads", "longest",
+        "inner", "adds_input", "carries",
+    )  # fmt: skip
+    arguments = dict(
+        dy=f32(n.R, Dv), q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M),
+        W_up=f32(n.LU, E), W_down=f32(n.LD, Dv), means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv),
+        enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv), hidden=f32(n.hidden_rows, E), mixed=f32(n.hidden_rows, E),
+        dhidden=f32(n.hidden_rows, E), own=f32(n.R), dup=f32(n.S * Dk, E), ddown=f32(n.S * E, Dv), begin=i32(n.N),
+        end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
+        scale=T.float32, adds_input=n.adds_input, carries=n.carries, dq=f32(n.R, Dk), dk=f32(n.R, Dk), dv=f32(n.R, Dv),
+        dg=f32(n.G), deta=f32(n.R), dmu=f32(n.M), down_own=f32(n.R), dstart_up=f32(n.LSU, E),
+        dstart_down=f32(n.LSD, Dv),
+    )  # fmt: skip
+    return prim_func("deep_write_backward", arguments, n, lambda x: every_lane(plan, x))
+
+
+def every_lane(plan: Plan, x: Values) -> None:
+    """One task a segment of a head, or one a head whose segments follow each other."""
+    by_head = plan.flags.checkpoint
+
+    @emit
+    def tasks():
+        for lane in T.parallel(x.S // x.N if by_head else x.S):
+            bh: T.let = lane if by_head else lane // x.N
+            row0: T.let = bh // x.heads * x.tokens * x.heads + bh % x.heads
+            at = T.meta_var(in_a_task(plan, x, bh=bh, row0=row0, lane=lane))
+            if by_head:
+                clear_all(plan, at)
+            for inner in range(x.N if by_head else 1):
+                s: T.let = x.N - 1 - inner if by_head else lane % x.N
+                one_segment(plan, at.plus(s=s))
+
+
+def in_a_task(plan: Plan, x: Values, **place) -> Values:
+    """The kernel's values, and what one task keeps to itself."""
+    Dk, Dv, E, momentum = plan.Dk, plan.Dv, plan.E, plan.flags.momentum
+    at = x.plus(Values(**place), BP=chunk_rows(x.inner), chunks=(x.longest + x.inner - 1) // x.inner)
+    BP, n = at.BP, at.chunks
+    states = dict(U=f32(Dk, E), W=f32(E, Dv), dU=f32(Dk, E), dW=f32(E, Dv))
+    turned = dict(WT=f32(Dv, E), UT=f32(E, Dk), dUT=f32(E, Dk), dWT=f32(Dv, E))
+    stack = dict(US=f32(n * Dk, E), WS=f32(n * E, Dv))
+    if momentum:
+        states |= dict(SU=f32(Dk, E), SW=f32(E, Dv), dSU=f32(Dk, E), dSW=f32(E, Dv))
+        turned |= dict(SUT=f32(E, Dk), SWT=f32(Dv, E), dSUT=f32(E, Dk), dSWT=f32(Dv, E))
+        stack |= dict(SUS=f32(n * Dk, E), SWS=f32(n * E, Dv))
+    keys = {name: f32(BP, Dk) for name in ("K", "Q", "dK", "dQ")}
+    values = {name: f32(BP, Dv) for name in ("ERR", "O", "Y", "GY", "dERR")}
+    units = {name: f32(BP, E) for name in ("Z", "H", "L", "RAW", "BACK", "HQ", "ZQ", "LQ", "dZ", "dZQ", "dBACK")}
+    by_column = dict(KT=f32(Dk, BP), QT=f32(Dk, BP), ERRT=f32(Dv, BP), GYT=f32(Dv, BP), VT=f32(Dv, BP))
+    by_column |= {name: f32(E, BP) for name in ("ZT", "BACKT", "ZQT", "ET", "dHT")}
+    pairs = {name: f32(BP, BP) for name in ("P", "P2", "PT")}
+    own = scratch(
+        **states, **turned, **stack, **keys, **values, **units, **by_column, **pairs, weighed=f32(BP, max(Dk, E)),
+        sum_of_rows=f32(1),
+    )  # fmt: skip
+    at = at.plus(own, gates_of(plan, at), coefficient_gradients(plan, at))
+    return at.plus(tables(plan, at))
+
+
+def clear_all(plan: Plan, at: Values) -> None:
+    """Nothing comes from after a head's last segment."""
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+
+    @emit
+    def zeros():
+        clear(at.dU, 0, Dk, E)
+        clear(at.dW, 0, E, Dv)
+        if plan.flags.momentum:
+            clear(at.dSU, 0, Dk, E)
+            clear(at.dSW, 0, E, Dv)
+        clear(at.dstart_up, at.lane * Dk, Dk, E)
+        clear(at.dstart_down, at.lane * E, E, Dv)
+
+
+def one_segment(plan: Plan, at: Values) -> None:
+    """A segment's chunks, forwards for their states, then backwards."""
+    Dk, Dv, E, s, checkpoint, inner = plan.Dk, plan.Dv, plan.E, at.s, plan.flags.checkpoint, at.inner
+    dU, dW, lane, place = at.dU, at.dW, at.lane, at.bh * at.N + at.s
+
+    @emit
+    def chunks():
+        if checkpoint:
+            accumulate(at.dup, place * Dk, dU, 0, Dk, E)
+            accumulate(at.ddown, place * E, dW, 0, E, Dv)
+        else:
+            copy(at.dup, place * Dk, dU, 0, Dk, E)
+            copy(at.ddown, place * E, dW, 0, E, Dv)
+            if plan.flags.momentum:
+                clear(at.dSU, 0, Dk, E)
+                clear(at.dSW, 0, E, Dv)
+        count: T.let = (at.end[s] - at.begin[s] + inner - 1) // inner
+        enter(plan, at)
+        for c in range(count):
+            stack_states(plan, at, c=c, there=True)
+            if c + 1 < count:
+                forwards(plan, at, t0=at.begin[s] + c * inner, rows=inner)
+        for i in range(count):
+            t0: T.let = at.begin[s] + (count - 1 - i) * inner
+            rows: T.let = T.min(inner, at.end[s] - t0)
+            stack_states(plan, at, c=count - 1 - i, there=False)
+            backwards(plan, at, t0=t0, rows=rows)
+        if checkpoint:
+            if s == at.first[s]:
+                accumulate(dU, 0, at.dstart_up, lane * Dk, Dk, E)
+                accumulate(dW, 0, at.dstart_down, lane * E, E, Dv)
+                clear(dU, 0, Dk, E)
+                clear(dW, 0, E, Dv)
+                if plan.flags.momentum:
+                    clear(at.dSU, 0, Dk, E)
+                    clear(at.dSW, 0, E, Dv)
+        else:
+            copy(dU, 0, at.dstart_up, lane * Dk, Dk, E)
+            copy(dW, 0, at.dstart_down, lane * E, E, Dv)
+
+
+def enter(plan: Plan, at: Values) -> None:
+    """The state and the momentum where a segment starts."""
+    Dk, Dv, E, s, bh, heads, N = plan.Dk, plan.Dv, plan.E, at.s, at.bh, at.heads, at.N
+
+    @emit
+    def states():
+        if T.And(plan.flags.checkpoint, s > at.first[s]):
+            copy(at.up, (bh * N + s - 1) * Dk, at.U, 0, Dk, E)
+            copy(at.down, (bh * N + s - 1) * E, at.W, 0, E, Dv)
+        else:
+            copy(at.W_up, bh % heads * Dk, at.U, 0, Dk, E)
+            copy(at.W_down, bh % heads * E, at.W, 0, E, Dv)
+        if plan.flags.enters:
+            copy(at.enter_up, (bh * N + s) * Dk, at.SU, 0, Dk, E)
+            copy(at.enter_down, (bh * N + s) * E, at.SW, 0, E, Dv)
+        elif plan.flags.momentum:
+            clear(at.SU, 0, Dk, E)
+            clear(at.SW, 0, E, Dv)
+
+
+def stack_states(plan: Plan, at: Values, *, c, there) -> None:
+    """The state and the momentum at the start of chunk ``c`` to the stack, or back."""
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+    layers = [(at.U, at.US, Dk, E), (at.W, at.WS, E, Dv)]
+    if plan.flags.momentum:
+        layers += [(at.SU, at.SUS, Dk, E), (at.SW, at.SWS, E, Dv)]
+
+    def move(here, stack, rows, width):
+        @emit
+        def both_ways():
+            if there:
+                copy(here, 0, stack, c * rows, rows, width)
+            else:
+                copy(stack, c * rows, here, 0, rows, width)
+
+    for layer in layers:
+        move(*layer)
+
+
+def forwards(plan: Plan, at: Values, *, t0, rows) -> None:
+    """The state at a chunk's end."""
+    up = dict(inputs=at.K, width=plan.Dk, errors=at.BACK, cols=plan.E, state=at.U, momentum=getattr(at, "SU", None))
+    down = dict(inputs=at.Z, width=plan.E, errors=at.ERR, cols=plan.Dv, state=at.W, momentum=getattr(at, "SW", None))
+
+    @emit
+    def steps():
+        gradients(plan, at, t0=t0, rows=rows)
+        coefficients(plan, at, t0=t0, rows=rows)
+        leave_layer(plan, at, **up, rows=rows)
+        leave_layer(plan, at, **down, rows=rows)
+
+
+def backwards(plan: Plan, at: Values, *, t0, rows) -> None:
+    """One chunk backwards; dU, dW, dSU and dSW become the gradients of what entered it."""
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+
+    @emit
+    def steps():
+        gradients(plan, at, t0=t0, rows=rows)
+        coefficients(plan, at, t0=t0, rows=rows)
+        columns(at.BACK, E, 0, 1, 0, rows, at.BACKT)
+        columns(at.U, E, 0, 1, 0, Dk, at.UT)
+        if plan.flags.momentum:
+            if at.carries > 0:
+                columns(at.SU, E, 0, 1, 0, Dk, at.SUT)
+                columns(at.SW, Dv, 0, 1, 0, E, at.SWT)
+        queries(plan, at, t0=t0, rows=rows)
+        zero(plan, at)
+        leave_backward(plan, at, rows=rows)
+        read_backward(plan, at, t0=t0, rows=rows)
+        gradients_backward(plan, at, t0=t0, rows=rows)
+        coefficients_backward(plan, at, t0=t0, rows=rows)
+
+
+def zero(plan: Plan, at: Values) -> None:
+    """Nothing yet in what gradients are added to."""
+    Dk, Dv, E, BP = plan.Dk, plan.Dv, plan.E, at.BP
+
+    @emit
+    def zeros():
+        clear(at.dK, 0, BP, Dk)
+        clear(at.dZ, 0, BP, E)
+        clear(at.dBACK, 0, BP, E)
+        clear(at.dERR, 0, BP, Dv)
+        for j in range(BP):
+            for t in range(BP):
+                at.dCT[j, t] = T.float32(0)
+            for i in T.unroll(2):
+                at.dkeep[i, j] = T.float32(0)
+            for i in T.unroll(2):
+                at.dlast[i, j] = T.float32(0)
+        for i in T.unroll(3):
+            at.dends[i] = T.float32(0)
+
+
+def queries(plan: Plan, at: Values, *, t0, rows) -> None:
+    """Queries of both layers, and the gradients of what they read; and that of the own segment's gate."""
+    Dk, Dv, E, mixes, routed = plan.Dk, plan.Dv, plan.E, plan.flags.mixes, plan.flags.routed
+    first = dict(XT=at.QT, width=Dk, state=at.U, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
+    second = dict(XT=at.ZQT, width=E, state=at.W, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
+
+    @emit
+    def layers():
+        take_rows(at.q, Dk, at, at.Q, t0=t0, rows=rows)
+        for t in range(rows):
+            for d in range(Dk // LANES):
+                for x in T.vectorized(LANES):
+                    at.Q[t, d * LANES + x] = at.scale * at.Q[t, d * LANES + x]
+        columns(at.Q, Dk, 0, 1, 0, at.BP, at.QT)
+        if mixes:
+            take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
+        else:
+            read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
+            slopes(at.HQ, at.ZQ, at.LQ, rows, E)
+        columns(at.ZQ, E, 0, 1, 0, rows, at.ZQT)
+        take_rows(at.dy, Dv, at, at.GY, t0=t0, rows=rows)
+        if routed:
+            read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
+            own_gate(plan, at, t0=t0, rows=rows)
+        for t in range(rows):
+            for n in range(Dv // LANES):
+                for x in T.vectorized(LANES):
+                    at.GY[t, n * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * at.GY[t, n * LANES + x]
+        columns(at.GY, Dv, 0, 1, 0, at.BP, at.GYT)
+
+
+def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
+    """down_own_t = <what t reads of its own segment, dy_t>; of both layers where parameters are mixed."""
+    Dv, E, lanes, mixes = plan.Dv, plan.E, at.back, plan.flags.mixes
+
+    @emit
+    def inner_products():
+        if mixes:
+            take_rows(at.hidden, E, at, at.HQ, t0=t0, rows=rows)
+            take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
+        elif at.adds_input > 0:
+            for t in range(rows):
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        at.Y[t, n * LANES + x] = at.Y[t, n * LANES + x] + at.Q[t, n * LANES + x]
+        for t in range(rows):
+            row: T.let = at.row0 + (t0 + t) * at.heads
+            dot(at.Y, at.GY, t, Dv, lanes)
+            at.down_own[row] = lanes[3, 0]
+            if mixes:
+                dot(at.HQ, at.dZQ, t, E, lanes)
+                at.down_own[row] = at.down_own[row] + lanes[3, 0]
+
+
+def layers_of(plan: Plan, at: Values) -> tuple[dict, dict]:
+    """Both layers: their states, rows and what gradients are added to."""
+    momentum = {name: getattr(at, name, None) for name in ("SU", "SW", "dSU", "dSW")}
+    up = dict(
+        inputs=at.K, inputsT=at.KT, width=plan.Dk, errors=at.BACK, errorsT=at.BACKT, cols=plan.E, state=at.U,
+        momentum=momentum["SU"], dstate=at.dU, dmomentum=momentum["dSU"], dinputs=at.dK, derrors=at.dBACK,
+    )  # fmt: skip
+    down = dict(
+        inputs=at.Z, inputsT=at.ZT, width=plan.E, errors=at.ERR, errorsT=at.ERRT, cols=plan.Dv, state=at.W,
+        momentum=momentum["SW"], dstate=at.dW, dmomentum=momentum["dSW"], dinputs=at.dZ, derrors=at.dERR,
+    )  # fmt: skip
+    return up, down
+
+
+def leave_backward(plan: Plan, at: Values, *, rows) -> None:
+    """Through what the chunk leaves."""
+    for layer, turned in zip(layers_of(plan, at), (("dUT", "dSUT"), ("dWT", "dSWT")), strict=True):
+        dstateT, dmomentumT = (getattr(at, name, None) for name in turned)
+        leave_layer_backward(plan, at, **layer, dstateT=dstateT, dmomentumT=dmomentumT, rows=rows)
+
+
+def read_backward(plan: Plan, at: Values, *, t0, rows) -> None:
+    """Through what the chunk's tokens read of it."""
+    Dk, E, mixes, alone = plan.Dk, plan.E, plan.flags.mixes, not plan.flags.mixes
+    up, down = layers_of(plan, at)
+    second = dict(X=at.ZQ, XT=at.ZQT, R=at.GY, RT=at.GYT, dX=at.dZQ, stateT=at.WT, momentumT=getattr(at, "SWT", None))
+    first = dict(X=at.Q, XT=at.QT, R=at.dZQ, RT=at.dHT, dX=at.dQ, stateT=at.UT, momentumT=getattr(at, "SUT", None))
+
+    @emit
+    def layers():
+        read_layer_backward(plan, at, **down, **second, rows=rows)
+        if mixes:
+            # The gradient of z is that of all states together: it has been there before.
+            take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
+            for t in range(rows):
+                for e in range(E // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dZQ[t, e * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * at.dZQ[t, e * LANES + x]
+        else:
+            for t in range(rows):
+                for e in range(E // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dZQ[t, e * LANES + x] = at.LQ[t, e * LANES + x] * at.dZQ[t, e * LANES + x]
+        columns(at.dZQ, E, 0, 1, 0, rows, at.dHT)
+        read_layer_backward(plan, at, **up, **first, rows=rows)
+        if T.And(alone, at.adds_input > 0):
+            for t in range(rows):
+                for n in range(plan.both // LANES):
+                    for x in T.vectorized(LANES):
+                        at.dQ[t, n * LANES + x] = at.dQ[t, n * LANES + x] + at.GY[t, n * LANES + x]
+        put_rows(at, at.dQ, at.dq, Dk, t0=t0, rows=rows)

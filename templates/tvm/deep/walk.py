@@ -1,0 +1,277 @@
+"""One inner chunk of a deep memory's writes: its gradients, what its tokens read of it, and the state that it leaves.
+
+All gradients of an inner chunk of b tokens are taken at the state that enters it (arXiv:2602.24281, Eq. 30-31, 34-36).
+Within it every layer W, with input rows x_j and error rows e_j, obeys
+
+    W_t = c_t W - d_t S - sum_{j <= t} c_tj x_j^T e_j
+
+S being the momentum that enters. Rows of a chunk stand in arrays of BP rows, b in whole vectors; what is past its end
+is zero. A state is U [Dk, E] and W [E, Dv], its momentum SU and SW.
+"""
+
+from tvm.script import tirx as T
+
+from ..kernel import Values, emit, f32, scratch
+from ..tiles import LANES, add_up, columns, exp, finite
+from .tiles import activated_with_slope, add, blend, multiplied, overwrite, product, scaled, subtract, weighted
+
+
+def gates_of(plan, at) -> Values:
+    """Scratch for the coefficients of a chunk: c_tj as CT[j, t], c_t and d_t; those of its end; gates by token."""
+    return scratch(
+        CT=f32(at.BP, at.BP),
+        keep=f32(2, at.BP),  # c_t, d_t
+        last=f32(2, at.BP),  # c_j of the chunk's end, and eta_j prod mu past j
+        ends=f32(4),  # c, d and prod mu of the chunk's end; whether rows are all finite
+        token=f32(3, at.BP + 1),  # e^g, mu, eta
+        lanes=f32(2, LANES),
+    )
+
+
+def coefficients(plan, at, *, t0, rows) -> None:
+    """c_t, d_t and c_tj of a chunk of ``rows`` tokens from ``t0`` on."""
+    decays, momentum = plan.flags.decays, plan.flags.momentum
+    token, lanes, CT, keep, last, ends = at.token, at.lanes, at.CT, at.keep, at.last, at.ends
+    g, eta, mu, row0, heads = at.g, at.eta, at.mu, at.row0, at.heads
+    tables = hasattr(at, "decay_since")  # a backward wants what the coefficients are made of
+
+    @emit
+    def table():
+        for j in range(at.BP + 1):
+            token[0, j] = T.float32(1)
+            token[1, j] = T.float32(0)
+            token[2, j] = T.float32(0)
+        for j in range(rows):
+            if decays:
+                token[0, j] = exp(g[row0 + (t0 + j) * heads])
+            if momentum:
+                token[1, j] = mu[row0 + (t0 + j) * heads]
+            token[2, j] = eta[row0 + (t0 + j) * heads]
+        for tb in range(at.BP // LANES):
+            for x in T.vectorized(LANES):
+                lanes[0, x] = T.float32(0)
+                lanes[1, x] = T.float32(0)
+            for i in range(at.BP):
+                j: T.let = at.BP - 1 - i
+                # From the token that writes on to the later ones, whose gates do not reach it.
+                for x in T.vectorized(LANES):
+                    lanes[0, x] = T.Select(
+                        tb * LANES + x > j, lanes[0, x] * token[0, j + 1],
+                        T.Select(tb * LANES + x == j, T.float32(1), T.float32(0)),
+                    )  # fmt: skip
+                for x in T.vectorized(LANES):
+                    lanes[1, x] = T.Select(
+                        tb * LANES + x > j, lanes[0, x] + token[1, j + 1] * lanes[1, x],
+                        T.Select(tb * LANES + x == j, T.float32(1), T.float32(0)),
+                    )  # fmt: skip
+                for x in T.vectorized(LANES):
+                    CT[j, tb * LANES + x] = T.Select(tb * LANES + x >= j, token[2, j] * lanes[1, x], T.float32(0))
+                if tables:
+                    for x in T.vectorized(LANES):
+                        at.decay_since[j, tb * LANES + x] = lanes[0, x]
+                    for x in T.vectorized(LANES):
+                        at.worth_since[j, tb * LANES + x] = lanes[1, x]
+            for x in T.vectorized(LANES):
+                keep[0, tb * LANES + x] = token[0, 0] * lanes[0, x]
+                keep[1, tb * LANES + x] = token[1, 0] * lanes[1, x]
+        ends[0] = keep[0, rows - 1]
+        ends[1] = keep[1, rows - 1]
+        ends[2] = T.float32(1)
+        for j in range(at.BP):
+            last[0, j] = CT[j, rows - 1]
+            last[1, j] = T.float32(0)
+        for i in range(rows):
+            j: T.let = rows - 1 - i
+            last[1, j] = token[2, j] * ends[2]
+            if tables:
+                at.momentum_since[j] = ends[2]
+            ends[2] = ends[2] * token[1, j]
+
+
+def rows_of(plan, at) -> Values:
+    """Scratch for a chunk's rows: keys, errors of both layers, hidden units. Those with T have tokens in columns."""
+    Dk, Dv, E, BP = plan.Dk, plan.Dv, plan.E, at.BP
+    return scratch(
+        K=f32(BP, Dk), KT=f32(Dk, BP), ERR=f32(BP, Dv), ERRT=f32(Dv, BP), Z=f32(BP, E), ZT=f32(E, BP), BACK=f32(BP, E),
+        WT=f32(Dv, E), O=f32(BP, Dv), P=f32(BP, BP),
+    )  # fmt: skip
+
+
+def take_rows(source, width, at, target, *, t0, rows) -> None:
+    """Rows of the head at work from token ``t0`` on; zeros after ``rows`` of them."""
+    row0, heads = at.row0, at.heads
+
+    @emit
+    def copies():
+        for t in range(rows):
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[t, d * LANES + x] = source[row0 + (t0 + t) * heads, d * LANES + x]
+        for t in range(at.BP - rows):
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[rows + t, d * LANES + x] = T.float32(0)
+
+
+def put_rows(at, source, target, width, *, t0, rows) -> None:
+    """The other way."""
+    row0, heads = at.row0, at.heads
+
+    @emit
+    def copies():
+        for t in range(rows):
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    target[row0 + (t0 + t) * heads, d * LANES + x] = source[t, d * LANES + x]
+
+
+def chunk_rows(inner):
+    """BP: the rows of a chunk of ``inner`` tokens."""
+    return (inner + LANES - 1) // LANES * LANES
+
+
+def tiles(count, width, rows, cols, tile) -> None:
+    """``tile(r, n)`` over tiles of ``count`` rows and ``width`` columns; the last one reaches over ``count``."""
+
+    @emit
+    def loops():
+        for rr in range((count + rows - 1) // rows):
+            for nn in range(width // cols):
+                tile(rr * rows, nn * cols)
+
+
+def gradients(plan, at, *, t0, rows) -> None:
+    """Error rows of both layers at the state that enters, with what they are made of.
+
+    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = (ERR W^T) * gelu'(H).
+    """
+    Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
+    K, KT, ERR, ERRT, Z, ZT, BACK, WT, U, W = at.K, at.KT, at.ERR, at.ERRT, at.Z, at.ZT, at.BACK, at.WT, at.U, at.W
+    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, BACK))
+    out = product(R, C, unroll, overwrite(R, C, at.O))
+    back = product(R, C, unroll, multiplied(R, C, BACK, BACK))
+
+    def of_hidden(r, n):
+        hidden(A=KT, a0=0, ac=r, B=U, b0=0, bc=n, steps=Dk, r0=r, n0=n)
+
+    def of_out(r, n):
+        out(A=ZT, a0=0, ac=r, B=W, b0=0, bc=n, steps=E, r0=r, n0=n)
+
+    def of_back(r, n):
+        back(A=ERRT, a0=0, ac=r, B=WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+
+    @emit
+    def rows_and_products():
+        take_rows(at.k, Dk, at, K, t0=t0, rows=rows)
+        take_rows(at.v, Dv, at, ERR, t0=t0, rows=rows)
+        columns(K, Dk, 0, 1, 0, at.BP, KT)
+        tiles(rows, E, R, C, of_hidden)
+        columns(Z, E, 0, 1, 0, at.BP, ZT)
+        if squared:
+            tiles(rows, Dv, R, C, of_out)
+            for t in range(rows):
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = T.float32(2) * (at.O[t, n * LANES + x] - ERR[t, n * LANES + x])
+                if at.adds_input > 0:
+                    for n in range(plan.both // LANES):
+                        for x in T.vectorized(LANES):
+                            ERR[t, n * LANES + x] = ERR[t, n * LANES + x] + T.float32(2) * K[t, n * LANES + x]
+        else:
+            for t in range(rows):
+                for n in range(Dv // LANES):
+                    for x in T.vectorized(LANES):
+                        ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
+        columns(ERR, Dv, 0, 1, 0, at.BP, ERRT)
+        columns(W, Dv, 0, 1, 0, E, WT)
+        tiles(rows, E, R, C, of_back)
+
+
+def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, cols, rows) -> None:
+    """out[t] = x_t W_t of one layer: what enters, its momentum, and the rows of the chunk's tokens up to t.
+
+    ``XT`` [width, BP] has queries as columns; so have ``inputs`` the layer's input rows. ``errors`` [BP, cols] are its
+    error rows.
+    """
+    R, C, P = plan.WR, plan.WC, at.P
+    fresh = product(R, C, plan.unroll, scaled(R, C, out, at.keep, 0, fresh=True))
+    less = product(R, C, plan.unroll, scaled(R, C, out, at.keep, 1, negative=True))
+    pair = product(R, LANES, plan.unroll, weighted(R, LANES, P, at.CT))
+    inner = product(R, C, 1, subtract(R, C, out))
+
+    def of_state(r, n):
+        fresh(A=XT, a0=0, ac=r, B=state, b0=0, bc=n, steps=width, r0=r, n0=n)
+
+    def of_momentum(r, n):
+        less(A=XT, a0=0, ac=r, B=momentum, b0=0, bc=n, steps=width, r0=r, n0=n)
+
+    def of_pairs(r, n):
+        pair(A=inputs, a0=0, ac=r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
+
+    def of_rows(r, n):
+        inner(A=P, a0=0, ac=r, B=errors, b0=0, bc=n, steps=T.min(r + R, rows), r0=r, n0=n)
+
+    @emit
+    def products():
+        tiles(rows, cols, R, C, of_state)
+        if plan.flags.momentum:
+            if at.carries > 0:
+                tiles(rows, cols, R, C, of_momentum)
+        tiles(rows, at.BP, R, LANES, of_pairs)
+        add_up(errors, rows, cols, at.sum_of_rows)
+        if finite(at.sum_of_rows[0]):
+            tiles(rows, cols, R, C, of_rows)
+        else:
+            # Tiles go beyond the diagonal, where a weight is 0 but a row may be NaN.
+            for t in range(rows):
+                for j in range(t + 1):
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            out[t, n * LANES + x] = out[t, n * LANES + x] - P[j, t] * errors[j, n * LANES + x]
+
+
+def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows) -> None:
+    """The state and the momentum of a layer at the chunk's end: c W - d S - sum_j c_j x_j^T e_j, and S alike."""
+    R, C, ends, decays = plan.WR, plan.WC, at.ends, plan.flags.decays
+    X, grow = at.weighed, product(R, C, 1, subtract(R, C, state))
+    gather = product(R, C, 1, add(R, C, momentum)) if plan.flags.momentum else None
+
+    def of_state(r, n):
+        grow(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
+
+    def of_momentum(r, n):
+        gather(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
+
+    @emit
+    def updates():
+        weigh_rows(plan, at, inputs=inputs, width=width, by=0, rows=rows)
+        if plan.flags.momentum:
+            if at.carries > 0:
+                blend(state, ends[0], momentum, -ends[1], width, cols)
+            else:
+                if decays:
+                    for d in range(width):
+                        for n in range(cols // LANES):
+                            for x in T.vectorized(LANES):
+                                state[d, n * LANES + x] = ends[0] * state[d, n * LANES + x]
+        tiles(width, cols, R, C, of_state)
+        if plan.flags.momentum:
+            if at.carries > 0:
+                weigh_rows(plan, at, inputs=inputs, width=width, by=1, rows=rows)
+                for d in range(width):
+                    for n in range(cols // LANES):
+                        for x in T.vectorized(LANES):
+                            momentum[d, n * LANES + x] = ends[2] * momentum[d, n * LANES + x]
+                tiles(width, cols, R, C, of_momentum)
+
+
+def weigh_rows(plan, at, *, inputs, width, by, rows) -> None:
+    """Input rows times what each is worth at the chunk's end."""
+    last, X = at.last, at.weighed
+
+    @emit
+    def products():
+        for j in range(rows):
+            for d in range(width // LANES):
+                for x in T.vectorized(LANES):
+                    X[j, d * LANES + x] = last[by, j] * inputs[j, d * LANES + x]
