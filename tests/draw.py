@@ -122,18 +122,24 @@ def interpreted(pass_: str, target: Target, dtypes: Sequence[str]) -> list[sprea
 
 
 def _lighter(one: spread.Drawn, target: Target) -> spread.Drawn:
-    """Sixteen splits are more than there are states in any case; each is a program to interpret. So is each block of a
-    deep memory's hidden units."""
-    if one.problem.deep and one.config.to_dict().get("write_EB", 32) == 16:
-        wider = one.config.replace(write_EB=32)
-        if get_backend("triton").space(one.problem).valid(wider, one.problem, target):
-            one = spread.Drawn(one.problem, wider)
-    splits = one.config.to_dict().get("decode_SPLITS", 0)
-    if not isinstance(splits, int) or splits <= 16:
-        return one
-    config = one.config.replace(decode_SPLITS=16)
-    assert get_backend("triton").space(one.problem).valid(config, one.problem, target)
-    return spread.Drawn(one.problem, config)
+    """Sixteen splits are more than there are states in any case; each is a program to interpret.
+
+    So is a block of hidden units of a deep memory, and few of them say as much.
+    """
+    given = one.config.to_dict()
+    changes: dict[str, Scalar] = {}
+    most = 4 if one.problem.deep else 16
+    splits = given.get("decode_SPLITS", 0)
+    if isinstance(splits, int) and splits > most:
+        changes["decode_SPLITS"] = most
+    if one.problem.deep:
+        changes |= {name: 32 for name, value in given.items() if name.endswith("_EB") and value == 16}
+    space = get_backend("triton").space(one.problem)
+    for name, value in changes.items():
+        config = one.config.replace(**{name: value})
+        if space.valid(config, one.problem, target):
+            one = spread.Drawn(one.problem, config)
+    return one
 
 
 # --- which combinations

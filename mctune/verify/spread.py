@@ -169,6 +169,10 @@ def odd_cases(problem: Problem) -> Iterator[Problem]:
             yield problem.replace(B=1, T=74, H=1, segment_length=4)
             yield problem.replace(B=1, T=45, H=1, segmentation="logarithmic", segment_length=None)
             yield problem.replace(B=1, T=3 * C + 7, H=1, segmentation="packed")
+        case "backward" if problem.deep:
+            # Fewer tokens: an inner chunk takes long to interpret.
+            yield problem.replace(B=2, T=C + C // 2 + 1, H=1)
+            yield problem.replace(B=1, T=C + 9, H=1, segmentation="packed", segment_length=7)
         case "backward":
             yield problem.replace(B=1, T=2 * C + C // 2 + 1, H=1)
             yield problem.replace(B=2, T=38, H=1, segment_length=5)

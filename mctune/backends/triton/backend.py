@@ -22,6 +22,8 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.triton.deep.backward import TritonDeepBackward
+from mctune.runtime.kernels.triton.deep.decode import TritonDeepDecode
 from mctune.runtime.kernels.triton.deep.forward import TritonDeepForward
 from mctune.runtime.kernels.triton.matrix.backward import TritonBackward
 from mctune.runtime.kernels.triton.matrix.decode import TritonDecode
@@ -32,6 +34,8 @@ LAUNCHERS = {
     ("matrix", "backward"): TritonBackward,
     ("matrix", "decode"): TritonDecode,
     ("deep", "forward"): TritonDeepForward,
+    ("deep", "backward"): TritonDeepBackward,
+    ("deep", "decode"): TritonDeepDecode,
 }
 """By family and pass."""
 WIDEST = 256

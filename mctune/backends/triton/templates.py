@@ -41,9 +41,21 @@ PREFIXES = {
     "deep_write_lanes": "write",
     "deep_read": "read",
     "deep_mix": "read",
+    "deep_replay": "replay",
+    "deep_online_backward": "online",
+    "deep_read_backward": "dq",
+    "deep_state_backward": "dstates",
+    "deep_write_backward": "dkv",
+    "deep_decode_gates": "decode",
+    "deep_decode": "decode",
+    "deep_decode_mix": "decode",
+    "deep_decode_combine": "decode",
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
-SHARED = ("common", "decode_common", "backward_common", "deep_write_common", "deep_common")
+SHARED = (
+    "common", "decode_common", "backward_common", "deep_write_common", "deep_walk_common", "deep_backward_common",
+    "deep_decode_common", "deep_common",
+)  # fmt: skip
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
 """Least width of a block; widths of states in memory are multiples of LANES."""
@@ -55,9 +67,18 @@ def operations(problem: Problem, config: Config) -> tuple[str, ...]:
 
 
 def _deep(problem: Problem) -> tuple[str, ...]:
-    gates = ("gates",) if problem.routed else ()
-    write = "deep_write_lanes" if problem.writes.momentum else "deep_write"
-    return (write, *gates, "deep_mix" if problem.reads.mixes_parameters else "deep_read")
+    mixes = problem.reads.mixes_parameters
+    gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
+    match problem.pass_:
+        case "forward":
+            write = "deep_write_lanes" if problem.writes.momentum else "deep_write"
+            return (write, *gates, "deep_mix" if mixes else "deep_read")
+        case "backward":
+            read = ("deep_read_backward", *dgates, "deep_state_backward")
+            return ("deep_replay", *gates, "deep_online_backward", *read, "deep_write_backward")
+        case _:
+            before = ("deep_decode_gates",) if problem.routed or problem.writes.momentum else ()
+            return (*before, "deep_decode", *(("deep_decode_mix",) if mixes else ()), "deep_decode_combine")
 
 
 def _matrix(problem: Problem, config: Config) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ SERVED = (
     Served("tvm", "cpu", "matrix", dtype="float32"),
     Served("tvm", "cpu", "deep", dtype="float32"),
     Served("triton", "cuda", "matrix"),
-    Served("triton", "cuda", "deep", passes=("forward",), fixed=("inner_chunk",)),
+    Served("triton", "cuda", "deep", fixed=("inner_chunk",)),
 )
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
 

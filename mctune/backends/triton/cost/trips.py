@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 from mctune.backends.protocol import Launch
-from mctune.backends.triton.cost import trips_deep
+from mctune.backends.triton.cost import trips_deep, trips_deep_backward
 from mctune.backends.triton.cost.walk import Source, Walk
 from mctune.core.config import Config
 from mctune.core.problem import Problem
@@ -267,6 +267,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "logits_kernel": _decode_logits,
     "combine_kernel": _decode_combine,
     **trips_deep.TRIPS,
+    **trips_deep_backward.TRIPS,
 }
 """The loops of a kernel, by its name; a kernel that is not listed has loops of ``Parameters.unknown_trips`` passes."""
 

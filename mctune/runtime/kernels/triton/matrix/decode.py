@@ -12,6 +12,7 @@ from ....errors import KernelError
 from ....memory import LayerMemory
 from ....traits import AGGREGATIONS
 from ..loader import load_parts
+from ..places import place_of
 from ..tables import DEVICE
 
 MOST_STATES = 16384
@@ -81,7 +82,7 @@ class TritonDecode:
             raise KernelError(f"ssc over {capacity} states exceeds {MOST_STATES}; use backend='eager'")
         # Beyond this bound it changes nothing, and it is a 32-bit argument.
         length = min(segment_length, 2**30)
-        counts, (cached_all, filled_all) = self._place(memory, capacity, n, length, q.device)
+        counts, (cached_all, filled_all) = place_of(memory, capacity, n, length, q.device)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         if y.numel() == 0:
             return y
@@ -99,32 +100,6 @@ class TritonDecode:
             if self.decode_combine is not None:
                 self.decode_combine(k=k, v=v, parts=parts, y=y, **here)
         return y
-
-    @staticmethod
-    def _place(
-        memory: LayerMemory, capacity: int, n: int, length: int, device: torch.device
-    ) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], tuple[int, int]]:
-        """cached and filled as tensors, where sequences differ or the device has them, and as numbers, where not.
-
-        Raises:
-            KernelError: if there is no room for the states of ``n`` more tokens, as far as the CPU knows.
-        """
-        cached, filled = memory.cached, memory.filled
-        if cached.device.type != "cpu":
-            return (cached, filled), (0, 0)
-        where = set(zip(cached.tolist(), filled.tolist(), strict=True))
-        needed = memory.needed(n, length)
-        if needed > capacity:
-            raise KernelError(
-                f"{n} more tokens need room for {needed} states and the memory has room for {capacity}; "
-                f"call memory.reserve({n}) first"
-            )
-        if len(where) == 1:
-            return (None, None), where.pop()
-        if device.type == "cpu":
-            return (cached, filled), (0, 0)
-        both = torch.stack((cached, filled)).to(device, non_blocking=True)
-        return (both[0], both[1]), (0, 0)
 
 
 LAUNCHER = TritonDecode
