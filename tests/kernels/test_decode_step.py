@@ -6,16 +6,11 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from fences import fence
 
-from mctune.backends.tvm import TvmBackend
-from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
-from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
@@ -29,21 +24,6 @@ SPACE, DRAWN = SPACES["decode"], wanted("decode")
 
 Tensor = torch.Tensor
 Build = Callable[..., TvmDecode]
-
-
-@pytest.fixture(scope="module")
-def build_decode(kernel_folder: Path, scratch: ctypes.CDLL) -> Build:
-    """The launcher of a kernel, with its function fenced in."""
-
-    def build(problem: Problem, config: Config, target: Target | None = None, fenced: bool = True) -> TvmDecode:
-        backend = TvmBackend()
-        kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
-        assert isinstance(kernel, TvmDecode)
-        if fenced:
-            kernel.decode_step = fence(kernel.decode_step)
-        return kernel
-
-    return build
 
 
 @dataclass(frozen=True)
@@ -141,8 +121,8 @@ def hold(of: Case, memory: LayerMemory, wanted: LayerMemory) -> None:
 
 
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernels_agree_with_the_oracle(one: Wanted, build_decode: Build, scratch: ctypes.CDLL) -> None:
-    kernel = build_decode(one.problem, one.config, one.target)
+def test_kernels_agree_with_the_oracle(one: Wanted, build: Build, scratch: ctypes.CDLL) -> None:
+    kernel = build(one.problem, one.config, one.target)
     for seed, of in enumerate(cases(one.problem)):
         inputs = decided_inputs(of.problem, seed)
         with torch.no_grad():
@@ -161,23 +141,23 @@ def test_kernels_agree_with_the_oracle(one: Wanted, build_decode: Build, scratch
 
 
 @pytest.mark.parametrize("aggregation", ("grm", "ssc"))
-def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
+def test_what_a_search_verifies(aggregation: str, build: Build) -> None:
     one = wanted_for("decode", "swla", aggregation, "checkpoint")
-    kernel = build_decode(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     cases = judge_all(one.problem, 0)
     assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, cases) < 2e-5
 
 
-def ssc_case(build_decode: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
+def ssc_case(build: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
     """One token over ten states."""
     one = wanted_for("decode", "linear", "ssc", "independent")
     of = case(one.problem, 3, (30,), (1,), 2, top_k)
     inputs = decided_inputs(of.problem, 0)
-    return build_decode(one.problem, one.config, one.target), of, inputs, remembered(of, inputs, 0, torch.float32)
+    return build(one.problem, one.config, one.target), of, inputs, remembered(of, inputs, 0, torch.float32)
 
 
-def test_ssc_reads_chosen_states_only(build_decode: Build) -> None:
-    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+def test_ssc_reads_chosen_states_only(build: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build, 3)
     logits = torch.einsum("bthd,bhnd->bhn", inputs.u[:, 30:], memory.descriptors)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(3).indices, True)
     memory.states[0][~chosen] = float("nan")
@@ -186,8 +166,8 @@ def test_ssc_reads_chosen_states_only(build_decode: Build) -> None:
     assert error_ratio(extend(kernel, of, inputs, memory, 0, 1), wanted) <= 2e-5
 
 
-def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
-    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+def test_a_tie_goes_to_the_earlier_segments(build: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build, 3)
     inputs = replace(inputs, u=torch.zeros_like(inputs.u))
     memory.states[0][:, :, 3:] = float("nan")
     with torch.no_grad():
@@ -196,14 +176,14 @@ def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
 
 
 @pytest.mark.parametrize("state_init", STATE_INITS)
-def test_strong_decays(state_init: str, build_decode: Build) -> None:
+def test_strong_decays(state_init: str, build: Build) -> None:
     """Memories that forget nearly all at every token, and all of it at some."""
     one = wanted_for("decode", "swla", "grm", state_init)
     of = case(one.problem, 5, (8, 1), (1, 12), 1, 1)
     inputs = decided_inputs(of.problem, 0)
     inputs.gates["g"] -= 4.0
     inputs.gates["g"][:, ::7] = -float("inf")
-    kernel, memory = build_decode(one.problem, one.config, one.target), remembered(of, inputs, 0, torch.float32)
+    kernel, memory = build(one.problem, one.config, one.target), remembered(of, inputs, 0, torch.float32)
     with torch.no_grad():
         wanted = memory_caching(**inputs.arguments(of.problem))
     y = torch.cat([extend(kernel, of, inputs, memory, 0, 1), extend(kernel, of, inputs, memory, 1, 12)], 1)
@@ -227,13 +207,13 @@ def moved(function: Callable[..., None], offset: int) -> Callable[..., None]:
     return call
 
 
-def test_arrays_need_no_alignment(build_decode: Build) -> None:
+def test_arrays_need_no_alignment(build: Build) -> None:
     one = wanted_for("decode", "swla", "grm", "independent")
     of = case(one.problem, 5, (8, 1), (7,), 2, 1)
     inputs = decided_inputs(of.problem, 0)
     results = []
     for offset in (0, 1, 3):
-        kernel = build_decode(one.problem, one.config, one.target, fenced=False)
+        kernel = build(one.problem, one.config, one.target, fenced=False)
         kernel.decode_step = moved(kernel.decode_step, offset)
         memory = remembered(of, inputs, 0, torch.float32)
         results.append(extend(kernel, of, inputs, memory, 0, 7))
@@ -241,9 +221,9 @@ def test_arrays_need_no_alignment(build_decode: Build) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_refusals(build_decode: Build) -> None:
+def test_refusals(build: Build) -> None:
     one = wanted_for("decode", "linear", "grm", "independent")
-    kernel = build_decode(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     of = case(one.problem, 5, (9,), (2,), 1, 1)
     inputs = decided_inputs(of.problem, 0)
     memory = remembered(of, inputs, 0, torch.float32)
