@@ -27,7 +27,7 @@ class Case:
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """A token; less than an inner chunk, less than a segment; inner chunks that do not divide segments; gates absent."""
+    """A token; less than an inner chunk or a segment; inner chunks that do not divide segments; gates absent."""
 
     def sized(B: int, T: int, H: int, C: int | None, b: int, top_k: int = 1, **changes: object) -> Problem:
         ssc = {"top_k": top_k} if problem.reads.sparse else {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from stepping import Case, case, extend, hold, moved, remembered, shifted
 
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
 from mctune.reference import error_ratio, memory_caching
@@ -17,32 +18,13 @@ from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, judge_all, poisoned_memory, tolerance, verify
-from mctune.verify.passes import PASSES, memory_of
+from mctune.verify.passes import PASSES
 from tests.draw import RECURRENCES, SPACES, Wanted, host, wanted, wanted_for
 
 SPACE, DRAWN = SPACES["decode"], wanted("decode")
 
 Tensor = torch.Tensor
 Build = Callable[..., TvmDecode]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sequences with ``starts`` tokens each, extended by blocks of so many tokens."""
-
-    problem: Problem
-    starts: tuple[int, ...]
-    blocks: tuple[int, ...]
-
-    @property
-    def added(self) -> int:
-        return sum(self.blocks)
-
-
-def case(problem: Problem, C: int, starts: Sequence[int], blocks: Sequence[int], H: int, top_k: int) -> Case:
-    ssc = {"top_k": top_k} if problem.aggregation == "ssc" else {}
-    T = max(starts) + sum(blocks)
-    return Case(problem.replace(B=len(starts), T=T, H=H, segment_length=C, **ssc), tuple(starts), tuple(blocks))
 
 
 def cases(problem: Problem) -> Iterator[Case]:
@@ -53,71 +35,6 @@ def cases(problem: Problem) -> Iterator[Case]:
     yield case(problem, 1, (0, 7), (2, 1, 11), 1, 2)
     yield case(problem, 2, (41, 3), (1, 6), 2, 100)
     yield case(problem, 1000, (3,), (2, 1, 5), 2, 2)
-
-
-def sequence(inputs: Inputs, row: int) -> Inputs:
-    """One row alone."""
-    gates = {name: gate[row : row + 1] for name, gate in inputs.gates.items()}
-    q, k, v, u = (x[row : row + 1] for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return replace(inputs, q=q, k=k, v=v, u=u, gates=gates)
-
-
-def remembered(of: Case, inputs: Inputs, more: int, dtype: torch.dtype) -> LayerMemory:
-    """What the oracle leaves ``more`` tokens after each start: room for exactly what is to come, NaN in it."""
-    rows = [memory_of(of.problem, sequence(inputs, row), n + more, dtype) for row, n in enumerate(of.starts)]
-    C = of.problem.segment_length
-    assert C is not None
-    capacity = max(1, max((n + of.added) // C for n in of.starts))
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(row, name) for row in rows])
-
-    return replace(
-        rows[0],
-        states=(torch.cat([row.states[0] for row in rows])[:, :, :capacity].contiguous(),),
-        online=(torch.cat([row.online[0] for row in rows]),),
-        descriptors=joined("descriptors")[:, :, :capacity].contiguous(),
-        **{name: joined(name) for name in ("key_sum", "last_key", "last_value", "cached", "filled")},
-        dropped=torch.zeros(len(rows), dtype=torch.int32),
-    )
-
-
-def shifted(of: Case, x: Tensor, begin: int, n: int) -> Tensor:
-    """Tokens ``begin`` to ``begin + n`` after each sequence's start."""
-    return torch.stack([x[row, start + begin : start + begin + n] for row, start in enumerate(of.starts)])
-
-
-def extend(kernel: TvmDecode, of: Case, inputs: Inputs, memory: LayerMemory, begin: int, n: int) -> Tensor:
-    """y of the next n tokens of every sequence."""
-    problem = of.problem
-    q, k, v, u = (shifted(of, x, begin, n) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
-    counts = memory.cached.clone(), memory.filled.clone()
-    y = kernel(
-        q, k, v, u,
-        **{name: None if gate is None else shifted(of, gate, begin, n) for name, gate in gates.items()},
-        scale=problem.Dk**-0.5, top_k=problem.top_k or 1, segment_length=problem.segment_length, memory=memory,
-    )  # fmt: skip
-    assert torch.equal(counts[0], memory.cached) and torch.equal(counts[1], memory.filled)
-    assert problem.segment_length is not None
-    memory.advance(n, problem.segment_length)
-    return y
-
-
-def hold(of: Case, memory: LayerMemory, wanted: LayerMemory) -> None:
-    """What is left behind is right; what no token reached is as it was."""
-    limit = tolerance(of.problem)
-    assert torch.equal(memory.cached, wanted.cached) and torch.equal(memory.filled, wanted.filled)
-    for row, used in enumerate(wanted.cached.tolist()):
-        for found, right in ((memory.states[0], wanted.states[0]), (memory.descriptors, wanted.descriptors)):
-            assert bool(found[row, :, used:].isnan().all()), of
-            if used:
-                assert error_ratio(found[row, :, :used], right[row, :, :used]) <= limit, of
-        for found, right in ((memory.online[0], wanted.online[0]), (memory.key_sum, wanted.key_sum)):
-            assert error_ratio(found[row], right[row]) <= limit, of
-    if of.problem.recurrence == "swla":
-        assert torch.equal(memory.last_key.double(), wanted.last_key)
-        assert torch.equal(memory.last_value.double(), wanted.last_value)
 
 
 @pytest.mark.parametrize("one", DRAWN)
@@ -189,22 +106,6 @@ def test_strong_decays(state_init: str, build: Build) -> None:
     y = torch.cat([extend(kernel, of, inputs, memory, 0, 1), extend(kernel, of, inputs, memory, 1, 12)], 1)
     assert error_ratio(y, shifted(of, wanted, 0, 13)) <= 2e-5
     hold(of, memory, remembered(of, inputs, 13, torch.float64))
-
-
-def moved(function: Callable[..., None], offset: int) -> Callable[..., None]:
-    """``function`` called on copies of its arrays ``offset`` elements past where an allocation begins."""
-
-    def call(*arguments: object) -> None:
-        copies = [
-            x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) if isinstance(x, Tensor) else x
-            for x in arguments
-        ]
-        function(*copies)
-        for argument, copy in zip(arguments, copies, strict=True):
-            if isinstance(argument, Tensor):
-                argument.copy_(copy)
-
-    return call
 
 
 def test_arrays_need_no_alignment(build: Build) -> None:
