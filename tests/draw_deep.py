@@ -25,8 +25,8 @@ RECURRENCES = tuple(name for name, row in ALL.items() if row.deep)
 SPACES = {row: load_space("tvm", "deep", row) for row in served(backend="tvm", family="deep")[0].passes}
 WIDTHS = ((16, 16, 8), (20, 7, 3), (24, 24, 2), (7, 7, 3), (12, 20, 1), (48, 48, 1), (17, 17, 5))
 """Dk, Dv, E / Dk."""
-WIDE = (64, 64, 4)
-"""Of the first kernel of a pass: what only wide layers allow is drawn there."""
+WIDE = {"forward": (64, 64, 4), "backward": (32, 32, 2), "decode": (64, 64, 4)}
+"""Of the first kernel of a pass: what only wide layers allow is drawn there. A backward of 64 compiles for a minute."""
 SEGMENT_LENGTHS = (256, 100, 256, 24)
 """What kernels are tuned at: a chunk of tokens is no longer than that."""
 COMBINATIONS = {
@@ -39,9 +39,9 @@ COMBINATIONS = {
     ),
     "backward": (
         ("titans", "grm", "independent"), ("dla", "grm", "checkpoint"),
-        ("dla", "residual", "independent"), ("titans", "soup", "independent"),
-        ("dla", "soup", "checkpoint"), ("titans", "ssc", "checkpoint"),
-        ("dla", "ssc", "independent"), ("titans", "mean", "checkpoint"),
+        ("dla", "residual", "independent"), ("dla", "soup", "independent"),
+        ("titans", "ssc", "checkpoint"), ("dla", "ssc", "independent"),
+        ("titans", "mean", "checkpoint"),
     ),
     "decode": (
         ("titans", "residual", "independent"), ("dla", "grm", "checkpoint"),
@@ -81,7 +81,7 @@ def wanted(pass_: str) -> tuple[Wanted, ...]:
     lengths, widths = cycle(SEGMENT_LENGTHS), cycle(WIDTHS)
     found = []
     for number, (recurrence, aggregation, state_init) in enumerate((*COMBINATIONS[pass_], *others)):
-        Dk, Dv, expansion = next(widths) if number else WIDE
+        Dk, Dv, expansion = next(widths) if number else WIDE[pass_]
         problem = Problem(
             pass_=pass_, recurrence=recurrence, aggregation=aggregation, state_init=state_init, T=64, H=1, Dk=Dk,
             Dv=Dv, expansion=expansion, segment_length=next(lengths), inner_chunk=8,

@@ -17,7 +17,7 @@ from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.kernels.tvm.deep.backward import TvmDeepBackward
 from mctune.runtime.segments import make_segments
 from mctune.verify.inputs import Inputs, make_inputs
-from mctune.verify.judge import judge, poisoned_memory, run_kernel
+from mctune.verify.judge import error_of, judge, poisoned_memory, run_kernel
 from mctune.verify.passes import PASSES, Results, gradients, gradients_of, options
 from tests import draw_deep as drawn
 
@@ -61,7 +61,7 @@ def run(kernel: TvmDeepBackward, problem: Problem, inputs: Inputs, **changes: ob
 
 @pytest.mark.parametrize("residual", (False, True))
 def test_the_residual_is_chosen_by_the_call(residual: bool, build: Build) -> None:
-    one = drawn.wanted_for("backward", "titans", "soup", "independent")
+    one = drawn.wanted_for("backward", "titans", "grm", "independent")
     assert one.problem.Dk == one.problem.Dv
     problem = one.problem.replace(T=41, segment_length=12, inner_chunk=5)
     kernel, inputs = build(one.problem, one.config, one.target), make_inputs(problem, 3)
@@ -85,7 +85,8 @@ def test_strong_decays(aggregation: str, state_init: str, strength: float, build
     else:
         inputs.gates["g"].sub_(strength)
     wanted = PASSES["backward"].expected(problem, inputs)
-    hold(run_kernel(kernel, problem, inputs), wanted, (aggregation, state_init, strength))
+    # States come out alike, so gradients of the read's gates are differences of nearly equal numbers: they vanish.
+    assert error_of(run_kernel(kernel, problem, inputs), wanted) <= TOLERANCE
 
 
 def test_states_may_be_kept_or_computed_again(build: Build) -> None:
