@@ -1,4 +1,7 @@
-"""For a matrix memory soup is grm: the backends make the same programs of both, so that grm's tests are soup's too."""
+"""For a matrix memory soup is grm: the backends make the same programs of both, so that grm's tests are soup's too.
+
+For a deep memory each aggregation has programs of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from mctune.backends.triton.backend import TritonBackend
 from mctune.backends.triton.templates import operations, values
 from mctune.backends.tvm import TvmBackend, templates
 from mctune.core.config import Config
-from mctune.core.problem import PASSES, STATE_INITS, Problem
+from mctune.core.problem import AGGREGATIONS, PASSES, STATE_INITS, Problem
 from mctune.core.target import resolve
 from mctune.verify import spread
 from tests import draw as drawn
+from tests import draw_deep
 
 HOPPER, _ = resolve("h100-sxm")
 
@@ -39,6 +43,18 @@ def test_tvm(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in drawn.wanted(pass_):
         if one.problem.aggregation == "grm":
             assert drawn.SPACES[pass_].valid(one.config, one.problem.replace(aggregation="soup"), one.target)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_a_deep_memory_has_programs_of_its_own(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Problem] = []
+    template = SimpleNamespace(build=lambda problem, config, target: given.append(problem))
+    monkeypatch.setattr(templates, "importlib", SimpleNamespace(import_module=lambda name: template, util=util))
+    for recurrence, aggregation in product(draw_deep.RECURRENCES, AGGREGATIONS):
+        one = next(w for w in draw_deep.wanted(pass_) if w.combination[:2] == (recurrence, aggregation))
+        templates.render(TvmBackend().padded(one.problem), Config.of({}), one.target)
+        assert given == [one.problem] * len(templates.OPERATIONS["deep", pass_])
+        given.clear()
 
 
 @pytest.mark.parametrize("pass_", PASSES)

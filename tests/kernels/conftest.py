@@ -6,16 +6,18 @@ import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fences import fence
 
+from mctune.backends.protocol import Kernel
 from mctune.backends.tvm import TvmBackend
+from mctune.backends.tvm.templates import OPERATIONS
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.runtime.kernels.tvm import loader as tvm_loader
-from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
 from tests.draw import Wanted, host, plain
 
 SCRATCH = """
@@ -68,22 +70,35 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
 
 
 @pytest.fixture(scope="session")
-def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., TvmForward]:
-    """The launcher of a kernel, compiled once, with both of its functions fenced in."""
+def build(kernel_folder: Path, scratch: ctypes.CDLL) -> Callable[..., Kernel]:
+    """The launcher of a kernel of any pass, compiled once, with all of its functions fenced in."""
 
     def build(
         problem: Problem, config: Config | None = None, target: Target | None = None, *, fenced: bool = True
-    ) -> TvmForward:
+    ) -> Kernel:
         backend = TvmBackend()
         config = config or plain(problem)
         kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
-        assert isinstance(kernel, TvmForward)
         if fenced:
-            kernel.segment_states = kernel.segment_states and fence(kernel.segment_states)
-            kernel.read_forward = fence(kernel.read_forward)
+            if hasattr(kernel, "module"):
+                kernel.module = _Fenced(kernel.module)
+            else:
+                for name in OPERATIONS[problem.writes.family, problem.pass_]:
+                    # None is an operation that the configuration fuses into another.
+                    setattr(kernel, name, getattr(kernel, name) and fence(getattr(kernel, name)))
         return kernel
 
     return build
+
+
+class _Fenced:
+    """A library whose functions are fenced in."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        return fence(self.module[name])
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -11,22 +11,32 @@ from mctune.runtime.kernels.tvm.arguments import ARGUMENTS, launch
 from tests.draw import host
 
 
-def problem(pass_: str, recurrence: str = "linear") -> Problem:
+def problem(pass_: str, recurrence: str) -> Problem:
     return Problem(pass_=pass_, recurrence=recurrence, aggregation="ssc", T=64, H=1, Dk=16, Dv=16, segment_length=16)
 
 
+@pytest.mark.parametrize("recurrence", ("linear", "titans"))
 @pytest.mark.parametrize("pass_", PASSES)
-def test_a_build_is_refused_whose_arguments_are_in_another_order(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = problem(pass_)
-    space = load_space("tvm", "matrix", pass_)
+def test_a_build_is_refused_whose_arguments_are_in_another_order(
+    pass_: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = problem(pass_, recurrence)
+    space = load_space("tvm", one.writes.family, pass_)
     config = space.first_valid(lambda c: space.valid(c, one, host()))
     assert config is not None
-    built = templates.render(one, config, host())
-    for operation in (variable.name_hint for variable in built.functions):
+    built = {variable.name_hint: f for variable, f in templates.render(one, config, host()).functions.items()}
+    assert set(built) <= set(templates.OPERATIONS[one.writes.family, pass_])
+    for operation, function in built.items():
+        templates.check_arguments(operation, function)
         first, second, *rest = ARGUMENTS[operation]
+        said = f"{operation} takes {first}, {second}, .* is passed {second}, {first}, "
         monkeypatch.setitem(ARGUMENTS, operation, (second, first, *rest))
-        with pytest.raises(TypeError, match=f"{operation} takes {first}, {second}, .* is passed {second}, {first}, "):
-            templates.render(one, config, host())
+        with pytest.raises(TypeError, match=said):
+            templates.check_arguments(operation, function)
+        # A render stops at its first template.
+        if operation == templates.OPERATIONS[one.writes.family, pass_][0]:
+            with pytest.raises(TypeError, match=said):
+                templates.render(one, config, host())
         monkeypatch.undo()
 
 

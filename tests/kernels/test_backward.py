@@ -6,16 +6,11 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from fences import fence
 
-from mctune.backends.tvm import TvmBackend
-from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
-from mctune.core.target import Target
 from mctune.reference import error_ratio
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
 from mctune.verify.decided import choice_gap
@@ -30,21 +25,6 @@ VANISHED = 1e-9
 """Gradients whose exact values are this small are zero: u's of one segment, the first token's beta and g."""
 
 Build = Callable[..., TvmBackward]
-
-
-@pytest.fixture(scope="module")
-def build_backward(kernel_folder: Path, scratch: ctypes.CDLL) -> Build:
-    """The launcher of a kernel, with all of its functions fenced in."""
-
-    def build(problem: Problem, config: Config, target: Target | None = None) -> TvmBackward:
-        backend = TvmBackend()
-        kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
-        assert isinstance(kernel, TvmBackward)
-        for name in ("segment_states", "read_backward", "state_backward", "write_backward"):
-            setattr(kernel, name, fence(getattr(kernel, name)))
-        return kernel
-
-    return build
 
 
 def cases(problem: Problem) -> Iterator[tuple[Problem, list[int] | None]]:
@@ -95,8 +75,8 @@ def hold(found: Results, wanted: Results, what: object) -> None:
 
 
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernels_agree_with_the_oracle(one: Wanted, build_backward: Build, scratch: ctypes.CDLL) -> None:
-    kernel = build_backward(one.problem, one.config, one.target)
+def test_kernels_agree_with_the_oracle(one: Wanted, build: Build, scratch: ctypes.CDLL) -> None:
+    kernel = build(one.problem, one.config, one.target)
     for seed, (problem, bounds) in enumerate(cases(one.problem)):
         inputs, wanted = judged(problem, bounds, seed)
         with poisoned_memory():
@@ -108,11 +88,11 @@ def test_kernels_agree_with_the_oracle(one: Wanted, build_backward: Build, scrat
 
 @pytest.mark.parametrize("state_init", STATE_INITS)
 @pytest.mark.parametrize("strength", (4.0, float("inf")))
-def test_strong_decays(state_init: str, strength: float, build_backward: Build) -> None:
+def test_strong_decays(state_init: str, strength: float, build: Build) -> None:
     """Memories that forget nearly all at every token, or all of it at some."""
     one = wanted_for("backward", "swla", "grm", state_init)
     problem = one.problem.replace(T=75, H=2, segment_length=30)
-    kernel = build_backward(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     inputs = make_inputs(problem, 0)
     g = inputs.gates["g"]
     if strength == float("inf"):
@@ -122,10 +102,10 @@ def test_strong_decays(state_init: str, strength: float, build_backward: Build) 
     hold(run_kernel(kernel, problem, inputs), PASSES["backward"].expected(problem, inputs), (state_init, strength))
 
 
-def test_states_may_be_kept_or_computed_again(build_backward: Build) -> None:
+def test_states_may_be_kept_or_computed_again(build: Build) -> None:
     one = wanted_for("backward", "linear", "grm", "checkpoint")
     problem = one.problem.replace(T=100, H=2, segment_length=32)
-    kernel = build_backward(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     case = judge(problem, 0)
     for kernel.wants in ((("states", "means"),), ()):
         hold(run_kernel(kernel, problem, case.inputs), case.wanted, kernel.wants)

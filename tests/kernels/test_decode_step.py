@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from fences import fence
+from stepping import Case, case, extend, hold, moved, remembered, shifted
 
-from mctune.backends.tvm import TvmBackend
-from mctune.core.config import Config
 from mctune.core.problem import AGGREGATIONS, STATE_INITS, Problem
-from mctune.core.target import Target
 from mctune.reference import error_ratio, memory_caching
 from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.inputs import Inputs
 from mctune.verify.judge import decided_inputs, judge_all, poisoned_memory, tolerance, verify
-from mctune.verify.passes import PASSES, memory_of
+from mctune.verify.passes import PASSES
 from tests.draw import RECURRENCES, SPACES, Wanted, host, wanted, wanted_for
 
 SPACE, DRAWN = SPACES["decode"], wanted("decode")
 
 Tensor = torch.Tensor
 Build = Callable[..., TvmDecode]
-
-
-@pytest.fixture(scope="module")
-def build_decode(kernel_folder: Path, scratch: ctypes.CDLL) -> Build:
-    """The launcher of a kernel, with its function fenced in."""
-
-    def build(problem: Problem, config: Config, target: Target | None = None, fenced: bool = True) -> TvmDecode:
-        backend = TvmBackend()
-        kernel = backend.load(problem, config, backend.build(problem, config, target or host(), kernel_folder))
-        assert isinstance(kernel, TvmDecode)
-        if fenced:
-            kernel.decode_step = fence(kernel.decode_step)
-        return kernel
-
-    return build
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sequences with ``starts`` tokens each, extended by blocks of so many tokens."""
-
-    problem: Problem
-    starts: tuple[int, ...]
-    blocks: tuple[int, ...]
-
-    @property
-    def added(self) -> int:
-        return sum(self.blocks)
-
-
-def case(problem: Problem, C: int, starts: Sequence[int], blocks: Sequence[int], H: int, top_k: int) -> Case:
-    ssc = {"top_k": top_k} if problem.aggregation == "ssc" else {}
-    T = max(starts) + sum(blocks)
-    return Case(problem.replace(B=len(starts), T=T, H=H, segment_length=C, **ssc), tuple(starts), tuple(blocks))
 
 
 def cases(problem: Problem) -> Iterator[Case]:
@@ -75,74 +37,9 @@ def cases(problem: Problem) -> Iterator[Case]:
     yield case(problem, 1000, (3,), (2, 1, 5), 2, 2)
 
 
-def sequence(inputs: Inputs, row: int) -> Inputs:
-    """One row alone."""
-    gates = {name: gate[row : row + 1] for name, gate in inputs.gates.items()}
-    q, k, v, u = (x[row : row + 1] for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return replace(inputs, q=q, k=k, v=v, u=u, gates=gates)
-
-
-def remembered(of: Case, inputs: Inputs, more: int, dtype: torch.dtype) -> LayerMemory:
-    """What the oracle leaves ``more`` tokens after each start: room for exactly what is to come, NaN in it."""
-    rows = [memory_of(of.problem, sequence(inputs, row), n + more, dtype) for row, n in enumerate(of.starts)]
-    C = of.problem.segment_length
-    assert C is not None
-    capacity = max(1, max((n + of.added) // C for n in of.starts))
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(row, name) for row in rows])
-
-    return replace(
-        rows[0],
-        states=(torch.cat([row.states[0] for row in rows])[:, :, :capacity].contiguous(),),
-        online=(torch.cat([row.online[0] for row in rows]),),
-        descriptors=joined("descriptors")[:, :, :capacity].contiguous(),
-        **{name: joined(name) for name in ("key_sum", "last_key", "last_value", "cached", "filled")},
-        dropped=torch.zeros(len(rows), dtype=torch.int32),
-    )
-
-
-def shifted(of: Case, x: Tensor, begin: int, n: int) -> Tensor:
-    """Tokens ``begin`` to ``begin + n`` after each sequence's start."""
-    return torch.stack([x[row, start + begin : start + begin + n] for row, start in enumerate(of.starts)])
-
-
-def extend(kernel: TvmDecode, of: Case, inputs: Inputs, memory: LayerMemory, begin: int, n: int) -> Tensor:
-    """y of the next n tokens of every sequence."""
-    problem = of.problem
-    q, k, v, u = (shifted(of, x, begin, n) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    gates = {name: inputs.gates.get(name) for name in ("g", "beta", "lam")}
-    counts = memory.cached.clone(), memory.filled.clone()
-    y = kernel(
-        q, k, v, u,
-        **{name: None if gate is None else shifted(of, gate, begin, n) for name, gate in gates.items()},
-        scale=problem.Dk**-0.5, top_k=problem.top_k or 1, segment_length=problem.segment_length, memory=memory,
-    )  # fmt: skip
-    assert torch.equal(counts[0], memory.cached) and torch.equal(counts[1], memory.filled)
-    assert problem.segment_length is not None
-    memory.advance(n, problem.segment_length)
-    return y
-
-
-def hold(of: Case, memory: LayerMemory, wanted: LayerMemory) -> None:
-    """What is left behind is right; what no token reached is as it was."""
-    limit = tolerance(of.problem)
-    assert torch.equal(memory.cached, wanted.cached) and torch.equal(memory.filled, wanted.filled)
-    for row, used in enumerate(wanted.cached.tolist()):
-        for found, right in ((memory.states[0], wanted.states[0]), (memory.descriptors, wanted.descriptors)):
-            assert bool(found[row, :, used:].isnan().all()), of
-            if used:
-                assert error_ratio(found[row, :, :used], right[row, :, :used]) <= limit, of
-        for found, right in ((memory.online[0], wanted.online[0]), (memory.key_sum, wanted.key_sum)):
-            assert error_ratio(found[row], right[row]) <= limit, of
-    if of.problem.recurrence == "swla":
-        assert torch.equal(memory.last_key.double(), wanted.last_key)
-        assert torch.equal(memory.last_value.double(), wanted.last_value)
-
-
 @pytest.mark.parametrize("one", DRAWN)
-def test_kernels_agree_with_the_oracle(one: Wanted, build_decode: Build, scratch: ctypes.CDLL) -> None:
-    kernel = build_decode(one.problem, one.config, one.target)
+def test_kernels_agree_with_the_oracle(one: Wanted, build: Build, scratch: ctypes.CDLL) -> None:
+    kernel = build(one.problem, one.config, one.target)
     for seed, of in enumerate(cases(one.problem)):
         inputs = decided_inputs(of.problem, seed)
         with torch.no_grad():
@@ -161,23 +58,23 @@ def test_kernels_agree_with_the_oracle(one: Wanted, build_decode: Build, scratch
 
 
 @pytest.mark.parametrize("aggregation", ("grm", "ssc"))
-def test_what_a_search_verifies(aggregation: str, build_decode: Build) -> None:
+def test_what_a_search_verifies(aggregation: str, build: Build) -> None:
     one = wanted_for("decode", "swla", aggregation, "checkpoint")
-    kernel = build_decode(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     cases = judge_all(one.problem, 0)
     assert verify(lambda problem, inputs: PASSES["decode"].run(kernel, problem, inputs), one.problem, cases) < 2e-5
 
 
-def ssc_case(build_decode: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
+def ssc_case(build: Build, top_k: int) -> tuple[TvmDecode, Case, Inputs, LayerMemory]:
     """One token over ten states."""
     one = wanted_for("decode", "linear", "ssc", "independent")
     of = case(one.problem, 3, (30,), (1,), 2, top_k)
     inputs = decided_inputs(of.problem, 0)
-    return build_decode(one.problem, one.config, one.target), of, inputs, remembered(of, inputs, 0, torch.float32)
+    return build(one.problem, one.config, one.target), of, inputs, remembered(of, inputs, 0, torch.float32)
 
 
-def test_ssc_reads_chosen_states_only(build_decode: Build) -> None:
-    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+def test_ssc_reads_chosen_states_only(build: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build, 3)
     logits = torch.einsum("bthd,bhnd->bhn", inputs.u[:, 30:], memory.descriptors)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(3).indices, True)
     memory.states[0][~chosen] = float("nan")
@@ -186,8 +83,8 @@ def test_ssc_reads_chosen_states_only(build_decode: Build) -> None:
     assert error_ratio(extend(kernel, of, inputs, memory, 0, 1), wanted) <= 2e-5
 
 
-def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
-    kernel, of, inputs, memory = ssc_case(build_decode, 3)
+def test_a_tie_goes_to_the_earlier_segments(build: Build) -> None:
+    kernel, of, inputs, memory = ssc_case(build, 3)
     inputs = replace(inputs, u=torch.zeros_like(inputs.u))
     memory.states[0][:, :, 3:] = float("nan")
     with torch.no_grad():
@@ -196,14 +93,14 @@ def test_a_tie_goes_to_the_earlier_segments(build_decode: Build) -> None:
 
 
 @pytest.mark.parametrize("state_init", STATE_INITS)
-def test_strong_decays(state_init: str, build_decode: Build) -> None:
+def test_strong_decays(state_init: str, build: Build) -> None:
     """Memories that forget nearly all at every token, and all of it at some."""
     one = wanted_for("decode", "swla", "grm", state_init)
     of = case(one.problem, 5, (8, 1), (1, 12), 1, 1)
     inputs = decided_inputs(of.problem, 0)
     inputs.gates["g"] -= 4.0
     inputs.gates["g"][:, ::7] = -float("inf")
-    kernel, memory = build_decode(one.problem, one.config, one.target), remembered(of, inputs, 0, torch.float32)
+    kernel, memory = build(one.problem, one.config, one.target), remembered(of, inputs, 0, torch.float32)
     with torch.no_grad():
         wanted = memory_caching(**inputs.arguments(of.problem))
     y = torch.cat([extend(kernel, of, inputs, memory, 0, 1), extend(kernel, of, inputs, memory, 1, 12)], 1)
@@ -211,29 +108,13 @@ def test_strong_decays(state_init: str, build_decode: Build) -> None:
     hold(of, memory, remembered(of, inputs, 13, torch.float64))
 
 
-def moved(function: Callable[..., None], offset: int) -> Callable[..., None]:
-    """``function`` called on copies of its arrays ``offset`` elements past where an allocation begins."""
-
-    def call(*arguments: object) -> None:
-        copies = [
-            x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) if isinstance(x, Tensor) else x
-            for x in arguments
-        ]
-        function(*copies)
-        for argument, copy in zip(arguments, copies, strict=True):
-            if isinstance(argument, Tensor):
-                argument.copy_(copy)
-
-    return call
-
-
-def test_arrays_need_no_alignment(build_decode: Build) -> None:
+def test_arrays_need_no_alignment(build: Build) -> None:
     one = wanted_for("decode", "swla", "grm", "independent")
     of = case(one.problem, 5, (8, 1), (7,), 2, 1)
     inputs = decided_inputs(of.problem, 0)
     results = []
     for offset in (0, 1, 3):
-        kernel = build_decode(one.problem, one.config, one.target, fenced=False)
+        kernel = build(one.problem, one.config, one.target, fenced=False)
         kernel.decode_step = moved(kernel.decode_step, offset)
         memory = remembered(of, inputs, 0, torch.float32)
         results.append(extend(kernel, of, inputs, memory, 0, 7))
@@ -241,9 +122,9 @@ def test_arrays_need_no_alignment(build_decode: Build) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_refusals(build_decode: Build) -> None:
+def test_refusals(build: Build) -> None:
     one = wanted_for("decode", "linear", "grm", "independent")
-    kernel = build_decode(one.problem, one.config, one.target)
+    kernel = build(one.problem, one.config, one.target)
     of = case(one.problem, 5, (9,), (2,), 1, 1)
     inputs = decided_inputs(of.problem, 0)
     memory = remembered(of, inputs, 0, torch.float32)

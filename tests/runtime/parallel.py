@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from tables import build_table
+from tables import TITANS, build_table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mctune.core.problem import Problem
 from mctune.runtime.api.module import MemoryCaching
 from mctune.runtime.kernels import dispatch
 
@@ -31,11 +33,23 @@ class Mixer(nn.Module):
 def model(recurrence: str) -> nn.Module:
     """A small model, the same in every process; its widths are those of the tuned kernels."""
     torch.manual_seed(0)
-    layer = MemoryCaching(
-        24, 2, head_dim=12, expand_v=1 if recurrence == "dla" else 20 / 12, recurrence=recurrence,
-        segment_length=16, inner_chunk=4, backend="tvm" if recurrence == "linear" else "auto",
-    )  # fmt: skip
+    if recurrence == "titans":
+        layer = deep_layer(TITANS)
+    else:
+        layer = MemoryCaching(
+            24, 2, head_dim=12, expand_v=1 if recurrence == "dla" else 20 / 12, recurrence=recurrence,
+            segment_length=16, inner_chunk=4, backend="tvm" if recurrence == "linear" else "auto",
+        )  # fmt: skip
     return nn.Sequential(nn.Linear(8, 24), Mixer(layer), nn.Linear(24, 8))
+
+
+def deep_layer(problem: Problem, backend: str = "tvm", **options: Any) -> MemoryCaching:
+    """A layer that the tuned kernels of a deep memory serve."""
+    return MemoryCaching(
+        24, problem.H, head_dim=problem.Dk, expansion=problem.expansion or 1, recurrence=problem.recurrence,
+        aggregation=problem.aggregation, state_init=problem.state_init, segment_length=problem.segment_length,
+        inner_chunk=problem.inner_chunk, backend=backend, **options,
+    )  # fmt: skip
 
 
 def gradients(network: nn.Module, rows: slice) -> list[Tensor]:

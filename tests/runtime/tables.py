@@ -1,4 +1,4 @@
-"""Tuned kernels of two problems, and calls that they serve."""
+"""Tuned kernels of four problems, and calls that they serve."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ PACKED = LINEAR.replace(segmentation="packed", B=1)
 LOGARITHMIC = LINEAR.replace(segmentation="logarithmic", segment_length=None)
 DLA = Problem(recurrence="dla", T=11, H=2, Dk=4, Dv=4, segment_length=4, inner_chunk=2, expansion=2)
 TITANS = DLA.replace(recurrence="titans", aggregation="soup", state_init="checkpoint", B=2)
-TUNED = (LINEAR, SWLA, PACKED, LOGARITHMIC)
+TUNED = (LINEAR, SWLA, PACKED, LOGARITHMIC, DLA, TITANS)
 """What the kernels of :func:`build_table` serve."""
-EVERY = (*TUNED, DLA, TITANS)
 PROBLEM = {
     "recurrence": "linear", "aggregation": "grm", "segmentation": "constant", "state_init": "independent",
     "pass": "forward", "B": 1, "T": 1024, "H": 4, "Dk": 4, "Dv": 4, "segment_length": 4, "dtype": "float32",
@@ -37,20 +36,28 @@ def entry(name: str = "a", backend: str = "tvm", **changes: Any) -> Entry:
     return Entry(PROBLEM | changes, backend, Path(f"{name}.so"), {})
 
 
+def tuned(problem: Problem, folder: Path, **changes: Any) -> Entry:
+    """The entry of a kernel of the default configuration."""
+    backend, target = TvmBackend(), resolve("cpu")[0]
+    space = backend.space(problem)
+    config = space.first_valid(lambda c: space.valid(c, problem, target))
+    assert config is not None
+    config = config.replace(**changes)
+    built = backend.build(problem, config, target, folder)
+    return Entry(problem.to_dict(), "tvm", built.library, {"problem": problem.to_dict(), "config": config.to_dict()})
+
+
 def build_table(folder: Path) -> Table:
-    """Forward and backward kernels of LINEAR, whose backward wants the states saved, and of SWLA, whose does not."""
-    backend, target, entries = TvmBackend(), resolve("cpu")[0], []
-    for base, saved in ((LINEAR, "states"), (SWLA, "nothing")):
-        for problem in (base, base.replace(pass_="backward")):
-            space = backend.space(problem)
-            config = space.first_valid(lambda c, s=space, p=problem: s.valid(c, p, target))
-            assert config is not None
-            if problem.pass_ == "backward":
-                config = config.replace(saved=saved)
-            built = backend.build(problem, config, target, folder)
-            record = {"problem": problem.to_dict(), "config": config.to_dict()}
-            entries.append(Entry(problem.to_dict(), "tvm", built.library, record))
+    """Forward and backward kernels of LINEAR and DLA, whose backward wants the states saved, and of two others."""
+    entries = []
+    for problem, saved in ((LINEAR, "states"), (SWLA, "nothing"), (DLA, "states"), (TITANS, "states")):
+        entries += [tuned(problem, folder), tuned(problem.replace(pass_="backward"), folder, saved=saved)]
     return Table(tuple(entries))
+
+
+def decode_table(folder: Path, problem: Problem) -> Table:
+    """The decode kernel of a problem."""
+    return Table((tuned(problem.replace(pass_="decode"), folder),))
 
 
 def problem_id(problem: Problem) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES, arguments
-from tables import LINEAR, PACKED, SWLA, Table, checked, draw
+from tables import DLA, LINEAR, PACKED, SWLA, TITANS, Table, checked, draw
 from test_decode import call_of
 
 from mctune.reference import memory_caching as oracle
@@ -95,7 +95,7 @@ def test_unequal_sequences_of_a_packed_prompt(recurrence: str, state_init: str) 
         cache.extend(packed, 0, "eager")
 
 
-@pytest.mark.parametrize("problem", [LINEAR, SWLA, PACKED])
+@pytest.mark.parametrize("problem", [LINEAR, SWLA, PACKED, DLA, TITANS])
 def test_a_prompt_on_a_kernel_keeps_its_states(problem: Any, tuned_table: Table) -> None:
     leaves, options = draw(problem)
     call = checked(leaves, options)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from calls import GATES
-from tables import LINEAR, Entry, Table, TvmBackend, checked, draw, resolve
+from tables import LINEAR, TITANS, Table, checked, decode_table, draw, problem_id
 from test_cache import EVERY, B, C, T, case, close, fed
 from test_decode import stepped
 from test_generation import EVERYTHING, LanguageModel, prompts
 
+from mctune.core.problem import Problem
 from mctune.reference import error_ratio
 from mctune.runtime.api.step import memory_caching_step
 from mctune.runtime.cache.cache import MemoryCache
@@ -226,24 +227,20 @@ def test_compiled_steps() -> None:
     assert compiled.states[0].dtype == torch.bfloat16
 
 
-def test_kernels_of_the_cpu_refuse(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, target, problem = TvmBackend(), resolve("cpu")[0], LINEAR.replace(pass_="decode")
-    space = backend.space(problem)
-    config = space.first_valid(lambda c: space.valid(c, problem, target))
-    assert config is not None
-    built = backend.build(problem, config, target, kernel_folder)
-    record = {"problem": problem.to_dict(), "config": config.to_dict()}
-    monkeypatch.setattr(dispatch, "TABLE", Table((Entry(problem.to_dict(), "tvm", built.library, record),)))
+@pytest.mark.parametrize("problem", (LINEAR, TITANS), ids=problem_id)
+def test_kernels_of_the_cpu_refuse(problem: Problem, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "TABLE", decode_table(kernel_folder, problem))
     monkeypatch.setattr(dispatch, "_warned", set())
-    call = checked(*draw(LINEAR))
+    call = checked(*draw(problem.replace(T=22)))
 
     def memory() -> LayerMemory:
-        return LayerMemory.empty(call, LINEAR.B, state_dtype=torch.bfloat16)
+        return LayerMemory.empty(call, problem.B, state_dtype=torch.bfloat16)
 
     named = memory()
+    before = {name: store.clone() for name, store in named.stores()}
     with pytest.raises(BackendError, match=r'backend="tvm".* torch\.bfloat16.* use MemoryCache\(state_dtype=None\)'):
         stepped(call, named, (1,), "tvm")
-    assert not any(bool(store.any()) for _, store in named.stores())
+    assert all(torch.equal(store, before[name]) for name, store in named.stores())
     with pytest.warns(UserWarning, match=r"the eager path runs: cached states of torch\.bfloat16") as seen:
         y = stepped(call, memory(), (20, 1, 1), "auto")
     assert len(seen) == 1

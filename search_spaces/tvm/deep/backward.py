@@ -19,7 +19,7 @@ _WIDE = Config.of(
         "saved": "states",
     }
 )
-_HALF = _WIDE.replace(walk_cols=16, rows=4, cols=16, score_rows=4)
+_HALF = _WIDE.replace(walk_rows=4, walk_cols=16, rows=4, cols=16, score_rows=4)
 
 SPACE = SearchSpace(
     params=(

@@ -20,7 +20,7 @@ _WIDE = Config.of(
         "score_lanes": 16,
     }
 )
-_HALF = _WIDE.replace(walk_cols=16, hid_rows=4, hid_lanes=16, rows=4, cols=16, score_rows=4)
+_HALF = _WIDE.replace(walk_rows=4, walk_cols=16, hid_rows=4, hid_lanes=16, rows=4, cols=16, score_rows=4)
 
 SPACE = SearchSpace(
     params=(

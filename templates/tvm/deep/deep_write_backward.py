@@ -82,7 +82,7 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
     by_column |= {name: f32(E, BP) for name in ("ZT", "BACKT", "ZQT", "ET", "dHT")}
     pairs = {name: f32(BP, BP) for name in ("P", "P2", "PT")}
     own = scratch(
-        **states, **turned, **stack, **keys, **values, **units, **by_column, **pairs, weighed=f32(BP, max(Dk, E)),
+        **states, **turned, **stack, **keys, **values, **units, **by_column, **pairs, weighed=f32(BP, max(Dk, Dv, E)),
         sum_of_rows=f32(1),
     )  # fmt: skip
     at = at.plus(own, gates_of(plan, at), coefficient_gradients(plan, at))
