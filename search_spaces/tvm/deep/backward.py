@@ -10,7 +10,7 @@ _WIDE = Config.of(
         "walk_rows": 8,
         "walk_cols": 32,
         "unroll": 1,
-        "chunk": 64,
+        "chunk": 128,
         "rows": 8,
         "cols": 32,
         "groups": 1,
@@ -60,5 +60,5 @@ SPACE = SearchSpace(
     ),
     default=_WIDE,
     # For short segments, narrow values, AVX2's 16 registers, and both.
-    fallbacks=(_WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16)),
+    fallbacks=(_WIDE.replace(chunk=64), _WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16)),
 )
