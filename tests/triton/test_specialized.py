@@ -20,7 +20,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve, targets
 from mctune.core.workload import Case
 from mctune.runtime.errors import KernelError
-from mctune.runtime.kernels.triton import forward as triton_forward
+from mctune.runtime.kernels.triton.matrix import forward as triton_forward
 from mctune.study import calibrate, run
 from mctune.study.events import SearchRequest
 from mctune.verify.spread import draw_specialized

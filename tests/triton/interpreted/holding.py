@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from mctune.backends import get_backend
@@ -20,9 +22,25 @@ TARGET, _ = resolve("a100")
 DTYPES = ("float32", "float16")
 
 
-def drawn(pass_: str) -> list[Drawn]:
-    """Every combination."""
+_OFTEN = {
+    "dla": (("grm", "independent"), ("soup", "checkpoint")),
+    "titans": (("ssc", "checkpoint"), ("soup", "independent")),
+}
+"""Deep memories of every run, by aggregation and state init: the others take the interpreter half an hour."""
+
+
+def drawn(pass_: str) -> list[Any]:
+    """Every combination, a :class:`Drawn` each; most of deep memories are marked slow."""
+    return [one if _often(one.problem) else pytest.param(one, marks=pytest.mark.slow) for one in every(pass_)]
+
+
+def every(pass_: str) -> list[Drawn]:
+    """The same without marks."""
     return draw.interpreted(pass_, TARGET, DTYPES)
+
+
+def _often(problem: Problem) -> bool:
+    return not problem.deep or (problem.aggregation, problem.state_init) in _OFTEN[problem.recurrence]
 
 
 def fenced(inputs: Inputs) -> Inputs:

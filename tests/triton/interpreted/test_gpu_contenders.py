@@ -18,7 +18,7 @@ from mctune.backends import get_backend
 from mctune.core.outcome import Timed
 from mctune.core.target import resolve
 from mctune.core.work import bound, work
-from mctune.runtime.kernels.triton import backward as triton_backward
+from mctune.runtime.kernels.triton.matrix import backward as triton_backward
 from mctune.runtime.kernels.triton.tables import make_tables
 from mctune.runtime.segments import make_segments
 

@@ -20,7 +20,7 @@ from mctune.core.target import resolve
 from mctune.core.winner import Winner
 from mctune.emit.package import emit_package
 from mctune.runtime.errors import KernelError
-from mctune.runtime.kernels.triton import forward as triton_forward
+from mctune.runtime.kernels.triton.matrix import forward as triton_forward
 from mctune.runtime.kernels.triton.matrix.forward import TritonForward
 from mctune.verify.judge import error_of, judge, run_kernel, tolerance, verify_case
 from mctune.verify.passes import PASSES

@@ -11,8 +11,8 @@ from holding import TARGET
 
 from mctune.backends import get_backend
 from mctune.core.problem import Problem
-from mctune.runtime.kernels.triton import forward as triton_forward
 from mctune.runtime.kernels.triton import tables as triton_tables
+from mctune.runtime.kernels.triton.matrix import forward as triton_forward
 from mctune.runtime.kernels.triton.tables import Shares, Tables, make_tables, share_out
 from mctune.runtime.segments import make_segments
 from mctune.verify.judge import error_of, judge, poisoned_memory, run_kernel, tolerance
