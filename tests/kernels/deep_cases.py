@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mctune.core.problem import Problem
-from mctune.verify import judge as verify
+from mctune.verify.decided import choice_gap
 from mctune.verify.inputs import Inputs, make_inputs
 from mctune.verify.judge import judge
 from mctune.verify.passes import PASSES, Results
@@ -63,6 +63,6 @@ def judged(case: Case, seed: int) -> tuple[Inputs, Results]:
             inputs = replace(inputs, k=0.2 * inputs.k, v=0.2 * inputs.v)
         if case.bounds is not None:
             inputs = replace(inputs, cu_seqlens=torch.tensor(case.bounds, dtype=torch.int32))
-        if not problem.reads.sparse or verify._choice_gap(problem, inputs) > 1e-5:
+        if not problem.reads.sparse or choice_gap(problem, inputs) > 1e-5:
             return inputs, PASSES[problem.pass_].expected(problem, inputs)
         seed += 1
