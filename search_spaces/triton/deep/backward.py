@@ -7,15 +7,12 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-
-def _power(value: int) -> int:
-    """The next power of two that products take."""
-    return max(16, 1 << (value - 1).bit_length())
+from ._rules import power
 
 
 def _layers(problem: Problem) -> int:
     """Elements of a hidden unit, of both layers."""
-    return _power(problem.Dk) + _power(problem.Dv)
+    return power(problem.Dk) + power(problem.Dv)
 
 
 def _unused(prefix: str, names: tuple[str, ...]) -> Constraint:
@@ -31,7 +28,7 @@ def _units(name: str) -> Constraint:
     """Blocks are no wider than the hidden units."""
 
     def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return config.integer(name) <= _power(problem.E)
+        return config.integer(name) <= power(problem.E)
 
     return Constraint(name, holds, "a block wider than the hidden units computes columns that do not exist")
 
@@ -61,7 +58,7 @@ def _little_shared(config: Config, problem: Problem, target: Target) -> bool:
 
 def _logits(config: Config, problem: Problem, target: Target) -> bool:
     """float32 rows of u are operands of products, and lists of the best logits grow with top_k."""
-    rows = config.integer("gates_BT") * _power(problem.Dk)
+    rows = config.integer("gates_BT") * power(problem.Dk)
     if problem.routed and problem.dtype == "float32" and config["gates_BT"] != 16:
         if rows > 256 * config.integer("gates_num_warps"):
             return False
@@ -74,9 +71,7 @@ def _logits(config: Config, problem: Problem, target: Target) -> bool:
 def _connectors(config: Config, problem: Problem, target: Target) -> bool:
     """A float32 product is three products of parts of its operands."""
     rows = max(config.integer("dgates_BT"), config.integer("dgates_BI"))
-    return (
-        not problem.routed or rows == 16 or 4 * rows * _power(problem.Dk) <= 4096 * config.integer("dgates_num_warps")
-    )
+    return not problem.routed or rows == 16 or 4 * rows * power(problem.Dk) <= 4096 * config.integer("dgates_num_warps")
 
 
 _WIDE = Config.of(
@@ -184,7 +179,7 @@ SPACE = SearchSpace(
         *(_units(name) for name in ("replay_EB", "online_EB", "dq_EB", "dstates_EB", "dkv_EB")),
         _fits("replay", lambda c, p: _momentum(p) * c.integer("replay_EB") * _layers(p), 64),
         _fits("online", lambda c, p: _momentum(p) * c.integer("online_EB") * _layers(p), 128),
-        _fits("dq", lambda c, p: c.integer("dq_BT") * (_power(p.Dk) + 2 * c.integer("dq_EB")), 128),
+        _fits("dq", lambda c, p: c.integer("dq_BT") * (power(p.Dk) + 2 * c.integer("dq_EB")), 128),
         _fits("dstates", lambda c, p: c.integer("dstates_EB") * (_layers(p) + 2 * c.integer("dstates_BT")), 128),
         _fits("dkv", lambda c, p: _momentum(p) * c.integer("dkv_EB") * _layers(p), 32),
         Constraint("gates registers", _logits, "rows of u, or lists of the best logits, would spill"),

@@ -5,15 +5,12 @@ from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-
-def _power(value: int) -> int:
-    """The next power of two, as a block is wide."""
-    return max(16, 1 << (value - 1).bit_length())
+from ._rules import power
 
 
 def _fits(config: Config, problem: Problem, target: Target) -> bool:
     """Of the online state four blocks of a layer are held at once: its own, the start, the momentum and the write."""
-    widest = _power(max(problem.Dk, problem.Dv))
+    widest = power(max(problem.Dk, problem.Dv))
     return config.integer("decode_EB") == 16 or 4 * widest * config.integer("decode_EB") <= 128 * 32 * config.integer(
         "decode_num_warps"
     )
@@ -36,7 +33,7 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "decode_EB",
-            lambda c, p, t: c.integer("decode_EB") <= _power(p.E),
+            lambda c, p, t: c.integer("decode_EB") <= power(p.E),
             "a block wider than the hidden units reads columns that do not exist",
         ),
         Constraint("online registers", _fits, "the online state would spill"),

@@ -7,6 +7,8 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
+from ._rules import power
+
 _WIDE = Config.of(
     {
         "precision": "ieee",
@@ -27,14 +29,9 @@ _WIDE = Config.of(
 _GATES = ("gates_BT", "gates_BN", "gates_num_warps", "gates_num_stages")
 
 
-def _power(value: int) -> int:
-    """The next power of two that products take."""
-    return max(16, 1 << (value - 1).bit_length())
-
-
 def _longest(problem: Problem) -> int:
     """Tokens of the longest segment, as a tile holds them."""
-    return _power(problem.segment_length or 1 << problem.T.bit_length() - 1)
+    return power(problem.segment_length or 1 << problem.T.bit_length() - 1)
 
 
 def _at_most(name: str, limit: Callable[[Problem], int], reason: str) -> Constraint:
@@ -45,7 +42,7 @@ def _at_most(name: str, limit: Callable[[Problem], int], reason: str) -> Constra
 def _states(config: Config, problem: Problem, target: Target) -> bool:
     """A block of both layers in a quarter of a thread's registers, momentum's and float32's operands beside it; in half
     of them where products leave their other operands in shared memory."""
-    floats = config.integer("write_EB") * (_power(problem.Dk) + _power(problem.Dv))
+    floats = config.integer("write_EB") * (power(problem.Dk) + power(problem.Dv))
     threads = (32 if target.kind == "cuda" else 64) * config.integer("write_num_warps")
     if problem.writes.momentum or problem.dtype == "float32":
         return 2 * floats <= 64 * threads
@@ -55,18 +52,18 @@ def _states(config: Config, problem: Problem, target: Target) -> bool:
 def _sums(config: Config, problem: Problem, target: Target) -> bool:
     """The sum of a tile's reads and a block of its hidden units: in half of a thread's registers, of which many warps
     leave each other fewer."""
-    floats = config.integer("read_BT") * (_power(problem.Dv) + config.integer("read_EB"))
+    floats = config.integer("read_BT") * (power(problem.Dv) + config.integer("read_EB"))
     return floats <= min(128 * 32 * config.integer("read_num_warps"), 65536 // 2)
 
 
 def _queries(config: Config, problem: Problem, target: Target) -> bool:
     """float32 rows are operands of products too, and so are hidden units, which takes most of the registers."""
-    rows = config.integer("read_BT") * _power(problem.Dk)
+    rows = config.integer("read_BT") * power(problem.Dk)
     return problem.dtype != "float32" or config["read_BT"] == 16 or rows <= 128 * config.integer("read_num_warps")
 
 
 def _logits(config: Config, problem: Problem, target: Target) -> bool:
-    rows = config.integer("gates_BT") * _power(problem.Dk)
+    rows = config.integer("gates_BT") * power(problem.Dk)
     return not _wide(problem) or config["gates_BT"] == 16 or rows <= 512 * config.integer("gates_num_warps")
 
 
@@ -152,8 +149,8 @@ SPACE = SearchSpace(
             lambda c, p, t: p.routed or all(c[name] == _WIDE[name] for name in _GATES),
             "there is no gates kernel to tune",
         ),
-        _at_most("write_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
-        _at_most("read_EB", lambda p: _power(p.E), "a block wider than the memory computes units that do not exist"),
+        _at_most("write_EB", lambda p: power(p.E), "a block wider than the memory computes units that do not exist"),
+        _at_most("read_EB", lambda p: power(p.E), "a block wider than the memory computes units that do not exist"),
         Constraint(
             "read_BT",
             lambda c, p, t: c.integer("read_BT") <= _longest(p),
@@ -172,7 +169,7 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "read_num_stages",
-            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or _power(max(p.Dk, p.Dv)) <= 128,
+            lambda c, p, t: t.kind == "cuda" or c["read_num_stages"] == 1 or power(max(p.Dk, p.Dv)) <= 128,
             "AMD's 64 KiB of shared memory do not hold wide states that are loaded ahead",
         ),
         Constraint(
