@@ -22,13 +22,14 @@ from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.eager.decode import decode
 from mctune.runtime.eager.ends import end_states
 from mctune.runtime.eager.forward import by_head, lay_out
-from mctune.runtime.kernels.kept import Names, make_kept
+from mctune.runtime.eager.mixture import mixture_of
+from mctune.runtime.kernels.kept import MIXTURE, Names, make_kept
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.decided import DRAWS, decided, gaps, means_of
 from mctune.verify.guard import POSITIONAL, Arguments
-from mctune.verify.inputs import Inputs, make_inputs
+from mctune.verify.inputs import Inputs, call_of, make_inputs
 from mctune.verify.kept import segments_of
-from mctune.verify.passes import Results, call_of, empty_memory, gradients, gradients_of, left, options, wants
+from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
 
 Tensor = torch.Tensor
 _AT_ONCE = 1 << 26
@@ -114,7 +115,7 @@ def make(problem: Problem, seed: int, names: Names, device: str = "cpu") -> AtSi
         for name in found[0]
     }
     kept = [_kept(part, x, names) for part, x in parts] if names else []
-    given = {name: torch.cat([one[name] for one in kept]) for name in names}
+    given = {name: _all_heads(name, [one[name] for one in kept], problem) for name in names}
     return AtSize(problem, inputs, given, wanted)
 
 
@@ -140,6 +141,13 @@ def _joined(parts: list[Tensor], problem: Problem) -> Tensor:
     """[1, T, heads, ...] of each part as [B, T, H, ...]."""
     each = len(parts) // problem.B
     return torch.cat([torch.cat(parts[row * each : (row + 1) * each], 2) for row in range(problem.B)])
+
+
+def _all_heads(name: str, parts: list[Tensor], problem: Problem) -> Tensor:
+    """What a forward keeps, of each part, as it keeps it of all."""
+    if name not in MIXTURE:
+        return torch.cat(parts)
+    return _joined([x.view(1, problem.T, -1, x.shape[1]) for x in parts], problem).flatten(0, 2)
 
 
 def _summed(parts: list[Tensor], problem: Problem) -> Tensor:
@@ -171,7 +179,11 @@ def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
     """What a forward keeps of these heads."""
     states, means = _states(problem, inputs)
     u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
-    return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype)
+    rows: dict[str, Tensor] = {}
+    if not set(MIXTURE).isdisjoint(names):
+        call = call_of(problem, inputs, slice(None), torch.float32, inputs.cu_seqlens)
+        rows = mixture_of(call, lay_out(call))
+    return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype, rows)
 
 
 # --- decode: the last token, after a memory of random numbers

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mctune.core.problem import Problem
+from mctune.runtime.call import GATES, Call, check_call
+from mctune.runtime.options import NAMES, Options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 1023
@@ -134,3 +136,15 @@ def sized_problems(problem: Problem) -> tuple[Problem, ...]:
     if C is None or problem.T > 2 * C:
         return (problem,)
     return problem, problem.replace(B=1, T=2 * C + 1, H=1)
+
+
+def call_of(
+    problem: Problem, inputs: Inputs, tokens: slice, dtype: torch.dtype, cu_seqlens: torch.Tensor | None = None
+) -> Call:
+    """The call of ``memory_caching`` on some tokens of each row, in ``dtype``."""
+    arguments = inputs.arguments(problem)
+    chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
+    gates: dict[str, torch.Tensor | None] = dict.fromkeys(GATES)
+    gates |= {name: x[:, tokens] for name, x in inputs.gates.items()}
+    q, k, v, u = (x[:, tokens].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
+    return check_call(q, k, v, u, chosen, gates=gates, cu_seqlens=cu_seqlens, **inputs.weights)

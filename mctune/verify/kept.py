@@ -9,9 +9,11 @@ import torch
 from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import segment_states
-from mctune.runtime.kernels.kept import CHOICE, ENDS, LOGITS, OF_SEGMENTS, Names, make_kept, make_pairs
+from mctune.runtime.eager.forward import lay_out
+from mctune.runtime.eager.mixture import mixture_of
+from mctune.runtime.kernels.kept import CHOICE, ENDS, LOGITS, MIXTURE, OF_SEGMENTS, Names, make_kept, make_pairs
 from mctune.runtime.segments import Segments, make_segments
-from mctune.verify.inputs import Inputs
+from mctune.verify.inputs import Inputs, call_of
 
 Tensor = torch.Tensor
 OPTIONAL = "kept "
@@ -41,7 +43,11 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     states, means = tuple(x.transpose(1, 2).flatten(0, 1) for x in ends), by_segment.transpose(1, 2).flatten(0, 1)
     u, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (inputs.u, inputs.k))
     segments = segments_of(problem, inputs)
-    made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype)
+    rows: dict[str, Tensor] = {}
+    if not set(MIXTURE).isdisjoint(names):
+        call = call_of(problem, inputs, slice(None), torch.float64, inputs.cu_seqlens)
+        rows = mixture_of(call, lay_out(call))
+    made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype, rows)
     return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
 
 
@@ -63,6 +69,8 @@ def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     names = ENDS[problem.writes.family]
     if not problem.deep:
         names += ("operand", "past")
+    elif problem.reads.mixes_parameters:
+        names += MIXTURE
     if problem.routed and not problem.deep:
         names += CHOICE if problem.reads.sparse else LOGITS
     return comparable(problem, inputs, kept_by(problem, inputs, names))
@@ -70,7 +78,7 @@ def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
 
 def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kept arrays in a form that has one right value: gates [heads, N, T] for logits and choices, zero if not read."""
-    found = {name: kept[name] for name in (*OF_SEGMENTS, "lse") if name in kept}
+    found = {name: kept[name] for name in (*OF_SEGMENTS, *MIXTURE, "lse") if name in kept}
     segments = segments_of(problem, inputs)
     if "chosen" in kept:
         chosen, lse, N = kept["chosen"].long(), kept["lse"], segments.count

@@ -16,13 +16,11 @@ from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import memory_caching
 from mctune.runtime.cache.prefill import remember
-from mctune.runtime.call import GATES, Call, check_call
 from mctune.runtime.kernels.kept import Names
 from mctune.runtime.memory import LayerMemory
-from mctune.runtime.options import NAMES, Options
 from mctune.runtime.traits import gates_of
 from mctune.verify import kept
-from mctune.verify.inputs import Inputs
+from mctune.verify.inputs import Inputs, call_of
 from mctune.verify.kept import oracle_states, segments_of
 
 Tensor = torch.Tensor
@@ -180,18 +178,6 @@ def _enter(problem: Problem, inputs: Inputs, tokens: int, memory: LayerMemory) -
     found = remember(part)
     for store, x in zip((*memory.start, *memory.momentum), (*found.start, *found.momentum), strict=True):
         store.copy_(x)
-
-
-def call_of(
-    problem: Problem, inputs: Inputs, tokens: slice, dtype: torch.dtype, cu_seqlens: Tensor | None = None
-) -> Call:
-    """The call of ``memory_caching`` on some tokens of each row, in ``dtype``."""
-    arguments = inputs.arguments(problem)
-    chosen = Options(**{name: arguments[name] for name in NAMES if name in arguments})
-    gates: dict[str, Tensor | None] = dict.fromkeys(GATES)
-    gates |= {name: x[:, tokens] for name, x in inputs.gates.items()}
-    q, k, v, u = (x[:, tokens].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.u))
-    return check_call(q, k, v, u, chosen, gates=gates, cu_seqlens=cu_seqlens, **inputs.weights)
 
 
 def empty_memory(problem: Problem, B: int, capacity: int, dtype: torch.dtype = torch.float32) -> LayerMemory:

@@ -14,6 +14,7 @@ from deep_cases import cases, judged
 
 from mctune.core.problem import Problem
 from mctune.reference import memory_caching
+from mctune.runtime.kernels.kept import ENDS, MIXTURE
 from mctune.runtime.kernels.tvm.deep.backward import TvmDeepBackward
 from mctune.runtime.segments import make_segments
 from mctune.verify.inputs import Inputs, make_inputs
@@ -82,12 +83,17 @@ def test_strong_decays(aggregation: str, state_init: str, strength: float, build
     assert error_of(run_kernel(kernel, problem, inputs), wanted) <= TOLERANCE
 
 
-def test_states_may_be_kept_or_computed_again(build: Build) -> None:
-    one = drawn.wanted_for("backward", "titans", "grm", "independent")
+@pytest.mark.parametrize(
+    ("recurrence", "aggregation", "kept"), (("titans", "grm", ENDS["deep"]), ("dla", "soup", ENDS["deep"] + MIXTURE))
+)
+def test_what_is_kept_may_be_computed_again(
+    recurrence: str, aggregation: str, kept: tuple[str, ...], build: Build
+) -> None:
+    one = drawn.wanted_for("backward", recurrence, aggregation, "independent")
     problem = one.problem.replace(T=60, H=2, segment_length=22)
     kernel = build(one.problem, one.config, one.target)
     case = judge(problem, 0)
-    for kernel.wants in ((("up", "down", "means"),), ()):
+    for kernel.wants in ((kept,), (("up", "down", "means"),), ()):
         hold(run_kernel(kernel, problem, case.inputs), case.wanted, kernel.wants)
 
 
@@ -108,7 +114,7 @@ def test_the_number_of_threads_changes_nothing(build: Build) -> None:
 def test_every_combination_is_compiled() -> None:
     drawn.hold_combinations("backward")
     few = drawn.ordinary("backward")
-    assert any(one.config["saved"] == "nothing" for one in few)
+    assert {one.config["saved"] for one in few} == {"nothing", "states", "mixture"}
     assert len({one.config["groups"] for one in few}) > 2
 
 

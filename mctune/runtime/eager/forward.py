@@ -102,7 +102,7 @@ def _run_deep(call: Call, layout: Layout, q: Tensor, k: Tensor, v: Tensor, gate:
         ups.append(chunk.closed_up)
         downs.append(chunk.closed_down)
     memories = Deep(plan.gather(ups), plan.gather(downs), call.memory_residual)
-    return read(q, _tokens(plan, online), memories, gate, layout)
+    return read(q, in_tokens(plan, online), memories, gate, layout)
 
 
 def deep_walk(call: Call, layout: Layout, k: Tensor, v: Tensor) -> DeepWalk:
@@ -120,20 +120,27 @@ def _read_soup(q: Tensor, walk: DeepWalk, gate: Gate, call: Call, layout: Layout
     plan = walk.plan
     # A second pass computes the writes again, unless autograd keeps the first one's anyway.
     steps: Iterable[Chunk] = list(walk) if torch.is_grad_enabled() else walk
-    rows = plan.take(q)
-    online, ups, downs = [], [], []
-    for chunk in steps:
-        online.append(chunk.up.read(rows[:, chunk.start : chunk.stop], chunk.by))
-        ups.append(chunk.closed_up)
-        downs.append(chunk.closed_down)
-    hidden = read(q, _tokens(plan, online), Linear(plan.gather(ups)), gate, layout)
-    z = gelu(hidden, approximate="tanh")
+    z = gelu(mix_hidden(q, plan, steps, gate, layout)[1], approximate="tanh")
     rows = plan.take(z)
-    online = [chunk.down.read(rows[:, chunk.start : chunk.stop], chunk.by) for chunk in steps]
-    y = read(z, _tokens(plan, online), Linear(plan.gather(downs)), gate, layout)
+    online, downs = [], []
+    for chunk in steps:
+        online.append(chunk.down.read(rows[:, chunk.start : chunk.stop], chunk.by))
+        downs.append(chunk.closed_down)
+    y = read(z, in_tokens(plan, online), Linear(plan.gather(downs)), gate, layout)
     return y + q if call.memory_residual else y
 
 
-def _tokens(plan: Plan, steps: list[Tensor]) -> Tensor:
+def mix_hidden(q: Tensor, plan: Plan, steps: Iterable[Chunk], gate: Gate, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What q reads of the first layer of its own segment, and of all states by their weights: [G, T, E] each."""
+    rows = plan.take(q)
+    online, ups = [], []
+    for chunk in steps:
+        online.append(chunk.up.read(rows[:, chunk.start : chunk.stop], chunk.by))
+        ups.append(chunk.closed_up)
+    own = in_tokens(plan, online)
+    return own, read(q, own, Linear(plan.gather(ups)), gate, layout)
+
+
+def in_tokens(plan: Plan, steps: list[Tensor]) -> Tensor:
     """What each step computed, [G, A, b, D] each, as [G, T, D]."""
     return plan.put(torch.cat(steps, 1))

@@ -20,6 +20,8 @@ _WIDE = Config.of(
     }
 )
 _HALF = _WIDE.replace(walk_rows=4, walk_cols=16, rows=4, cols=16, score_rows=4)
+# For short segments, narrow values, AVX2's 16 registers, and both.
+_EACH = (_WIDE, _WIDE.replace(chunk=64), _WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16))
 
 SPACE = SearchSpace(
     params=(
@@ -32,7 +34,7 @@ SPACE = SearchSpace(
         Pow2("groups", 1, 8, "groups of a head's states, each with its own part of dq"),
         Int("score_rows", (2, 4, 8), "segments of a tile of logits"),
         Int("score_lanes", (16, 32, 48, 64), "tokens of a tile of logits"),
-        Choice("saved", ("states", "nothing"), "what the forward keeps; with nothing the states are computed again"),
+        Choice("saved", ("states", "mixture", "nothing"), "what the forward keeps; what it does not is computed again"),
     ),
     constraints=(
         divides("walk_cols", "Dk", "Dv", "E"),
@@ -54,11 +56,15 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "saved",
-            lambda c, p, t: c["saved"] == "states" or not (p.reads.mixes_parameters or p.writes.momentum),
-            "the writes are computed again whatever is kept",
+            lambda c, p, t: c["saved"] == "nothing" or not (p.writes.momentum and p.state_init == "checkpoint"),
+            "the writes are computed again for the momentum that enters segments, whatever is kept",
+        ),
+        Constraint(
+            "saved",
+            lambda c, p, t: c["saved"] != ("states" if p.reads.mixes_parameters else "mixture"),
+            "a read of mixed parameters needs its mixture again, or all is computed again; any other has none",
         ),
     ),
     default=_WIDE,
-    # For short segments, narrow values, AVX2's 16 registers, and both.
-    fallbacks=(_WIDE.replace(chunk=64), _WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16)),
+    fallbacks=tuple(one.replace(saved=saved) for saved in ("states", "mixture", "nothing") for one in _EACH),
 )

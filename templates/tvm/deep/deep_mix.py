@@ -16,7 +16,7 @@ from .walk import coefficients, gates_of, leave_layer, put_rows, read_layer, tak
 
 
 def mix_block(plan, at, *, t0, rows, seen) -> None:
-    """z of a block of tokens, and the part of y that comes of cached states."""
+    """h of a block of tokens, and the part of y that comes of cached states."""
     Dk, Dv, E, MR, NR, past, base = plan.Dk, plan.Dv, plan.E, plan.rows, plan.cols, at.past, at.base
     H, HT, C, own, row0, heads = at.H, at.HT, at.C, at.own, at.row0, at.heads
 
@@ -37,8 +37,8 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
                     H[t, e * LANES + x] = own[0, t] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
         for i in range(past):
             tiles(rows, E, MR, NR, first(i))
+        put_rows(at, H, at.mixture, E, t0=t0, rows=rows)
         activate(H, rows, E)
-        put_rows(at, H, at.mixed, E, t0=t0, rows=rows)
         columns(H, E, 0, 1, 0, rows, HT)
         clear(C, 0, rows, Dv)
         for i in range(past):
@@ -114,7 +114,8 @@ def one_chunk(plan, at, *, t0, rows, seen) -> None:
     def steps():
         take_rows(at.rows_z, E, at, at.Z, t0=t0, rows=rows)
         take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
-        take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
+        take_rows(at.mixture, E, at, at.ZQ, t0=t0, rows=rows)
+        activate(at.ZQ, rows, E)
         columns(at.Z, E, 0, 1, 0, at.BP, at.ZT)
         columns(at.ZQ, E, 0, 1, 0, at.BP, at.ZQT)
         coefficients(plan, at, t0=t0, rows=rows)

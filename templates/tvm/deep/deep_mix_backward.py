@@ -20,22 +20,24 @@ from .walk_backward import dot, earlier
 def build(problem, config, target):
     """The PrimFunc ``deep_mix_backward``: mixed, dhidden ``[R, E]``, dgamma ``[S, T]`` and parts ``[R, Dk]``.
 
-    ``None`` where parameters are not mixed.
+    mixture ``[R, E]`` holds h where ``given`` is 1, and is not read where it is 0. ``None`` where parameters are not
+    mixed.
     """
     plan = Plan(problem, config)
     if not plan.flags.mixes:
         return None
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "adds_input", "carries"
-    )
+        "R", "N", "S", "G", "M", "LD", "XD", "part_rows", "tokens", "heads", "longest", "inner", "adds_input",
+        "carries", "given",
+    )  # fmt: skip
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), enter_down=f32(n.XD, Dv), hidden=f32(n.R, E),
-        rows_z=f32(n.R, E), rows_err=f32(n.R, Dv), gamma=f32(n.S, n.tokens), own=f32(n.R), begin=i32(n.N),
-        end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
-        scale=T.float32, adds_input=n.adds_input, carries=n.carries, mixed=f32(n.R, E), dhidden=f32(n.R, E),
-        dgamma=f32(n.S, n.tokens), parts=f32(n.part_rows, Dk),
+        rows_z=f32(n.R, E), rows_err=f32(n.R, Dv), mixture=f32(n.R, E), gamma=f32(n.S, n.tokens), own=f32(n.R),
+        begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
+        scale=T.float32, adds_input=n.adds_input, carries=n.carries, given=n.given, mixed=f32(n.R, E),
+        dhidden=f32(n.R, E), dgamma=f32(n.S, n.tokens), parts=f32(n.part_rows, Dk),
     )  # fmt: skip
     return prim_func("deep_mix_backward", arguments, n, lambda x: every_segment(plan, x))
 
@@ -198,11 +200,14 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
         columns(at.Q, Dk, 0, 1, 0, plan.chunk, at.QT)
         take_rows(at.dy, Dv, at, DY, t0=t0, rows=rows)
         columns(DY, Dv, 0, 1, 0, plan.chunk, at.DYT)
-        clear(H, 0, rows, E)
-        for t in range(rows):
-            add_row(H, t, at.own[row0 + (t0 + t) * heads], at.hidden, row0 + (t0 + t) * heads, E)
-        for i in range(at.past):
-            hidden_of(plan, at, i=at.base + i, t0=t0, rows=rows)
+        if at.given > 0:
+            take_rows(at.mixture, E, at, H, t0=t0, rows=rows)
+        else:
+            clear(H, 0, rows, E)
+            for t in range(rows):
+                add_row(H, t, at.own[row0 + (t0 + t) * heads], at.hidden, row0 + (t0 + t) * heads, E)
+            for i in range(at.past):
+                hidden_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         slopes(H, H, at.L, rows, E)
         put_rows(at, H, at.mixed, E, t0=t0, rows=rows)
         take_rows(at.dhidden, E, at, D, t0=t0, rows=rows)

@@ -23,8 +23,8 @@ from .walk import chunk_rows
 def build(problem, config, target):
     """The PrimFunc ``deep_read``; what it takes is as ``deep_write`` leaves it, the output is y ``[B*T*H, Dv]``.
 
-    ``longest`` is the length of the longest segment; ``mixed`` ``[R, E]`` is an output too: gelu of the mixed hidden
-    units, one row where parameters are not mixed.
+    ``longest`` is the length of the longest segment; ``mixture`` ``[R, E]`` is an output too: the mixed hidden units
+    before gelu, one row where parameters are not mixed.
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
@@ -38,7 +38,7 @@ def build(problem, config, target):
         online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_z=f32(n.hidden_rows, E),
         rows_err=f32(n.hidden_rows, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
         longest=n.longest, top_k=n.top_k, inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries,
-        mixed=f32(n.hidden_rows, E), y=f32(n.R, Dv),
+        mixture=f32(n.hidden_rows, E), y=f32(n.R, Dv),
     )  # fmt: skip
     return prim_func("deep_read", arguments, n, lambda x: every_segment(plan, x))
 

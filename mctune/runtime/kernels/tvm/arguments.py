@@ -39,12 +39,12 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "deep_read": (
         *("q", "u", "k", *_DEEP_GATES, "W_down", "up", "down", "means", "enter_down", *_LEFT, *_SEGMENTS),
-        *("longest", "top_k", *_WALK, "mixed", "y"),
+        *("longest", "top_k", *_WALK, "mixture", "y"),
     ),
     "deep_gates": ("u", "k", "means", *_SEGMENTS, "top_k", "gamma", "own"),
     "deep_mix_backward": (
         *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_z", "rows_err"),
-        *("gamma", "own", *_SEGMENTS, "longest", *_WALK, "mixed", "dhidden", "dgamma", "parts"),
+        *("mixture", "gamma", "own", *_SEGMENTS, "longest", *_WALK, "given", "mixed", "dhidden", "dgamma", "parts"),
     ),
     "deep_read_backward": (
         *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "adds_input"),

@@ -65,8 +65,8 @@ class TvmDeepBackward:
     ) -> Gradients:
         """Gradients from float32 dy, v ``[B, T, H, Dv]``, q, k, u ``[B, T, H, Dk]``, gates ``[B, T, H]`` and layers.
 
-        ``kept``: ``up``, ``down`` and ``means`` of the forward of the same arguments (:mod:`kept`); without them they
-        are computed again.
+        ``kept``: what ``wants`` names, of the forward of the same arguments (:mod:`kept`); without it that is computed
+        again.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -82,24 +82,23 @@ class TvmDeepBackward:
         )
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
         x["dy"] = flat_rows(dy, s.Dv)
+        whole = kept and not s.enters and ("mixture" in kept or not s.mixed)
+        kept = kept if kept and whole else {}
         self._again(s, x, kept)
-        self._reads(s, x, groups)
+        self._reads(s, x, groups, kept)
         self._writes(s, x)
         return self._gradients(s, x, q, v, W_up, groups)
 
     def _launch(self, kernel: str, x: Mapping[str, Any]) -> None:
         launch(kernel, self.module[kernel], x)
 
-    def _again(self, s: Shape, x: dict[str, Any], kept: Mapping[str, torch.Tensor] | None) -> None:
-        """What the forward has left: the states that it kept, and the rest computed again where it is needed."""
-        x |= s.left_by_writes(x["q"].new_empty)
-        if kept and not s.mixed and not s.enters:
-            x["up"], x["down"] = kept["up"].view(-1, s.E), kept["down"].view(-1, s.Dv)
-            x["means"] = kept["means"]
-        else:
+    def _again(self, s: Shape, x: dict[str, Any], kept: Mapping[str, torch.Tensor]) -> None:
+        """What the forward has left: what it kept, and the rest computed again where it is needed."""
+        x |= s.left_by_writes(x["q"].new_empty, kept)
+        if not kept:
             self._launch("deep_write", x)
 
-    def _reads(self, s: Shape, x: dict[str, Any], groups: int) -> None:
+    def _reads(self, s: Shape, x: dict[str, Any], groups: int, kept: Mapping[str, torch.Tensor]) -> None:
         """Gates; gradients of the cached states, of the gates and, in parts, of q."""
         new = x["q"].new_empty
         hidden = s.rows if s.mixed else 1
@@ -108,6 +107,8 @@ class TvmDeepBackward:
         x["parts"] = new(groups * s.rows, s.Dk)
         self._launch("deep_gates", x)
         if s.mixed:
+            # One that is not given is not read.
+            x["given"], x["mixture"] = int("mixture" in kept), kept.get("mixture", x["mixed"])
             self._launch("deep_mix_backward", x)
         x["dup"], x["ddown"] = torch.empty_like(x["up"]), torch.empty_like(x["down"])
         self._launch("deep_read_backward", x)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ....segments import Segments
+from ...kept import given
 from ...results import Forward
 from ..arguments import launch
 from ..loader import load_library, runnable
@@ -25,7 +26,7 @@ class TvmDeepForward:
             widths, ``cpu_flags`` what the library needs of the CPU.
 
     Attributes:
-        gives: names of what it can keep for a backward.
+        gives: names of what it can keep for a backward (:func:`kept.given`).
 
     Raises:
         KernelError: if the library cannot be run on this machine.
@@ -33,12 +34,12 @@ class TvmDeepForward:
 
     device, dtype = "cpu", torch.float32
     """What the tensors that it reads are on and in."""
-    gives = frozenset(("up", "down", "means"))
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         module = load_library(runnable(library, record))
         self.deep_write, self.deep_read = module["deep_write"], module["deep_read"]
         self.problem = record["problem"]
+        self.gives = given("tvm", self.problem, record["config"])
 
     def __call__(
         self,
@@ -59,8 +60,8 @@ class TvmDeepForward:
         segments: Segments,
         keep: Sequence[str] = (),
     ) -> Forward:
-        """y from float32 q, k, u ``[B, T, H, Dk]``, v, gates ``[B, T, H]``, W_up ``[H, Dk, E]`` and W_down; and of
-        ``up``, ``down`` and ``means`` those that are to be kept.
+        """y from float32 q, k, u ``[B, T, H, Dk]``, v, gates ``[B, T, H]``, W_up ``[H, Dk, E]`` and W_down; and
+        those of ``gives`` that are to be kept.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -69,14 +70,12 @@ class TvmDeepForward:
         check_reach(s.rows * max(s.Dk, s.Dv, s.mixed and s.E), s.states * s.E * max(s.Dk, s.Dv))
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
         new = x["q"].new_empty
-        x |= s.left_by_writes(new)
-        x["mixed"], x["y"] = new(s.rows if s.mixed else 1, s.E), new(s.rows, s.Dv)
+        x |= s.left_by_writes(new, {})
+        x["mixture"], x["y"] = new(s.rows if s.mixed else 1, s.E), new(s.rows, s.Dv)
         launch("deep_write", self.deep_write, x)
         launch("deep_read", self.deep_read, x)
         y = x["y"].view(s.B, s.T, s.H, s.Dv)[..., : v.shape[3]].contiguous()
-        made = {
-            "up": x["up"].view(s.states, s.Dk, s.E), "down": x["down"].view(s.states, s.E, s.Dv), "means": x["means"],
-        }  # fmt: skip
+        made = x | {"up": x["up"].view(s.states, s.Dk, s.E), "down": x["down"].view(s.states, s.E, s.Dv)}
         return Forward(y, {name: made[name] for name in keep})
 
 

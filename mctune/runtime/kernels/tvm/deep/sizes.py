@@ -65,15 +65,16 @@ class Shape:
         """Whether momentum enters segments."""
         return self.momentum and self.carried
 
-    def left_by_writes(self, new: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The outputs of ``deep_write``, uninitialised; one row where a kernel has no use for an array."""
+    def left_by_writes(self, new: Callable[..., Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of ``deep_write``: ``kept``, or uninitialised; one row where a kernel has no use for an array."""
         S, hidden, entered = self.states, self.rows if self.mixed else 1, self.states if self.enters else 1
-        return {
-            "up": new(S * self.Dk, self.E), "down": new(S * self.E, self.Dv), "means": new(S, self.Dk),
-            "enter_up": new(entered * self.Dk, self.E), "enter_down": new(entered * self.E, self.Dv),
-            "online": new(1 if self.mixed else self.rows, self.Dv), "hidden": new(hidden, self.E),
-            "rows_z": new(hidden, self.E), "rows_err": new(hidden, self.Dv),
+        shapes = {
+            "up": (S * self.Dk, self.E), "down": (S * self.E, self.Dv), "means": (S, self.Dk),
+            "enter_up": (entered * self.Dk, self.E), "enter_down": (entered * self.E, self.Dv),
+            "online": (1 if self.mixed else self.rows, self.Dv), "hidden": (hidden, self.E),
+            "rows_z": (hidden, self.E), "rows_err": (hidden, self.Dv),
         }  # fmt: skip
+        return {name: kept[name].view(shape) if name in kept else new(*shape) for name, shape in shapes.items()}
 
 
 def flat_arguments(
