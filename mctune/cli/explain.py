@@ -21,7 +21,8 @@ def command(gpu: str, problem: str, chosen: str, markdown: bool, as_json: bool) 
 
     Nothing is measured. Of every launch: its grid, registers, stack and shared memory, the instructions of its busiest
     loop by class, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas remarks, writes to
-    shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts.
+    shared memory that may come too early, the bytes that it moves, and the time that the cost model predicts. Loops,
+    remarks and writes are read from NVIDIA's assembly; of another GPU they are empty.
     """
     from mctune.core.problem import Problem
     from mctune.core.target import resolve

@@ -149,7 +149,8 @@ class Aside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def row(launch: Launch, demand: Demand, part: Part, source: Source | None, target: Target) -> tuple[str, ...]:
     """One line of the table."""
     taken, core = resources(launch, target), CORES[target.arch]
-    loops, trips = inner_loops(launch.binary), list(leaves(source))
+    loops = inner_loops(launch.binary) if target.kind == "cuda" else []  # it is NVIDIA's assembly that is read
+    trips = list(leaves(source))
     told = dict(enumerate(trips)) if len(trips) == len(loops) else {}
     weights = [loop.issued * told.get(i, 1.0 + loop.operations) for i, loop in enumerate(loops)]
     traffic = demand.blocks * (demand.mean.loaded + demand.mean.stored) / 2**20

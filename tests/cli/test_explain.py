@@ -31,6 +31,15 @@ def test_every_launch_has_a_line() -> None:
     assert kernels["read_summed"][1] == "16" and int(kernels["read_summed"][header.split().index("product")]) > 0
 
 
+def test_a_gpu_whose_assembly_is_not_read_has_the_rest() -> None:
+    done = run("--gpu", "mi300x", "--problem", SMALL)
+    assert done.returncode == 0, done.stderr
+    _, header, *lines, last = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["local", "carry", "read_summed"] and last.startswith("predicted ")
+    loop = slice(header.index("product"), header.index("MiB L2"))
+    assert not any(line[loop].strip() for line in lines) and all(line[loop.stop :].split() for line in lines)
+
+
 def test_what_ptxas_says_and_what_products_read_are_told() -> None:
     problem = SMALL.replace("mean", "grm").replace("=32", "=64") + ",pass=backward"
     done = run("--gpu", "h100", "--problem", problem, "--set", "dstates_OPERAND=registers")

@@ -81,9 +81,12 @@ def _lists(config: Config, problem: Problem, target: Target) -> bool:
 
 _WRITES = ((64, 4), (32, 4), (32, 8), (16, 8), (16, 16))
 """Hidden units and warps of a program: narrower for wider heads."""
+_WIDER = ((64, 8), *_WRITES)
+"""The same where heads are too wide for four warps to read; with four, states of 64 hidden units leave registers."""
 _READS = ((256, 64, 16), (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 64, 8))
 _SHORT = ((32, 64, 4), (32, 32, 4), (16, 64, 4), (16, 32, 4))
 """Tokens, hidden units and warps: fewer tokens for wider heads, and for short segments."""
+_EIGHT = _READS[2]
 _COLUMNS = _READS[1]
 """Where heads are narrow, and products not those of sm_90."""
 
@@ -103,7 +106,7 @@ def _defaults(reads: Sequence[tuple[int, int, int]]) -> tuple[Config, ...]:
         for warps in (4, 8)  # longer lists of the best logits take more
         for read in reads
         for order in (("columns", "tokens") if read == _COLUMNS else ("tokens",))
-        for write in _WRITES
+        for write in (_WIDER if read == _EIGHT else _WRITES)
     )
 
 
