@@ -40,8 +40,10 @@ def search(out: Path, env: dict[str, str], trials: int = 1) -> subprocess.Popen[
         "--out",
         str(out),
     ]
+    # What a shell starts in the background ignores SIGINT, and so would the search.
     return subprocess.Popen(command, env=environment, cwd=out.parent, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def script(path: Path, text: str) -> str:

@@ -24,8 +24,10 @@ class PlantedBackend(TvmBackend):
     name = "planted"
 
     def build(self, problem: Problem, config: Config, target: Target, folder: Path) -> Built:
-        real = self.space(problem).default.replace(parallel="segment", cols=16, state_rows=2, state_cols=16)
-        return super().build(problem, real, target, folder)
+        space, fixed = self.space(problem), {"parallel": "segment", "cols": 16, "state_rows": 2, "state_cols": 16}
+        real = space.first_valid(lambda one: space.valid(one.replace(**fixed), problem, target))
+        assert real is not None
+        return super().build(problem, real.replace(**fixed), target, folder)
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         kernel = super().load(problem, config, built)

@@ -59,7 +59,8 @@ def test_shares_are_the_whole(
         found = call()
         results = run_kernel(kernel, problem, case.inputs)
     assert taken == [shares, shares]
-    assert torch.equal(found.y, whole.y)
+    # Where a row stands in a product may change how the interpreter's is rounded.
+    torch.testing.assert_close(found.y, whole.y, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(found.kept[name], whole.kept[name]) for name in names)
     assert error_of(results, case.wanted) <= tolerance(problem)
 
