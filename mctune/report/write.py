@@ -132,7 +132,8 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     baselines wins, then the later.
 
     Raises:
-        UsageError: if a target has no row, or its folder cannot be written.
+        UsageError: if a target has no row, two documents are of different machines of its name, or its folder cannot be
+            written.
     """
     try:
         return _write_results(documents, results)
@@ -144,6 +145,7 @@ def _write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     folders = []
     for name in sorted({document.environment["target"]["name"] for document in documents}):
         mine = [document for document in documents if document.environment["target"]["name"] == name]
+        _of_one_machine(name, mine)
         rates = next((document.rates for document in mine if document.rates is not None), None)
         rows = [_bounded(row, rates) for row in _merge([row for document in mine for row in document.rows])]
         if not rows:
@@ -160,6 +162,15 @@ def _write_results(documents: Sequence[Document], results: Path) -> list[Path]:
             _write_json(folder / "tuned.json", tables[-1])
         folders.append(folder)
     return folders
+
+
+def _of_one_machine(name: str, documents: Sequence[Document]) -> None:
+    """``cpu`` is whatever CPU there was; a folder has one environment."""
+    for key in ("title", "arch"):
+        found = {str(one.environment["target"][key]) for one in documents if key in one.environment["target"]}
+        if len(found) > 1:
+            machines = " and of ".join(sorted(found))
+            raise UsageError(f"{name} is of {machines}; report each on its own, with another --out")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -174,6 +174,16 @@ def test_an_absent_input_and_an_empty_one(tmp_path: Path) -> None:
         write_results([read_document(tmp_path)], tmp_path)
 
 
+def test_two_machines_of_one_name_do_not_share_an_environment(tmp_path: Path) -> None:
+    def of(**machine: str) -> Document:
+        return Document((row(),), {**ENVIRONMENT, "target": {"name": "cpu", **machine}}, None)
+
+    with pytest.raises(UsageError, match="cpu is of x86-64-v3 and of x86-64-v4; report each on its own"):
+        write_results([of(title="A", arch="x86-64-v3"), of(title="A", arch="x86-64-v4")], tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert write_results([of(title="A"), of(arch="x86-64-v3"), of(title="A")], tmp_path) == [tmp_path / "cpu"]
+
+
 def test_a_tuned_row_gets_its_fraction_of_the_bound_from_a_benchmark_beside_it(tmp_path: Path) -> None:
     problem = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=64)
     timed = Timed(ms=2.0, low=1.9, high=2.1, repeats=7, error=1e-7)
