@@ -131,12 +131,15 @@ def chunk_rows(inner):
 
 
 def tiles(count, width, rows, cols, tile) -> None:
-    """``tile(r, n)`` over tiles of ``count`` rows and ``width`` columns; the last one reaches over ``count``."""
+    """``tile(r, n)`` over tiles of ``count`` rows and ``width`` columns; the last one reaches over ``count``.
+
+    Rows in the inner loop: what they share of the right factor stays in the first cache.
+    """
 
     @emit
     def loops():
-        for rr in range((count + rows - 1) // rows):
-            for nn in range(width // cols):
+        for nn in range(width // cols):
+            for rr in range((count + rows - 1) // rows):
                 tile(rr * rows, nn * cols)
 
 
