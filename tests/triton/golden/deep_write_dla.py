@@ -98,7 +98,6 @@ def write_slices_kernel(
             stop = tl.minimum(t0 + INNER, end)
             k_t = load_rows(rows.k, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
             v_t = load_rows(rows.v, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
-            q_t = load_rows(rows.q, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
             step = steps(eta, t0, stop, H, ROWS)
             up_t = up.to(k_t.dtype)
             down_t = down.to(k_t.dtype)
@@ -107,6 +106,7 @@ def write_slices_kernel(
             # Steps times errors, negative. No product reads v itself: what is loaded ahead has one kind of reader.
             error = (v_t.to(tl.float32) * step[:, None]).to(k_t.dtype)
             back = (tl.dot(down_t, tl.trans(error), input_precision="ieee") * slope).to(k_t.dtype)
+            q_t = load_rows(rows.q, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
             scores = tl.where(before, tl.dot(k_t, tl.trans(q_t), input_precision="ieee"), 0.0).to(k_t.dtype)
             hidden = tl.dot(up_t, tl.trans(q_t), input_precision="ieee")
             hidden = tl.dot(back, scores, hidden, input_precision="ieee") * scale
