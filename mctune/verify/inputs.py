@@ -79,12 +79,12 @@ def make_inputs(problem: Problem, seed: int) -> Inputs:
         return torch.rand(B, T, H, generator=generator)
 
     gates = {
-        # Of -0.2 both layers of a deep memory are gone in 100 tokens: nothing is tested, and float16 has no digits for it.
+        # Of -0.2 both layers of a deep memory are gone in 100 tokens, and float16 has no digits for what is left.
         "g": (-0.02 if problem.deep else -0.2) * uniform(),
         "beta": uniform(),
         "lam": uniform() + 0.5,
-        # Of 0.1 heads of 128 make too much: dla's y grows to 1e5 in 512 tokens. titans' squared loss overshoots to NaN of
-        # 0.05, unless memories decay faster than that.
+        # Of 0.1 heads of 128 make too much: dla's y grows to 1e5 in 512 tokens. titans' squared loss overshoots to NaN
+        # of 0.05, unless memories decay faster than that.
         "eta": (0.0125 if problem.writes.momentum else 0.03) * uniform(),
         "mu": 0.5 * uniform(),
     }
