@@ -22,13 +22,12 @@ from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.eager.decode import decode
 from mctune.runtime.eager.ends import end_states
 from mctune.runtime.eager.forward import by_head, lay_out
-from mctune.runtime.eager.mixture import mixture_of
 from mctune.runtime.kernels.kept import MIXTURE, Names, make_kept
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.decided import DRAWS, decided, gaps, means_of
 from mctune.verify.guard import POSITIONAL, Arguments
 from mctune.verify.inputs import Inputs, call_of, make_inputs
-from mctune.verify.kept import segments_of
+from mctune.verify.kept import mixture_by, segments_of
 from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
 
 Tensor = torch.Tensor
@@ -179,10 +178,7 @@ def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
     """What a forward keeps of these heads."""
     states, means = _states(problem, inputs)
     u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
-    rows: dict[str, Tensor] = {}
-    if not set(MIXTURE).isdisjoint(names):
-        call = call_of(problem, inputs, slice(None), torch.float32, inputs.cu_seqlens)
-        rows = mixture_of(call, lay_out(call))
+    rows = mixture_by(problem, inputs, names, torch.float32)
     return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype, rows)
 
 

@@ -43,12 +43,17 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     states, means = tuple(x.transpose(1, 2).flatten(0, 1) for x in ends), by_segment.transpose(1, 2).flatten(0, 1)
     u, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (inputs.u, inputs.k))
     segments = segments_of(problem, inputs)
-    rows: dict[str, Tensor] = {}
-    if not set(MIXTURE).isdisjoint(names):
-        call = call_of(problem, inputs, slice(None), torch.float64, inputs.cu_seqlens)
-        rows = mixture_of(call, lay_out(call))
+    rows = mixture_by(problem, inputs, names, torch.float64)
     made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype, rows)
     return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
+
+
+def mixture_by(problem: Problem, inputs: Inputs, names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
+    """:data:`MIXTURE` as the eager path has it in ``dtype``, nothing unless one of ``names`` is of it."""
+    if set(MIXTURE).isdisjoint(names):
+        return {}
+    call = call_of(problem, inputs, slice(None), dtype, inputs.cu_seqlens)
+    return mixture_of(call, lay_out(call))
 
 
 # --- what a forward candidate keeps

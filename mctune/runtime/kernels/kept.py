@@ -107,7 +107,7 @@ def given(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -
     """What a forward, tuned for ``problem``, can keep."""
     family = RECURRENCES[problem["recurrence"]].family
     names = set(ENDS[family])
-    if backend == "tvm" and _mixes(problem):
+    if backend == "tvm" and family == "deep" and AGGREGATIONS[problem["aggregation"]].mixes_parameters:
         names |= set(MIXTURE)
     if backend == "triton" and family == "matrix":
         routed = AGGREGATIONS[problem["aggregation"]].routed
@@ -138,11 +138,6 @@ def wanted(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) 
     if saved != "gates":
         return (states,)
     return (states, CHOICE if config["formulation"] == "grouped" else LOGITS)
-
-
-def _mixes(problem: Mapping[str, Any]) -> bool:
-    deep = RECURRENCES[problem["recurrence"]].family == "deep"
-    return deep and AGGREGATIONS[problem["aggregation"]].mixes_parameters
 
 
 def kept(
