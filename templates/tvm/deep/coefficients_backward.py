@@ -38,6 +38,8 @@ def coefficients_backward(plan, at, *, t0, rows) -> None:
             dCT[j, rows - 1] = dCT[j, rows - 1] + at.dlast[0, j]
         for i in T.unroll(2):
             dkeep[i, rows - 1] = dkeep[i, rows - 1] + at.dends[i]
+            for j in range(at.BP - rows):
+                dkeep[i, rows + j] = T.float32(0)
         for tb in range((rows + LANES - 1) // LANES):
             down_from_the_first(plan, at, t=tb * LANES, rows=rows)
         if plan.flags.momentum:

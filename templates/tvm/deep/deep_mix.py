@@ -68,6 +68,7 @@ def second_of_online(plan, at) -> None:
                 Y=f32(at.BP, Dv),
                 P=f32(at.BP, at.BP),
                 weighed=f32(at.BP, E),
+                carried=f32(at.BP, E),
                 sum_of_rows=f32(1),
             )
         )

@@ -11,10 +11,10 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .deep_mix import enter, without
-from .plan import Plan
+from .plan import Plan, across_rows
 from .tiles import add_row, overwrite, product, scaled, slopes
-from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, take_rows, tiles
-from .walk_backward import dot, earlier
+from .walk import chunk_rows, coefficients, gates_of, leave_layer, multiply_rows, put_rows, take_rows, tiles
+from .walk_backward import earlier, read_entering
 
 
 def build(problem, config, target):
@@ -81,9 +81,7 @@ def online(plan: Plan, at: Values) -> None:
         own = T.meta_var(
             scratch(
                 W=f32(E, Dv),
-                WT=f32(Dv, E),
                 SW=f32(E, Dv),
-                SWT=f32(Dv, E),
                 Z=f32(at.BP, E),
                 ERR=f32(at.BP, Dv),
                 ERRT=f32(Dv, at.BP),
@@ -92,6 +90,8 @@ def online(plan: Plan, at: Values) -> None:
                 DZ=f32(at.BP, E),
                 P=f32(at.BP, at.BP),
                 weighed=f32(at.BP, E),
+                carried=f32(at.BP, E),
+                turned=f32(E, at.BP),
                 sum_of_rows=f32(1),
             )
         )
@@ -106,20 +106,13 @@ def online(plan: Plan, at: Values) -> None:
 
 def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
     """One inner chunk of the walk."""
-    E, Dv, R, C, DZ, Y = plan.E, plan.Dv, plan.WR, plan.WC, at.DZ, at.Y
+    E, Dv, R, DZ, Y = plan.E, plan.Dv, plan.WR, at.DZ, at.Y
     layer = dict(width=E, state=at.W, momentum=at.SW, errors=at.ERR, cols=Dv, rows=rows, inputs=at.Z)
-    fresh = product(R, C, plan.unroll, scaled(R, C, DZ, at.keep, 0, fresh=True))
-    less = product(R, C, plan.unroll, scaled(R, C, DZ, at.keep, 1, negative=True))
-    pull = product(R, LANES, plan.unroll, overwrite(R, LANES, at.P))
-
-    def of_state(r, n):
-        fresh(A=at.YT, a0=0, ac=r, B=at.WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
-
-    def of_momentum(r, n):
-        less(A=at.YT, a0=0, ac=r, B=at.SWT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+    entering = dict(first=0, XT=None, RT=at.YT, width=E, cols=Dv)
+    pairs = product(R, LANES, plan.unroll, overwrite(R, LANES, at.P))
 
     def of_errors(r, n):
-        pull(A=at.ERRT, a0=0, ac=r, B=at.YT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+        pairs(A=at.ERRT, a0=0, ac=r, B=at.YT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
 
     @emit
     def steps():
@@ -132,13 +125,12 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
                     Y[t, n * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * Y[t, n * LANES + x]
         columns(at.ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         columns(Y, Dv, 0, 1, 0, at.BP, at.YT)
-        columns(at.W, Dv, 0, 1, 0, E, at.WT)
         coefficients(plan, at, t0=t0, rows=rows)
-        tiles(rows, E, R, C, of_state)
+        read_entering(plan, at, by=0, of=at.W, **entering)
         if plan.flags.momentum:
             if at.carries > 0:
-                columns(at.SW, Dv, 0, 1, 0, E, at.SWT)
-                tiles(rows, E, R, C, of_momentum)
+                read_entering(plan, at, by=1, of=at.SW, **entering)
+        columns(at.turned, at.BP, 0, 1, 0, E, DZ)
         tiles(rows, at.BP, R, LANES, of_errors)
         for j in range(rows):
             for tb in range(at.BP // LANES):
@@ -166,17 +158,15 @@ def cached(plan: Plan, at: Values) -> None:
                 QT=f32(Dk, BT),
                 H=f32(BT, E),
                 L=f32(BT, E),
+                ZT=f32(E, BT),
                 D=f32(BT, E),
-                DHT=f32(E, BT),
+                DT=f32(E, BT),
                 DY=f32(BT, Dv),
                 DYT=f32(Dv, BT),
-                V=f32(BT, Dk),
                 DQ=f32(BT, Dk),
-                UT=f32(E, Dk),
-                WT=f32(Dv, E),
+                DQT=f32(Dk, BT),
                 gate=f32(1, BT),
-                part=f32(BT, LANES),
-                back=f32(4, LANES),
+                part=f32(1, BT),
             )
         )
         here = T.meta_var(without(at, "BP").plus(w, BP=BT))
@@ -189,6 +179,8 @@ def cached(plan: Plan, at: Values) -> None:
 def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
     """A block of tokens: z, then dh, then what their queries and gates get."""
     Dk, Dv, E, H, D, DQ, DY, row0, heads = plan.Dk, plan.Dv, plan.E, at.H, at.D, at.DQ, at.DY, at.row0, at.heads
+    units = dict(layer=at.down, height=E, width=Dv, XT=at.DYT, of=at.ZT, into=at.DT)
+    queries = dict(layer=at.up, height=Dk, width=E, XT=at.DT, of=at.QT, into=at.DQT)
 
     @emit
     def steps():
@@ -210,18 +202,19 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
                 hidden_of(plan, at, i=at.base + i, t0=t0, rows=rows)
         slopes(H, H, at.L, rows, E)
         put_rows(at, H, at.mixed, E, t0=t0, rows=rows)
+        columns(H, E, 0, 1, 0, rows, at.ZT)
         take_rows(at.dhidden, E, at, D, t0=t0, rows=rows)
+        columns(D, E, 0, 1, 0, rows, at.DT)
         for i in range(at.past):
-            units_of(plan, at, i=at.base + i, t0=t0, rows=rows)
-        for t in range(rows):
-            for e in range(E // LANES):
-                for x in T.vectorized(LANES):
-                    D[t, e * LANES + x] = D[t, e * LANES + x] * at.L[t, e * LANES + x]
+            pull(plan, at, **units, i=at.base + i, t0=t0, rows=rows, fresh=True)
+        columns(at.DT, plan.chunk, 0, 1, 0, E, D)
+        multiply_rows(D, at.L, rows, E)
         put_rows(at, D, at.dhidden, E, t0=t0, rows=rows)
-        columns(D, E, 0, 1, 0, rows, at.DHT)
-        clear(DQ, 0, plan.chunk, Dk)
+        columns(D, E, 0, 1, 0, rows, at.DT)
+        clear(at.DQT, 0, Dk, plan.chunk)
         for i in range(at.past):
-            queries_of(plan, at, i=at.base + i, t0=t0, rows=rows)
+            pull(plan, at, **queries, i=at.base + i, t0=t0, rows=rows, fresh=False)
+        columns(at.DQT, plan.chunk, 0, 1, 0, Dk, DQ)
         if at.adds_input > 0:
             for t in range(rows):
                 for d in range(plan.both // LANES):
@@ -254,58 +247,33 @@ def hidden_of(plan: Plan, at: Values, *, i, t0, rows) -> None:
     tiles(rows, E, R, C, units)
 
 
-def units_of(plan: Plan, at: Values, *, i, t0, rows) -> None:
-    """D += gamma dy W^T, and dgamma = <z, dy W^T>."""
-    Dv, E, R, C, part = plan.Dv, plan.E, plan.rows, plan.cols, at.part
-    tile = product(R, C, plan.unroll, gathered(R, C, at.H, at.D, at.gate, part))
+def pull(plan: Plan, at: Values, *, layer, height, width, XT, of, into, i, t0, rows, fresh) -> None:
+    """into += gamma W x and dgamma (+)= <of, W x>, for the layer of state ``i`` and tokens in columns.
 
-    def gradients(r, n):
-        tile(A=at.DYT, a0=0, ac=r, B=at.WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
-
-    @emit
-    def products():
-        take_gate(plan, at, i=i, t0=t0, rows=rows)
-        columns(at.down, Dv, i * E, 1, 0, E, at.WT)
-        clear(part, 0, plan.chunk, LANES)
-        tiles(rows, E, R, C, gradients)
-        for t in range(rows):
-            at.back[3, 0] = T.float32(0)
-            for x in T.unroll(LANES):
-                at.back[3, 0] = at.back[3, 0] + part[t, x]
-            at.dgamma[i, t0 + t] = at.back[3, 0]
-
-
-def gathered(rows, cols, Z, D, gate, part):
-    """part[r, lanes] += Z acc, and D += gate acc."""
+    D += gamma W dy with dgamma = <z, W dy>, then dq += gamma U dh with dgamma += <q, U dh>.
+    """
+    R, gate, part = across_rows(plan.rows, plan.cols), at.gate, at.part
 
     @inline
     def finish(acc, r0, n0):
-        for r in T.unroll(rows):
-            for e in T.unroll(cols // LANES):
-                for x in T.vectorized(LANES):
-                    part[r0 + r, x] = part[r0 + r, x] + Z[r0 + r, n0 + e * LANES + x] * acc[r, e * LANES + x]
-            for n in T.vectorized(cols):
-                D[r0 + r, n0 + n] = D[r0 + r, n0 + n] + gate[0, r0 + r] * acc[r, n]
+        for r in T.unroll(R):
+            for n in T.vectorized(LANES):
+                part[0, n0 + n] = part[0, n0 + n] + of[r0 + r, n0 + n] * acc[r, n]
+            for n in T.vectorized(LANES):
+                into[r0 + r, n0 + n] = into[r0 + r, n0 + n] + gate[0, n0 + n] * acc[r, n]
 
-    return finish
+    tile = product(R, LANES, plan.unroll, finish, across=True)
 
-
-def queries_of(plan: Plan, at: Values, *, i, t0, rows) -> None:
-    """dq += gamma dh U^T, and dgamma += <q, dh U^T>."""
-    Dk, E, R, C, V, DQ = plan.Dk, plan.E, plan.rows, plan.cols, at.V, at.DQ
-    tile = product(R, C, plan.unroll, overwrite(R, C, V))
-
-    def queries(r, n):
-        tile(A=at.DHT, a0=0, ac=r, B=at.UT, b0=0, bc=n, steps=E, r0=r, n0=n)
+    def of_rows(r, n):
+        tile(A=layer, a0=0, ac=i * height + r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
 
     @emit
     def products():
         take_gate(plan, at, i=i, t0=t0, rows=rows)
-        columns(at.up, E, i * Dk, 1, 0, Dk, at.UT)
-        tiles(rows, Dk, R, C, queries)
+        clear(part, 0, 1, plan.chunk)
+        tiles(height, plan.chunk, R, LANES, of_rows)
         for t in range(rows):
-            dot(at.Q, V, t, Dk, at.back)
-            at.dgamma[i, t0 + t] = at.dgamma[i, t0 + t] + at.back[3, 0]
-            for d in range(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + at.gate[0, t] * V[t, d * LANES + x]
+            if fresh:
+                at.dgamma[i, t0 + t] = part[0, t]
+            else:
+                at.dgamma[i, t0 + t] = at.dgamma[i, t0 + t] + part[0, t]

@@ -67,7 +67,9 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
         ZQT=f32(E, at.BP), Y=f32(at.BP, Dv), weighed=f32(at.BP, max(Dk, E)), sum_of_rows=f32(1),
     )  # fmt: skip
     at = at.plus(own, gates_of(plan, at), rows_of(plan, at))
-    return at.plus(scratch(SU=f32(Dk, E), SW=f32(E, Dv))) if plan.flags.momentum else at
+    if not plan.flags.momentum:
+        return at
+    return at.plus(scratch(SU=f32(Dk, E), SW=f32(E, Dv), carried=f32(at.BP, max(Dk, E))))
 
 
 def one_segment(plan: Plan, at: Values) -> None:

@@ -11,11 +11,17 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .coefficients_backward import coefficients_backward, tables
-from .gradients_backward import gradients, gradients_backward
+from .gradients_backward import gradients, gradients_again, gradients_backward, keep_gradients
 from .plan import Plan
 from .tiles import accumulate, copy, slopes
 from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows
-from .walk_backward import coefficient_gradients, dot, leave_layer_backward, read_layer_backward
+from .walk_backward import (
+    coefficient_gradients,
+    dot,
+    enter_layer_backward,
+    leave_layer_backward,
+    read_layer_backward,
+)
 
 
 def build(problem, config, target):
@@ -68,22 +74,21 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
     Dk, Dv, E, momentum = plan.Dk, plan.Dv, plan.E, plan.flags.momentum
     at = x.plus(Values(**place), BP=chunk_rows(x.inner), chunks=(x.longest + x.inner - 1) // x.inner)
     BP, n = at.BP, at.chunks
-    states = dict(U=f32(Dk, E), W=f32(E, Dv), dU=f32(Dk, E), dW=f32(E, Dv))
-    turned = dict(WT=f32(Dv, E), UT=f32(E, Dk), dUT=f32(E, Dk), dWT=f32(Dv, E))
-    stack = dict(US=f32(n * Dk, E), WS=f32(n * E, Dv))
+    stack = dict(US=f32(n * Dk, E), WS=f32(n * E, Dv), HS=f32(n * BP, E), RAWS=f32(n * BP, E), ERRS=f32(n * BP, Dv))
+    states = dict(dU=f32(Dk, E), dW=f32(E, Dv))
     if momentum:
-        states |= dict(SU=f32(Dk, E), SW=f32(E, Dv), dSU=f32(Dk, E), dSW=f32(E, Dv))
-        turned |= dict(SUT=f32(E, Dk), SWT=f32(Dv, E), dSUT=f32(E, Dk), dSWT=f32(Dv, E))
         stack |= dict(SUS=f32(n * Dk, E), SWS=f32(n * E, Dv))
+        states |= dict(dSU=f32(Dk, E), dSW=f32(E, Dv))
     keys = {name: f32(BP, Dk) for name in ("K", "Q", "dK", "dQ")}
     values = {name: f32(BP, Dv) for name in ("ERR", "O", "Y", "GY", "dERR")}
     units = {name: f32(BP, E) for name in ("Z", "H", "L", "RAW", "BACK", "HQ", "ZQ", "LQ", "dZ", "dZQ", "dBACK")}
+    widest = max(Dk, Dv, E)
     by_column = dict(KT=f32(Dk, BP), QT=f32(Dk, BP), ERRT=f32(Dv, BP), GYT=f32(Dv, BP), VT=f32(Dv, BP))
     by_column |= {name: f32(E, BP) for name in ("ZT", "BACKT", "ZQT", "ET", "dHT")}
     pairs = {name: f32(BP, BP) for name in ("P", "P2", "PT")}
     own = scratch(
-        **states, **turned, **stack, **keys, **values, **units, **by_column, **pairs, weighed=f32(BP, max(Dk, Dv, E)),
-        sum_of_rows=f32(1),
+        **stack, **states, **keys, **values, **units, **by_column, **pairs, weighed=f32(BP, widest),
+        carried=f32(BP, widest), turned=f32(widest, BP), sum_of_rows=f32(1),
     )  # fmt: skip
     at = at.plus(own, gates_of(plan, at), coefficient_gradients(plan, at))
     return at.plus(tables(plan, at))
@@ -123,14 +128,14 @@ def one_segment(plan: Plan, at: Values) -> None:
         count: T.let = (at.end[s] - at.begin[s] + inner - 1) // inner
         enter(plan, at)
         for c in range(count):
-            stack_states(plan, at, c=c, there=True)
-            if c + 1 < count:
-                forwards(plan, at, t0=at.begin[s] + c * inner, rows=inner)
-        for i in range(count):
-            t0: T.let = at.begin[s] + (count - 1 - i) * inner
+            t0: T.let = at.begin[s] + c * inner
             rows: T.let = T.min(inner, at.end[s] - t0)
-            stack_states(plan, at, c=count - 1 - i, there=False)
-            backwards(plan, at, t0=t0, rows=rows)
+            forwards(plan, at_chunk(plan, at, c), c=c, t0=t0, rows=rows, last=c + 1 == count)
+        for i in range(count):
+            c: T.let = count - 1 - i
+            t0: T.let = at.begin[s] + c * inner
+            rows: T.let = T.min(inner, at.end[s] - t0)
+            backwards(plan, at_chunk(plan, at, c), c=c, t0=t0, rows=rows)
         if checkpoint:
             if s == at.first[s]:
                 accumulate(dU, 0, at.dstart_up, lane * Dk, Dk, E)
@@ -152,70 +157,55 @@ def enter(plan: Plan, at: Values) -> None:
     @emit
     def states():
         if T.And(plan.flags.checkpoint, s > at.first[s]):
-            copy(at.up, (bh * N + s - 1) * Dk, at.U, 0, Dk, E)
-            copy(at.down, (bh * N + s - 1) * E, at.W, 0, E, Dv)
+            copy(at.up, (bh * N + s - 1) * Dk, at.US, 0, Dk, E)
+            copy(at.down, (bh * N + s - 1) * E, at.WS, 0, E, Dv)
         else:
-            copy(at.W_up, bh % heads * Dk, at.U, 0, Dk, E)
-            copy(at.W_down, bh % heads * E, at.W, 0, E, Dv)
+            copy(at.W_up, bh % heads * Dk, at.US, 0, Dk, E)
+            copy(at.W_down, bh % heads * E, at.WS, 0, E, Dv)
         if plan.flags.enters:
-            copy(at.enter_up, (bh * N + s) * Dk, at.SU, 0, Dk, E)
-            copy(at.enter_down, (bh * N + s) * E, at.SW, 0, E, Dv)
+            copy(at.enter_up, (bh * N + s) * Dk, at.SUS, 0, Dk, E)
+            copy(at.enter_down, (bh * N + s) * E, at.SWS, 0, E, Dv)
         elif plan.flags.momentum:
-            clear(at.SU, 0, Dk, E)
-            clear(at.SW, 0, E, Dv)
+            clear(at.SUS, 0, Dk, E)
+            clear(at.SWS, 0, E, Dv)
 
 
-def stack_states(plan: Plan, at: Values, *, c, there) -> None:
-    """The state and the momentum at the start of chunk ``c`` to the stack, or back."""
-    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    layers = [(at.U, at.US, Dk, E), (at.W, at.WS, E, Dv)]
-    if plan.flags.momentum:
-        layers += [(at.SU, at.SUS, Dk, E), (at.SW, at.SWS, E, Dv)]
-
-    def move(here, stack, rows, width):
-        @emit
-        def both_ways():
-            if there:
-                copy(here, 0, stack, c * rows, rows, width)
-            else:
-                copy(stack, c * rows, here, 0, rows, width)
-
-    for layer in layers:
-        move(*layer)
+def at_chunk(plan: Plan, at: Values, c) -> Values:
+    """Where the states at the start of chunk ``c`` begin in their stacks."""
+    return at.plus(u0=c * plan.Dk, w0=c * plan.E)
 
 
-def forwards(plan: Plan, at: Values, *, t0, rows) -> None:
-    """The state at a chunk's end."""
-    up = dict(inputs=at.K, width=plan.Dk, errors=at.BACK, cols=plan.E, state=at.U, momentum=getattr(at, "SU", None))
-    down = dict(inputs=at.Z, width=plan.E, errors=at.ERR, cols=plan.Dv, state=at.W, momentum=getattr(at, "SW", None))
+def forwards(plan: Plan, at: Values, *, c, t0, rows, last) -> None:
+    """The rows of a chunk's gradients, and the states at its end."""
+    Dk, E = plan.Dk, plan.E
+    up = dict(inputs=at.K, width=Dk, errors=at.BACK, cols=E, state=at.US, momentum=getattr(at, "SUS", None))
+    down = dict(inputs=at.Z, width=E, errors=at.ERR, cols=plan.Dv, state=at.WS, momentum=getattr(at, "SWS", None))
 
     @emit
     def steps():
         gradients(plan, at, t0=t0, rows=rows)
-        coefficients(plan, at, t0=t0, rows=rows)
-        leave_layer(plan, at, **up, rows=rows)
-        leave_layer(plan, at, **down, rows=rows)
+        keep_gradients(plan, at, r0=c * at.BP, rows=rows, there=True)
+        if T.Not(last):
+            coefficients(plan, at, t0=t0, rows=rows)
+            leave_layer(plan, at, **up, rows=rows, first=at.u0, to=at.u0 + Dk)
+            leave_layer(plan, at, **down, rows=rows, first=at.w0, to=at.w0 + E)
 
 
-def backwards(plan: Plan, at: Values, *, t0, rows) -> None:
+def backwards(plan: Plan, at: Values, *, c, t0, rows) -> None:
     """One chunk backwards; dU, dW, dSU and dSW become the gradients of what entered it."""
-    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+    E = plan.E
 
     @emit
     def steps():
-        gradients(plan, at, t0=t0, rows=rows)
+        gradients_again(plan, at, t0=t0, r0=c * at.BP, rows=rows)
         coefficients(plan, at, t0=t0, rows=rows)
         columns(at.BACK, E, 0, 1, 0, rows, at.BACKT)
-        columns(at.U, E, 0, 1, 0, Dk, at.UT)
-        if plan.flags.momentum:
-            if at.carries > 0:
-                columns(at.SU, E, 0, 1, 0, Dk, at.SUT)
-                columns(at.SW, Dv, 0, 1, 0, E, at.SWT)
         queries(plan, at, t0=t0, rows=rows)
         zero(plan, at)
         leave_backward(plan, at, rows=rows)
         read_backward(plan, at, t0=t0, rows=rows)
         gradients_backward(plan, at, t0=t0, rows=rows)
+        enter_backward(plan, at, rows=rows)
         coefficients_backward(plan, at, t0=t0, rows=rows)
 
 
@@ -243,8 +233,8 @@ def zero(plan: Plan, at: Values) -> None:
 def queries(plan: Plan, at: Values, *, t0, rows) -> None:
     """Queries of both layers, and the gradients of what they read; and that of the own segment's gate."""
     Dk, Dv, E, mixes, routed = plan.Dk, plan.Dv, plan.E, plan.flags.mixes, plan.flags.routed
-    first = dict(XT=at.QT, width=Dk, state=at.U, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
-    second = dict(XT=at.ZQT, width=E, state=at.W, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
+    first = dict(XT=at.QT, width=Dk, state=at.US, first=at.u0, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
+    second = dict(XT=at.ZQT, width=E, state=at.WS, first=at.w0, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
 
     @emit
     def layers():
@@ -257,12 +247,12 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
         else:
-            read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
+            read_layer(plan, at, **first, momentum=getattr(at, "SUS", None), rows=rows)
             slopes(at.HQ, at.ZQ, at.LQ, rows, E)
         columns(at.ZQ, E, 0, 1, 0, rows, at.ZQT)
         take_rows(at.dy, Dv, at, at.GY, t0=t0, rows=rows)
         if routed:
-            read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
+            read_layer(plan, at, **second, momentum=getattr(at, "SWS", None), rows=rows)
             own_gate(plan, at, t0=t0, rows=rows)
         for t in range(rows):
             for n in range(Dv // LANES):
@@ -295,32 +285,40 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
 
 
 def layers_of(plan: Plan, at: Values) -> tuple[dict, dict]:
-    """Both layers: their states, rows and what gradients are added to."""
-    momentum = {name: getattr(at, name, None) for name in ("SU", "SW", "dSU", "dSW")}
+    """Both layers: their states and rows, and what the gradients of those are added to."""
     up = dict(
-        inputs=at.K, inputsT=at.KT, width=plan.Dk, errors=at.BACK, errorsT=at.BACKT, cols=plan.E, state=at.U,
-        momentum=momentum["SU"], dstate=at.dU, dmomentum=momentum["dSU"], dinputs=at.dK, derrors=at.dBACK,
+        inputs=at.K, inputsT=at.KT, width=plan.Dk, errors=at.BACK, errorsT=at.BACKT, cols=plan.E, state=at.US,
+        momentum=getattr(at, "SUS", None), first=at.u0, dinputs=at.dK, derrors=at.dBACK,
     )  # fmt: skip
     down = dict(
-        inputs=at.Z, inputsT=at.ZT, width=plan.E, errors=at.ERR, errorsT=at.ERRT, cols=plan.Dv, state=at.W,
-        momentum=momentum["SW"], dstate=at.dW, dmomentum=momentum["dSW"], dinputs=at.dZ, derrors=at.dERR,
+        inputs=at.Z, inputsT=at.ZT, width=plan.E, errors=at.ERR, errorsT=at.ERRT, cols=plan.Dv, state=at.WS,
+        momentum=getattr(at, "SWS", None), first=at.w0, dinputs=at.dZ, derrors=at.dERR,
     )  # fmt: skip
     return up, down
 
 
 def leave_backward(plan: Plan, at: Values, *, rows) -> None:
     """Through what the chunk leaves."""
-    for layer, turned in zip(layers_of(plan, at), (("dUT", "dSUT"), ("dWT", "dSWT")), strict=True):
-        dstateT, dmomentumT = (getattr(at, name, None) for name in turned)
-        leave_layer_backward(plan, at, **layer, dstateT=dstateT, dmomentumT=dmomentumT, rows=rows)
+    up, down = layers_of(plan, at)
+    leave_layer_backward(plan, at, **up, dstate=at.dU, dmomentum=getattr(at, "dSU", None), rows=rows)
+    leave_layer_backward(plan, at, **down, dstate=at.dW, dmomentum=getattr(at, "dSW", None), rows=rows)
+
+
+def enter_backward(plan: Plan, at: Values, *, rows) -> None:
+    """To what enters the chunk: by both layers' reads, and by the gradients that were taken there."""
+    up = dict(X=at.Q, R=at.dZQ, width=plan.Dk, cols=plan.E, dstate=at.dU, dmomentum=getattr(at, "dSU", None))
+    down = dict(X=at.ZQ, R=at.GY, width=plan.E, cols=plan.Dv, dstate=at.dW, dmomentum=getattr(at, "dSW", None))
+    losses = [(at.dBACK, at.ERR), *([(at.Z, at.dERR)] if plan.flags.momentum else [])]
+    enter_layer_backward(plan, at, **up, pairs=[(at.K, at.dZ)], rows=rows)
+    enter_layer_backward(plan, at, **down, pairs=losses, rows=rows)
 
 
 def read_backward(plan: Plan, at: Values, *, t0, rows) -> None:
     """Through what the chunk's tokens read of it."""
     Dk, E, mixes, alone = plan.Dk, plan.E, plan.flags.mixes, not plan.flags.mixes
     up, down = layers_of(plan, at)
-    second = dict(X=at.ZQ, XT=at.ZQT, R=at.GY, RT=at.GYT, dX=at.dZQ, stateT=at.WT, momentumT=getattr(at, "SWT", None))
-    first = dict(X=at.Q, XT=at.QT, R=at.dZQ, RT=at.dHT, dX=at.dQ, stateT=at.UT, momentumT=getattr(at, "SUT", None))
+    second = dict(X=at.ZQ, XT=at.ZQT, R=at.GY, RT=at.GYT, dX=at.dZQ)
+    first = dict(X=at.Q, XT=at.QT, R=at.dZQ, RT=at.dHT, dX=at.dQ)
 
     @emit
     def layers():

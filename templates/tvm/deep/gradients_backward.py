@@ -5,27 +5,23 @@ H = K U,  Z = gelu(H),  L = gelu'(H),  ERR = -V or 2 (Z W (+ K) - V),  RAW = ERR
 
 from tvm.script import tirx as T
 
-from ..kernel import emit
+from ..kernel import emit, inline
 from ..tiles import LANES, columns
-from .tiles import add, curve, overwrite, product, slopes
-from .walk import take_rows, tiles
+from .tiles import add, copy, curve, overwrite, product, slopes
+from .walk import multiply_rows, take_rows, tiles, times_transpose
 
 
 def gradients(plan, at, *, t0, rows) -> None:
-    """As :func:`walk.gradients`, with H, L and RAW beside them."""
+    """As :func:`walk.gradients`, with H, L and RAW beside them, at the states from rows ``u0`` and ``w0`` on."""
     Dk, Dv, E, R, C, unroll = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll
-    K, ERR, Z, H, L, RAW, BACK = at.K, at.ERR, at.Z, at.H, at.L, at.RAW, at.BACK
+    K, ERR, Z, H, L = at.K, at.ERR, at.Z, at.H, at.L
     hidden, out = product(R, C, unroll, overwrite(R, C, H)), product(R, C, unroll, overwrite(R, C, at.O))
-    back = product(R, C, unroll, overwrite(R, C, RAW))
 
     def of_hidden(r, n):
-        hidden(A=at.KT, a0=0, ac=r, B=at.U, b0=0, bc=n, steps=Dk, r0=r, n0=n)
+        hidden(A=at.KT, a0=0, ac=r, B=at.US, b0=at.u0, bc=n, steps=Dk, r0=r, n0=n)
 
     def of_out(r, n):
-        out(A=at.ZT, a0=0, ac=r, B=at.W, b0=0, bc=n, steps=E, r0=r, n0=n)
-
-    def of_back(r, n):
-        back(A=at.ERRT, a0=0, ac=r, B=at.WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+        out(A=at.ZT, a0=0, ac=r, B=at.WS, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
 
     @emit
     def rows_and_products():
@@ -51,51 +47,63 @@ def gradients(plan, at, *, t0, rows) -> None:
                     for x in T.vectorized(LANES):
                         ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
-        columns(at.W, Dv, 0, 1, 0, E, at.WT)
-        tiles(rows, E, R, C, of_back)
-        for t in range(rows):
-            for e in range(E // LANES):
-                for x in T.vectorized(LANES):
-                    BACK[t, e * LANES + x] = RAW[t, e * LANES + x] * L[t, e * LANES + x]
+        times_transpose(plan, at, XT=at.ERRT, steps=Dv, state=at.WS, first=at.w0, width=E, out=at.RAW)
+        copy(at.RAW, 0, at.BACK, 0, rows, E)
+        multiply_rows(at.BACK, L, rows, E)
+
+
+def keep_gradients(plan, at, *, r0, rows, there) -> None:
+    """The rows that a chunk's gradients are made of to where rows ``r0`` on are kept, or back."""
+    Dv, E = plan.Dv, plan.E
+
+    def move(here, stack, width):
+        @emit
+        def both_ways():
+            if there:
+                copy(here, 0, stack, r0, rows, width)
+            else:
+                copy(stack, r0, here, 0, rows, width)
+
+    for here, stack, width in ((at.H, at.HS, E), (at.RAW, at.RAWS, E), (at.ERR, at.ERRS, Dv)):
+        move(here, stack, width)
+
+
+def gradients_again(plan, at, *, t0, r0, rows) -> None:
+    """All that :func:`gradients` leaves, from the rows that were kept of it."""
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+
+    @emit
+    def from_rows():
+        take_rows(at.k, Dk, at, at.K, t0=t0, rows=rows)
+        columns(at.K, Dk, 0, 1, 0, at.BP, at.KT)
+        keep_gradients(plan, at, r0=r0, rows=rows, there=False)
+        slopes(at.H, at.Z, at.L, rows, E)
+        columns(at.Z, E, 0, 1, 0, rows, at.ZT)
+        columns(at.ERR, Dv, 0, 1, 0, rows, at.ERRT)
+        copy(at.RAW, 0, at.BACK, 0, rows, E)
+        multiply_rows(at.BACK, at.L, rows, E)
 
 
 def gradients_backward(plan, at, *, t0, rows) -> None:
-    """From dZ, dERR and dBACK those of K and V, which are stored, and of U and W, which are added.
+    """From dZ, dERR and dBACK those of K and V, which are stored, and the rows that dU and dW are products of.
 
-    dRAW = dBACK * L, dERR += dRAW W, dW += dRAW^T ERR; with titans' loss O = Z W has dO = 2 dERR;
-    dH = dZ * L + dBACK * RAW * gelu''(H), dK += dH U^T, dU += K^T dH.
+    dRAW = dBACK * L, dERR += dRAW W, dW += dRAW^T ERR; with titans' loss O = Z W has dO = 2 dERR, dW += Z^T dO;
+    dH = dZ * L + dBACK * RAW * gelu''(H), dK += dH U^T, dU += K^T dH. dRAW, dO and dH are left in place of dBACK, dERR
+    and dZ.
     """
     Dk, Dv, E, R, C, unroll = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll
     dZ, dERR, dBACK, dK, L, RAW, XT, squared = at.dZ, at.dERR, at.dBACK, at.dK, at.L, at.RAW, at.ET, plan.flags.momentum
-    to_errors, to_units = product(R, C, unroll, add(R, C, dERR)), product(R, C, unroll, add(R, C, dZ))
-    to_keys = product(R, C, unroll, add(R, C, dK))
-    to_up, to_down = product(R, C, 1, add(R, C, at.dU)), product(R, C, 1, add(R, C, at.dW))
+    to_errors = product(R, C, unroll, add(R, C, dERR))
 
     def errors(r, n):
-        to_errors(A=XT, a0=0, ac=r, B=at.W, b0=0, bc=n, steps=E, r0=r, n0=n)
-
-    def units(r, n):
-        to_units(A=at.VT, a0=0, ac=r, B=at.WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
-
-    def keys(r, n):
-        to_keys(A=XT, a0=0, ac=r, B=at.UT, b0=0, bc=n, steps=E, r0=r, n0=n)
-
-    def up(r, n):
-        to_up(A=at.K, a0=0, ac=r, B=dZ, b0=0, bc=n, steps=rows, r0=r, n0=n)
-
-    def down(source, by):
-        return lambda r, n: to_down(A=source, a0=0, ac=r, B=by, b0=0, bc=n, steps=rows, r0=r, n0=n)
+        to_errors(A=XT, a0=0, ac=r, B=at.WS, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
 
     @emit
     def products():
         curve(at.H, RAW, dBACK, at.weighed, rows, E)  # dBACK * RAW * gelu''(H)
-        for t in range(rows):
-            for e in range(E // LANES):
-                for x in T.vectorized(LANES):
-                    dBACK[t, e * LANES + x] = dBACK[t, e * LANES + x] * L[t, e * LANES + x]
+        multiply_rows(dBACK, L, rows, E)
         columns(dBACK, E, 0, 1, 0, rows, XT)
         tiles(rows, Dv, R, C, errors)
-        tiles(E, Dv, R, C, down(dBACK, at.ERR))
         if squared:
             for t in range(rows):
                 for n in range(Dv // LANES):
@@ -106,15 +114,15 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
                         for x in T.vectorized(LANES):
                             dK[t, n * LANES + x] = dK[t, n * LANES + x] + dERR[t, n * LANES + x]
             columns(dERR, Dv, 0, 1, 0, rows, at.VT)
-            tiles(rows, E, R, C, units)
-            tiles(E, Dv, R, C, down(at.Z, dERR))
+            times_transpose(plan, at, XT=at.VT, steps=Dv, state=at.WS, first=at.w0, width=E, out=at.carried)
+            add_rows(dZ, at.carried, rows, E)
         for t in range(rows):
             for e in range(E // LANES):
                 for x in T.vectorized(LANES):
                     dZ[t, e * LANES + x] = dZ[t, e * LANES + x] * L[t, e * LANES + x] + at.weighed[t, e * LANES + x]
         columns(dZ, E, 0, 1, 0, rows, XT)
-        tiles(rows, Dk, R, C, keys)
-        tiles(Dk, E, R, C, up)
+        times_transpose(plan, at, XT=XT, steps=E, state=at.US, first=at.u0, width=Dk, out=at.carried)
+        add_rows(dK, at.carried, rows, Dk)
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads
             for d in range(Dk // LANES):
@@ -123,3 +131,12 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     at.dv[row, n * LANES + x] = -dERR[t, n * LANES + x]
+
+
+# X += Y, ``rows`` rows of ``width`` columns.
+@inline
+def add_rows(X, Y, rows, width):
+    for t in range(rows):
+        for e in range(width // LANES):
+            for x in T.vectorized(LANES):
+                X[t, e * LANES + x] = X[t, e * LANES + x] + Y[t, e * LANES + x]

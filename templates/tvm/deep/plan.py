@@ -51,6 +51,11 @@ def flags_of(problem: Any) -> Flags:
     )
 
 
+def across_rows(rows, cols):
+    """Rows of a tile with LANES tokens in its columns, as many registers as ``rows`` by ``cols``; they divide LANES."""
+    return min(LANES, rows * (1 << (cols // LANES).bit_length() - 1))
+
+
 class Plan:
     """Sizes and flags of the kernels of one pass."""
 
@@ -59,4 +64,5 @@ class Plan:
         self.flags = flags_of(problem)
         self.both = min(self.Dk, self.Dv)  # equal wherever a memory adds its input
         self.WR, self.WC, self.unroll = config["walk_rows"], config["walk_cols"], config["unroll"]
+        self.AR = across_rows(self.WR, self.WC)
         vars(self).update(config.to_dict())

@@ -13,11 +13,13 @@ _SLOPE = 1.5957691216057308  # 2 sqrt(2 / pi): gelu(x) = x sigmoid(_SLOPE (x + _
 _CUBE = 0.044715
 
 
-def product(rows, cols, unroll, finish):
+def product(rows, cols, unroll, finish, across=False):
     """A tile of sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, bc + n], handed to ``finish``.
 
-    Consecutive elements of A are broadcast against whole vectors of B; ``steps`` is a multiple of ``unroll``.
+    Elements of A are broadcast against whole vectors of B; ``steps`` is a multiple of ``unroll``. ``across``: of A's
+    transpose, A[ac + r, a0 + d], without one in memory.
     """
+    add_up = summed(rows, cols, unroll, across)
 
     @inline
     def tile(A, a0, ac, B, b0, bc, steps, r0, n0):
@@ -25,14 +27,47 @@ def product(rows, cols, unroll, finish):
         for r in T.unroll(rows):
             for n in T.vectorized(cols):
                 acc[r, n] = T.float32(0)
+        add_up(acc=acc, A=A, a0=a0, ac=ac, B=B, b0=b0, bc=bc, steps=steps)
+        finish(acc=acc, r0=r0, n0=n0)
+
+    return tile
+
+
+def products(rows, cols, finish, *pairs):
+    """A tile of sum_{d < steps} A[d, r0 + r] B[d, n0 + n] over pairs (A, B), handed to ``finish``."""
+    add_up = summed(rows, cols, 1, False)
+
+    def all_pairs(acc, steps, r0, n0):
+        for A, B in pairs:
+            add_up(acc=acc, A=A, a0=0, ac=r0, B=B, b0=0, bc=n0, steps=steps)
+
+    @inline
+    def tile(steps, r0, n0):
+        acc = T.alloc_buffer((rows, cols), "float32", scope="local")
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                acc[r, n] = T.float32(0)
+        all_pairs(acc=acc, steps=steps, r0=r0, n0=n0)
+        finish(acc=acc, r0=r0, n0=n0)
+
+    return tile
+
+
+def summed(rows, cols, unroll, across):
+    """acc += sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, bc + n]; or of A's transpose."""
+
+    @inline
+    def add_up(acc, A, a0, ac, B, b0, bc, steps):
         for d in range(steps // unroll):
             for e in T.unroll(unroll):
                 for r in T.unroll(rows):
                     for n in T.vectorized(cols):
-                        acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, ac + r] * B[b0 + d * unroll + e, bc + n]
-        finish(acc=acc, r0=r0, n0=n0)
+                        if across:
+                            acc[r, n] = acc[r, n] + A[ac + r, a0 + d * unroll + e] * B[b0 + d * unroll + e, bc + n]
+                        else:
+                            acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, ac + r] * B[b0 + d * unroll + e, bc + n]
 
-    return tile
+    return add_up
 
 
 # --- what a tile finishes with

@@ -11,9 +11,9 @@ is zero. A state is U [Dk, E] and W [E, Dv], its momentum SU and SW.
 
 from tvm.script import tirx as T
 
-from ..kernel import Values, emit, f32, scratch
+from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, exp, finite
-from .tiles import activated_with_slope, add, blend, multiplied, overwrite, product, scaled, subtract, weighted
+from .tiles import activated_with_slope, overwrite, product, scaled, subtract, weighted
 
 
 def gates_of(plan, at) -> Values:
@@ -92,8 +92,8 @@ def rows_of(plan, at) -> Values:
     """Scratch for a chunk's rows: keys, errors of both layers, hidden units. Those with T have tokens in columns."""
     Dk, Dv, E, BP = plan.Dk, plan.Dv, plan.E, at.BP
     return scratch(
-        K=f32(BP, Dk), KT=f32(Dk, BP), ERR=f32(BP, Dv), ERRT=f32(Dv, BP), Z=f32(BP, E), ZT=f32(E, BP), BACK=f32(BP, E),
-        WT=f32(Dv, E), O=f32(BP, Dv), P=f32(BP, BP),
+        K=f32(BP, Dk), KT=f32(Dk, BP), ERR=f32(BP, Dv), ERRT=f32(Dv, BP), Z=f32(BP, E), ZT=f32(E, BP), L=f32(BP, E),
+        BACK=f32(BP, E), turned=f32(E, BP), O=f32(BP, Dv), P=f32(BP, BP),
     )  # fmt: skip
 
 
@@ -149,19 +149,15 @@ def gradients(plan, at, *, t0, rows) -> None:
     H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = (ERR W^T) * gelu'(H).
     """
     Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
-    K, KT, ERR, ERRT, Z, ZT, BACK, WT, U, W = at.K, at.KT, at.ERR, at.ERRT, at.Z, at.ZT, at.BACK, at.WT, at.U, at.W
-    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, BACK))
+    K, KT, ERR, ERRT, Z, ZT, U, W = at.K, at.KT, at.ERR, at.ERRT, at.Z, at.ZT, at.U, at.W
+    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, at.L))
     out = product(R, C, unroll, overwrite(R, C, at.O))
-    back = product(R, C, unroll, multiplied(R, C, BACK, BACK))
 
     def of_hidden(r, n):
         hidden(A=KT, a0=0, ac=r, B=U, b0=0, bc=n, steps=Dk, r0=r, n0=n)
 
     def of_out(r, n):
         out(A=ZT, a0=0, ac=r, B=W, b0=0, bc=n, steps=E, r0=r, n0=n)
-
-    def of_back(r, n):
-        back(A=ERRT, a0=0, ac=r, B=WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
 
     @emit
     def rows_and_products():
@@ -186,15 +182,32 @@ def gradients(plan, at, *, t0, rows) -> None:
                     for x in T.vectorized(LANES):
                         ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, ERRT)
-        columns(W, Dv, 0, 1, 0, E, WT)
-        tiles(rows, E, R, C, of_back)
+        times_transpose(plan, at, XT=ERRT, steps=Dv, state=W, width=E, out=at.BACK)
+        multiply_rows(at.BACK, at.L, rows, E)
 
 
-def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, cols, rows) -> None:
+def times_transpose(plan, at, *, XT, steps, state, width, out, first=0) -> None:
+    """out[t] = x_t W^T, for ``width`` rows of W from ``first`` on; ``XT`` [steps, BP] has the x_t as columns.
+
+    The product is that of W with columns x_t, so W is read as it is: what is transposed is the result.
+    """
+    R, turned = plan.AR, at.turned
+    tile = product(R, LANES, plan.unroll, overwrite(R, LANES, turned), across=True)
+
+    def of_rows(r, n):
+        tile(A=state, a0=0, ac=first + r, B=XT, b0=0, bc=n, steps=steps, r0=r, n0=n)
+
+    @emit
+    def both():
+        tiles(width, at.BP, R, LANES, of_rows)
+        columns(turned, at.BP, 0, 1, 0, width, out)
+
+
+def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, cols, rows, first=0) -> None:
     """out[t] = x_t W_t of one layer: what enters, its momentum, and the rows of the chunk's tokens up to t.
 
     ``XT`` [width, BP] has queries as columns; so have ``inputs`` the layer's input rows. ``errors`` [BP, cols] are its
-    error rows.
+    error rows. State and momentum begin at row ``first``.
     """
     R, C, P = plan.WR, plan.WC, at.P
     fresh = product(R, C, plan.unroll, scaled(R, C, out, at.keep, 0, fresh=True))
@@ -203,10 +216,10 @@ def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, col
     inner = product(R, C, 1, subtract(R, C, out))
 
     def of_state(r, n):
-        fresh(A=XT, a0=0, ac=r, B=state, b0=0, bc=n, steps=width, r0=r, n0=n)
+        fresh(A=XT, a0=0, ac=r, B=state, b0=first, bc=n, steps=width, r0=r, n0=n)
 
     def of_momentum(r, n):
-        less(A=XT, a0=0, ac=r, B=momentum, b0=0, bc=n, steps=width, r0=r, n0=n)
+        less(A=XT, a0=0, ac=r, B=momentum, b0=first, bc=n, steps=width, r0=r, n0=n)
 
     def of_pairs(r, n):
         pair(A=inputs, a0=0, ac=r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
@@ -233,48 +246,81 @@ def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, col
                             out[t, n * LANES + x] = out[t, n * LANES + x] - P[j, t] * errors[j, n * LANES + x]
 
 
-def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows) -> None:
-    """The state and the momentum of a layer at the chunk's end: c W - d S - sum_j c_j x_j^T e_j, and S alike."""
-    R, C, ends, decays = plan.WR, plan.WC, at.ends, plan.flags.decays
-    X, grow = at.weighed, product(R, C, 1, subtract(R, C, state))
-    gather = product(R, C, 1, add(R, C, momentum)) if plan.flags.momentum else None
+def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows, first=0, to=0) -> None:
+    """The state and the momentum of a layer at the chunk's end: c W - d S - sum_j c_j x_j^T e_j, and S alike.
+
+    Both begin at row ``first``, and are left from row ``to`` on.
+    """
+    R, C, ends, X, Y = plan.WR, plan.WC, at.ends, at.weighed, getattr(at, "carried", None)
+    alone = product(R, C, 1, left(R, C, state, ends, None, first, to))
+    grow = product(R, C, 1, left(R, C, state, ends, momentum, first, to))
+    gather = product(R, C, 1, carried(R, C, momentum, ends, first, to))
 
     def of_state(r, n):
-        grow(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
+        alone(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
 
-    def of_momentum(r, n):
-        gather(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
+    def of_both(r, n):
+        # The state first: it takes the momentum that entered.
+        grow(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
+        gather(A=Y, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
 
     @emit
     def updates():
-        weigh_rows(plan, at, inputs=inputs, width=width, by=0, rows=rows)
+        weigh_rows(at.last, inputs=inputs, width=width, by=0, rows=rows, out=X)
         if plan.flags.momentum:
             if at.carries > 0:
-                blend(state, ends[0], momentum, -ends[1], width, cols)
+                weigh_rows(at.last, inputs=inputs, width=width, by=1, rows=rows, out=Y)
+                tiles(width, cols, R, C, of_both)
             else:
-                if decays:
-                    for d in range(width):
-                        for n in range(cols // LANES):
-                            for x in T.vectorized(LANES):
-                                state[d, n * LANES + x] = ends[0] * state[d, n * LANES + x]
-        tiles(width, cols, R, C, of_state)
-        if plan.flags.momentum:
-            if at.carries > 0:
-                weigh_rows(plan, at, inputs=inputs, width=width, by=1, rows=rows)
-                for d in range(width):
-                    for n in range(cols // LANES):
-                        for x in T.vectorized(LANES):
-                            momentum[d, n * LANES + x] = ends[2] * momentum[d, n * LANES + x]
-                tiles(width, cols, R, C, of_momentum)
+                tiles(width, cols, R, C, of_state)
+        else:
+            tiles(width, cols, R, C, of_state)
 
 
-def weigh_rows(plan, at, *, inputs, width, by, rows) -> None:
-    """Input rows times what each is worth at the chunk's end."""
-    last, X = at.last, at.weighed
+def left(rows, cols, W, ends, S, first, to):
+    """W' = c W - acc, or c W - d S - acc."""
+
+    @inline
+    def finish(acc, r0, n0):
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                if S is None:
+                    W[to + r0 + r, n0 + n] = ends[0] * W[first + r0 + r, n0 + n] - acc[r, n]
+                else:
+                    W[to + r0 + r, n0 + n] = (
+                        ends[0] * W[first + r0 + r, n0 + n] - ends[1] * S[first + r0 + r, n0 + n] - acc[r, n]
+                    )
+
+    return finish
+
+
+def carried(rows, cols, S, ends, first, to):
+    """S' = p S + acc."""
+
+    @inline
+    def finish(acc, r0, n0):
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                S[to + r0 + r, n0 + n] = ends[2] * S[first + r0 + r, n0 + n] + acc[r, n]
+
+    return finish
+
+
+def weigh_rows(weights, *, inputs, width, by, rows, out) -> None:
+    """Rows times what each weighs: of inputs, what it is worth at the chunk's end."""
 
     @emit
     def products():
         for j in range(rows):
             for d in range(width // LANES):
                 for x in T.vectorized(LANES):
-                    X[j, d * LANES + x] = last[by, j] * inputs[j, d * LANES + x]
+                    out[j, d * LANES + x] = weights[by, j] * inputs[j, d * LANES + x]
+
+
+# X *= Y, ``rows`` rows of ``width`` columns.
+@inline
+def multiply_rows(X, Y, rows, width):
+    for t in range(rows):
+        for e in range(width // LANES):
+            for x in T.vectorized(LANES):
+                X[t, e * LANES + x] = X[t, e * LANES + x] * Y[t, e * LANES + x]

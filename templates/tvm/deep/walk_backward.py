@@ -15,8 +15,8 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, finite
-from .tiles import add, add_row, blend, overwrite, product, scaled, subtract
-from .walk import tiles
+from .tiles import add_row, overwrite, product, products, subtract
+from .walk import tiles, times_transpose, weigh_rows
 
 
 def coefficient_gradients(plan, at) -> Values:
@@ -34,20 +34,17 @@ def coefficient_gradients(plan, at) -> Values:
 
 
 def read_layer_backward(
-    plan, at, *, X, XT, width, state, stateT, momentum, momentumT, inputs, inputsT, errors, errorsT, R, RT, cols, rows,
-    dX, dstate, dmomentum, dinputs, derrors,
+    plan, at, *, X, XT, width, state, momentum, first, inputs, inputsT, errors, errorsT, R, RT, cols, rows, dX, dinputs,
+    derrors,
 ) -> None:  # fmt: skip
     """Gradients of one layer's read. ``X`` are the rows q_t, ``R`` the rows r_t; each has its columns beside it.
 
-    dX is overwritten; to dstate, dmomentum, dinputs, derrors and the coefficients' gradients what follows is added.
+    dX is overwritten; to dinputs, derrors and the coefficients' gradients what follows is added. Those of the state and
+    of the momentum are left to :func:`enter_layer_backward`.
     """
-    A, C, P, Q = plan.WR, plan.WC, at.P, at.P2
-    carried = product(A, C, plan.unroll, overwrite(A, C, dX))
+    A, P, Q = plan.WR, at.P, at.P2
     pair = product(A, LANES, plan.unroll, overwrite(A, LANES, P))
     pull = product(A, LANES, plan.unroll, overwrite(A, LANES, Q))
-
-    def of_state(r, n):
-        carried(A=RT, a0=0, ac=r, B=stateT, b0=0, bc=n, steps=cols, r0=r, n0=n)
 
     def of_inputs(r, n):
         pair(A=inputsT, a0=0, ac=r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
@@ -57,11 +54,11 @@ def read_layer_backward(
 
     @emit
     def gradients():
-        tiles(rows, width, A, C, of_state)
-        weigh_entering(plan, at, X=X, dX=dX, width=width, rows=rows)
+        read_entering(plan, at, by=0, of=state, first=first, XT=XT, RT=RT, width=width, cols=cols)
         if plan.flags.momentum:
             if at.carries > 0:
-                read_momentum(plan, at, X=X, RT=RT, momentumT=momentumT, dX=dX, width=width, cols=cols, rows=rows)
+                read_entering(plan, at, by=1, of=momentum, first=first, XT=XT, RT=RT, width=width, cols=cols)
+        columns(at.turned, at.BP, 0, 1, 0, width, dX)
         tiles(rows, at.BP, A, LANES, of_inputs)
         tiles(rows, at.BP, A, LANES, of_errors)
         weigh_pairs(plan, at, rows=rows)
@@ -69,43 +66,36 @@ def read_layer_backward(
         earlier(plan, at, weights=Q, source=inputs, width=width, out=dX, rows=rows)
         later(plan, at, weights=Q, source=X, width=width, out=dinputs, rows=rows)
         later(plan, at, weights=P, source=R, width=cols, out=derrors, rows=rows)
-        outer(plan, at, X=X, width=width, by=0, R=R, cols=cols, out=dstate, rows=rows)
-        if plan.flags.momentum:
-            if at.carries > 0:
-                outer(plan, at, X=X, width=width, by=1, R=R, cols=cols, out=dmomentum, rows=rows)
 
 
-def weigh_entering(plan, at, *, X, dX, width, rows) -> None:
-    """dX = keep0 dX, and dkeep0 += <q, dX>, for dX = r W^T."""
-    dkeep, keep, lanes = at.dkeep, at.keep, at.back
+def read_entering(plan, at, *, by, of, first, XT, RT, width, cols) -> None:
+    """turned = keep0 W r, and dkeep0 += <q, W r>; or of the momentum, by = 1, minus those with keep1.
 
-    @emit
-    def by_row():
-        for t in range(rows):
-            dot(X, dX, t, width, lanes)
-            dkeep[0, t] = dkeep[0, t] + lanes[3, 0]
-            for d in range(width // LANES):
-                for x in T.vectorized(LANES):
-                    dX[t, d * LANES + x] = keep[0, t] * dX[t, d * LANES + x]
+    Columns are tokens; those past the chunk's end are of no use to anyone. Without ``XT`` there is no dkeep.
+    """
+    A, turned, keep, dkeep = plan.AR, at.turned, at.keep, getattr(at, "dkeep", None)
 
+    @inline
+    def finish(acc, r0, n0):
+        for r in T.unroll(A):
+            for n in T.vectorized(LANES):
+                if by == 0:
+                    turned[r0 + r, n0 + n] = keep[0, n0 + n] * acc[r, n]
+                else:
+                    turned[r0 + r, n0 + n] = turned[r0 + r, n0 + n] - keep[1, n0 + n] * acc[r, n]
+            if XT is not None:
+                for n in T.vectorized(LANES):
+                    if by == 0:
+                        dkeep[0, n0 + n] = dkeep[0, n0 + n] + XT[r0 + r, n0 + n] * acc[r, n]
+                    else:
+                        dkeep[1, n0 + n] = dkeep[1, n0 + n] - XT[r0 + r, n0 + n] * acc[r, n]
 
-def read_momentum(plan, at, *, X, RT, momentumT, dX, width, cols, rows) -> None:
-    """dX -= keep1 r S^T, and dkeep1 -= <q, r S^T>."""
-    A, C, dkeep, keep, lanes, Y = plan.WR, plan.WC, at.dkeep, at.keep, at.back, at.weighed
-    carried = product(A, C, plan.unroll, overwrite(A, C, Y))
+    tile = product(A, LANES, plan.unroll, finish, across=True)
 
-    def of_momentum(r, n):
-        carried(A=RT, a0=0, ac=r, B=momentumT, b0=0, bc=n, steps=cols, r0=r, n0=n)
+    def of_rows(r, n):
+        tile(A=of, a0=0, ac=first + r, B=RT, b0=0, bc=n, steps=cols, r0=r, n0=n)
 
-    @emit
-    def by_row():
-        tiles(rows, width, A, C, of_momentum)
-        for t in range(rows):
-            dot(X, Y, t, width, lanes)
-            dkeep[1, t] = dkeep[1, t] - lanes[3, 0]
-            for d in range(width // LANES):
-                for x in T.vectorized(LANES):
-                    dX[t, d * LANES + x] = dX[t, d * LANES + x] - keep[1, t] * Y[t, d * LANES + x]
+    tiles(width, at.BP, A, LANES, of_rows)
 
 
 # lanes[3, 0] = <X[t], Y[t]>.
@@ -183,33 +173,17 @@ def later(plan, at, *, weights, source, width, out, rows) -> None:
                     add_row(out, j, -weights[j, j + t], source, j + t, width)
 
 
-def outer(plan, at, *, X, width, by, R, cols, out, rows) -> None:
-    """out += sum_t keep0_t q_t^T r_t; or of the momentum, by = 1, minus that with keep1."""
-    A, C, keep, Y = plan.WR, plan.WC, at.keep, at.weighed
-    tile = product(A, C, 1, (subtract if by else add)(A, C, out))
-
-    def of_rows(r, n):
-        tile(A=Y, a0=0, ac=r, B=R, b0=0, bc=n, steps=rows, r0=r, n0=n)
-
-    @emit
-    def sums():
-        for t in range(rows):
-            for d in range(width // LANES):
-                for x in T.vectorized(LANES):
-                    Y[t, d * LANES + x] = keep[by, t] * X[t, d * LANES + x]
-        tiles(width, cols, A, C, of_rows)
-
-
 # --- a layer that is left
 
 
 def leave_layer_backward(
-    plan, at, *, inputs, inputsT, width, errors, errorsT, cols, state, momentum, dstate, dstateT, dmomentum, dmomentumT,
-    dinputs, derrors, rows,
+    plan, at, *, inputs, inputsT, width, errors, errorsT, cols, state, momentum, first, dstate, dmomentum, dinputs,
+    derrors, rows,
 ) -> None:  # fmt: skip
-    """Gradients of c W - d S - sum_j l_j x_j^T e_j and of S'; dstate and dmomentum become those of what enters."""
-    A, C, V, ends, dends = plan.WR, plan.WC, at.weighed, at.ends, at.dends
+    """Gradients of c W - d S - sum_j l_j x_j^T e_j and of S', but for those of what enters."""
+    A, C, V, Y, dends = plan.WR, plan.WC, at.weighed, at.carried, at.dends
     of_inputs = product(A, C, plan.unroll, overwrite(A, C, V))
+    pulled = dict(XT=errorsT, steps=cols, width=width, out=Y)
 
     def read_gradient(source):
         def tile(r, n):
@@ -217,31 +191,31 @@ def leave_layer_backward(
 
         return tile
 
-    def pull_gradient(by, turned, negative):
-        tile = product(A, C, plan.unroll, scaled(A, C, dinputs, at.last, by, negative=negative))
-        return lambda r, n: tile(A=errorsT, a0=0, ac=r, B=turned, b0=0, bc=n, steps=cols, r0=r, n0=n)
-
     @emit
     def gradients():
-        columns(dstate, cols, 0, 1, 0, width, dstateT)
         tiles(rows, cols, A, C, read_gradient(dstate))
         by_rows(plan, at, V=V, errors=errors, derrors=derrors, cols=cols, by=0, rows=rows)
-        tiles(rows, width, A, C, pull_gradient(0, dstateT, True))
+        times_transpose(plan, at, **pulled, state=dstate)
+        add_weighed(dinputs, at.last, 0, Y, rows, width, T.float32(-1))
         if plan.flags.momentum:
             if at.carries > 0:
-                columns(dmomentum, cols, 0, 1, 0, width, dmomentumT)
                 tiles(rows, cols, A, C, read_gradient(dmomentum))
                 by_rows(plan, at, V=V, errors=errors, derrors=derrors, cols=cols, by=1, rows=rows)
-                tiles(rows, width, A, C, pull_gradient(1, dmomentumT, False))
-                inner(dends, 1, dstate, momentum, width, cols, at.back, T.float32(-1))
-                inner(dends, 2, dmomentum, momentum, width, cols, at.back, T.float32(1))
-                blend(dmomentum, ends[2], dstate, -ends[1], width, cols)
+                times_transpose(plan, at, **pulled, state=dmomentum)
+                add_weighed(dinputs, at.last, 1, Y, rows, width, T.float32(1))
+                inner(dends, 1, dstate, momentum, first, width, cols, at.back, T.float32(-1))
+                inner(dends, 2, dmomentum, momentum, first, width, cols, at.back, T.float32(1))
         if plan.flags.decays:
-            inner(dends, 0, dstate, state, width, cols, at.back, T.float32(1))
-            for d in range(width):
-                for n in range(cols // LANES):
-                    for x in T.vectorized(LANES):
-                        dstate[d, n * LANES + x] = ends[0] * dstate[d, n * LANES + x]
+            inner(dends, 0, dstate, state, first, width, cols, at.back, T.float32(1))
+
+
+# X[j] += sign weights[by, j] Y[j].
+@inline
+def add_weighed(X, weights, by, Y, rows, width, sign):
+    for j in range(rows):
+        for d in range(width // LANES):
+            for x in T.vectorized(LANES):
+                X[j, d * LANES + x] = X[j, d * LANES + x] + sign * weights[by, j] * Y[j, d * LANES + x]
 
 
 def by_rows(plan, at, *, V, errors, derrors, cols, by, rows) -> None:
@@ -264,14 +238,72 @@ def by_rows(plan, at, *, V, errors, derrors, cols, by, rows) -> None:
                         derrors[j, n * LANES + x] = derrors[j, n * LANES + x] + last[1, j] * V[j, n * LANES + x]
 
 
-# total[at] += sign <X, Y>.
+# total[at] += sign <X, Y>, Y from row ``first`` on.
 @inline
-def inner(total, at, X, Y, rows, width, lanes, sign):
+def inner(total, at, X, Y, first, rows, width, lanes, sign):
     for x in T.vectorized(LANES):
         lanes[2, x] = T.float32(0)
     for d in range(rows):
         for e in range(width // LANES):
             for x in T.vectorized(LANES):
-                lanes[2, x] = lanes[2, x] + X[d, e * LANES + x] * Y[d, e * LANES + x]
+                lanes[2, x] = lanes[2, x] + X[d, e * LANES + x] * Y[first + d, e * LANES + x]
     for x in T.unroll(LANES):
         total[at] = total[at] + sign * lanes[2, x]
+
+
+# --- what enters
+
+
+def enter_layer_backward(plan, at, *, X, R, width, cols, dstate, dmomentum, pairs, rows) -> None:
+    """From the gradients of what a chunk leaves of a layer, and of its reads, those of what enters.
+
+    dW = c dW' + sum_t keep0_t q_t^T r_t + sum_t a_t^T b_t over ``pairs`` of rows (a, b), the second-order terms;
+    dS = p dS' - d dW' - sum_t keep1_t q_t^T r_t.
+    """
+    A, C, ends, kept, carried = plan.WR, plan.WC, at.ends, at.weighed, at.carried
+    of_state = products(A, C, entered(A, C, dstate, ends), (kept, R), *pairs)
+    of_momentum = products(A, C, entered_momentum(A, C, dmomentum, dstate, ends), (carried, R))
+
+    def state_alone(r, n):
+        of_state(steps=rows, r0=r, n0=n)
+
+    def both(r, n):
+        # The momentum first: it takes the state's gradient from after the chunk.
+        of_momentum(steps=rows, r0=r, n0=n)
+        of_state(steps=rows, r0=r, n0=n)
+
+    @emit
+    def updates():
+        weigh_rows(at.keep, inputs=X, width=width, by=0, rows=rows, out=kept)
+        if plan.flags.momentum:
+            if at.carries > 0:
+                weigh_rows(at.keep, inputs=X, width=width, by=1, rows=rows, out=carried)
+                tiles(width, cols, A, C, both)
+            else:
+                tiles(width, cols, A, C, state_alone)
+        else:
+            tiles(width, cols, A, C, state_alone)
+
+
+def entered(rows, cols, dW, ends):
+    """dW = c dW' + acc."""
+
+    @inline
+    def finish(acc, r0, n0):
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                dW[r0 + r, n0 + n] = ends[0] * dW[r0 + r, n0 + n] + acc[r, n]
+
+    return finish
+
+
+def entered_momentum(rows, cols, dS, dW, ends):
+    """dS = p dS' - d dW' - acc."""
+
+    @inline
+    def finish(acc, r0, n0):
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                dS[r0 + r, n0 + n] = ends[2] * dS[r0 + r, n0 + n] - ends[1] * dW[r0 + r, n0 + n] - acc[r, n]
+
+    return finish
