@@ -38,10 +38,12 @@ def command(
         return _templates(target_name, seed, record, timeout, as_json)
     if record is not None or timeout is not None:
         raise UsageError("--record and --timeout go with --gpu NAME")
+    from mctune.backends.triton.interpreter import quicken
     from mctune.backends.triton.versions import check_interpreter
     from mctune.verify.package import check_defaults, check_package, needs_interpreter
 
-    if package is not None and os.environ.get("TRITON_INTERPRET") != "1" and needs_interpreter(package):
+    interpreted = package is not None and needs_interpreter(package)
+    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         check_interpreter()
         say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
         # Triton reads the variable when it is imported, which torch has done already: start another process.
@@ -49,6 +51,8 @@ def command(
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         return subprocess.run(child.command("mctune", "verify", *arguments), env=environment).returncode
 
+    if interpreted:
+        quicken()
     checks = []
     for check in check_package(package, seed) if package else check_defaults(seed):
         checks.append(check)

@@ -118,11 +118,11 @@ def judged(problem: Problem) -> Problem:
 def odd_problems(problem: Problem) -> tuple[Problem, ...]:
     """Small relatives of a problem: one token; less than a segment; more segments than ssc reads, and B * H over 4.
 
-    They stay cheap for the oracle, which goes token by token: the last one's segments are at most 64 tokens, and what
-    is less than a segment at most ``_LONGEST``.
+    They stay cheap for the oracle, which goes token by token, and for Triton's interpreter: the last one's segments are
+    at most 64 tokens, of a deep memory two inner chunks, and what is less than a segment is at most ``_LONGEST``.
     """
     segment = problem.segment_length or 32
-    short = min(segment, 64)
+    short = min(segment, 64, 2 * (problem.inner_chunk or 64))
     B, H = (1, 5) if problem.segmentation == "packed" else (2, 3)
     many = problem.replace(B=B, T=((problem.top_k or 2) + 3) * short + short // 2 + 1, H=H)
     return (

@@ -13,6 +13,7 @@ from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
 from mctune.backends.triton.device import DoesNotFit, VirtualDevice
+from mctune.backends.triton.interpreter import quicken
 from mctune.backends.triton.templates import digest, operations, write_parts
 from mctune.backends.triton.versions import check_interpreter, check_versions
 from mctune.core.config import Config
@@ -127,5 +128,6 @@ class TritonBackend:
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The rendered candidate, through the same launcher that an emitted package uses."""
+        quicken()
         record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
         return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record)

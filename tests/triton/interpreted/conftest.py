@@ -8,7 +8,10 @@ from types import ModuleType
 
 import pytest
 
+from mctune.backends.triton.interpreter import quicken
+
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+quicken()
 
 
 @pytest.fixture(scope="module")
