@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from ..decode_tiles import dots, over_columns, read
 from ..kernel import emit, f32, inline, scratch
 from ..tiles import LANES, exp
-from .tiles import rate, share
+from .tiles import rate, sigmoid
 
 _DOTS = 8
 """Rows of a layer whose inner products are in flight together."""
@@ -183,7 +183,7 @@ def units(X, width):
     for e in range((width + LANES - 1) // LANES):
         for x in T.unroll(LANES):
             a[2, x] = X[0, T.min(e * LANES + x, width - 1)]
-        share(a)
+        sigmoid(a, 2, a, LANES)
         for x in T.unroll(LANES):
             if e * LANES + x < width:
                 X[0, e * LANES + x] = a[2, x] * a[1, x]
@@ -196,7 +196,7 @@ def slope_of(Z, L, width):
     for e in range((width + LANES - 1) // LANES):
         for x in T.unroll(LANES):
             a[2, x] = Z[0, T.min(e * LANES + x, width - 1)]
-        share(a)
+        sigmoid(a, 2, a, LANES)
         for x in T.unroll(LANES):
             if e * LANES + x < width:
                 Z[0, e * LANES + x] = a[2, x] * a[1, x]

@@ -11,10 +11,10 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .coefficients_backward import coefficients_backward, tables
-from .gradients_backward import gradients, gradients_again, gradients_backward, keep_gradients
+from .gradients_backward import gradients_again, gradients_backward, keep_gradients
 from .plan import Plan
 from .tiles import accumulate, copy, slopes
-from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows
+from .walk import chunk_rows, coefficients, gates_of, gradients, leave_layer, put_rows, read_layer, take_rows
 from .walk_backward import (
     coefficient_gradients,
     dot,
@@ -74,10 +74,10 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
     Dk, Dv, E, momentum = plan.Dk, plan.Dv, plan.E, plan.flags.momentum
     at = x.plus(Values(**place), BP=chunk_rows(x.inner), chunks=(x.longest + x.inner - 1) // x.inner)
     BP, n = at.BP, at.chunks
-    stack = dict(US=f32(n * Dk, E), WS=f32(n * E, Dv), HS=f32(n * BP, E), RAWS=f32(n * BP, E), ERRS=f32(n * BP, Dv))
+    stack = dict(U=f32(n * Dk, E), W=f32(n * E, Dv), HS=f32(n * BP, E), RAWS=f32(n * BP, E), ERRS=f32(n * BP, Dv))
     states = dict(dU=f32(Dk, E), dW=f32(E, Dv))
     if momentum:
-        stack |= dict(SUS=f32(n * Dk, E), SWS=f32(n * E, Dv))
+        stack |= dict(SU=f32(n * Dk, E), SW=f32(n * E, Dv))
         states |= dict(dSU=f32(Dk, E), dSW=f32(E, Dv))
     keys = {name: f32(BP, Dk) for name in ("K", "Q", "dK", "dQ")}
     values = {name: f32(BP, Dv) for name in ("ERR", "O", "Y", "GY", "dERR")}
@@ -157,17 +157,17 @@ def enter(plan: Plan, at: Values) -> None:
     @emit
     def states():
         if T.And(plan.flags.checkpoint, s > at.first[s]):
-            copy(at.up, (bh * N + s - 1) * Dk, at.US, 0, Dk, E)
-            copy(at.down, (bh * N + s - 1) * E, at.WS, 0, E, Dv)
+            copy(at.up, (bh * N + s - 1) * Dk, at.U, 0, Dk, E)
+            copy(at.down, (bh * N + s - 1) * E, at.W, 0, E, Dv)
         else:
-            copy(at.W_up, bh % heads * Dk, at.US, 0, Dk, E)
-            copy(at.W_down, bh % heads * E, at.WS, 0, E, Dv)
+            copy(at.W_up, bh % heads * Dk, at.U, 0, Dk, E)
+            copy(at.W_down, bh % heads * E, at.W, 0, E, Dv)
         if plan.flags.enters:
-            copy(at.enter_up, (bh * N + s) * Dk, at.SUS, 0, Dk, E)
-            copy(at.enter_down, (bh * N + s) * E, at.SWS, 0, E, Dv)
+            copy(at.enter_up, (bh * N + s) * Dk, at.SU, 0, Dk, E)
+            copy(at.enter_down, (bh * N + s) * E, at.SW, 0, E, Dv)
         elif plan.flags.momentum:
-            clear(at.SUS, 0, Dk, E)
-            clear(at.SWS, 0, E, Dv)
+            clear(at.SU, 0, Dk, E)
+            clear(at.SW, 0, E, Dv)
 
 
 def at_chunk(plan: Plan, at: Values, c) -> Values:
@@ -178,8 +178,8 @@ def at_chunk(plan: Plan, at: Values, c) -> Values:
 def forwards(plan: Plan, at: Values, *, c, t0, rows, last) -> None:
     """The rows of a chunk's gradients, and the states at its end."""
     Dk, E = plan.Dk, plan.E
-    up = dict(inputs=at.K, width=Dk, errors=at.BACK, cols=E, state=at.US, momentum=getattr(at, "SUS", None))
-    down = dict(inputs=at.Z, width=E, errors=at.ERR, cols=plan.Dv, state=at.WS, momentum=getattr(at, "SWS", None))
+    up = dict(inputs=at.K, width=Dk, errors=at.BACK, cols=E, state=at.U, momentum=getattr(at, "SU", None))
+    down = dict(inputs=at.Z, width=E, errors=at.ERR, cols=plan.Dv, state=at.W, momentum=getattr(at, "SW", None))
 
     @emit
     def steps():
@@ -233,8 +233,8 @@ def zero(plan: Plan, at: Values) -> None:
 def queries(plan: Plan, at: Values, *, t0, rows) -> None:
     """Queries of both layers, and the gradients of what they read; and that of the own segment's gate."""
     Dk, Dv, E, mixes, routed = plan.Dk, plan.Dv, plan.E, plan.flags.mixes, plan.flags.routed
-    first = dict(XT=at.QT, width=Dk, state=at.US, first=at.u0, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
-    second = dict(XT=at.ZQT, width=E, state=at.WS, first=at.w0, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
+    first = dict(XT=at.QT, width=Dk, state=at.U, first=at.u0, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
+    second = dict(XT=at.ZQT, width=E, state=at.W, first=at.w0, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
 
     @emit
     def layers():
@@ -247,12 +247,12 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
         else:
-            read_layer(plan, at, **first, momentum=getattr(at, "SUS", None), rows=rows)
+            read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
             slopes(at.HQ, at.ZQ, at.LQ, rows, E)
         columns(at.ZQ, E, 0, 1, 0, rows, at.ZQT)
         take_rows(at.dy, Dv, at, at.GY, t0=t0, rows=rows)
         if routed:
-            read_layer(plan, at, **second, momentum=getattr(at, "SWS", None), rows=rows)
+            read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
             own_gate(plan, at, t0=t0, rows=rows)
         for t in range(rows):
             for n in range(Dv // LANES):
@@ -287,12 +287,12 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
 def layers_of(plan: Plan, at: Values) -> tuple[dict, dict]:
     """Both layers: their states and rows, and what the gradients of those are added to."""
     up = dict(
-        inputs=at.K, inputsT=at.KT, width=plan.Dk, errors=at.BACK, errorsT=at.BACKT, cols=plan.E, state=at.US,
-        momentum=getattr(at, "SUS", None), first=at.u0, dinputs=at.dK, derrors=at.dBACK,
+        inputs=at.K, inputsT=at.KT, width=plan.Dk, errors=at.BACK, errorsT=at.BACKT, cols=plan.E, state=at.U,
+        momentum=getattr(at, "SU", None), first=at.u0, dinputs=at.dK, derrors=at.dBACK,
     )  # fmt: skip
     down = dict(
-        inputs=at.Z, inputsT=at.ZT, width=plan.E, errors=at.ERR, errorsT=at.ERRT, cols=plan.Dv, state=at.WS,
-        momentum=getattr(at, "SWS", None), first=at.w0, dinputs=at.dZ, derrors=at.dERR,
+        inputs=at.Z, inputsT=at.ZT, width=plan.E, errors=at.ERR, errorsT=at.ERRT, cols=plan.Dv, state=at.W,
+        momentum=getattr(at, "SW", None), first=at.w0, dinputs=at.dZ, derrors=at.dERR,
     )  # fmt: skip
     return up, down
 

@@ -7,49 +7,8 @@ from tvm.script import tirx as T
 
 from ..kernel import emit, inline
 from ..tiles import LANES, columns
-from .tiles import add, copy, curve, overwrite, product, slopes
+from .tiles import add, copy, curve, product, slopes
 from .walk import multiply_rows, take_rows, tiles, times_transpose
-
-
-def gradients(plan, at, *, t0, rows) -> None:
-    """As :func:`walk.gradients`, with H, L and RAW beside them, at the states from rows ``u0`` and ``w0`` on."""
-    Dk, Dv, E, R, C, unroll = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll
-    K, ERR, Z, H, L = at.K, at.ERR, at.Z, at.H, at.L
-    hidden, out = product(R, C, unroll, overwrite(R, C, H)), product(R, C, unroll, overwrite(R, C, at.O))
-
-    def of_hidden(r, n):
-        hidden(A=at.KT, a0=0, ac=r, B=at.US, b0=at.u0, bc=n, steps=Dk, r0=r, n0=n)
-
-    def of_out(r, n):
-        out(A=at.ZT, a0=0, ac=r, B=at.WS, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
-
-    @emit
-    def rows_and_products():
-        take_rows(at.k, Dk, at, K, t0=t0, rows=rows)
-        take_rows(at.v, Dv, at, ERR, t0=t0, rows=rows)
-        columns(K, Dk, 0, 1, 0, at.BP, at.KT)
-        tiles(rows, E, R, C, of_hidden)
-        slopes(H, Z, L, rows, E)
-        columns(Z, E, 0, 1, 0, rows, at.ZT)
-        if plan.flags.momentum:
-            tiles(rows, Dv, R, C, of_out)
-            for t in range(rows):
-                for n in range(Dv // LANES):
-                    for x in T.vectorized(LANES):
-                        ERR[t, n * LANES + x] = T.float32(2) * (at.O[t, n * LANES + x] - ERR[t, n * LANES + x])
-                if at.adds_input > 0:
-                    for n in range(plan.both // LANES):
-                        for x in T.vectorized(LANES):
-                            ERR[t, n * LANES + x] = ERR[t, n * LANES + x] + T.float32(2) * K[t, n * LANES + x]
-        else:
-            for t in range(rows):
-                for n in range(Dv // LANES):
-                    for x in T.vectorized(LANES):
-                        ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
-        columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
-        times_transpose(plan, at, XT=at.ERRT, steps=Dv, state=at.WS, first=at.w0, width=E, out=at.RAW)
-        copy(at.RAW, 0, at.BACK, 0, rows, E)
-        multiply_rows(at.BACK, L, rows, E)
 
 
 def keep_gradients(plan, at, *, r0, rows, there) -> None:
@@ -69,7 +28,7 @@ def keep_gradients(plan, at, *, r0, rows, there) -> None:
 
 
 def gradients_again(plan, at, *, t0, r0, rows) -> None:
-    """All that :func:`gradients` leaves, from the rows that were kept of it."""
+    """All that :func:`walk.gradients` leaves, from the rows that were kept of it."""
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
 
     @emit
@@ -96,7 +55,7 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
     to_errors = product(R, C, unroll, add(R, C, dERR))
 
     def errors(r, n):
-        to_errors(A=XT, a0=0, ac=r, B=at.WS, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
+        to_errors(A=XT, a0=0, ac=r, B=at.W, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
 
     @emit
     def products():
@@ -114,14 +73,14 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
                         for x in T.vectorized(LANES):
                             dK[t, n * LANES + x] = dK[t, n * LANES + x] + dERR[t, n * LANES + x]
             columns(dERR, Dv, 0, 1, 0, rows, at.VT)
-            times_transpose(plan, at, XT=at.VT, steps=Dv, state=at.WS, first=at.w0, width=E, out=at.carried)
+            times_transpose(plan, at, XT=at.VT, steps=Dv, state=at.W, first=at.w0, width=E, out=at.carried)
             add_rows(dZ, at.carried, rows, E)
         for t in range(rows):
             for e in range(E // LANES):
                 for x in T.vectorized(LANES):
                     dZ[t, e * LANES + x] = dZ[t, e * LANES + x] * L[t, e * LANES + x] + at.weighed[t, e * LANES + x]
         columns(dZ, E, 0, 1, 0, rows, XT)
-        times_transpose(plan, at, XT=XT, steps=E, state=at.US, first=at.u0, width=Dk, out=at.carried)
+        times_transpose(plan, at, XT=XT, steps=E, state=at.U, first=at.u0, width=Dk, out=at.carried)
         add_rows(dK, at.carried, rows, Dk)
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads

@@ -167,13 +167,16 @@ def activated(rows, cols, Z, gate=None, i=0):
     return finish
 
 
-def activated_with_slope(rows, cols, Z, S):
-    """Z = gelu(acc), S = its slope."""
+def activated_with_slope(rows, cols, Z, S, X=None):
+    """Z = gelu(acc), S = its slope; and X = acc where there is one."""
 
     @inline
     def finish(acc, r0, n0):
         a = T.alloc_buffer((2, cols), "float32", scope="local")
         for r in T.unroll(rows):
+            if X is not None:
+                for n in T.vectorized(cols):
+                    X[r0 + r, n0 + n] = acc[r, n]
             sigmoid(acc, r, a, cols)
             for n in T.vectorized(cols):
                 Z[r0 + r, n0 + n] = acc[r, n] * a[1, n]
@@ -199,17 +202,6 @@ def sigmoid(X, r, a, cols):
         a[1, n] = T.Select(a[1, n] > T.float32(0), T.float32(1), a[0, n]) / (T.float32(1) + a[0, n])
 
 
-# a[1] = the sigmoid of the argument at x = a[2]; a[0] is scratch.
-@inline
-def share(a):
-    for x in T.vectorized(LANES):
-        a[1, x] = a[2, x] * (T.float32(_SLOPE) + T.float32(_SLOPE * _CUBE) * a[2, x] * a[2, x])
-    for x in T.vectorized(LANES):
-        a[0, x] = exp(T.Select(a[1, x] > T.float32(0), -a[1, x], a[1, x]))
-    for x in T.vectorized(LANES):
-        a[1, x] = T.Select(a[1, x] > T.float32(0), T.float32(1), a[0, x]) / (T.float32(1) + a[0, x])
-
-
 # X = gelu(X), ``rows`` rows of ``width`` columns.
 @inline
 def activate(X, rows, width):
@@ -218,7 +210,7 @@ def activate(X, rows, width):
         for e in range(width // LANES):
             for x in T.vectorized(LANES):
                 a[2, x] = X[r, e * LANES + x]
-            share(a)
+            sigmoid(a, 2, a, LANES)
             for x in T.vectorized(LANES):
                 X[r, e * LANES + x] = a[2, x] * a[1, x]
 
@@ -231,7 +223,7 @@ def slopes(H, Z, L, rows, width):
         for e in range(width // LANES):
             for x in T.vectorized(LANES):
                 a[2, x] = H[r, e * LANES + x]
-            share(a)
+            sigmoid(a, 2, a, LANES)
             for x in T.vectorized(LANES):
                 Z[r, e * LANES + x] = a[2, x] * a[1, x]
             for x in T.vectorized(LANES):
@@ -246,7 +238,7 @@ def curve(H, by, other, out, rows, width):
         for e in range(width // LANES):
             for x in T.vectorized(LANES):
                 a[2, x] = H[r, e * LANES + x]
-            share(a)
+            sigmoid(a, 2, a, LANES)
             for x in T.vectorized(LANES):
                 a[0, x] = a[1, x] * (T.float32(1) - a[1, x])
             for x in T.vectorized(LANES):

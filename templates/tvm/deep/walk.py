@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, exp, finite
-from .tiles import activated_with_slope, overwrite, product, scaled, subtract, weighted
+from .tiles import activated_with_slope, copy, overwrite, product, scaled, subtract, weighted
 
 
 def gates_of(plan, at) -> Values:
@@ -144,20 +144,22 @@ def tiles(count, width, rows, cols, tile) -> None:
 
 
 def gradients(plan, at, *, t0, rows) -> None:
-    """Error rows of both layers at the state that enters, with what they are made of.
+    """Error rows of both layers at the state that enters, from rows u0 of U and w0 of W on.
 
-    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = (ERR W^T) * gelu'(H).
+    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = (ERR W^T) * L, where L = gelu'(H). A backward, which has
+    arrays for them, is left H and RAW = ERR W^T too.
     """
     Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
-    K, KT, ERR, ERRT, Z, ZT, U, W = at.K, at.KT, at.ERR, at.ERRT, at.Z, at.ZT, at.U, at.W
-    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, at.L))
+    K, KT, ERR, Z, L, RAW = at.K, at.KT, at.ERR, at.Z, at.L, getattr(at, "RAW", None)
+    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, L, getattr(at, "H", None)))
     out = product(R, C, unroll, overwrite(R, C, at.O))
+    pulled = dict(XT=at.ERRT, steps=Dv, state=at.W, first=at.w0, width=E)
 
     def of_hidden(r, n):
-        hidden(A=KT, a0=0, ac=r, B=U, b0=0, bc=n, steps=Dk, r0=r, n0=n)
+        hidden(A=KT, a0=0, ac=r, B=at.U, b0=at.u0, bc=n, steps=Dk, r0=r, n0=n)
 
     def of_out(r, n):
-        out(A=ZT, a0=0, ac=r, B=W, b0=0, bc=n, steps=E, r0=r, n0=n)
+        out(A=at.ZT, a0=0, ac=r, B=at.W, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
 
     @emit
     def rows_and_products():
@@ -165,7 +167,7 @@ def gradients(plan, at, *, t0, rows) -> None:
         take_rows(at.v, Dv, at, ERR, t0=t0, rows=rows)
         columns(K, Dk, 0, 1, 0, at.BP, KT)
         tiles(rows, E, R, C, of_hidden)
-        columns(Z, E, 0, 1, 0, at.BP, ZT)
+        columns(Z, E, 0, 1, 0, rows, at.ZT)
         if squared:
             tiles(rows, Dv, R, C, of_out)
             for t in range(rows):
@@ -181,9 +183,13 @@ def gradients(plan, at, *, t0, rows) -> None:
                 for n in range(Dv // LANES):
                     for x in T.vectorized(LANES):
                         ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
-        columns(ERR, Dv, 0, 1, 0, at.BP, ERRT)
-        times_transpose(plan, at, XT=ERRT, steps=Dv, state=W, width=E, out=at.BACK)
-        multiply_rows(at.BACK, at.L, rows, E)
+        columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
+        if RAW is None:
+            times_transpose(plan, at, **pulled, out=at.BACK)
+        else:
+            times_transpose(plan, at, **pulled, out=RAW)
+            copy(RAW, 0, at.BACK, 0, rows, E)
+        multiply_rows(at.BACK, L, rows, E)
 
 
 def times_transpose(plan, at, *, XT, steps, state, width, out, first=0) -> None:
