@@ -42,7 +42,7 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--trial-timeout", type=float, default=60.0, show_default=True, metavar="SECONDS",
-              help="Kill a candidate after this time.")  # fmt: skip
+              help="Kill a candidate after this time; the last check of what may ship, after ten times.")  # fmt: skip
 @replace_option
 @click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
 @json_option

@@ -38,7 +38,7 @@ class SearchRequest:
         seed: of the sampler and of the random inputs.
         storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
         max_slowdown: the shortest segment within this factor of the fastest one's time is recommended.
-        trial_timeout_s: seconds after which a candidate is killed.
+        trial_timeout_s: seconds after which a candidate is killed; those that may ship have ``holding_s``.
         measure: whether candidates are timed on the target, which must be here, or compiled for it and predicted.
     """
 
@@ -67,6 +67,11 @@ class SearchRequest:
         for name, seconds in (("timeout", self.timeout_s), ("trial_timeout", self.trial_timeout_s)):
             if seconds is not None and not 0 < seconds < float("inf"):
                 raise UsageError(f"{name}={seconds:g}: must be more than 0 seconds, and not infinite")
+
+    @property
+    def holding_s(self) -> float:
+        """Seconds for a last check of what may ship: kernels for a GPU that is not here are interpreted, slowly."""
+        return 10 * self.trial_timeout_s
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from mctune.workers.worker import WorkerDied
 _LEAST_START = 8
 _ALIKE = 12  # candidates that all fail in one way, none before them having got further, are not what is wrong
 _FINALISTS = 3  # for each segment length
-_FINALISTS_LIMIT_S = 300.0
 _SPARE = 2  # for each segment length: they ship where the best turns out wrong
 _VERIFIED = 5  # predicted candidates for each segment length that may turn out wrong before it gets none
 
@@ -178,12 +177,13 @@ class OneStudy:
         for length, group in self._groups(trials).items():
             fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
             for trial in fastest:
-                outcome = outcome_of(workers.verify(self.candidate(trial.config), _FINALISTS_LIMIT_S))
+                outcome = outcome_of(workers.verify(self.candidate(trial.config), self.request.holding_s))
                 if isinstance(outcome, Predicted):
                     assert isinstance(trial.outcome, Predicted)
                     leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
                     break
-                listener.note(f"{describe(outcome)}  [{trial.config}]")
+                more = "; --trial-timeout gives more" if isinstance(outcome, TimedOut) else ""
+                listener.note(f"{describe(outcome)}{more}  [{trial.config}]")
         return leaders
 
     def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader] | None:
@@ -196,7 +196,7 @@ class OneStudy:
         if not finalists:
             return {}
         listener.note(f"timing {len(finalists)} finalists against each other")
-        reply = workers.compare([self.candidate(config) for config in finalists], _FINALISTS_LIMIT_S)
+        reply = workers.compare([self.candidate(config) for config in finalists], self.request.holding_s)
         if not isinstance(reply, dict):
             what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
             listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")

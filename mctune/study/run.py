@@ -28,7 +28,6 @@ from mctune.workers.worker import WorkerDied
 
 PORTABLE_ARCH = "x86-64-v3"
 """What a shipped kernel is built for besides the CPU that it was tuned on."""
-_SHIP_LIMIT_S = 300.0
 _Shipped = tuple[FrontierPoint, dict[str, Any]]
 """A point, and the worker's reply about it."""
 
@@ -116,7 +115,7 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
         futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
         for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
             study, point = points[index]
-            futures[pool.submit(_ship_one, workers, portable_arch, study, point)] = index
+            futures[pool.submit(_ship_one, workers, portable_arch, request.holding_s, study, point)] = index
         done = as_completed(futures)
         try:
             for _ in futures:
@@ -144,15 +143,15 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
 
 
 def _ship_one(
-    workers: Workers, portable_arch: str | None, study: StudyReport, point: FrontierPoint
+    workers: Workers, portable_arch: str | None, limit_s: float, study: StudyReport, point: FrontierPoint
 ) -> tuple[_Shipped | None, list[str]]:
     """The point, or what stands in for it, with what its worker says; and what failed before it."""
     failures: list[str] = []
     for choice in (point, *(spare for spare in study.spare if spare.problem == point.problem)):
         candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict()}
-        reply = workers.ship(candidate, portable_arch, _SHIP_LIMIT_S)
+        reply = workers.ship(candidate, portable_arch, limit_s)
         if isinstance(reply, WorkerDied) and reply.fault:
-            reply = workers.ship(candidate, portable_arch, _SHIP_LIMIT_S, again=True)
+            reply = workers.ship(candidate, portable_arch, limit_s, again=True)
         if isinstance(reply, dict):
             return (choice, reply), failures
         what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
