@@ -7,8 +7,9 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from mctune.backends.protocol import Backend
@@ -173,18 +174,28 @@ class OneStudy:
 
     def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
         """The fastest candidate of every segment length that is right; where none is, there is no leader."""
-        leaders = {}
-        for length, group in self._groups(trials).items():
-            fastest = sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]
-            for trial in fastest:
-                outcome = outcome_of(workers.verify(self.candidate(trial.config), self.request.holding_s))
-                if isinstance(outcome, Predicted):
-                    assert isinstance(trial.outcome, Predicted)
-                    leaders[length] = Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error)))
-                    break
-                more = "; --trial-timeout gives more" if isinstance(outcome, TimedOut) else ""
-                listener.note(f"{describe(outcome)}{more}  [{trial.config}]")
-        return leaders
+        groups = self._groups(trials)
+        pool = ThreadPoolExecutor(workers.count)
+        try:
+            found = dict(zip(groups, pool.map(partial(self._fastest_right, workers), groups.values()), strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for _, notes in found.values():
+            for text in notes:
+                listener.note(text)
+        return {length: leader for length, (leader, _) in found.items() if leader is not None}
+
+    def _fastest_right(self, workers: Workers, group: Sequence[Trial]) -> tuple[Leader | None, list[str]]:
+        """The fastest of some candidates that is right, and what is wrong with those before it."""
+        notes: list[str] = []
+        for trial in sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]:
+            outcome = outcome_of(workers.verify(self.candidate(trial.config), self.request.holding_s))
+            if isinstance(outcome, Predicted):
+                assert isinstance(trial.outcome, Predicted)
+                return Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error))), notes
+            more = "; --trial-timeout gives more" if isinstance(outcome, TimedOut) else ""
+            notes.append(f"{describe(outcome)}{more}  [{trial.config}]")
+        return None, notes
 
     def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader] | None:
         """The best of every segment length, after rounds of rotated order in one process; without what turns out wrong.

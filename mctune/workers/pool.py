@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +28,8 @@ _GRACE_S = 10.0
 """A candidate that is under way when the time is over may take so much longer; then its process is killed."""
 _LEAST_S = 30.0
 _TRIAL_LIMIT_S = 120.0
+_INTERPRETERS = 8
+"""Processes that interpret kernels side by side; each may take 2 GB."""
 _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predicted:start"
 
 
@@ -35,7 +38,7 @@ class Workers:
 
     A kernel that is timed must have its device to itself, so one process does the timing. Where that device is a GPU,
     other processes, one on each remaining core, compile and judge the next candidates. For an absent GPU there are only
-    those, and one more to verify, since Triton's compiler and its interpreter cannot share a process.
+    those, and others to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
     def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:
@@ -56,16 +59,16 @@ class Workers:
         )
         compiling, interpreting = {**cache, "TRITON_INTERPRET": "0"}, {**cache, "TRITON_INTERPRET": "1"}
         self._device = Worker(_MEASURED, setup, env=cache) if measure else None
-        self._checker = self._device or Worker(_PREDICTED, setup, env=interpreting)
         compilers = 0 if on_cpu else max(usable_cores() - measure, 1)
         self._compilers = [Worker(_PREDICTED, setup, env=compiling) for _ in range(compilers)]
+        checkers = max(min(compilers, _INTERPRETERS), 1)
+        alone = [self._device] if self._device else []
+        self._checkers = alone or [Worker(_PREDICTED, setup, env=interpreting) for _ in range(checkers)]
         self.count = compilers or 1
         """Candidates that are evaluated at once."""
         self.least_s = 1.0 if on_cpu else _LEAST_S
         """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self._compilers:
-            self._free.put(worker)
+        self._free, self._free_checkers = _queue(self._compilers), _queue(self._checkers)
         self._timing, self._trying, self._sound = threading.Lock(), threading.Lock(), False
         self._stack = ExitStack()
 
@@ -77,12 +80,12 @@ class Workers:
             raise DeviceError(
                 f"kernels cannot be written to {self._folder}: {error.strerror}; give another --out"
             ) from error
-        for worker in (*self._compilers, self._checker):
+        for worker in (*self._compilers, *self._checkers):
             self._stack.enter_context(worker)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in (*self._compilers, self._checker):
+        for worker in (*self._compilers, *self._checkers):
             worker.halt()
         self._stack.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -92,7 +95,7 @@ class Workers:
         """Why the machine cannot build and run any kernel; empty if it can. The processes that candidates go through
         try one, with nothing of what is kept on disk."""
         payload = {"try_out": True}
-        reply = self._compile(payload, limit_s, None) if self._compilers else self._checker.call(payload, limit_s)
+        reply = self._compile(payload, limit_s, None) if self._compilers else self._check(payload, limit_s)
         assert reply is not None, "without an end in time there is a reply"
         if isinstance(reply, dict):
             return ""
@@ -170,8 +173,11 @@ class Workers:
                 return None if isinstance(outcome, Predicted) else describe(outcome)
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
-        """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right."""
-        return self._checker.call({"verify": candidate}, limit_s)
+        """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right.
+
+        For an absent GPU that is called side by side.
+        """
+        return self._check({"verify": candidate}, limit_s)
 
     def ship(
         self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float, *, again: bool = False
@@ -183,8 +189,7 @@ class Workers:
         fresh = {"again_from_scratch": again}
         payload = {"ship": candidate, "portable_arch": portable_arch, **fresh}
         if self._device is None or not self._compilers:
-            with self._timing:
-                return self._checker.call(payload, limit_s)
+            return self._check(payload, limit_s)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
             reply = self._compile({"prepare": candidate, "into": file.name, "again": True, **fresh}, limit_s, None)
             if not isinstance(reply, dict):
@@ -194,6 +199,14 @@ class Workers:
             with self._timing:
                 return self._device.call(payload | {"prepared": file.name, "built": reply["built"]}, limit_s)
 
+    def _check(self, payload: dict[str, Any], limit_s: float) -> Reply:
+        """The reply of a process that verifies and has nothing else to do."""
+        worker = self._free_checkers.get()
+        try:
+            return worker.call(payload, limit_s)
+        finally:
+            self._free_checkers.put(worker)
+
     def _compile(self, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
         """The reply of a compiler that has nothing else to do."""
         worker = self._free.get()
@@ -201,6 +214,13 @@ class Workers:
             return _within(worker, payload, limit_s, until)
         finally:
             self._free.put(worker)
+
+
+def _queue(workers: Iterable[Worker]) -> queue.SimpleQueue[Worker]:
+    found: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        found.put(worker)
+    return found
 
 
 def _within(worker: Worker, payload: dict[str, Any], limit_s: float, until: float | None) -> Reply | None:
