@@ -110,6 +110,9 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     portable_arch = PORTABLE_ARCH if runs_here else None
     shipped: dict[int, _Shipped] = {}
     failures: list[str] = []
+    interpreted = not request.measure  # and takes minutes
+    if interpreted and points:
+        note(f"verifying {len(points)} kernels once more, on other inputs; Ctrl-C ships those that are done")
     with held() as ctrl_c, _workers(request) as workers:
         pool = ThreadPoolExecutor(workers.count)
         futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
@@ -127,6 +130,8 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
                     note(text)
                 if found is not None:
                     shipped[futures[future]] = found
+                    if interpreted:
+                        note(f"  {len(shipped)}/{len(points)} verified")
         except KeyboardInterrupt:
             if not shipped:
                 raise
