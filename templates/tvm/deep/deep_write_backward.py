@@ -3,7 +3,7 @@
 The gradients of dL(M; k, v) of Eq. 30-31 and 34-36 are differentiated themselves, so what reaches a write goes on to k,
 v, eta, g, mu and to the state that its inner chunk started from. A task walks a segment, or under ``checkpoint`` a
 head's segments, from the last inner chunk to the first; states at the chunks' starts are computed first, one segment at
-a time, and kept in scratch.
+a time, and kept in scratch with the rows of their gradients.
 """
 
 from tvm.script import tirx as T

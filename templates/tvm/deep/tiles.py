@@ -126,18 +126,6 @@ def scaled(rows, cols, C, gate, i=0, fresh=False, negative=False):
     return finish
 
 
-def multiplied(rows, cols, C, by):
-    """C[r0 + r, n0 + n] = acc * by[r0 + r, n0 + n]."""
-
-    @inline
-    def finish(acc, r0, n0):
-        for r in T.unroll(rows):
-            for n in T.vectorized(cols):
-                C[r0 + r, n0 + n] = acc[r, n] * by[r0 + r, n0 + n]
-
-    return finish
-
-
 def weighted(rows, cols, C, weights):
     """C[j, t] = weights[j, t] * acc where t >= j, else 0: a later key may be NaN."""
 
@@ -281,12 +269,3 @@ def add_row(target, r, weight, source, s, width):
     for e in range(width // LANES):
         for x in T.vectorized(LANES):
             target[r, e * LANES + x] = target[r, e * LANES + x] + weight * source[s, e * LANES + x]
-
-
-# X = a X + b Y, ``rows`` rows of ``width`` columns.
-@inline
-def blend(X, a, Y, b, rows, width):
-    for d in range(rows):
-        for e in range(width // LANES):
-            for x in T.vectorized(LANES):
-                X[d, e * LANES + x] = a * X[d, e * LANES + x] + b * Y[d, e * LANES + x]

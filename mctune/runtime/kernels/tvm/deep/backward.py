@@ -73,11 +73,13 @@ class TvmDeepBackward:
         """
         s = Shape.of(self.problem, q, v, W_up, segments)
         groups, width = 1 if s.mixed else self.groups, max(s.Dk, s.Dv)
-        # A task keeps the states at the starts of its segment's inner chunks.
-        chunks = -(-segments.longest // min(inner_chunk, segments.longest))
+        # A task keeps the states at the starts of its segment's inner chunks, and rows of each in whole vectors.
+        inner = min(inner_chunk, segments.longest)
+        chunks = -(-segments.longest // inner)
         check_reach(
             s.rows * max(groups * s.Dk, s.Dv, s.mixed and s.E),
             max(s.states, chunks) * s.E * width,
+            chunks * (inner + 15) * s.E,
             s.states * s.T,
         )
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
