@@ -270,17 +270,29 @@ def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows,
         grow(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
         gather(A=Y, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
 
+    update_layer(
+        plan, at, weights=at.last, inputs=inputs, width=width, cols=cols, rows=rows, alone=of_state, both=of_both
+    )
+
+
+def update_layer(plan, at, *, weights, inputs, width, cols, rows, alone, both) -> None:
+    """Tiles ``both`` of a layer's state and momentum, ``alone`` of the state where there is no momentum.
+
+    Before them the inputs are weighed, into ``weighed`` for the state and ``carried`` for the momentum.
+    """
+    R, C = plan.WR, plan.WC
+
     @emit
     def updates():
-        weigh_rows(at.last, inputs=inputs, width=width, by=0, rows=rows, out=X)
+        weigh_rows(weights, inputs=inputs, width=width, by=0, rows=rows, out=at.weighed)
         if plan.flags.momentum:
             if at.carries > 0:
-                weigh_rows(at.last, inputs=inputs, width=width, by=1, rows=rows, out=Y)
-                tiles(width, cols, R, C, of_both)
+                weigh_rows(weights, inputs=inputs, width=width, by=1, rows=rows, out=at.carried)
+                tiles(width, cols, R, C, both)
             else:
-                tiles(width, cols, R, C, of_state)
+                tiles(width, cols, R, C, alone)
         else:
-            tiles(width, cols, R, C, of_state)
+            tiles(width, cols, R, C, alone)
 
 
 def left(rows, cols, W, ends, S, first, to):

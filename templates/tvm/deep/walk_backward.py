@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, finite
 from .tiles import add_row, overwrite, product, products, subtract
-from .walk import tiles, times_transpose, weigh_rows
+from .walk import tiles, times_transpose, update_layer
 
 
 def coefficient_gradients(plan, at) -> Values:
@@ -272,17 +272,9 @@ def enter_layer_backward(plan, at, *, X, R, width, cols, dstate, dmomentum, pair
         of_momentum(steps=rows, r0=r, n0=n)
         of_state(steps=rows, r0=r, n0=n)
 
-    @emit
-    def updates():
-        weigh_rows(at.keep, inputs=X, width=width, by=0, rows=rows, out=kept)
-        if plan.flags.momentum:
-            if at.carries > 0:
-                weigh_rows(at.keep, inputs=X, width=width, by=1, rows=rows, out=carried)
-                tiles(width, cols, A, C, both)
-            else:
-                tiles(width, cols, A, C, state_alone)
-        else:
-            tiles(width, cols, A, C, state_alone)
+    update_layer(
+        plan, at, weights=at.keep, inputs=X, width=width, cols=cols, rows=rows, alone=state_alone, both=both
+    )  # fmt: skip
 
 
 def entered(rows, cols, dW, ends):
