@@ -34,7 +34,9 @@ _FORMULATIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     ),
     "backward": tuple(("ssc", {"formulation": one}) for one in ("per_segment", "grouped")),
 }
-"""Aggregation and formulation of a pass."""
+"""Aggregation and formulation of a pass of matrix memories."""
+_FORMS = {"forward": (("grm", "rows"), ("soup", "rows"), ("ssc", "states")), "backward": ()}
+"""Aggregation, and what the segments of a deep memory whose errors take all hidden units leave, of a pass."""
 FORMULATED = tuple(_FORMULATIONS)
 _STEPS, _PATIENCE = 60, 4000
 
@@ -48,7 +50,7 @@ class Drawn:
 
     def __str__(self) -> str:
         p = self.problem
-        how = "".join(f"-{self.config[name]}" for name in ("formulation", "gates") if name in self.config)
+        how = "".join(f"-{self.config[name]}" for name in ("formulation", "gates", "write_FORM") if name in self.config)
         return f"{p.recurrence}-{p.aggregation}-{p.state_init}{how}-{p.Dk}x{p.Dv}-{p.dtype}"
 
 
@@ -109,7 +111,7 @@ def draw(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
 
 
 def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list[Drawn]:
-    """Each way to compute the cached read of a pass, or its gradients, for each recurrence."""
+    """Each way to compute the cached read of a pass, or its gradients, for each matrix memory; and titans' writes."""
     drawn = []
     for (recurrence, dtype), (aggregation, fixed) in product(
         zip(_MATRIX, cycle(dtypes), strict=False), _FORMULATIONS[pass_]
@@ -120,6 +122,12 @@ def draw_formulations(pass_: str, target: Target, dtypes: Sequence[str]) -> list
             top_k=3 if aggregation == "ssc" else None,
         )  # fmt: skip
         drawn.append(Drawn(problem, walk(random.Random(2), problem, target, **fixed)))
+    for (aggregation, form), dtype in zip(_FORMS[pass_], cycle(dtypes), strict=False):
+        problem = Problem(
+            recurrence="titans", aggregation=aggregation, pass_=pass_, T=60, H=1, Dk=20, Dv=12, segment_length=18,
+            expansion=2, inner_chunk=5, dtype=dtype, top_k=2 if aggregation == "ssc" else None,
+        )  # fmt: skip
+        drawn.append(Drawn(problem, walk(random.Random(2), problem, target, write_FORM=form)))
     return drawn
 
 

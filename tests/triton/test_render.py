@@ -22,6 +22,7 @@ _SSC = _GRM.replace(recurrence="swla", aggregation="ssc", top_k=4, state_init="c
 _MEAN = _GRM.replace(aggregation="mean", Dk=48, Dv=80)
 _DLA = _GRM.replace(recurrence="dla", Dk=64, Dv=64)
 _TITANS = _DLA.replace(recurrence="titans", aggregation="mean", state_init="checkpoint", Dk=48, Dv=80)
+_TITANS_ROWS = _DLA.replace(recurrence="titans")
 CASES = {
     "segment_states_grm": ("segment_states", _GRM, {}),
     "segment_states_swla": ("segment_states", _SSC, {}),
@@ -43,6 +44,9 @@ CASES = {
     "decode_combine_swla": ("decode_combine", _SSC.replace(pass_="decode"), {}),
     "deep_write_dla": ("deep_write", _DLA, {}),
     "deep_write_lanes": ("deep_write_lanes", _TITANS.replace(aggregation="grm"), {}),
+    "deep_write_rows_down": ("deep_write_rows", _TITANS_ROWS, {}),
+    "deep_rows_grm": ("deep_rows", _TITANS_ROWS, {}),
+    "deep_rows_soup": ("deep_rows", _TITANS_ROWS.replace(aggregation="soup"), {}),
     "deep_read_grm": ("deep_read", _DLA, {}),
     "deep_read_ssc": ("deep_read", _DLA.replace(aggregation="ssc", top_k=4), {}),
     "deep_mix_soup": ("deep_mix", _DLA.replace(aggregation="soup"), {}),
@@ -81,7 +85,7 @@ def test_is_the_golden_file(name: str) -> None:
     tree = ast.parse(text)
     assert text == (GOLDEN / f"{name}.py").read_text(encoding="utf-8")
     flags = {"SWLA", "AGGREGATION", "ROUTED", "AVERAGES", "HALF", "PRECISION", "FORMULATION", "INDEPENDENT", "OPERAND"}
-    flags |= {"SPARSE", "GATES", "MIXES", "SQUARED", "READ"}
+    flags |= {"SPARSE", "GATES", "MIXES", "SQUARED", "READ", "HELD"}
     found = {x.id for x in ast.walk(tree) if isinstance(x, ast.Name)}
     found |= {x.arg for x in ast.walk(tree) if isinstance(x, ast.arg | ast.keyword) and x.arg is not None}
     assert not found & flags

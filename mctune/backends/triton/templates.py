@@ -39,6 +39,8 @@ PREFIXES = {
     "decode_combine": "decode",
     "deep_write": "write",
     "deep_write_lanes": "write",
+    "deep_write_rows": "write",
+    "deep_rows": "rows",
     "deep_read": "read",
     "deep_mix": "read",
     "deep_replay": "replay",
@@ -53,8 +55,8 @@ PREFIXES = {
 }
 """The operations, a template each, and what the names of their parameters begin with in a configuration."""
 SHARED = (
-    "common", "decode_common", "backward_common", "deep_write_common", "deep_walk_common", "deep_backward_common",
-    "deep_decode_common", "deep_common",
+    "common", "decode_common", "backward_common", "deep_write_common", "deep_rows_common", "deep_walk_common",
+    "deep_backward_common", "deep_decode_common", "deep_common",
 )  # fmt: skip
 """Modules that templates import from; without flags, they are copied as they are."""
 LEAST, LANES = 16, 16
@@ -63,16 +65,18 @@ LEAST, LANES = 16, 16
 
 def operations(problem: Problem, config: Config) -> tuple[str, ...]:
     """The templates that a pass of ``problem`` launches with ``config``, in order."""
-    return _deep(problem) if problem.deep else _matrix(problem, config)
+    return _deep(problem, config) if problem.deep else _matrix(problem, config)
 
 
-def _deep(problem: Problem) -> tuple[str, ...]:
+def _deep(problem: Problem, config: Config) -> tuple[str, ...]:
     mixes = problem.reads.mixes_parameters
     gates, dgates = (("gates",), ("gates_backward",)) if problem.routed else ((), ())
     match problem.pass_:
         case "forward":
-            write = "deep_write_lanes" if problem.writes.momentum else "deep_write"
-            return (write, *gates, "deep_mix" if mixes else "deep_read")
+            # Segments too long for rows have their states carried.
+            rows = ("deep_write_rows", "deep_rows") if config["write_FORM"] == "rows" else ()
+            write = ("deep_write_lanes", *rows) if problem.writes.momentum else ("deep_write",)
+            return (*write, *gates, "deep_mix" if mixes else "deep_read")
         case "backward":
             read = ("deep_read_backward", *dgates, "deep_state_backward")
             return ("deep_replay", *gates, "deep_online_backward", *read, "deep_write_backward")

@@ -28,24 +28,10 @@ from .deep_common import (
     load_rows,
     rows_of,
     steps,
-    store_block,
     store_rows,
     strengths_of,
 )
-from .deep_write_common import Written, as_operands, lanes_of, room_for, segments_of
-
-
-@triton.jit
-def _leave(made, up, down, place, column, dims: tl.constexpr, EB: tl.constexpr):
-    """Store a block of EB hidden units of the end state of the segment at ``place``."""
-    SIZE_UP: tl.constexpr = dims.SK * dims.SE
-    SIZE_DOWN: tl.constexpr = dims.SE * dims.SV
-    if made.up is not None:
-        store_block(made.up + place * SIZE_UP, up, 0, column, dims.SK, dims.SE, dims.PK, EB)
-        store_block(made.down + place * SIZE_DOWN, down, column, 0, dims.SE, dims.SV, EB, dims.PV)
-    if made.up_operand is not None:
-        store_block(made.up_operand + place * SIZE_UP, up, 0, column, dims.SK, dims.SE, dims.PK, EB)
-        store_block(made.down_operand + place * SIZE_DOWN, down, column, 0, dims.SE, dims.SV, EB, dims.PV)
+from .deep_write_common import Written, as_operands, lanes_of, leave, room_for, segments_of
 
 
 @triton.jit
@@ -116,7 +102,7 @@ def write_slices_kernel(
                 store_rows(own, y, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
             up = tl.dot(back, k_t, up, input_precision=PRECISION)
             down = tl.dot(z, error, down, input_precision=PRECISION)
-        _leave(made, tl.trans(up), down, bh * N + segment, column, dims, EB)
+        leave(made, tl.trans(up), down, bh * N + segment, column, dims, EB)
 
 
 def deep_write(

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .deep_common import Dims, Spans, Tables, load_rows
+from .deep_common import Dims, Spans, Tables, load_rows, store_block
 
 
 class Written(NamedTuple):
@@ -45,6 +45,19 @@ def segments_of(spans, lane):
         return tl.load(spans.lane_begin + lane), tl.load(spans.lane_end + lane)
     else:
         return lane, lane + 1
+
+
+@triton.jit
+def leave(made, up, down, place, column, dims: tl.constexpr, EB: tl.constexpr):
+    """Store a block of EB hidden units of the end state of the segment at ``place``."""
+    SIZE_UP: tl.constexpr = dims.SK * dims.SE
+    SIZE_DOWN: tl.constexpr = dims.SE * dims.SV
+    if made.up is not None:
+        store_block(made.up + place * SIZE_UP, up, 0, column, dims.SK, dims.SE, dims.PK, EB)
+        store_block(made.down + place * SIZE_DOWN, down, column, 0, dims.SE, dims.SV, EB, dims.PV)
+    if made.up_operand is not None:
+        store_block(made.up_operand + place * SIZE_UP, up, 0, column, dims.SK, dims.SE, dims.PK, EB)
+        store_block(made.down_operand + place * SIZE_DOWN, down, column, 0, dims.SE, dims.SV, EB, dims.PV)
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])

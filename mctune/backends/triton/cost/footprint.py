@@ -20,7 +20,7 @@ _TOKENS = (
     "ending", "own_logit", "eta", "mu",
 )  # fmt: skip
 _DEEP = ("W_up", "W_down", "partials", "error")
-_HIDDEN = ("hidden", "z")
+_HIDDEN = ("hidden", "z", "back")
 _LAYERS = {"up": 0, "up_operand": 0, "down": 1, "down_operand": 1}
 _CHOICES = ("chosen", "picked", "order", "chosen_dr")
 _IN_PLACE = {("step_kernel", "online"), ("connector_kernel", "dgamma")}

@@ -67,6 +67,38 @@ def write_lanes(w: Walk) -> Source:
     return Source(1, 0, (*copies, *walked.inner))
 
 
+def _steps(w: Walk, step: int, rows: int) -> float:
+    """Blocks of ``rows`` rows before a step of a segment, over its steps of ``step`` tokens."""
+    return w.of_tiles(step, lambda p, t: math.ceil(t / rows))
+
+
+def weights(w: Walk) -> Source:
+    """Coefficients are products of float32 without tensor cores, where there is momentum."""
+    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / w["ROWS"]))),))
+
+
+def write_rows(w: Walk) -> Source:
+    """Of a chunk: hidden units, the error and back, each of the first state and of the rows before it."""
+    (R, PK, PV), E, BJ = _widths(w), w["BLOCKS"] * w["EB"], w["BJ"]
+    before = _steps(w, w["INNER"], BJ)
+    loops = tuple(Source(before, 2 * R * BJ * (width + E)) for width in (PK, PV, PV))
+    return _of_lane(w, Source(1, 2 * R * E * (PK + 2 * PV), loops))
+
+
+def row_states(w: Walk) -> Source:
+    (PK, PV), EB, BJ = w.padded, w["EB"], w["BJ"]
+    return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / BJ)), 2 * BJ * EB * (PK + PV)),))
+
+
+def row_read(w: Walk) -> Source:
+    """Of a tile: the first state's layers, and its segment's rows up to its own."""
+    (PK, PV), E, BT, BJ = w.padded, w["BLOCKS"] * w["EB"], w["BT"], w["BJ"]
+    seen = w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ))
+    widths = (PK,) if w.problem.reads.mixes_parameters else (PK, PV)
+    loops = tuple(Source(seen, 2 * BT * BJ * (width + E)) for width in widths)
+    return Source(1, 2 * BT * E * sum(widths), loops)
+
+
 def _partials(w: Walk) -> Source:
     """The online reads' parts are added up."""
     return Source(w["parts"])
@@ -106,6 +138,10 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "key_means_kernel": key_means,
     "write_slices_kernel": write_slices,
     "write_lanes_kernel": write_lanes,
+    "weights_kernel": weights,
+    "write_rows_kernel": write_rows,
+    "row_states_kernel": row_states,
+    "row_read_kernel": row_read,
     "deep_read_kernel": deep_read,
     "mix_hidden_kernel": mix_hidden,
     "replay_kernel": replay,

@@ -13,7 +13,11 @@ from ....traits import AGGREGATIONS, RECURRENCES
 from ...kept import given
 from ...results import Forward
 from ..loader import load_parts
-from ..tables import DEVICE, make_tables
+from ..tables import DEVICE, Tables, make_tables
+
+LONGEST_ROWS = 1024
+"""Tokens of the longest segment whose states are not formed: every chunk reads the rows of all before it, and each
+token keeps a weight for each of them."""
 
 
 class TritonDeepForward:
@@ -40,6 +44,8 @@ class TritonDeepForward:
         self.mixes = AGGREGATIONS[problem["aggregation"]].mixes_parameters
         squared = RECURRENCES[problem["recurrence"]].momentum
         self.write = parts["deep_write_lanes"].deep_write_lanes if squared else parts["deep_write"].deep_write
+        self.rows = parts["deep_rows"].deep_rows if "deep_rows" in parts else None
+        self.write_rows = parts["deep_write_rows"].deep_write_rows if "deep_rows" in parts else None
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.read: Any = parts["deep_mix"].deep_mix if self.mixes else parts["deep_read"].deep_read
 
@@ -69,8 +75,12 @@ class TritonDeepForward:
         strengths = tuple(None if x is None else x.to(torch.float32).contiguous() for x in (g, eta, mu))
         # A segment is one piece.
         tables = make_tables(segments, segments.longest, self.checkpoint, q.device)
-        options = {"tables": tables, "scale": float(scale), "memory_residual": memory_residual}
-        made = self.write(q=q, k=k, v=v, first=first, strengths=strengths, exact=bool(keep), **options)
+        options: dict[str, Any] = {"tables": tables, "scale": float(scale), "memory_residual": memory_residual}
+        written: dict[str, Any] = {"first": first, "strengths": strengths, "exact": bool(keep), **options}
+        if self.rows is None or segments.longest > LONGEST_ROWS:
+            made = self.write(q=q, k=k, v=v, **written)
+        else:
+            made = self._by_rows(q, k, v, longest=segments.longest, **written)
         gates = None
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
@@ -85,6 +95,27 @@ class TritonDeepForward:
             read["partials"] = made.partials
         y = self.read(**read, tiles=tables.tiles(self.config["read_BT"]))
         return Forward(y, {name: getattr(made, name).flatten(0, 1) for name in keep})
+
+    def _by_rows(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        first: tuple[torch.Tensor, ...],
+        strengths: tuple[torch.Tensor | None, ...],
+        tables: Tables,
+        longest: int,
+        memory_residual: bool,
+        **read: Any,
+    ) -> Any:
+        """What the writes leave, where no state is formed before a segment's end."""
+        assert self.rows is not None and self.write_rows is not None
+        first = tuple(W.to(k.dtype) for W in first)
+        left, weights = self.write_rows(
+            k=k, v=v, first=first, strengths=strengths, tables=tables, span=longest, memory_residual=memory_residual
+        )
+        tiles = tables.tiles(self.config["rows_BT"])
+        return self.rows(q=q, k=k, first=first, left=left, weights=weights, tables=tables, tiles=tiles, **read)
 
 
 LAUNCHER = TritonDeepForward
