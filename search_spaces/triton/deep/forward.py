@@ -126,8 +126,9 @@ _ROW_WRITES = tuple(
     | dict(zip(("rows_BT", "rows_BJ", "rows_EB", "rows_num_warps", "rows_num_stages"), rows, strict=True))
     for write, rows in (
         (("down", 32, 256, 4), (128, 32, 256, 8, 2)),
+        (("nothing", 32, 128, 8), (128, 32, 256, 8, 2)),
         (("nothing", 32, 64, 4), (64, 32, 64, 8, 2)),
-        (("nothing", 32, 128, 8), (64, 16, 128, 8, 1)),
+        (("nothing", 32, 128, 8), (64, 32, 128, 8, 1)),
         (("nothing", 16, 64, 8), (32, 16, 64, 8, 1)),
     )
 )
