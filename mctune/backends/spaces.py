@@ -10,15 +10,16 @@ from types import ModuleType
 from mctune.core.paths import search_spaces_dir
 from mctune.core.space import SearchSpace
 
+_PACKAGE = "mctune_spaces"
+
 
 @cache
 def load_space(backend: str, family: str, pass_: str, measured: bool = False) -> SearchSpace:
     """``SPACE`` of ``search_spaces/<backend>/<family>/<pass>.py``; ``measured``: its ``MEASURED``, if it has one."""
-    package = f"mctune_spaces_{backend}_{family}"
-    if package not in sys.modules:
+    if _PACKAGE not in sys.modules:
         # Loaded as a package, so that its files can import each other.
-        sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [str(search_spaces_dir() / backend / family)]
-    module = importlib.import_module(f"{package}.{pass_}")
+        sys.modules[_PACKAGE] = ModuleType(_PACKAGE)
+        sys.modules[_PACKAGE].__path__ = [str(search_spaces_dir())]
+    module = importlib.import_module(f"{_PACKAGE}.{backend}.{family}.{pass_}")
     space: SearchSpace = getattr(module, "MEASURED", module.SPACE) if measured else module.SPACE
     return space

@@ -7,21 +7,12 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from ._rules import power
+from .._rules import lists, power, unused
 
 
 def _layers(problem: Problem) -> int:
     """Elements of a hidden unit, of both layers."""
     return power(problem.Dk) + power(problem.Dv)
-
-
-def _unused(prefix: str, names: tuple[str, ...]) -> Constraint:
-    """Parameters of the gates' operations keep one value where gates are equal."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return problem.routed or all(config[f"{prefix}_{name}"] == _WIDE[f"{prefix}_{name}"] for name in names)
-
-    return Constraint(f"{prefix}_*", holds, f"there is no {prefix} kernel to tune")
 
 
 def _units(name: str) -> Constraint:
@@ -62,10 +53,7 @@ def _logits(config: Config, problem: Problem, target: Target) -> bool:
     if problem.routed and problem.dtype == "float32" and config["gates_BT"] != 16:
         if rows > 256 * config.integer("gates_num_warps"):
             return False
-    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
-    segments = -(-problem.T // (problem.segment_length or problem.T))
-    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
-    return not problem.reads.sparse or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
+    return lists(config, problem, target)
 
 
 def _connectors(config: Config, problem: Problem, target: Target) -> bool:
@@ -174,8 +162,8 @@ SPACE = SearchSpace(
             lambda c, p, t: c["saved"] == "nothing" or p.segmentation != "logarithmic",
             "end states of logarithmic segments are not kept",
         ),
-        _unused("gates", ("BT", "BN", "num_warps", "num_stages")),
-        _unused("dgates", ("BT", "BI", "SPLITS", "num_warps", "num_stages")),
+        unused("gates", _WIDE, ("BT", "BN", "num_warps", "num_stages")),
+        unused("dgates", _WIDE, ("BT", "BI", "SPLITS", "num_warps", "num_stages")),
         *(_units(name) for name in ("replay_EB", "online_EB", "dq_EB", "dstates_EB", "dkv_EB")),
         _fits("replay", lambda c, p: _momentum(p) * c.integer("replay_EB") * _layers(p), 64),
         _fits("online", lambda c, p: _momentum(p) * c.integer("online_EB") * _layers(p), 128),

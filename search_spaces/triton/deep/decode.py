@@ -5,7 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from ._rules import power
+from .._rules import power
 
 
 def _fits(config: Config, problem: Problem, target: Target) -> bool:

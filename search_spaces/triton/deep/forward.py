@@ -1,13 +1,13 @@
 """Search space of the forward pass of deep memories on a GPU: writes, gates and the read, searched together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mctune.core.config import Config, Scalar
 from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from ._rules import power
+from .._rules import at_most, lists, longest, power, unused
 
 _WIDE = Config.of(
     {
@@ -34,25 +34,19 @@ _WIDE = Config.of(
         "read_num_stages": 2,
     }
 )
-_ROWS = ("write_HELD", "write_BJ", "rows_BT", "rows_BJ", "rows_EB", "rows_num_warps", "rows_num_stages")
 _LONGEST_ROWS = 1024
 """Tokens of the longest segment that the launcher writes by rows."""
-_GATES = ("gates_BT", "gates_BN", "gates_num_warps", "gates_num_stages")
+_NO_UNITS = "a block wider than the memory computes units that do not exist"
+_NO_ROWS = "a tile longer than a segment computes rows that do not exist"
 
 
-def _longest(problem: Problem) -> int:
-    """Tokens of the longest segment, as a tile holds them."""
-    return power(problem.segment_length or 1 << problem.T.bit_length() - 1)
-
-
-def _at_most(name: str, limit: Callable[[Problem], int], reason: str) -> Constraint:
-    """Of the values beyond a limit, which compute nothing more, only the default's stays."""
-    return Constraint(name, lambda c, p, t: c.integer(name) <= limit(p) or c[name] == _WIDE[name], reason)
+def _rows(config: Config, problem: Problem) -> bool:
+    return config["write_FORM"] == "rows"
 
 
 def _by_rows(config: Config, problem: Problem, target: Target) -> bool:
     """Rows stand for states where these start afresh, and errors take all hidden units."""
-    if config["write_FORM"] == _WIDE["write_FORM"]:
+    if not _rows(config, problem):
         return True
     independent = problem.writes.momentum and problem.state_init == "independent"
     return independent and (problem.segment_length or problem.T) <= _LONGEST_ROWS
@@ -60,8 +54,9 @@ def _by_rows(config: Config, problem: Problem, target: Target) -> bool:
 
 def _states(config: Config, problem: Problem, target: Target) -> bool:
     """A block of both layers in a quarter of a thread's registers, momentum's and float32's operands beside it; in half
-    of them where products leave their other operands in shared memory. By rows, those of a chunk in a quarter."""
-    if config["write_FORM"] == "rows":
+    of them where products leave their other operands in shared memory. By rows, a
+    chunk's hidden units in three eighths."""
+    if _rows(config, problem):
         rows, threads = power(problem.inner_chunk or 1), 32 * config.integer("write_num_warps")
         return rows * (power(problem.E) + power(problem.Dv)) <= 96 * threads
     floats = config.integer("write_EB") * (power(problem.Dk) + power(problem.Dv))
@@ -74,12 +69,12 @@ def _states(config: Config, problem: Problem, target: Target) -> bool:
 def _tile(config: Config, problem: Problem, target: Target) -> bool:
     """Hidden units of a tile, in half of a thread's registers; the shortest tile is always there."""
     units = config.integer("rows_BT") * power(problem.E)
-    return config["write_FORM"] != "rows" or units <= 128 * 32 * config.integer("rows_num_warps")
+    return not _rows(config, problem) or units <= 128 * 32 * config.integer("rows_num_warps")
 
 
 def _shared(config: Config, problem: Problem, target: Target) -> bool:
     """Layers that are held, blocks of the others, and rows with those that are loaded ahead."""
-    if config["write_FORM"] != "rows":
+    if not _rows(config, problem):
         return True
     Dk, Dv, E, item = power(problem.Dk), power(problem.Dv), power(problem.E), 4 if problem.dtype == "float32" else 2
     held = {"nothing": 0, "down": Dv, "both": Dk + Dv}[str(config["write_HELD"])] * E
@@ -110,14 +105,6 @@ def _logits(config: Config, problem: Problem, target: Target) -> bool:
 
 def _wide(problem: Problem) -> bool:
     return problem.dtype == "float32" and problem.routed
-
-
-def _lists(config: Config, problem: Problem, target: Target) -> bool:
-    """A tile of logits keeps the best at each of its places: in 128 registers a thread, or by the most warps."""
-    places, warps = config.integer("gates_BN"), config.integer("gates_num_warps")
-    segments = -(-problem.T // (problem.segment_length or problem.T))
-    kept = 1 << (min(problem.top_k or 1, -(-segments // places)) - 1).bit_length()
-    return not problem.reads.sparse or warps == 8 or 2 * kept * config.integer("gates_BT") * places <= 4096 * warps
 
 
 _ROW_WRITES = tuple(
@@ -213,33 +200,38 @@ SPACE = SearchSpace(
             "the second layer is read by another kernel, or in blocks",
         ),
         Constraint("write_FORM", _by_rows, "rows are of short segments that start afresh, of titans"),
-        Constraint(
-            "rows_*",
-            lambda c, p, t: c["write_FORM"] == "rows" or all(c[name] == _WIDE[name] for name in _ROWS),
-            "no kernel reads rows",
+        unused("write", _WIDE, ("HELD", "BJ"), _rows),
+        unused("rows", _WIDE, ("BT", "BJ", "EB", "num_warps", "num_stages"), _rows),
+        unused("gates", _WIDE, ("BT", "BN", "num_warps", "num_stages")),
+        at_most(
+            "write_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
         ),
-        Constraint(
-            "gates_*",
-            lambda c, p, t: p.routed or all(c[name] == _WIDE[name] for name in _GATES),
-            "there is no gates kernel to tune",
+        at_most(
+            "read_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
         ),
-        _at_most("write_EB", lambda p: power(p.E), "a block wider than the memory computes units that do not exist"),
-        _at_most("read_EB", lambda p: power(p.E), "a block wider than the memory computes units that do not exist"),
+        *(at_most(name, _WIDE, lambda c, p: power(p.E), _NO_UNITS) for name in ("write_EB", "rows_EB", "read_EB")),
+        *(at_most(name, _WIDE, lambda c, p: longest(p), _NO_ROWS) for name in ("rows_BT", "gates_BT")),
         Constraint(
             "read_BT",
-            lambda c, p, t: c.integer("read_BT") <= _longest(p),
-            "a tile longer than a segment computes rows that do not exist",
+            lambda c, p, t: c.integer("read_BT") <= longest(p),
+            _NO_ROWS,
         ),
-        _at_most("gates_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
-        _at_most("rows_EB", lambda p: power(p.E), "a block wider than the memory computes units that do not exist"),
-        _at_most("rows_BT", _longest, "a tile longer than a segment computes rows that do not exist"),
+        at_most(
+            "gates_BT", _WIDE, lambda c, p: longest(p), "a tile longer than a segment computes rows that do not exist"
+        ),
+        at_most(
+            "rows_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
+        ),
+        at_most(
+            "rows_BT", _WIDE, lambda c, p: longest(p), "a tile longer than a segment computes rows that do not exist"
+        ),
         Constraint("write registers", _states, "the states alone would spill"),
         Constraint("rows registers", _tile, "the hidden units of a tile would spill"),
         Constraint("rows shared memory", _shared, "a multiprocessor does not hold so much of layers and rows"),
         Constraint("read registers", _sums, "the accumulators alone would spill"),
         Constraint("read operands", _queries, "float32 rows of q would spill"),
         Constraint("gates operands", _logits, "float32 rows of u would spill"),
-        Constraint("gates registers", _lists, "the lists of the best logits would spill"),
+        Constraint("gates registers", lists, "the lists of the best logits would spill"),
         Constraint(
             "read_num_warps",
             lambda c, p, t: c.integer("read_num_warps") <= 8 or t.arch == "sm_90",

@@ -5,7 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from ._rules import MANY, at_most, lists, longest, operands, power, state_and_keys, unused
+from .._rules import MANY, at_most, lists, longest, operands, power, state_and_keys, unused
 
 
 def _accumulator(prefix: str, elements, *, beside: int = 0) -> Constraint:

@@ -5,18 +5,15 @@ from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-
-def _power(value: int) -> int:
-    """The next power of two, as a block is wide."""
-    return max(16, 1 << (value - 1).bit_length())
+from .._rules import power
 
 
 def _online_fits(config: Config, problem: Problem, target: Target) -> bool:
     """A block of the online state's columns stays in registers; a single program has them all."""
-    columns = _power(problem.Dv)
+    columns = power(problem.Dv)
     if config.integer("decode_SPLITS") > 1:
         columns = min(columns, config.integer("decode_BO"))
-    return _power(problem.Dk) * columns <= 64 * 32 * config.integer("decode_num_warps")
+    return power(problem.Dk) * columns <= 64 * 32 * config.integer("decode_num_warps")
 
 
 _WIDE = Config.of(
@@ -51,12 +48,12 @@ SPACE = SearchSpace(
         ),
         Constraint(
             "decode_BV",
-            lambda c, p, t: c.integer("decode_BV") <= _power(p.Dv) or c["decode_BV"] == _WIDE["decode_BV"],
+            lambda c, p, t: c.integer("decode_BV") <= power(p.Dv) or c["decode_BV"] == _WIDE["decode_BV"],
             "a tile wider than the values reads columns that do not exist",
         ),
         Constraint(
             "decode_BO",
-            lambda c, p, t: c.integer("decode_BO") <= _power(p.Dv),
+            lambda c, p, t: c.integer("decode_BO") <= power(p.Dv),
             "a tile wider than the values writes columns that do not exist",
         ),
         Constraint(
@@ -72,7 +69,7 @@ SPACE = SearchSpace(
         Constraint(
             "cached registers",
             lambda c, p, t: (
-                c.integer("decode_BK") * min(c.integer("decode_BV"), _power(p.Dv))
+                c.integer("decode_BK") * min(c.integer("decode_BV"), power(p.Dv))
                 <= 64 * 32 * c.integer("decode_num_warps")
             ),
             "a tile of a cached state would spill",

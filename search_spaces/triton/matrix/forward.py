@@ -5,7 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from ._rules import MANY, lists, longest, operands, power, state_and_keys, unused
+from .._rules import MANY, lists, longest, operands, power, state_and_keys, unused
 
 FORMULATIONS = {
     "even": ("summed",),

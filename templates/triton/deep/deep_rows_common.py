@@ -23,8 +23,8 @@ class Left(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of token t: c_tj of the tokens j of its segment up to it, from the segment's first on, pairs ``[B*H, T, span]``
-    in k's dtype, not written beyond; c_t, state ``[B*H, T]``, float32. In a kernel, from a token's on."""
+    """What token t sees: pairs ``[B*H, T, span]``, c_tj for the tokens j of its segment up to t, in k's dtype, NaN or
+    anything beyond; state ``[B*H, T]``, c_t, float32. In a kernel, from a token on."""
 
     pairs: torch.Tensor
     state: torch.Tensor

@@ -68,7 +68,7 @@ def weights_kernel(strengths, spans, weights, T, H, span, ROWS: tl.constexpr, BC
     end = tl.load(spans.seg_end + segment)
     i = tl.arange(0, ROWS)
     j = tl.arange(0, BC)
-    # Of earlier tokens, what their rows weigh in the state that these rows are written into, and in its momentum.
+    # What the rows of earlier tokens weigh in the state that the next tokens are written into, and in its momentum.
     entered = tl.zeros([BC], tl.float32)
     moving = tl.zeros([BC], tl.float32)
     state = tl.full([], 1.0, tl.float32)
@@ -117,10 +117,10 @@ def write_rows_kernel(
         stop = tl.minimum(t0 + INNER, end)
         k_t = load_rows(rows.k, t0, stop, H * dims.DK, 0, dims.DK, ROWS, dims.PK)
         v_t = load_rows(rows.v, t0, stop, H * dims.DV, 0, dims.DV, ROWS, dims.PV)
-        # What the last token of the chunk before has left is what this one is written into.
+        # The state that enters the chunk is the one that the last token before it has left.
         before = weights_of(weights, bh, t0 - 1, T, span)
         state = tl.load(before.state, mask=t0 > begin, other=1.0)
-        # What other threads have stored is loaded.
+        # The loops below load rows that other threads have stored.
         tl.debug_barrier()
         hidden = read_up(state, k_t, U, False, "ieee", dims, BLOCKS, EB)
         for j in range(begin, t0, BJ):

@@ -1,4 +1,4 @@
-"""Constraints that the spaces of a GPU's passes share."""
+"""Constraints that the spaces of a GPU's passes share, of either family."""
 
 from collections.abc import Callable
 
