@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import shown
+from ..arguments import LARGEST, shown
 from ..cache.cache import MemoryCache
 from ..errors import ArgumentError
 from ..segments import check_bounds, check_bounds_type
@@ -77,3 +77,23 @@ def check_past(cache: MemoryCache, layer_idx: int, convs: Sequence[Any] | Any, x
             "width; start with an empty cache"
         )
     return past
+
+
+def head_widths(hidden_size: int, num_heads: int, head_dim: int | None, expand_v: float) -> tuple[int, int]:
+    """Dk and Dv.
+
+    Raises:
+        ArgumentError: if they are not whole.
+    """
+    if head_dim is None and hidden_size % num_heads:
+        raise ArgumentError(
+            f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; pass head_dim, or change one"
+        )
+    Dk = hidden_size // num_heads if head_dim is None else head_dim
+    Dv = int(Dk * expand_v)
+    if Dv != Dk * expand_v or not 1 <= Dv <= LARGEST:
+        raise ArgumentError(
+            f"head_dim={Dk}, expand_v={shown(expand_v)}: head_dim and head_dim * expand_v must be whole numbers of at "
+            "least 1"
+        )
+    return Dk, Dv

@@ -21,7 +21,7 @@ from ..traits import AGGREGATIONS, RECURRENCES
 from .conv import ShortConv
 from .functional import memory_caching
 from .gate import GateLinear
-from .inputs import check_hidden, check_packed, check_past, check_rows
+from .inputs import check_hidden, check_packed, check_past, check_rows, head_widths
 from .packing import TAKES, refuse_rest, take_bounds
 from .padding import as_row
 
@@ -125,20 +125,9 @@ class MemoryCaching(nn.Module):
         for name, number in (("expand_v", expand_v), ("norm_eps", norm_eps)):
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= LARGEST:
                 raise ArgumentError(f"{name}={shown(number)}: must be a number above 0, at most {LARGEST}")
-        if head_dim is None and hidden_size % num_heads:
-            raise ArgumentError(
-                f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; pass head_dim, or change one"
-            )
-        writes = RECURRENCES[recurrence]
         self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        self.value_dim = int(self.head_dim * expand_v)
-        if self.value_dim != self.head_dim * expand_v or not 1 <= self.value_dim <= LARGEST:
-            raise ArgumentError(
-                f"head_dim={self.head_dim}, expand_v={shown(expand_v)}: head_dim and head_dim * expand_v must be "
-                "whole numbers of at least 1"
-            )
-        if writes.deep and memory_residual and self.value_dim != self.head_dim:
+        self.head_dim, self.value_dim = head_widths(hidden_size, num_heads, head_dim, expand_v)
+        if RECURRENCES[recurrence].deep and memory_residual and self.value_dim != self.head_dim:
             raise ArgumentError(
                 f"memory_residual=True with expand_v={expand_v}: a memory can add its input only if Dk = Dv; pass "
                 "memory_residual=False or expand_v=1"
@@ -148,24 +137,33 @@ class MemoryCaching(nn.Module):
         self.inner_chunk, self.memory_residual, self.backend = options.inner_chunk, options.memory_residual, backend
         self.feature_map, self.qk_norm, self.layer_idx = feature_map, qk_norm, layer_idx
         self.conv_size = conv_size
-        keys, values = num_heads * self.head_dim, num_heads * self.value_dim
-        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(hidden_size, values, bias=False)
-        reads_u = connector and AGGREGATIONS[aggregation].routed
-        self.u_proj = nn.Linear(hidden_size, keys, bias=False) if reads_u else None
-        self.convs = nn.ModuleList(ShortConv(width, conv_size) for width in (keys, keys, values) if use_short_conv)
-        self.gates = nn.ModuleDict({f"{name}_proj": GateLinear(hidden_size, num_heads) for name in writes.gates})
+        self._add_layers(connector, expansion, use_short_conv, use_output_gate, norm_eps)
+        self.reset_parameters()
+
+    def _add_layers(
+        self, connector: bool, expansion: int, use_short_conv: bool, use_output_gate: bool, norm_eps: float
+    ) -> None:
+        """Everything that has parameters; :meth:`reset_parameters` draws them."""
+        writes = RECURRENCES[self.recurrence]
+        keys, values = self.num_heads * self.head_dim, self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(self.hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(self.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(self.hidden_size, values, bias=False)
+        reads_u = connector and AGGREGATIONS[self.aggregation].routed
+        self.u_proj = nn.Linear(self.hidden_size, keys, bias=False) if reads_u else None
+        self.convs = nn.ModuleList(ShortConv(width, self.conv_size) for width in (keys, keys, values) if use_short_conv)
+        self.gates = nn.ModuleDict(
+            {f"{name}_proj": GateLinear(self.hidden_size, self.num_heads) for name in writes.gates}
+        )
         self.W_up: nn.Parameter | None = None
         self.W_down: nn.Parameter | None = None
         if writes.deep:
             width = expansion * self.head_dim
-            self.W_up = nn.Parameter(torch.empty(num_heads, self.head_dim, width))
-            self.W_down = nn.Parameter(torch.empty(num_heads, width, self.value_dim))
+            self.W_up = nn.Parameter(torch.empty(self.num_heads, self.head_dim, width))
+            self.W_down = nn.Parameter(torch.empty(self.num_heads, width, self.value_dim))
         self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps)
-        self.output_gate_proj = nn.Linear(hidden_size, values, bias=False) if use_output_gate else None
-        self.o_proj = nn.Linear(values, hidden_size, bias=False)
-        self.reset_parameters()
+        self.output_gate_proj = nn.Linear(self.hidden_size, values, bias=False) if use_output_gate else None
+        self.o_proj = nn.Linear(values, self.hidden_size, bias=False)
 
     def reset_parameters(self) -> None:
         """Draw the parameters again, as the class describes."""
