@@ -13,6 +13,7 @@ import pytest
 from mctune.backends.triton.backend import TritonBackend
 from mctune.backends.triton.render import CannotFold, render
 from mctune.backends.triton.templates import operations, specialised, values
+from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 
@@ -93,6 +94,14 @@ def test_is_the_golden_file(name: str) -> None:
 
 def test_there_are_no_other_golden_files() -> None:
     assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
+
+
+def test_a_configuration_without_the_form_of_the_write_carries_states() -> None:
+    space = TritonBackend().space(_TITANS_ROWS)
+    later = ("write_FORM", "write_HELD", "write_BJ", "rows_")
+    older = Config.of({name: value for name, value in space.default.items if not name.startswith(later)})
+    assert operations(_TITANS_ROWS, older) == ("deep_write_lanes", "gates", "deep_read")
+    assert specialised("deep_write_lanes", values("deep_write_lanes", _TITANS_ROWS, older))
 
 
 _KERNEL = """import triton
