@@ -69,6 +69,7 @@ class SearchSpace:
         constraints: what every valid configuration meets.
         default: where a search begins.
         fallbacks: take the default's place, in order, where it breaks a constraint (another CPU, other widths).
+        before: what a configuration meant that was found before a parameter was added to the space.
 
     Raises:
         UsageError: if a parameter is named twice.
@@ -85,6 +86,7 @@ class SearchSpace:
     constraints: tuple[Constraint, ...] = ()
     default: Config = field(default_factory=lambda: Config(()))
     fallbacks: tuple[Config, ...] = ()
+    before: Config = field(default_factory=lambda: Config(()))
 
     def __post_init__(self) -> None:
         names = [param.name for param in self.params]
@@ -115,6 +117,20 @@ class SearchSpace:
         """Whether ``config`` meets every constraint."""
         return all(c.holds(config, problem, target) for c in self.constraints)
 
+    def checked(self, config: Config, problem: Problem, target: Target) -> Config:
+        """``config`` with every parameter of the space, those that were added later as it meant them.
+
+        Raises:
+            ValueError: if one is missing that was always there, or a constraint is not met.
+        """
+        missing = [param.name for param in self.params if param.name not in config]
+        if unknown := [name for name in missing if name not in self.before]:
+            raise ValueError(f"{config} has no {', '.join(unknown)}; search the problem again")
+        config = config.replace(**{name: self.before[name] for name in missing})
+        if broken := self.broken(config, problem, target):
+            raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
+        return config
+
     def at(self, indices: Sequence[int]) -> Config:
         """The configuration at these positions in the parameters' lists of values."""
         return Config.of({p.name: p.values[i] for p, i in zip(self.params, indices, strict=True)})
@@ -140,7 +156,7 @@ class SearchSpace:
     def with_param(self, param: Param, default: Scalar) -> SearchSpace:
         """A larger space, with one more parameter and its default."""
         first, *others = (config.replace(**{param.name: default}) for config in (self.default, *self.fallbacks))
-        return SearchSpace((*self.params, param), self.constraints, first, tuple(others))
+        return SearchSpace((*self.params, param), self.constraints, first, tuple(others), self.before)
 
     def first_valid(self, ok: Callable[[Config], bool]) -> Config | None:
         """The default, or the first of its fallbacks, that ``ok`` accepts."""
@@ -162,4 +178,4 @@ class SearchSpace:
             if absent:
                 raise UsageError(f"{name}={absent[0]!r} is not in the space; it has {self.param(name).values}")
         params = tuple(Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params)
-        return SearchSpace(params, self.constraints, self.default, self.fallbacks)
+        return SearchSpace(params, self.constraints, self.default, self.fallbacks, self.before)

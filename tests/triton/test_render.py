@@ -96,12 +96,17 @@ def test_there_are_no_other_golden_files() -> None:
     assert {path.stem for path in GOLDEN.glob("*.py")} == set(CASES)
 
 
-def test_a_configuration_without_the_form_of_the_write_carries_states() -> None:
-    space = TritonBackend().space(_TITANS_ROWS)
-    later = ("write_FORM", "write_HELD", "write_BJ", "rows_")
-    older = Config.of({name: value for name, value in space.default.items if not name.startswith(later)})
-    assert operations(_TITANS_ROWS, older) == ("deep_write_lanes", "gates", "deep_read")
-    assert specialised("deep_write_lanes", values("deep_write_lanes", _TITANS_ROWS, older))
+def test_a_configuration_from_before_rows_carries_its_states(tmp_path: Path) -> None:
+    backend, (target, _) = TritonBackend(), resolve("h100-sxm")
+    space = backend.space(_TITANS_ROWS)
+    carried = space.first_valid(lambda c: c["write_FORM"] == "states" and space.valid(c, _TITANS_ROWS, target))
+    assert carried is not None
+    older = Config.of({name: value for name, value in carried.items if name not in space.before})
+    assert backend.build(_TITANS_ROWS, older, target, tmp_path) == backend.build(
+        _TITANS_ROWS, carried, target, tmp_path
+    )
+    with pytest.raises(ValueError, match="has no read_BT; search the problem again"):
+        backend.build(_TITANS_ROWS, Config.of({n: x for n, x in older.items if n != "read_BT"}), target, tmp_path)
 
 
 _KERNEL = """import triton

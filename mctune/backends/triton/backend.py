@@ -103,9 +103,7 @@ class TritonBackend:
         Raises:
             ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
         """
-        broken = self.measuring().space(problem).broken(config, problem, target)
-        if broken:
-            raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
+        config = self.measuring().space(problem).checked(config, problem, target)
         parts = write_parts(problem, config, folder)
         index = json.dumps({"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(parts)}, indent=1)
         name = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"

@@ -74,9 +74,7 @@ def _deep(problem: Problem, config: Config) -> tuple[str, ...]:
     match problem.pass_:
         case "forward":
             # Segments too long for rows have their states carried.
-            # A configuration of an earlier version does not say: all of its states were carried.
-            form = config["write_FORM"] if "write_FORM" in config else "states"
-            rows = ("deep_write_rows", "deep_rows") if form == "rows" else ()
+            rows = ("deep_write_rows", "deep_rows") if config["write_FORM"] == "rows" else ()
             write = ("deep_write_lanes", *rows) if problem.writes.momentum else ("deep_write",)
             return (*write, *gates, "deep_mix" if mixes else "deep_read")
         case "backward":

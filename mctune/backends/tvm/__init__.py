@@ -120,9 +120,7 @@ class TvmBackend:
             Exception: whatever TVM raises on a configuration that does not compile.
         """
         refuse(self.supports(problem))
-        broken = self.space(problem).broken(config, problem, target)
-        if broken:
-            raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
+        config = self.space(problem).checked(config, problem, target)
         name = self._name(problem, config, target)
         built = Built(folder / f"{name}.so", folder / f"{name}.py")
         if is_whole(built.library, built.source):

@@ -36,6 +36,7 @@ _WIDE = Config.of(
 )
 _LONGEST_ROWS = 1024
 """Tokens of the longest segment that the launcher writes by rows."""
+_ADDED = ("write_FORM", "write_HELD", "write_BJ", "rows_BT", "rows_BJ", "rows_EB", "rows_num_warps", "rows_num_stages")
 _NO_UNITS = "a block wider than the memory computes units that do not exist"
 _NO_ROWS = "a tile longer than a segment computes rows that do not exist"
 
@@ -252,4 +253,5 @@ SPACE = SearchSpace(
     fallbacks=tuple(
         dict.fromkeys((*_defaults(_READS)[1:], *_float32("tf32x3"), *_defaults(_SHORT), *_float32("ieee")))
     ),
+    before=Config.of({name: _WIDE[name] for name in _ADDED}),
 )
