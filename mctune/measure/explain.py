@@ -297,7 +297,9 @@ def chosen_config(problem: Problem, target: Target, chosen: Mapping[str, Scalar]
         raise MctuneError(f"{target.name} is a CPU; give --gpu the name of a GPU (`mctune targets`)")
     space = TritonBackend().space(problem)
     typed = {name: value_of(space, name, text) for name, text in chosen.items()}
-    config = space.first_valid(lambda config: space.valid(config.replace(**typed), problem, target))
-    if config is None:
-        raise MctuneError("no default of the space is valid with these parameters")
-    return config.replace(**typed)
+    configs = [config.replace(**typed) for config in (space.default, *space.fallbacks)]
+    nearest = min(configs, key=lambda config: len(space.broken(config, problem, target)))
+    if broken := space.broken(nearest, problem, target):
+        wanted = " ".join(f"{name}={value}" for name, value in typed.items())
+        raise MctuneError(f"no default of the space is valid with {wanted or 'this problem'}: {broken[0].reason}")
+    return nearest

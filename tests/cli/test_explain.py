@@ -11,6 +11,7 @@ from mctune.backends.protocol import Launch
 from mctune.backends.triton.hazards import Hazard
 from mctune.measure import explain
 
+LONG = "recurrence=titans,T=4096,H=2,Dk=32,Dv=32,segment_length=2048,aggregation=mean,dtype=bfloat16"
 SMALL = "T=512,H=2,Dk=32,Dv=32,segment_length=64,aggregation=mean,dtype=bfloat16"
 
 
@@ -86,6 +87,10 @@ def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch)
         (("--gpu", "cpu"), "cpu is a CPU"),
         (("--problem", SMALL, "--set", "read_BT=3"), "read_BT=3: it may be 16, 32"),
         (("--problem", SMALL, "--set", "tiles=3"), "no parameter 'tiles'"),
+        (
+            ("--problem", LONG, "--set", "write_FORM=rows"),
+            "write_FORM=rows: rows are of segments of at most 1024 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str) -> None:

@@ -200,32 +200,18 @@ SPACE = SearchSpace(
             ),
             "the second layer is read by another kernel, or in blocks",
         ),
-        Constraint("write_FORM", _by_rows, "rows are of short segments that start afresh, of titans"),
-        unused("write", _WIDE, ("HELD", "BJ"), _rows),
+        Constraint(
+            "write_FORM", _by_rows, "rows are of segments of at most 1024 tokens that start afresh, and of titans"
+        ),
+        *(
+            Constraint(name, lambda c, p, t, name=name: _rows(c, p) or c[name] == _WIDE[name], "no rows are read")
+            for name in ("write_HELD", "write_BJ")
+        ),
         unused("rows", _WIDE, ("BT", "BJ", "EB", "num_warps", "num_stages"), _rows),
         unused("gates", _WIDE, ("BT", "BN", "num_warps", "num_stages")),
-        at_most(
-            "write_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
-        ),
-        at_most(
-            "read_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
-        ),
         *(at_most(name, _WIDE, lambda c, p: power(p.E), _NO_UNITS) for name in ("write_EB", "rows_EB", "read_EB")),
         *(at_most(name, _WIDE, lambda c, p: longest(p), _NO_ROWS) for name in ("rows_BT", "gates_BT")),
-        Constraint(
-            "read_BT",
-            lambda c, p, t: c.integer("read_BT") <= longest(p),
-            _NO_ROWS,
-        ),
-        at_most(
-            "gates_BT", _WIDE, lambda c, p: longest(p), "a tile longer than a segment computes rows that do not exist"
-        ),
-        at_most(
-            "rows_EB", _WIDE, lambda c, p: power(p.E), "a block wider than the memory computes units that do not exist"
-        ),
-        at_most(
-            "rows_BT", _WIDE, lambda c, p: longest(p), "a tile longer than a segment computes rows that do not exist"
-        ),
+        Constraint("read_BT", lambda c, p, t: c.integer("read_BT") <= longest(p), _NO_ROWS),
         Constraint("write registers", _states, "the states alone would spill"),
         Constraint("rows registers", _tile, "the hidden units of a tile would spill"),
         Constraint("rows shared memory", _shared, "a multiprocessor does not hold so much of layers and rows"),
