@@ -55,8 +55,8 @@ def _by_rows(config: Config, problem: Problem, target: Target) -> bool:
 
 def _states(config: Config, problem: Problem, target: Target) -> bool:
     """A block of both layers in a quarter of a thread's registers, momentum's and float32's operands beside it; in half
-    of them where products leave their other operands in shared memory. By rows, a
-    chunk's hidden units in three eighths."""
+    of them where products leave their other operands in shared memory. By rows, a chunk's hidden
+    units in three eighths."""
     if _rows(config, problem):
         rows, threads = power(problem.inner_chunk or 1), 32 * config.integer("write_num_warps")
         return rows * (power(problem.E) + power(problem.Dv)) <= 96 * threads

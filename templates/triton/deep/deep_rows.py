@@ -29,6 +29,7 @@ from .deep_rows_common import (
     Weights,
     add_rows,
     alike,
+    left_of,
     load_tile_weights,
     load_weights,
     read_down,
@@ -36,13 +37,6 @@ from .deep_rows_common import (
     weights_of,
 )
 from .deep_write_common import Written, as_operands, leave, room_for
-
-
-@triton.jit
-def _left_of(left, bh, T, dims: tl.constexpr):
-    """The rows of one head."""
-    wide = bh * T * dims.SE
-    return Left(left.z + wide, left.back + wide, left.error + bh * T * dims.SV)
 
 
 @triton.jit(do_not_specialize=["T", "H", "N", "span"])
@@ -58,7 +52,7 @@ def row_states_kernel(
     begin = tl.load(spans.seg_begin + segment)
     end = tl.load(spans.seg_end + segment)
     rows = rows_of(rows, bh, T, H, dims)
-    left = _left_of(left, bh, T, dims)
+    left = left_of(left, bh, T, dims)
     last = weights_of(weights, bh, end - 1, T, span)
     state = tl.load(last.state)
     up = load_block(first.W_up + bh % H * (dims.DK * dims.DE), 0, e, dims.DK, dims.DE, dims.PK, EB)
@@ -87,7 +81,7 @@ def row_read_kernel(
     tile = load_tile(tiles + tl.program_id(0) * 2, spans, BT)
     begin = tl.load(spans.seg_begin + tile.segment)
     rows = rows_of(rows, bh, T, H, dims)
-    left = _left_of(left, bh, T, dims)
+    left = left_of(left, bh, T, dims)
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     t = tile.first + tl.arange(0, BT)
     state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]

@@ -31,6 +31,13 @@ class Weights(NamedTuple):
 
 
 @triton.jit
+def left_of(left, bh, T, dims: tl.constexpr):
+    """The rows of one head."""
+    wide = bh * T * dims.SE
+    return Left(left.z + wide, left.back + wide, left.error + bh * T * dims.SV)
+
+
+@triton.jit
 def weights_of(weights, bh, t, T, span):
     """The weights of token t of a head."""
     place = bh * T + t
@@ -54,24 +61,6 @@ def load_tile_weights(weights, bh, first, stop, begin, column, T, span, BT: tl.c
 
 
 @triton.jit
-def load_up(up, dims: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):
-    """The first layer of a memory, ``[PK, EB]`` each."""
-    blocks = ()
-    for i in tl.static_range(BLOCKS):
-        blocks = blocks + (load_block(up, 0, i * EB, dims.DK, dims.DE, dims.PK, EB),)
-    return blocks
-
-
-@triton.jit
-def load_down(down, dims: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):
-    """The second layer of a memory, ``[EB, PV]`` each."""
-    blocks = ()
-    for i in tl.static_range(BLOCKS):
-        blocks = blocks + (load_block(down, i * EB, 0, dims.DE, dims.DV, EB, dims.PV),)
-    return blocks
-
-
-@triton.jit
 def _up(U, i, KEPT: tl.constexpr, dims: tl.constexpr, EB: tl.constexpr):
     """A block of the first layer: one of those that are KEPT, or loaded."""
     if KEPT:
@@ -87,6 +76,24 @@ def _down(W, i, KEPT: tl.constexpr, dims: tl.constexpr, EB: tl.constexpr):
         return W[i]
     else:
         return load_block(W, i * EB, 0, dims.DE, dims.DV, EB, dims.PV)
+
+
+@triton.jit
+def load_up(up, dims: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):
+    """The first layer of a memory, ``[PK, EB]`` each."""
+    blocks = ()
+    for i in tl.static_range(BLOCKS):
+        blocks = blocks + (_up(up, i, False, dims, EB),)
+    return blocks
+
+
+@triton.jit
+def load_down(down, dims: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):
+    """The second layer of a memory, ``[EB, PV]`` each."""
+    blocks = ()
+    for i in tl.static_range(BLOCKS):
+        blocks = blocks + (_down(down, i, False, dims, EB),)
+    return blocks
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from .deep_rows_common import (
     Weights,
     add_rows,
     alike,
+    left_of,
     load_down,
     load_up,
     load_weights,
@@ -100,9 +101,7 @@ def write_rows_kernel(
         U = load_up(U, dims, BLOCKS, EB)
     if HELD != "nothing":
         W = load_down(W, dims, BLOCKS, EB)
-    z = left.z + bh * T * dims.SE
-    back = left.back + bh * T * dims.SE
-    error = left.error + bh * T * dims.SV
+    left = left_of(left, bh, T, dims)
     # One stage: no load of a row may go ahead of the store before it.
     for t0 in tl.range(begin, end, INNER, num_stages=1):
         stop = tl.minimum(t0 + INNER, end)
@@ -118,34 +117,34 @@ def write_rows_kernel(
             k_j = load_rows(rows.k, j, t0, H * dims.DK, 0, dims.DK, BJ, dims.PK)
             given = load_weights(before.pairs, j - begin, t0 - begin, BJ)
             pairs = (given * tl.dot(k_t, tl.trans(k_j), input_precision=PRECISION)).to(k_t.dtype)
-            hidden = add_rows(hidden, pairs, back, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
+            hidden = add_rows(hidden, pairs, left.back, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
         z_t = ()
         slopes = ()
         for i in tl.static_range(BLOCKS):
             gelu, slope = gelu_slope_as(hidden[i], k_t.dtype)
             gelu = gelu.to(k_t.dtype)
-            store_rows(z, gelu, t0, stop, dims.SE, i * EB, dims.SE, ROWS, EB)
+            store_rows(left.z, gelu, t0, stop, dims.SE, i * EB, dims.SE, ROWS, EB)
             z_t = z_t + (gelu,)
             slopes = slopes + (slope.to(k_t.dtype),)
         made = state * read_down(z_t, W, HELD != "nothing", PRECISION, dims, BLOCKS, EB)
         for j in range(begin, t0, BJ):
-            pairs = alike(z_t, z, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
-            error_j = load_rows(error, j, t0, dims.SV, 0, dims.SV, BJ, dims.PV)
+            pairs = alike(z_t, left.z, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
+            error_j = load_rows(left.error, j, t0, dims.SV, 0, dims.SV, BJ, dims.PV)
             pairs = (load_weights(before.pairs, j - begin, t0 - begin, BJ) * pairs).to(k_t.dtype)
             made = tl.dot(pairs, error_j, made, input_precision=PRECISION)
         if dims.DK == dims.DV:
             made += added * k_t.to(tl.float32)
         error_t = (2.0 * (v_t.to(tl.float32) - made)).to(k_t.dtype)
-        store_rows(error, error_t, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
+        store_rows(left.error, error_t, t0, stop, dims.SV, 0, dims.SV, ROWS, dims.PV)
         through = read_back(state, error_t, W, HELD != "nothing", PRECISION, dims, BLOCKS, EB)
         for j in range(begin, t0, BJ):
-            error_j = load_rows(error, j, t0, dims.SV, 0, dims.SV, BJ, dims.PV)
+            error_j = load_rows(left.error, j, t0, dims.SV, 0, dims.SV, BJ, dims.PV)
             given = load_weights(before.pairs, j - begin, t0 - begin, BJ)
             pairs = (given * tl.dot(error_t, tl.trans(error_j), input_precision=PRECISION)).to(k_t.dtype)
-            through = add_rows(through, pairs, z, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
+            through = add_rows(through, pairs, left.z, j, t0, PRECISION, dims, BJ, BLOCKS, EB)
         for i in tl.static_range(BLOCKS):
             back_t = through[i] * slopes[i].to(tl.float32)
-            store_rows(back, back_t, t0, stop, dims.SE, i * EB, dims.SE, ROWS, EB)
+            store_rows(left.back, back_t, t0, stop, dims.SE, i * EB, dims.SE, ROWS, EB)
 
 
 def deep_write_rows(

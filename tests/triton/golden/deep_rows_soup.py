@@ -27,6 +27,7 @@ from .deep_rows_common import (
     Left,
     Weights,
     add_rows,
+    left_of,
     load_tile_weights,
     load_weights,
     read_up,
@@ -49,13 +50,6 @@ num_stages = 2
 num_warps = 8
 
 
-@triton.jit
-def _left_of(left, bh, T, dims: tl.constexpr):
-    """The rows of one head."""
-    wide = bh * T * dims.SE
-    return Left(left.z + wide, left.back + wide, left.error + bh * T * dims.SV)
-
-
 @triton.jit(do_not_specialize=["T", "H", "N", "span"])
 def row_states_kernel(
     rows, first, left, weights, spans, made, T, H, N, span, dims: tl.constexpr, BJ: tl.constexpr, EB: tl.constexpr,
@@ -68,7 +62,7 @@ def row_states_kernel(
     begin = tl.load(spans.seg_begin + segment)
     end = tl.load(spans.seg_end + segment)
     rows = rows_of(rows, bh, T, H, dims)
-    left = _left_of(left, bh, T, dims)
+    left = left_of(left, bh, T, dims)
     last = weights_of(weights, bh, end - 1, T, span)
     state = tl.load(last.state)
     up = load_block(first.W_up + bh % H * (dims.DK * dims.DE), 0, e, dims.DK, dims.DE, dims.PK, EB)
@@ -96,7 +90,7 @@ def row_read_kernel(
     tile = load_tile(tiles + tl.program_id(0) * 2, spans, BT)
     begin = tl.load(spans.seg_begin + tile.segment)
     rows = rows_of(rows, bh, T, H, dims)
-    left = _left_of(left, bh, T, dims)
+    left = left_of(left, bh, T, dims)
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
     t = tile.first + tl.arange(0, BT)
     state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]

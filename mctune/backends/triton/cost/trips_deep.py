@@ -67,11 +67,6 @@ def write_lanes(w: Walk) -> Source:
     return Source(1, 0, (*copies, *walked.inner))
 
 
-def _steps(w: Walk, step: int, rows: int) -> float:
-    """Blocks of ``rows`` rows before a step of a segment, over its steps of ``step`` tokens."""
-    return w.of_tiles(step, lambda p, t: math.ceil(t / rows))
-
-
 def weights(w: Walk) -> Source:
     """Coefficients are products of float32 without tensor cores, where there is momentum."""
     return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / w["ROWS"]))),))
@@ -80,7 +75,7 @@ def weights(w: Walk) -> Source:
 def write_rows(w: Walk) -> Source:
     """Of a chunk: hidden units, the error and back, each of the first state and of the rows before it."""
     (R, PK, PV), E, BJ = _widths(w), w["BLOCKS"] * w["EB"], w["BJ"]
-    before = _steps(w, w["INNER"], BJ)
+    before = w.of_tiles(w["INNER"], lambda p, t: math.ceil(t / BJ))
     loops = tuple(Source(before, 2 * R * BJ * (width + E)) for width in (PK, PV, PV))
     return _of_lane(w, Source(1, 2 * R * E * (PK + 2 * PV), loops))
 
