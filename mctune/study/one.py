@@ -16,7 +16,7 @@ from mctune.backends.protocol import Backend
 from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.interrupt import held
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, describe, kind
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, cost, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
@@ -56,8 +56,13 @@ class OneStudy:
     case: Case
     storage: str
 
-    def run(self, workers: Workers, listener: Listener, timeout_s: float | None) -> tuple[StudyReport, bool]:
+    def run(
+        self, workers: Workers, listener: Listener, timeout_s: float | None, at_most_s: float | None = None
+    ) -> tuple[StudyReport, bool]:
         """Search, then decide between the best; and whether Ctrl-C ended it (nothing is decided then).
+
+        After ``timeout_s`` no candidate is started, and those under way are cut off; where none has a time yet, they
+        have until ``at_most_s``.
 
         Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
 
@@ -65,7 +70,9 @@ class OneStudy:
             CutShort: with what was found, if the machine or the storage fails.
         """
         space, lengths, total = self.space(), self.case.segment_lengths, self.request.trials
-        until = None if timeout_s is None else time.monotonic() + timeout_s
+        started, so_far = time.monotonic(), self.so_far()
+        until = None if timeout_s is None else started + timeout_s
+        at_most = None if at_most_s is None else started + at_most_s
         best: list[float] = []
 
         def on_trial(trial: Trial) -> None:
@@ -73,8 +80,8 @@ class OneStudy:
                 best[:] = [min([trial.ms, *best])]
             listener.trial_done(trial.number, trial.config, trial.outcome, best[0] if best else None)
 
-        listener.study_started(self.case, total, len(self.so_far()))
-        candidates = _Candidates(workers, self, until)
+        listener.study_started(self.case, total, len(so_far))
+        candidates = _Candidates(workers, self, until, at_most, any(trial.ms is not None for trial in so_far))
         points = Feasible(space, self.rules())
         for position, length in enumerate(lengths):
             if next(points.ordered((len(space.params) - 1, position)), None) is None:
@@ -277,6 +284,9 @@ class _Candidates:
     workers: Workers
     study: OneStudy
     until: float | None
+    at_most: float | None
+    """What takes the place of ``until`` as long as no candidate has a time."""
+    got_one: bool
     alike: int = 0
     """Failures of one kind since the run began; negative once there was anything else."""
     first: str = ""
@@ -288,7 +298,9 @@ class _Candidates:
             DeviceError: if the machine is at fault.
         """
         limit_s = self.study.request.trial_timeout_s
-        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, self.until)
+        until = self.until if self.got_one else self.at_most
+        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, until)
+        self.got_one = self.got_one or (outcome is not None and cost(outcome) is not None)
         if outcome is None or self.alike < 0:
             return outcome
         name = kind(outcome)

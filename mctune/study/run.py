@@ -35,8 +35,9 @@ _Shipped = tuple[FrontierPoint, dict[str, Any]]
 def search(request: SearchRequest, listener: Listener) -> SearchReport:
     """Run every study of ``request``, or go on with them; the default storage is ``<out>/search/study.db``.
 
-    Each has an equal share of the time that is left. Where that is too little to get anywhere, those that have the
-    fewest candidates are searched, and of the others what earlier runs have left is reported.
+    Each has an equal share of the time that is left; one that has no time of any candidate by the end of its share lets
+    those under way finish. Where a share is too little to get anywhere, those that have the fewest candidates are
+    searched, and of the others what earlier runs have left is reported.
 
     Where the machine or the storage fails on the way, what was found until then is reported, with the failure.
 
@@ -56,14 +57,14 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     with held() as ctrl_c, alone(_storage(request)), _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
-            study, begun, share = prepared[turn], time.monotonic(), None
+            study, begun, share, left = prepared[turn], time.monotonic(), None, None
             if request.timeout_s is not None:
                 left = request.timeout_s - (begun - started)
                 if left < min(workers.least_s, request.timeout_s / 2):
                     break
                 share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
             try:
-                reports[turn], interrupted = study.run(workers, listener, share)
+                reports[turn], interrupted = study.run(workers, listener, share, left)
             except CutShort as error:
                 reports[turn], failure = study.report(error.trials), error
             if share is not None:

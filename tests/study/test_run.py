@@ -14,6 +14,7 @@ import pytest
 from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
+from mctune.core.outcome import Predicted, Wrong, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
@@ -74,8 +75,10 @@ class Study:
     def __init__(self, clock: Clock, done: int, over: float = 0.0) -> None:
         self.case, self.clock, self.done, self.over, self.shares = CASE, clock, done, over, list[float]()
 
-    def run(self, workers: object, listener: object, share: float | None) -> tuple[StudyReport, bool]:
-        assert share is not None
+    def run(
+        self, workers: object, listener: object, share: float | None, left: float | None
+    ) -> tuple[StudyReport, bool]:
+        assert share is not None and left is not None and share <= left
         self.shares.append(share)
         self.clock.now += share + self.over
         return self.report([0] * (self.done + 10)), False
@@ -146,6 +149,37 @@ def test_a_limit_under_what_a_study_takes_is_kept(
     studies = [Study(clock, 0), Study(clock, 0)]
     searched(request_, studies, monkeypatch)
     assert [study.shares for study in studies] == [[100.0], []]
+
+
+class Slow:
+    """Stands in for workers whose first ``wrong`` candidates are wrong; it notes how long each of them had."""
+
+    count = 1
+
+    def __init__(self, wrong: int) -> None:
+        self.wrong, self.had = wrong, list[float]()
+
+    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float) -> dict[str, Any]:
+        self.had.append(until - time.monotonic())
+        wrong = len(self.had) <= self.wrong
+        return {"outcome": to_json(Wrong(1.0, 1e-5, "T=1") if wrong else Predicted(1.0, "nothing"))}
+
+    def verify(self, candidate: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        return {"outcome": to_json(Predicted(1.0, "nothing", error=1e-4))}
+
+
+def test_until_a_candidate_has_a_time_those_under_way_may_finish(request_: SearchRequest) -> None:
+    """On a slow machine a study would otherwise end with nothing, and what it searches for would be missing."""
+    url = f"sqlite:///{request_.out / 'study.db'}"
+    listener: Any = SimpleNamespace(note=print, study_started=lambda *about: None, trial_done=lambda *about: None)
+    shares = []
+    for trials in (4, 6):
+        request = replace(request_, trials=trials, measure=False)
+        study, workers = OneStudy(request, get_backend("triton"), CASE, url), Slow(wrong=2)
+        report, _ = study.run(cast(Any, workers), listener, 100.0, 1000.0)
+        assert report.frontier
+        shares.append(["all" if had > 500 else "share" for had in workers.had])
+    assert shares == [["all", "all", "all", "share"], ["share", "share"]]
 
 
 def point(number: int, length: int, ms: float) -> FrontierPoint:
