@@ -38,7 +38,7 @@ class Launch:
         spills: bytes of stack a thread that registers did not hold.
         asm: PTX, or the assembly of an AMD GPU.
         binary: the cubin, or the hsaco.
-        arguments: (parameter, type) as Triton spells it: ``*bf16``, ``i32``, ``constexpr``.
+        arguments: (parameter, type) as Triton spells it, ``*bf16`` or ``i32``: those that the code has a use for.
         values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
         notes: what the assembler says of its performance: a number and a text, for example ``C7515 wgmma.mma_async
             instructions are serialized due to ..``.

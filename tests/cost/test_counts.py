@@ -195,6 +195,18 @@ def test_footprint_counts_each_array_once() -> None:
     assert footprint(carry, FORWARD, CONFIG) == 2 * 16 * 16 * 128 * 128 * 4
 
 
+def test_weights_of_rows_are_counted_as_far_as_they_are_read() -> None:
+    """Segments of 32 tokens in chunks of 16: 32 * 33 / 2 weights each; one row a chunk, or the last, for some."""
+    problem = Problem(recurrence="titans", B=1, T=64, H=2, Dk=32, Dv=32, expansion=2, segment_length=32, inner_chunk=16,
+                      aggregation="grm", dtype="bfloat16")  # fmt: skip
+    sizes = [
+        footprint(launched(name, arguments=(("pairs", "*bf16"),)), problem, CONFIG)
+        for name in ("weights_kernel", "row_read_kernel", "write_rows_kernel", "row_states_kernel")
+    ]
+    triangle = 2 * 2 * (32 * 33 / 2) * 2
+    assert sizes == pytest.approx([triangle, triangle, triangle / 16, 2 * 2 * 32 * 2])
+
+
 def test_a_loop_is_counted_as_often_as_it_runs() -> None:
     """local_kernel: 128 tokens a piece, 16 a pass."""
     launch = launched("local_kernel", LOOP, values=(("BT", 16), ("BK", 16), ("BV", 8)))

@@ -62,6 +62,8 @@ class _Loaded:
     asm: str
     binary: bytes
     notes: tuple[str, ...]
+    unused: frozenset[int]
+    """Places of parameters that the code has no use for."""
 
 
 class VirtualDevice:
@@ -172,13 +174,16 @@ class VirtualDevice:
         ):
             if need > limit:
                 raise DoesNotFit(what, need, limit, unit)
-        ending = ".amdgcn" if self.target.kind == "hip" else ".ptx"
-        asm = next((Path(path).read_text() for file, path in self._group.items() if file.endswith(ending)), "")
+        asm = self._text(".amdgcn" if self.target.kind == "hip" else ".ptx")
         registers, spills = _amd_usage(asm) if self.target.kind == "hip" else _cuda_usage(binary)
         if self.target.kind == "cuda" and registers * threads > REGISTERS_PER_BLOCK:
             raise DoesNotFit(what, registers * threads, REGISTERS_PER_BLOCK, "registers")
         notes = notes_of(self._digest, asm, self.metadata) if self.target.kind == "cuda" else ()
-        return _Loaded(registers, spills, asm, binary, notes)
+        return _Loaded(registers, spills, asm, binary, notes, _unused(self._text(".llir")))
+
+    def _text(self, ending: str) -> str:
+        """What the compiler made of the kernel at one stage."""
+        return next((Path(path).read_text() for file, path in self._group.items() if file.endswith(ending)), "")
 
 
 _NUMBERS: dict[Target, int] = {}
@@ -232,7 +237,9 @@ class _Recorder:
                 spills=function.spills,
                 asm=function.asm,
                 binary=function.binary,
-                arguments=tuple(_members(self.src.signature)),
+                arguments=tuple(
+                    one for place, one in enumerate(_members(self.src.signature)) if place not in function.unused
+                ),
                 values=tuple(_numbers(given)),
                 notes=function.notes,
             )
@@ -240,13 +247,18 @@ class _Recorder:
 
 
 def _members(signature: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and types of a kernel's arguments; those of a named tuple one by one."""
+    """Names and types of a kernel's parameters as it is compiled; those of a named tuple one by one."""
     for name, kind in signature.items():
         fields = getattr(kind, "_fields", None)
-        if fields is not None:
-            yield from zip(fields, map(str, kind), strict=True)
-        else:
-            yield name, str(kind)
+        members = ((name, kind),) if fields is None else zip(fields, kind, strict=True)
+        yield from ((member, str(kind)) for member, kind in members if str(kind) != "constexpr")
+
+
+def _unused(llir: str) -> frozenset[int]:
+    """Places of a kernel's parameters that LLVM found no use of, such as tensors of a tuple that only others read."""
+    parameters = re.search(r"^define .*?@\w+\((.*)\) ", llir, re.MULTILINE)
+    found = re.findall(r"([^%]*)%\d+", parameters[1]) if parameters else []
+    return frozenset(place for place, about in enumerate(found) if "readnone" in about)
 
 
 def _numbers(given: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int | float | str]]:

@@ -21,6 +21,7 @@ _TOKENS = (
 )  # fmt: skip
 _DEEP = ("W_up", "W_down", "partials", "error")
 _HIDDEN = ("hidden", "z", "back")
+_WEIGHTS = ("pairs", "state")
 _LAYERS = {"up": 0, "up_operand": 0, "down": 1, "down_operand": 1}
 _CHOICES = ("chosen", "picked", "order", "chosen_dr")
 _IN_PLACE = {("step_kernel", "online"), ("connector_kernel", "dgamma")}
@@ -45,9 +46,8 @@ def footprint(launch: Launch, problem: Problem, config: Config, cache: float = 0
     total = 0.0
     for name, kind in launch.arguments:
         if kind.startswith("*"):
-            times = 2 if (launch.name, name) in _IN_PLACE else 1
-            size = times * _elements(name, walk, heads, tokens) * _ITEM.get(kind.lstrip("*k"), 4)
-            total += 0.0 if name == "partial" and size <= cache else size
+            size = _elements(name, walk, heads, tokens) * _ITEM.get(kind.lstrip("*k"), 4)
+            total += 0.0 if name == "partial" and size <= cache else _times(launch.name, name, problem) * size
     return total
 
 
@@ -79,7 +79,7 @@ def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
         return heads * tokens
     if name in _CHOICES:
         return heads * tokens * top_k
-    if p.deep and (name in _HIDDEN or name in _LAYERS or name in _DEEP):
+    if p.deep and (name in _HIDDEN + _WEIGHTS + _DEEP or name in _LAYERS):
         return _of_deep(name, walk, heads, tokens)
     if name == "partial":
         return heads * tokens * top_k * (p.Dk if p.pass_ == "backward" else p.Dv)
@@ -89,7 +89,7 @@ def _elements(name: str, walk: Walk, heads: int, tokens: int) -> float:
 
 
 def _of_deep(name: str, walk: Walk, heads: int, tokens: int) -> float:
-    """Of deep memories' arrays: rows of hidden units, layers of segments' states and of the first, parts of reads."""
+    """Of deep memories' arrays: rows of hidden units and their weights, layers of states, parts of reads."""
     p = walk.problem
     Dk, Dv, E = (-(-width // 16) * 16 for width in (p.Dk, p.Dv, p.E))
     if name in _HIDDEN:
@@ -98,7 +98,25 @@ def _of_deep(name: str, walk: Walk, heads: int, tokens: int) -> float:
         return heads * walk.segments * E * (Dk, Dv)[_LAYERS[name]]
     if name == "error":
         return heads * tokens * Dv
+    if name in _WEIGHTS:
+        return heads * tokens if name == "state" else heads * tokens * _pairs(p) / p.T
     if name == "partials":
         parts = int(walk.values.get("parts", 0)) or (1 if p.writes.momentum else -(-E // walk["EB"]))
         return heads * tokens * p.Dv * parts
     return p.H * p.E * (p.Dk if name == "W_up" else p.Dv)
+
+
+def _times(kernel: str, name: str, problem: Problem) -> float:
+    """How often a kernel touches an array: once as a rule."""
+    if (kernel, name) in _IN_PLACE:
+        return 2.0
+    if name == "pairs" and kernel == "write_rows_kernel":
+        return 1 / (problem.inner_chunk or 1)  # the row in front of every chunk
+    if name == "pairs" and kernel == "row_states_kernel":
+        return problem.T / _pairs(problem)  # the last row of every segment
+    return 1.0
+
+
+def _pairs(problem: Problem) -> float:
+    """Weights of every token for itself and those before it in its segment."""
+    return sum((end - begin) * (end - begin + 1) / 2 for begin, end in problem.spans())
