@@ -75,7 +75,7 @@ def _forward_run(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
 def gradients(operation: Callable[..., Tensor], problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Results:
     """The gradients of ``operation`` by autograd, called like ``memory_caching``, on inputs converted to ``dtype``."""
     leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "u": inputs.u, **inputs.gates, **inputs.weights}
-    leaves = {name: leaf.detach().to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
+    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
     with torch.enable_grad():
         y = operation(**{**inputs.arguments(problem), **leaves})
         found = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype), materialize_grads=True)

@@ -22,6 +22,17 @@ def fits_registers(rows: str, cols: str) -> Constraint:
     return Constraint(f"{rows} registers", holds, f"the tile of {rows} and {cols} would spill")
 
 
+def covers(rows: str, whole: str | None = None) -> Constraint:
+    """Tiles of ``rows`` rows, or of that and one row less, are 16 rows and so all widths; or they divide ``whole``."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        height = config.integer(rows)
+        fits = 16 % height == 0 or -(-16 // height) * (height - 1) <= 16
+        return fits or (whole is not None and config.integer(whole) % height == 0)
+
+    return Constraint(rows, holds, f"no tiles of {rows} rows, or of one less, make 16" + (f" or {whole}" * bool(whole)))
+
+
 def divides(part: str, *wholes: str) -> Constraint:
     """``part`` divides each of ``wholes``: a width of the problem, padded to 16, or another parameter."""
 

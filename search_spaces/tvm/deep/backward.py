@@ -3,7 +3,7 @@
 from mctune.core.config import Config
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 
-from ._rules import divides, fits_registers
+from ._rules import covers, divides, fits_registers
 
 _WIDE = Config.of(
     {
@@ -25,11 +25,11 @@ _EACH = (_WIDE, _WIDE.replace(chunk=64), _WIDE.replace(chunk=32), _HALF.replace(
 
 SPACE = SearchSpace(
     params=(
-        Int("walk_rows", (1, 2, 4, 8, 16), "tokens, or rows of a layer, of a register tile of the writes' gradients"),
+        Int("walk_rows", (1, 2, 4, 6, 8, 16), "tokens, or rows of a layer, of a tile of the writes' gradients"),
         Int("walk_cols", (16, 32, 48, 64), "columns of that tile"),
         Pow2("unroll", 1, 8, "unrolling of a tile's loop over a width"),
         Int("chunk", (16, 32, 48, 64, 96, 128, 256), "tokens whose reads of a state are taken together"),
-        Int("rows", (2, 4, 8, 16), "rows of a register tile of the reads' gradients"),
+        Int("rows", (2, 4, 6, 8, 16), "rows of a register tile of the reads' gradients"),
         Int("cols", (16, 32, 48, 64), "columns of that tile"),
         Pow2("groups", 1, 8, "groups of a head's states, each with its own part of dq"),
         Int("score_rows", (2, 4, 8), "segments of a tile of logits"),
@@ -37,9 +37,10 @@ SPACE = SearchSpace(
         Choice("saved", ("states", "mixture", "nothing"), "what the forward keeps; what it does not is computed again"),
     ),
     constraints=(
+        covers("walk_rows"),
         divides("walk_cols", "Dk", "Dv", "E"),
         fits_registers("walk_rows", "walk_cols"),
-        divides("rows", "chunk"),
+        covers("rows"),
         divides("cols", "Dk", "Dv", "E"),
         fits_registers("rows", "cols"),
         divides("score_lanes", "chunk"),

@@ -3,7 +3,7 @@
 from mctune.core.config import Config
 from mctune.core.space import Constraint, Int, Pow2, SearchSpace
 
-from ._rules import divides, fits_registers
+from ._rules import covers, divides, fits_registers
 
 _WIDE = Config.of(
     {
@@ -20,16 +20,18 @@ _WIDE = Config.of(
         "score_lanes": 16,
     }
 )
-_HALF = _WIDE.replace(walk_rows=4, walk_cols=16, hid_rows=4, hid_lanes=16, rows=4, cols=16, score_rows=4)
+_HALF = _WIDE.replace(
+    walk_rows=6, walk_cols=16, unroll=4, chunk=96, block=32, hid_rows=6, hid_lanes=16, rows=6, cols=16, score_rows=4
+)
 
 SPACE = SearchSpace(
     params=(
-        Int("walk_rows", (1, 2, 4, 8, 16), "tokens, or rows of a layer, of a register tile of the writes"),
+        Int("walk_rows", (1, 2, 4, 6, 8, 16), "tokens, or rows of a layer, of a register tile of the writes"),
         Int("walk_cols", (16, 32, 48, 64), "columns of a register tile of the writes"),
         Pow2("unroll", 1, 8, "unrolling of a tile's loop over a width"),
         Int("chunk", (16, 32, 48, 64, 96, 128, 256), "tokens that go through the cached states together"),
         Int("block", (16, 32, 64, 128, 256), "hidden units that are held between the two products of a read"),
-        Int("hid_rows", (2, 4, 8, 12, 16), "hidden units of a register tile of the first product of a read"),
+        Int("hid_rows", (2, 4, 6, 8, 16), "hidden units of a register tile of the first product of a read"),
         Int("hid_lanes", (16, 32, 48, 64), "tokens of that tile"),
         Int("rows", (2, 4, 6, 8, 12, 16), "tokens of a register tile of the second product"),
         Int("cols", (16, 32, 48, 64), "value columns of that tile"),
@@ -37,13 +39,14 @@ SPACE = SearchSpace(
         Int("score_lanes", (16, 32, 48, 64), "tokens of a tile of logits"),
     ),
     constraints=(
+        covers("walk_rows"),
         divides("walk_cols", "Dv", "E"),
         fits_registers("walk_rows", "walk_cols"),
         divides("block", "E"),
-        divides("hid_rows", "block"),
+        covers("hid_rows"),
         divides("hid_lanes", "chunk"),
         fits_registers("hid_rows", "hid_lanes"),
-        divides("rows", "chunk"),
+        covers("rows", "chunk"),
         divides("cols", "Dv", "E"),
         fits_registers("rows", "cols"),
         divides("score_lanes", "chunk"),
@@ -66,7 +69,9 @@ SPACE = SearchSpace(
         for one in (
             _WIDE,
             _WIDE.replace(chunk=32, block=32),
-            _HALF.replace(chunk=32, block=32),
+            _HALF,
+            _HALF.replace(chunk=48),
+            _HALF.replace(chunk=32),
             _HALF.replace(chunk=16, block=16),
         )
         for more in ({}, {"block": 16, "hid_rows": 2})

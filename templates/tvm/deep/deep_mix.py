@@ -7,6 +7,8 @@ Two gated reads with one gelu between. What z reads of W_t follows a second walk
 ``deep_write`` has left.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import emit, f32, scratch
@@ -21,12 +23,12 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
     H, HT, C, own, row0, heads = at.H, at.HT, at.C, at.own, at.row0, at.heads
 
     def first(i):
-        tile = product(MR, NR, plan.unroll, scaled(MR, NR, H, at.gamma, i))
-        return lambda r, n: tile(A=at.QT, a0=0, ac=r, B=at.up, b0=(base + i) * Dk, bc=n, steps=Dk, r0=r, n0=n)
+        gated = partial(scaled, C=H, gate=at.gamma, i=i)
+        return product(NR, plan.unroll, gated, A=at.QT, B=at.up, b0=(base + i) * Dk, steps=Dk)
 
     def second(i):
-        tile = product(MR, NR, plan.unroll, scaled(MR, NR, C, at.gamma, i))
-        return lambda r, n: tile(A=HT, a0=0, ac=r, B=at.down, b0=(base + i) * E, bc=n, steps=E, r0=r, n0=n)
+        gated = partial(scaled, C=C, gate=at.gamma, i=i)
+        return product(NR, plan.unroll, gated, A=HT, B=at.down, b0=(base + i) * E, steps=E)
 
     @emit
     def products():
@@ -36,13 +38,13 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
                 for x in T.vectorized(LANES):
                     H[t, e * LANES + x] = own[0, t] * at.hidden[row0 + (t0 + t) * heads, e * LANES + x]
         for i in range(past):
-            tiles(rows, E, MR, NR, first(i))
+            tiles(rows, E, MR, NR, first(i), room=plan.chunk)
         put_rows(at, H, at.mixture, E, t0=t0, rows=rows)
         activate(H, rows, E)
         columns(H, E, 0, 1, 0, rows, HT)
         clear(C, 0, rows, Dv)
         for i in range(past):
-            tiles(rows, Dv, MR, NR, second(i))
+            tiles(rows, Dv, MR, NR, second(i), room=plan.chunk)
         for t in range(rows):
             if at.adds_input > 0:
                 add_row(C, t, at.scale, at.q, row0 + (t0 + t) * heads, plan.both)

@@ -6,6 +6,8 @@
 One task is one segment of one head; what comes of its own state W_t follows the segment's chunks.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
@@ -109,10 +111,7 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
     E, Dv, R, DZ, Y = plan.E, plan.Dv, plan.WR, at.DZ, at.Y
     layer = dict(width=E, state=at.W, momentum=at.SW, errors=at.ERR, cols=Dv, rows=rows, inputs=at.Z)
     entering = dict(first=0, XT=None, RT=at.YT, width=E, cols=Dv)
-    pairs = product(R, LANES, plan.unroll, overwrite(R, LANES, at.P))
-
-    def of_errors(r, n):
-        pairs(A=at.ERRT, a0=0, ac=r, B=at.YT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+    of_errors = product(LANES, plan.unroll, partial(overwrite, C=at.P), A=at.ERRT, B=at.YT, steps=Dv)
 
     @emit
     def steps():
@@ -238,13 +237,10 @@ def take_gate(plan: Plan, at: Values, *, i, t0, rows) -> None:
 def hidden_of(plan: Plan, at: Values, *, i, t0, rows) -> None:
     """H += gamma q U."""
     Dk, E, R, C = plan.Dk, plan.E, plan.rows, plan.cols
-    tile = product(R, C, plan.unroll, scaled(R, C, at.H, at.gate))
-
-    def units(r, n):
-        tile(A=at.QT, a0=0, ac=r, B=at.up, b0=i * Dk, bc=n, steps=Dk, r0=r, n0=n)
-
+    gated = partial(scaled, C=at.H, gate=at.gate)
     take_gate(plan, at, i=i, t0=t0, rows=rows)
-    tiles(rows, E, R, C, units)
+    units = product(C, plan.unroll, gated, A=at.QT, B=at.up, b0=i * Dk, steps=Dk)
+    tiles(rows, E, R, C, units, room=plan.chunk)
 
 
 def pull(plan: Plan, at: Values, *, layer, height, width, XT, of, into, i, t0, rows, fresh) -> None:
@@ -254,18 +250,18 @@ def pull(plan: Plan, at: Values, *, layer, height, width, XT, of, into, i, t0, r
     """
     R, gate, part = across_rows(plan.rows, plan.cols), at.gate, at.part
 
-    @inline
-    def finish(acc, r0, n0):
-        for r in T.unroll(R):
-            for n in T.vectorized(LANES):
-                part[0, n0 + n] = part[0, n0 + n] + of[r0 + r, n0 + n] * acc[r, n]
-            for n in T.vectorized(LANES):
-                into[r0 + r, n0 + n] = into[r0 + r, n0 + n] + gate[0, n0 + n] * acc[r, n]
+    def pulled(rows, lanes):
+        @inline
+        def finish(acc, r0, n0):
+            for r in T.unroll(rows):
+                for n in T.vectorized(lanes):
+                    part[0, n0 + n] = part[0, n0 + n] + of[r0 + r, n0 + n] * acc[r, n]
+                for n in T.vectorized(lanes):
+                    into[r0 + r, n0 + n] = into[r0 + r, n0 + n] + gate[0, n0 + n] * acc[r, n]
 
-    tile = product(R, LANES, plan.unroll, finish, across=True)
+        return finish
 
-    def of_rows(r, n):
-        tile(A=layer, a0=0, ac=i * height + r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
+    of_rows = product(LANES, plan.unroll, pulled, across=True, A=layer, ac=i * height, B=XT, steps=width)
 
     @emit
     def products():

@@ -8,6 +8,8 @@ few states are read (ssc), each state meets just the tokens that chose it. Where
 :mod:`deep_mix`.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..gates import sort_by_segment
@@ -17,7 +19,7 @@ from .deep_mix import mix_block, second_of_online
 from .gates import gates, pack
 from .plan import Plan
 from .tiles import activated, add, add_row, product
-from .walk import chunk_rows
+from .walk import chunk_rows, tiles
 
 
 def build(problem, config, target):
@@ -123,7 +125,7 @@ def read_block(plan: Plan, at: Values, *, t0, rows) -> None:
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     C[t, n * LANES + x] = own[0, t] * at.online[row0 + (t0 + t) * heads, n * LANES + x]
-        for t in range((rows + plan.rows - 1) // plan.rows * plan.rows - rows):
+        for t in range(plan.chunk - rows):
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     C[rows + t, n * LANES + x] = T.float32(0)
@@ -146,24 +148,15 @@ def read_state(plan: Plan, at: Values, *, i, gate, g, count) -> None:
     """C[t] += gate[g, t] * gelu(q_t U^(i)) W^(i) for ``count`` tokens whose queries are the columns of QT."""
     Dk, Dv, E, EB, HT = plan.Dk, plan.Dv, plan.E, plan.block, at.HT
     HR, HL, MR, NR = plan.hid_rows, plan.hid_lanes, plan.rows, plan.cols
-    first = product(HR, HL, plan.unroll, activated(HR, HL, HT, gate, g))
-    second = product(MR, NR, plan.unroll, add(MR, NR, at.C))
+    activate = partial(activated, Z=HT, gate=gate, i=g)
+    first = partial(product, HL, plan.unroll, activate, A=at.up, a0=i * Dk, B=at.QT, steps=Dk)
+    second = partial(product, NR, plan.unroll, partial(add, C=at.C), A=HT, B=at.down, steps=EB)
 
     @emit
     def products():
         for eb in range(E // EB):
-            for tt in range((count + HL - 1) // HL):
-                for hh in range(EB // HR):
-                    first(
-                        A=at.up, a0=i * Dk, ac=eb * EB + hh * HR, B=at.QT, b0=0, bc=tt * HL, steps=Dk, r0=hh * HR,
-                        n0=tt * HL,
-                    )  # fmt: skip
-            for tt in range((count + MR - 1) // MR):
-                for nn in range(Dv // NR):
-                    second(
-                        A=HT, a0=0, ac=tt * MR, B=at.down, b0=i * E + eb * EB, bc=nn * NR, steps=EB, r0=tt * MR,
-                        n0=nn * NR,
-                    )  # fmt: skip
+            tiles(EB, (count + HL - 1) // HL * HL, HR, HL, first(ac=eb * EB))
+            tiles(count, Dv, MR, NR, second(b0=i * E + eb * EB), room=plan.chunk)
 
 
 def read_chosen(plan: Plan, at: Values) -> None:
@@ -202,7 +195,7 @@ def chosen_block(plan: Plan, at: Values, *, i, x0, count) -> None:
                 for x in T.vectorized(LANES):
                     QB[t, d * LANES + x] = at.scale * at.q[origin + at.tokens_of[x0 + t] * at.heads, d * LANES + x]
         columns(QB, Dk, 0, 1, 0, count, at.QT)
-        for t in range((count + plan.rows - 1) // plan.rows * plan.rows):
+        for t in range(T.min((count + 15) // 16 * 16, plan.chunk)):
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     C[t, n * LANES + x] = T.float32(0)

@@ -8,6 +8,8 @@ hidden units are computed again. One task is every ``groups``-th state of a head
 arrays without a race. Where parameters are mixed, :mod:`deep_mix_backward` has left Z and F / G of all states together.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
@@ -111,13 +113,8 @@ def one_block(plan: Plan, at: Values, *, x0, count) -> None:
     """The part of ``count`` readers from place ``x0`` on."""
     Dk, Dv, E, R, C, place = plan.Dk, plan.Dv, plan.E, plan.rows, plan.cols, at.place
     Q, DY, Z, F, gate = at.Q, at.DY, at.Z, at.F, at.gate
-    to_up, to_down = product(R, C, 1, add(R, C, at.dup, place * Dk)), product(R, C, 1, add(R, C, at.ddown, place * E))
-
-    def up(r, n):
-        to_up(A=Q, a0=0, ac=r, B=F, b0=0, bc=n, steps=count, r0=r, n0=n)
-
-    def down(r, n):
-        to_down(A=Z, a0=0, ac=r, B=DY, b0=0, bc=n, steps=count, r0=r, n0=n)
+    up = product(C, 1, partial(add, C=at.dup, at=place * Dk), A=Q, B=F, steps=count)
+    down = product(C, 1, partial(add, C=at.ddown, at=place * E), A=Z, B=DY, steps=count)
 
     @emit
     def steps():
@@ -163,22 +160,17 @@ def take_units(plan: Plan, at: Values, *, x0, count) -> None:
 def make_units(plan: Plan, at: Values, *, x0, count) -> None:
     """Z, F, and the gradients of the gates."""
     Dk, Dv, E, R, C, Z, F, part = plan.Dk, plan.Dv, plan.E, plan.rows, plan.cols, at.Z, at.F, at.part
-    first = product(R, C, plan.unroll, activated_with_slope(R, C, Z, F))
-    second = product(R, C, plan.unroll, pulled(R, C, Z, F, at.gate, part))
-
-    def units(r, n):
-        first(A=at.QT, a0=0, ac=r, B=at.up, b0=at.place * Dk, bc=n, steps=Dk, r0=r, n0=n)
-
-    def gradients(r, n):
-        second(A=at.DYT, a0=0, ac=r, B=at.WT, b0=0, bc=n, steps=Dv, r0=r, n0=n)
+    activate, pull = partial(activated_with_slope, Z=Z, S=F), partial(pulled, Z=Z, F=F, gate=at.gate, part=part)
+    units = product(C, plan.unroll, activate, A=at.QT, B=at.up, b0=at.place * Dk, steps=Dk)
+    gradients = product(C, plan.unroll, pull, A=at.DYT, B=at.WT, steps=Dv)
 
     @emit
     def products():
         columns(at.Q, Dk, 0, 1, 0, count, at.QT)
         columns(at.DY, Dv, 0, 1, 0, count, at.DYT)
         clear(part, 0, plan.chunk, LANES)
-        tiles(count, E, R, C, units)
-        tiles(count, E, R, C, gradients)
+        tiles(count, E, R, C, units, room=plan.chunk)
+        tiles(count, E, R, C, gradients, room=plan.chunk)
         if plan.flags.routed:
             for t in range(count):
                 if at.adds_input > 0:
@@ -209,15 +201,12 @@ def pulled(rows, cols, Z, F, gate, part):
 def to_queries(plan: Plan, at: Values, *, x0, count) -> None:
     """The queries' gradients, from the hidden units'."""
     Dk, E, R, C, DQ = plan.Dk, plan.E, plan.rows, plan.cols, at.DQ
-    tile = product(R, C, plan.unroll, overwrite(R, C, DQ))
-
-    def queries(r, n):
-        tile(A=at.FT, a0=0, ac=r, B=at.UT, b0=0, bc=n, steps=E, r0=r, n0=n)
+    queries = product(C, plan.unroll, partial(overwrite, C=DQ), A=at.FT, B=at.UT, steps=E)
 
     @emit
     def sums():
         columns(at.F, E, 0, 1, 0, count, at.FT)
-        tiles(count, Dk, R, C, queries)
+        tiles(count, Dk, R, C, queries, room=plan.chunk)
         for t in range(count):
             row: T.let = at.group * at.R + at.row0 + at.index[x0 + t] * at.heads
             if at.adds_input > 0:

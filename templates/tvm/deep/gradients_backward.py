@@ -3,6 +3,8 @@
 H = K U,  Z = gelu(H),  L = gelu'(H),  ERR = -V or 2 (Z W (+ K) - V),  RAW = ERR W^T,  BACK = RAW * L
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import emit, inline
@@ -52,10 +54,7 @@ def gradients_backward(plan, at, *, t0, rows) -> None:
     """
     Dk, Dv, E, R, C, unroll = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll
     dZ, dERR, dBACK, dK, L, RAW, XT, squared = at.dZ, at.dERR, at.dBACK, at.dK, at.L, at.RAW, at.ET, plan.flags.momentum
-    to_errors = product(R, C, unroll, add(R, C, dERR))
-
-    def errors(r, n):
-        to_errors(A=XT, a0=0, ac=r, B=at.W, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
+    errors = product(C, unroll, partial(add, C=dERR), A=XT, B=at.W, b0=at.w0, steps=E)
 
     @emit
     def products():

@@ -52,8 +52,10 @@ def flags_of(problem: Any) -> Flags:
 
 
 def across_rows(rows, cols):
-    """Rows of a tile with LANES tokens in its columns, as many registers as ``rows`` by ``cols``; they divide LANES."""
-    return min(LANES, rows * (1 << (cols // LANES).bit_length() - 1))
+    """Rows of a tile with LANES tokens in its columns, in no more registers than ``rows`` by ``cols``."""
+    most = min(LANES, rows * (1 << (cols // LANES).bit_length() - 1))
+    # LANES of them are whole tiles, or tiles of one row less too (walk.tiles).
+    return next(rows for rows in range(most, 0, -1) if LANES % rows == 0 or -(-LANES // rows) * (rows - 1) <= LANES)
 
 
 class Plan:

@@ -1,53 +1,80 @@
 """Register tiles of deep memories: products that finish with what follows while their sums are in registers.
 
-``product`` makes a tile of a function that stores it, which TVMScript calls with the sums and where they belong:
-``finish(acc, r0, n0)``. The functions below make those.
+A ``product`` has a tile for every number of rows that :func:`walk.tiles` asks for. It ends with what ``finish(rows,
+cols)`` gives: ``f(acc, r0, n0)``, which TVMScript calls with the sums and where they belong. The functions below make
+those.
 """
 
 from tvm.script import tirx as T
 
 from ..kernel import inline
-from ..tiles import LANES, exp
+from ..tiles import LANES
 
 _SLOPE = 1.5957691216057308  # 2 sqrt(2 / pi): gelu(x) = x sigmoid(_SLOPE (x + _CUBE x^3)), the tanh form
 _CUBE = 0.044715
+_LOG2_E = 1.4426950408889634
+_ROUND = 1.5 * 2**23 + 127
+# The polynomial of degree 5 with the least relative error.
+_POWER = (1.0000001, 0.69314694, 0.2402212, 0.05550713, 0.00967554, 0.0013276473)
 
 
-def product(rows, cols, unroll, finish, across=False):
-    """A tile of sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, bc + n], handed to ``finish``.
+def product(cols, unroll, finish, *, A, B, steps, a0=0, ac=0, b0=0, across=False, triangle=False):
+    """Tiles of sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, n], by their rows: for :func:`walk.tiles`.
 
     Elements of A are broadcast against whole vectors of B; ``steps`` is a multiple of ``unroll``. ``across``: of A's
-    transpose, A[ac + r, a0 + d], without one in memory.
+    transpose, A[ac + r, a0 + d], without one in memory. ``triangle``: A is 0 for d > r.
     """
-    add_up = summed(rows, cols, unroll, across)
+
+    def of(rows):
+        def add(acc, r0, n0):
+            here = T.min(r0 + rows, steps) if triangle else steps
+            add_up(acc=acc, A=A, a0=a0, ac=ac + r0, B=B, b0=b0, bc=n0, steps=here)
+
+        add_up = summed(rows, cols, unroll, across)
+        return _tile(rows, cols, add, finish(rows, cols))
+
+    return of
+
+
+def products(cols, finish, *pairs, steps):
+    """Tiles of sum_{d < steps} A[d, r] B[d, n] over pairs (A, B), by their rows."""
+
+    def of(rows):
+        def add(acc, r0, n0):
+            for A, B in pairs:
+                add_up(acc=acc, A=A, a0=0, ac=r0, B=B, b0=0, bc=n0, steps=steps)
+
+        add_up = summed(rows, cols, 1, False)
+        return _tile(rows, cols, add, finish(rows, cols))
+
+    return of
+
+
+def in_turn(*products):
+    """Of each place, the tiles of several products one after another."""
+
+    def of(rows):
+        every = [product(rows) for product in products]
+
+        def tile(r0, n0):
+            for one in every:
+                one(r0, n0)
+
+        return tile
+
+    return of
+
+
+def _tile(rows, cols, add, finish):
+    """``tile(r0, n0)``: sums that begin at 0, ``add(acc, r0, n0)``, and what ends them."""
 
     @inline
-    def tile(A, a0, ac, B, b0, bc, steps, r0, n0):
+    def tile(r0, n0):
         acc = T.alloc_buffer((rows, cols), "float32", scope="local")
         for r in T.unroll(rows):
             for n in T.vectorized(cols):
                 acc[r, n] = T.float32(0)
-        add_up(acc=acc, A=A, a0=a0, ac=ac, B=B, b0=b0, bc=bc, steps=steps)
-        finish(acc=acc, r0=r0, n0=n0)
-
-    return tile
-
-
-def products(rows, cols, finish, *pairs):
-    """A tile of sum_{d < steps} A[d, r0 + r] B[d, n0 + n] over pairs (A, B), handed to ``finish``."""
-    add_up = summed(rows, cols, 1, False)
-
-    def all_pairs(acc, steps, r0, n0):
-        for A, B in pairs:
-            add_up(acc=acc, A=A, a0=0, ac=r0, B=B, b0=0, bc=n0, steps=steps)
-
-    @inline
-    def tile(steps, r0, n0):
-        acc = T.alloc_buffer((rows, cols), "float32", scope="local")
-        for r in T.unroll(rows):
-            for n in T.vectorized(cols):
-                acc[r, n] = T.float32(0)
-        all_pairs(acc=acc, steps=steps, r0=r0, n0=n0)
+        add(acc=acc, r0=r0, n0=n0)
         finish(acc=acc, r0=r0, n0=n0)
 
     return tile
@@ -179,15 +206,34 @@ def rate(x):
     return T.float32(_SLOPE) + T.float32(3 * _SLOPE * _CUBE) * x * x
 
 
+def power(x):
+    """2^x for x in [-1/2, 1/2]; its relative error is 1e-7."""
+    value = T.float32(_POWER[-1])
+    for coefficient in reversed(_POWER[:-1]):
+        value = value * x + T.float32(coefficient)
+    return value
+
+
 # a[1] = sigmoid(_SLOPE (x + _CUBE x^3)) of x = row r of X: gelu(x) = x a[1]. a[0] is scratch.
+#
+# It is 1 / (1 + 2^p), 2^p = 2^k 2^f for the whole number k next to p. Adding _ROUND leaves k + 127 in the last bits of
+# a float, and a shift makes them an exponent. A maximum of both would swallow NaN.
 @inline
 def sigmoid(X, r, a, cols):
     for n in T.vectorized(cols):
-        a[1, n] = X[r, n] * (T.float32(_SLOPE) + T.float32(_SLOPE * _CUBE) * X[r, n] * X[r, n])
+        a[0, n] = X[r, n] * (T.float32(-_SLOPE * _LOG2_E) + T.float32(-_SLOPE * _LOG2_E * _CUBE) * X[r, n] * X[r, n])
     for n in T.vectorized(cols):
-        a[0, n] = exp(T.Select(a[1, n] > T.float32(0), -a[1, n], a[1, n]))
+        a[0, n] = T.Select(a[0, n] < T.float32(-126), T.float32(-126), a[0, n])
     for n in T.vectorized(cols):
-        a[1, n] = T.Select(a[1, n] > T.float32(0), T.float32(1), a[0, n]) / (T.float32(1) + a[0, n])
+        a[0, n] = T.Select(a[0, n] > T.float32(126), T.float32(126), a[0, n])
+    for n in T.vectorized(cols):
+        a[1, n] = a[0, n] + T.float32(_ROUND)
+    for n in T.vectorized(cols):
+        a[0, n] = power(a[0, n] - (a[1, n] - T.float32(_ROUND)))
+    for n in T.vectorized(cols):
+        a[1, n] = T.float32(1) / (
+            T.float32(1) + a[0, n] * T.reinterpret("float32", T.reinterpret("int32", a[1, n]) << T.int32(23))
+        )
 
 
 # X = gelu(X), ``rows`` rows of ``width`` columns.

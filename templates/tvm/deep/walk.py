@@ -9,11 +9,13 @@ S being the momentum that enters. Rows of a chunk stand in arrays of BP rows, b 
 is zero. A state is U [Dk, E] and W [E, Dv], its momentum SU and SW.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, exp, finite
-from .tiles import activated_with_slope, copy, overwrite, product, scaled, subtract, weighted
+from .tiles import activated_with_slope, copy, in_turn, overwrite, product, scaled, subtract, weighted
 
 
 def gates_of(plan, at) -> Values:
@@ -130,17 +132,28 @@ def chunk_rows(inner):
     return (inner + LANES - 1) // LANES * LANES
 
 
-def tiles(count, width, rows, cols, tile) -> None:
-    """``tile(r, n)`` over tiles of ``count`` rows and ``width`` columns; the last one reaches over ``count``.
+def tiles(count, width, rows, cols, make, room=LANES) -> None:
+    """Tiles of ``count`` rows and ``width`` columns: ``make(rows)`` is ``tile(r, n)`` of so many rows.
 
-    Rows in the inner loop: what they share of the right factor stays in the first cache.
+    Arrays have multiples of ``room`` rows, or ``count`` where it is fixed. Where ``rows`` do not divide that, some of
+    the tiles have one row less: 16 rows are 6 + 5 + 5. The last one may reach over ``count``. Rows in the inner loop:
+    what they share of the right factor stays in the first cache.
     """
+    fixed = isinstance(count, int)
+    split = (count if fixed else room) % rows
+    number = (count + rows - 1) // rows
+    least = count - number * (rows - 1)
+    tall, low = (max(least, 0) if fixed else T.max(least, 0), rows - 1) if split else (number, rows)
+    first, rest = make(rows), make(low) if split else None
 
     @emit
     def loops():
         for nn in range(width // cols):
-            for rr in range((count + rows - 1) // rows):
-                tile(rr * rows, nn * cols)
+            for rr in range(tall):
+                first(rr * rows, nn * cols)
+            if rest is not None:
+                for rr in range(number - tall):
+                    rest(tall * rows + rr * low, nn * cols)
 
 
 def gradients(plan, at, *, t0, rows) -> None:
@@ -151,25 +164,20 @@ def gradients(plan, at, *, t0, rows) -> None:
     """
     Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
     K, KT, ERR, Z, L, RAW = at.K, at.KT, at.ERR, at.Z, at.L, getattr(at, "RAW", None)
-    hidden = product(R, C, unroll, activated_with_slope(R, C, Z, L, getattr(at, "H", None)))
-    out = product(R, C, unroll, overwrite(R, C, at.O))
+    activate = partial(activated_with_slope, Z=Z, S=L, X=getattr(at, "H", None))
+    hidden = product(C, unroll, activate, A=KT, B=at.U, b0=at.u0, steps=Dk)
+    out = product(C, unroll, partial(overwrite, C=at.O), A=at.ZT, B=at.W, b0=at.w0, steps=E)
     pulled = dict(XT=at.ERRT, steps=Dv, state=at.W, first=at.w0, width=E)
-
-    def of_hidden(r, n):
-        hidden(A=KT, a0=0, ac=r, B=at.U, b0=at.u0, bc=n, steps=Dk, r0=r, n0=n)
-
-    def of_out(r, n):
-        out(A=at.ZT, a0=0, ac=r, B=at.W, b0=at.w0, bc=n, steps=E, r0=r, n0=n)
 
     @emit
     def rows_and_products():
         take_rows(at.k, Dk, at, K, t0=t0, rows=rows)
         take_rows(at.v, Dv, at, ERR, t0=t0, rows=rows)
         columns(K, Dk, 0, 1, 0, at.BP, KT)
-        tiles(rows, E, R, C, of_hidden)
+        tiles(rows, E, R, C, hidden)
         columns(Z, E, 0, 1, 0, rows, at.ZT)
         if squared:
-            tiles(rows, Dv, R, C, of_out)
+            tiles(rows, Dv, R, C, out)
             for t in range(rows):
                 for n in range(Dv // LANES):
                     for x in T.vectorized(LANES):
@@ -198,10 +206,9 @@ def times_transpose(plan, at, *, XT, steps, state, width, out, first=0) -> None:
     The product is that of W with columns x_t, so W is read as it is: what is transposed is the result.
     """
     R, turned = plan.AR, at.turned
-    tile = product(R, LANES, plan.unroll, overwrite(R, LANES, turned), across=True)
-
-    def of_rows(r, n):
-        tile(A=state, a0=0, ac=first + r, B=XT, b0=0, bc=n, steps=steps, r0=r, n0=n)
+    of_rows = product(
+        LANES, plan.unroll, partial(overwrite, C=turned), across=True, A=state, ac=first, B=XT, steps=steps
+    )
 
     @emit
     def both():
@@ -216,22 +223,12 @@ def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, col
     error rows. State and momentum begin at row ``first``.
     """
     R, C, P = plan.WR, plan.WC, at.P
-    fresh = product(R, C, plan.unroll, scaled(R, C, out, at.keep, 0, fresh=True))
-    less = product(R, C, plan.unroll, scaled(R, C, out, at.keep, 1, negative=True))
-    pair = product(R, LANES, plan.unroll, weighted(R, LANES, P, at.CT))
-    inner = product(R, C, 1, subtract(R, C, out))
-
-    def of_state(r, n):
-        fresh(A=XT, a0=0, ac=r, B=state, b0=first, bc=n, steps=width, r0=r, n0=n)
-
-    def of_momentum(r, n):
-        less(A=XT, a0=0, ac=r, B=momentum, b0=first, bc=n, steps=width, r0=r, n0=n)
-
-    def of_pairs(r, n):
-        pair(A=inputs, a0=0, ac=r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
-
-    def of_rows(r, n):
-        inner(A=P, a0=0, ac=r, B=errors, b0=0, bc=n, steps=T.min(r + R, rows), r0=r, n0=n)
+    fresh = partial(scaled, C=out, gate=at.keep, i=0, fresh=True)
+    less = partial(scaled, C=out, gate=at.keep, i=1, negative=True)
+    of_state = product(C, plan.unroll, fresh, A=XT, B=state, b0=first, steps=width)
+    of_momentum = product(C, plan.unroll, less, A=XT, B=momentum, b0=first, steps=width)
+    of_pairs = product(LANES, plan.unroll, partial(weighted, C=P, weights=at.CT), A=inputs, B=XT, steps=width)
+    of_rows = product(C, 1, partial(subtract, C=out), A=P, B=errors, steps=rows, triangle=True)
 
     @emit
     def products():
@@ -257,22 +254,16 @@ def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows,
 
     Both begin at row ``first``, and are left from row ``to`` on.
     """
-    R, C, ends, X, Y = plan.WR, plan.WC, at.ends, at.weighed, getattr(at, "carried", None)
-    alone = product(R, C, 1, left(R, C, state, ends, None, first, to))
-    grow = product(R, C, 1, left(R, C, state, ends, momentum, first, to))
-    gather = product(R, C, 1, carried(R, C, momentum, ends, first, to))
-
-    def of_state(r, n):
-        alone(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
-
-    def of_both(r, n):
-        # The state first: it takes the momentum that entered.
-        grow(A=X, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
-        gather(A=Y, a0=0, ac=r, B=errors, b0=0, bc=n, steps=rows, r0=r, n0=n)
-
-    update_layer(
-        plan, at, weights=at.last, inputs=inputs, width=width, cols=cols, rows=rows, alone=of_state, both=of_both
+    C, ends, X, Y = plan.WC, at.ends, at.weighed, getattr(at, "carried", None)
+    leave = partial(left, W=state, ends=ends, first=first, to=to)
+    gather = partial(carried, S=momentum, ends=ends, first=first, to=to)
+    alone = product(C, 1, partial(leave, S=None), A=X, B=errors, steps=rows)
+    # The state first: it takes the momentum that entered.
+    both = in_turn(
+        product(C, 1, partial(leave, S=momentum), A=X, B=errors, steps=rows),
+        product(C, 1, gather, A=Y, B=errors, steps=rows),
     )
+    update_layer(plan, at, weights=at.last, inputs=inputs, width=width, cols=cols, rows=rows, alone=alone, both=both)
 
 
 def update_layer(plan, at, *, weights, inputs, width, cols, rows, alone, both) -> None:

@@ -11,11 +11,13 @@ and left as W' = c W - d S - sum_j l_j x_j^T e_j, S' = p S + sum_j m_j x_j^T e_j
 from the state that enters (second-order terms): see :func:`gradients_backward`.
 """
 
+from functools import partial
+
 from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, finite
-from .tiles import add_row, overwrite, product, products, subtract
+from .tiles import add_row, in_turn, overwrite, product, products, subtract
 from .walk import tiles, times_transpose, update_layer
 
 
@@ -43,14 +45,8 @@ def read_layer_backward(
     of the momentum are left to :func:`enter_layer_backward`.
     """
     A, P, Q = plan.WR, at.P, at.P2
-    pair = product(A, LANES, plan.unroll, overwrite(A, LANES, P))
-    pull = product(A, LANES, plan.unroll, overwrite(A, LANES, Q))
-
-    def of_inputs(r, n):
-        pair(A=inputsT, a0=0, ac=r, B=XT, b0=0, bc=n, steps=width, r0=r, n0=n)
-
-    def of_errors(r, n):
-        pull(A=errorsT, a0=0, ac=r, B=RT, b0=0, bc=n, steps=cols, r0=r, n0=n)
+    of_inputs = product(LANES, plan.unroll, partial(overwrite, C=P), A=inputsT, B=XT, steps=width)
+    of_errors = product(LANES, plan.unroll, partial(overwrite, C=Q), A=errorsT, B=RT, steps=cols)
 
     @emit
     def gradients():
@@ -73,29 +69,28 @@ def read_entering(plan, at, *, by, of, first, XT, RT, width, cols) -> None:
 
     Columns are tokens; those past the chunk's end are of no use to anyone. Without ``XT`` there is no dkeep.
     """
-    A, turned, keep, dkeep = plan.AR, at.turned, at.keep, getattr(at, "dkeep", None)
+    turned, keep, dkeep = at.turned, at.keep, getattr(at, "dkeep", None)
 
-    @inline
-    def finish(acc, r0, n0):
-        for r in T.unroll(A):
-            for n in T.vectorized(LANES):
-                if by == 0:
-                    turned[r0 + r, n0 + n] = keep[0, n0 + n] * acc[r, n]
-                else:
-                    turned[r0 + r, n0 + n] = turned[r0 + r, n0 + n] - keep[1, n0 + n] * acc[r, n]
-            if XT is not None:
-                for n in T.vectorized(LANES):
+    def entering(rows, lanes):
+        @inline
+        def finish(acc, r0, n0):
+            for r in T.unroll(rows):
+                for n in T.vectorized(lanes):
                     if by == 0:
-                        dkeep[0, n0 + n] = dkeep[0, n0 + n] + XT[r0 + r, n0 + n] * acc[r, n]
+                        turned[r0 + r, n0 + n] = keep[0, n0 + n] * acc[r, n]
                     else:
-                        dkeep[1, n0 + n] = dkeep[1, n0 + n] - XT[r0 + r, n0 + n] * acc[r, n]
+                        turned[r0 + r, n0 + n] = turned[r0 + r, n0 + n] - keep[1, n0 + n] * acc[r, n]
+                if XT is not None:
+                    for n in T.vectorized(lanes):
+                        if by == 0:
+                            dkeep[0, n0 + n] = dkeep[0, n0 + n] + XT[r0 + r, n0 + n] * acc[r, n]
+                        else:
+                            dkeep[1, n0 + n] = dkeep[1, n0 + n] - XT[r0 + r, n0 + n] * acc[r, n]
 
-    tile = product(A, LANES, plan.unroll, finish, across=True)
+        return finish
 
-    def of_rows(r, n):
-        tile(A=of, a0=0, ac=first + r, B=RT, b0=0, bc=n, steps=cols, r0=r, n0=n)
-
-    tiles(width, at.BP, A, LANES, of_rows)
+    of_rows = product(LANES, plan.unroll, entering, across=True, A=of, ac=first, B=RT, steps=cols)
+    tiles(width, at.BP, plan.AR, LANES, of_rows)
 
 
 # lanes[3, 0] = <X[t], Y[t]>.
@@ -135,10 +130,7 @@ def weigh_pairs(plan, at, *, rows) -> None:
 def earlier(plan, at, *, weights, source, width, out, rows) -> None:
     """out_t -= sum_{j <= t} weights[j, t] source_j."""
     A, C = plan.WR, plan.WC
-    tile = product(A, C, 1, subtract(A, C, out))
-
-    def of_rows(r, n):
-        tile(A=weights, a0=0, ac=r, B=source, b0=0, bc=n, steps=T.min(r + A, rows), r0=r, n0=n)
+    of_rows = product(C, 1, partial(subtract, C=out), A=weights, B=source, steps=rows, triangle=True)
 
     @emit
     def sums():
@@ -156,10 +148,7 @@ def earlier(plan, at, *, weights, source, width, out, rows) -> None:
 def later(plan, at, *, weights, source, width, out, rows) -> None:
     """out_j -= sum_{t >= j} weights[j, t] source_t."""
     A, C, turned = plan.WR, plan.WC, at.PT
-    tile = product(A, C, 1, subtract(A, C, out))
-
-    def of_rows(r, n):
-        tile(A=turned, a0=0, ac=r, B=source, b0=0, bc=n, steps=rows, r0=r, n0=n)
+    of_rows = product(C, 1, partial(subtract, C=out), A=turned, B=source, steps=rows)
 
     @emit
     def sums():
@@ -182,24 +171,18 @@ def leave_layer_backward(
 ) -> None:  # fmt: skip
     """Gradients of c W - d S - sum_j l_j x_j^T e_j and of S', but for those of what enters."""
     A, C, V, Y, dends = plan.WR, plan.WC, at.weighed, at.carried, at.dends
-    of_inputs = product(A, C, plan.unroll, overwrite(A, C, V))
+    of_inputs = partial(product, C, plan.unroll, partial(overwrite, C=V), A=inputsT, steps=width)
     pulled = dict(XT=errorsT, steps=cols, width=width, out=Y)
-
-    def read_gradient(source):
-        def tile(r, n):
-            of_inputs(A=inputsT, a0=0, ac=r, B=source, b0=0, bc=n, steps=width, r0=r, n0=n)
-
-        return tile
 
     @emit
     def gradients():
-        tiles(rows, cols, A, C, read_gradient(dstate))
+        tiles(rows, cols, A, C, of_inputs(B=dstate))
         by_rows(plan, at, V=V, errors=errors, derrors=derrors, cols=cols, by=0, rows=rows)
         times_transpose(plan, at, **pulled, state=dstate)
         add_weighed(dinputs, at.last, 0, Y, rows, width, T.float32(-1))
         if plan.flags.momentum:
             if at.carries > 0:
-                tiles(rows, cols, A, C, read_gradient(dmomentum))
+                tiles(rows, cols, A, C, of_inputs(B=dmomentum))
                 by_rows(plan, at, V=V, errors=errors, derrors=derrors, cols=cols, by=1, rows=rows)
                 times_transpose(plan, at, **pulled, state=dmomentum)
                 add_weighed(dinputs, at.last, 1, Y, rows, width, T.float32(1))
@@ -260,21 +243,12 @@ def enter_layer_backward(plan, at, *, X, R, width, cols, dstate, dmomentum, pair
     dW = c dW' + sum_t keep0_t q_t^T r_t + sum_t a_t^T b_t over ``pairs`` of rows (a, b), the second-order terms;
     dS = p dS' - d dW' - sum_t keep1_t q_t^T r_t.
     """
-    A, C, ends, kept, carried = plan.WR, plan.WC, at.ends, at.weighed, at.carried
-    of_state = products(A, C, entered(A, C, dstate, ends), (kept, R), *pairs)
-    of_momentum = products(A, C, entered_momentum(A, C, dmomentum, dstate, ends), (carried, R))
-
-    def state_alone(r, n):
-        of_state(steps=rows, r0=r, n0=n)
-
-    def both(r, n):
-        # The momentum first: it takes the state's gradient from after the chunk.
-        of_momentum(steps=rows, r0=r, n0=n)
-        of_state(steps=rows, r0=r, n0=n)
-
-    update_layer(
-        plan, at, weights=at.keep, inputs=X, width=width, cols=cols, rows=rows, alone=state_alone, both=both
-    )  # fmt: skip
+    C, ends, kept, carried = plan.WC, at.ends, at.weighed, at.carried
+    alone = products(C, partial(entered, dW=dstate, ends=ends), (kept, R), *pairs, steps=rows)
+    momentum = partial(entered_momentum, dS=dmomentum, dW=dstate, ends=ends)
+    # The momentum first: it takes the state's gradient from after the chunk.
+    both = in_turn(products(C, momentum, (carried, R), steps=rows), alone)
+    update_layer(plan, at, weights=at.keep, inputs=X, width=width, cols=cols, rows=rows, alone=alone, both=both)
 
 
 def entered(rows, cols, dW, ends):

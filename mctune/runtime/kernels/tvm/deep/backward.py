@@ -141,11 +141,12 @@ class TvmDeepBackward:
             return parts.sum((0, 2))[:, :m, :n].contiguous()
 
         Dk, Dv, E = q.shape[3], v.shape[3], W_up.shape[2]
-        total = x["dq"] + x["parts"].view(groups, *x["dq"].shape).sum(0)
-        dq = total.mul_(x["scale"]).view(s.B, s.T, s.H, -1)[..., :Dk].contiguous()
+        for part in x["parts"].view(groups, *x["dq"].shape):
+            x["dq"].add_(part)
+        x["dq"].mul_(x["scale"])
         gates = {name: x[f"d{name}"].view(s.B, s.T, s.H) for name in s.gates}
         return Gradients(
-            dq,
+            rows("dq", Dk),
             rows("dk", Dk),
             rows("dv", Dv),
             rows("du", Dk) if self.routed else None,
