@@ -58,7 +58,8 @@ def scratch_of(plan: Plan, x: Values) -> Values:
         E=f32(BT, BT),
         M=f32(Dk, Dv),
         rows_of=f32(BT, Dk),
-        total=f32(2, Dk),
+        total=f32(Dk),
+        keys=f32(Dk),
         sum_of_keys=f32(1),  # of the chunk
         gate=f32(2, BT),  # the own segment's gate; decay of X
         down=f32(3, BT),  # gradients of the gate and of the logit; <q, X dy>
@@ -120,15 +121,15 @@ def every_segment(plan: Plan, x: Values) -> None:
 def start(plan: Plan, at: Values) -> None:
     """X of the first chunk, and sums of no keys."""
     Dk, Dv, flags = plan.Dk, plan.Dv, plan.flags
-    M, total, states, g, beta, k, v = at.M, at.total, at.states, at.g, at.beta, at.k, at.v
+    M, total, keys, states, g, beta, k, v = at.M, at.total, at.keys, at.states, at.g, at.beta, at.k, at.v
     row0, base, past, heads = at.row0, at.base, at.past, at.heads
 
     @emit
     def running_state():
         clear(M, 0, Dk, Dv)
         for d in T.vectorized(Dk):
-            total[0, d] = T.float32(0)
-            total[1, d] = T.float32(0)
+            total[d] = T.float32(0)
+            keys[d] = T.float32(0)
         if flags.checkpoint:
             if past > 0:
                 copy_state(states, (base + past - 1) * Dk, M, Dk, Dv)

@@ -6,9 +6,9 @@ Everything stands as [feature, token] or [segment, token], so that LANES tokens 
 from tvm.script import tirx as T
 
 from ..flags import flags_of
-from ..gates import choose, softmax
+from ..gates import block_gates
 from ..kernel import Values, emit
-from ..tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain, weighed
+from ..tiles import LANES, add_up, dot_rows, exp, finite, multiply, stain, weighed
 from .backward_tiles import fetch, read_online, read_state
 
 
@@ -27,74 +27,10 @@ class Plan:
 
 def gates(plan: Plan, at: Values, *, t0, rows, seen) -> None:
     """Gates of the chunk's tokens, of which the segment has ``seen`` before."""
-    BT, JR, TL, flags = plan.BT, plan.JR, plan.TL, plan.flags
-    base, past, gate, gates = at.base, at.past, at.gate, at.gates
-    logits = dot_rows(JR, TL, plan.unroll, plan.Dk)
-
-    @emit
-    def softmaxes():
-        if flags.routed:
-            columns(at.u, plan.Dk, at.row0, at.heads, t0, rows, at.UT)
-            own_logits(plan, at, t0=t0, rows=rows, seen=seen)
-            for ii in range((past + JR - 1) // JR):
-                for tt in range((rows + TL - 1) // TL):
-                    logits(
-                        A=at.means, a0=base + ii * JR, a1=base + past - 1, B=at.UT, C=gates, c0=ii * JR, t0=tt * TL
-                    )  # fmt: skip
-            for tb in range((rows + LANES - 1) // LANES):
-                if flags.sparse:
-                    choices(plan, at, t=tb * LANES, seen=seen)
-                else:
-                    softmax(
-                        own=gate, logits=gates, count=past, at=tb * LANES, t=tb * LANES, scale=T.float32(1),
-                        lanes=at.lanes,
-                    )  # fmt: skip
-        else:
-            for t in T.vectorized(BT):
-                gate[0, t] = T.float32(1) / T.cast(past + 1, "float32") if flags.averages else T.float32(1)
-
-
-def own_logits(plan: Plan, at: Values, *, t0, rows, seen) -> None:
-    """Logits of the tokens' own segment, whose mean key goes up to the token itself."""
-    Dk, BT = plan.Dk, plan.BT
-    u, K, gate, lanes, total, row0, heads = at.u, at.K, at.gate, at.lanes, at.total, at.row0, at.heads
-
-    @emit
-    def means_times_u():
-        for t in T.vectorized(BT):
-            gate[0, t] = T.float32(0)
-        for t in range(rows):
-            for x in T.vectorized(LANES):
-                lanes[0, x] = T.float32(0)
-            for e in T.unroll(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    total[0, e * LANES + x] = total[0, e * LANES + x] + K[t, e * LANES + x]
-                    lanes[0, x] = lanes[0, x] + total[0, e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
-            for x in T.unroll(LANES):
-                gate[0, t] = gate[0, t] + lanes[0, x]
-            gate[0, t] = gate[0, t] / T.cast(seen + t + 1, "float32")
-
-
-def choices(plan: Plan, at: Values, *, t, seen) -> None:
-    """Gates of the LANES tokens from ``t`` on, and which segments they read; 0 for the others unless gathered."""
-    gather = plan.formulation == "gather"
-    gates, chosen, value, picks = at.gates, at.chosen, at.value, at.picks
-
-    @emit
-    def largest():
-        to: T.let = seen + t if gather else t
-        choose(
-            logits=gates, past=at.past, picks=picks, t=t, lanes=at.lanes, best=at.best, chosen=chosen, value=value,
-            at=to,
-        )  # fmt: skip
-        softmax(own=at.gate, logits=value, count=picks, at=to, t=t, scale=T.float32(1), lanes=at.lanes)
-        if not gather:
-            for i in range(at.past):
-                for x in T.vectorized(LANES):
-                    gates[i, t + x] = T.float32(0)
-            for p in range(picks):
-                for x in range(LANES):
-                    gates[chosen[p, t + x], t + x] = value[p, t + x]
+    block_gates(
+        plan, at, at.gate, at.gates, BT=plan.BT, score=(plan.JR, plan.TL), t0=t0, rows=rows, seen=seen,
+        scale=T.float32(1), spread=plan.formulation != "gather",
+    )  # fmt: skip
 
 
 def weigh(plan: Plan, at: Values, *, t0, rows, linked) -> None:
@@ -242,7 +178,7 @@ def advance(plan: Plan, at: Values) -> None:
 def connectors(plan: Plan, at: Values, *, t0, rows, seen) -> None:
     """dr of the chunk's tokens, and du; what later kernels read of the gates."""
     Dk, MR, NK = plan.Dk, plan.MR, plan.NK
-    k, du, rows_of, total, lanes, down = at.k, at.du, at.rows_of, at.total, at.lanes, at.down
+    k, du, rows_of, keys, lanes, down = at.k, at.du, at.rows_of, at.keys, at.lanes, at.down
     row0, heads, past, saved, length = at.row0, at.heads, at.past, at.saved, at.length
     connect = multiply(MR, NK, 1)
 
@@ -258,8 +194,8 @@ def connectors(plan: Plan, at: Values, *, t0, rows, seen) -> None:
         for t in range(rows):
             lanes[1, 0] = down[1, t] / T.cast(seen + t + 1, "float32")
             for d in T.vectorized(Dk):
-                total[1, d] = total[1, d] + k[row0 + (t0 + t) * heads, d]
-                du[row0 + (t0 + t) * heads, d] = rows_of[t, d] + lanes[1, 0] * total[1, d]
+                keys[d] = keys[d] + k[row0 + (t0 + t) * heads, d]
+                du[row0 + (t0 + t) * heads, d] = rows_of[t, d] + lanes[1, 0] * keys[d]
         for t in range(rows):
             at.own[at.bh * 3 + 1, t0 + t] = down[1, t]
         for i in range(past):

@@ -6,7 +6,7 @@ Scores and gates stand as [key or segment, token], so that LANES tokens go throu
 from tvm.script import tirx as T
 
 from ..flags import flags_of
-from ..gates import choose, softmax
+from ..gates import block_gates
 from ..kernel import Values, emit
 from ..tiles import LANES, add_up, columns, dot_rows, exp, finite, multiply, stain
 
@@ -61,32 +61,17 @@ def pack(plan: Plan, at: Values, *, t0, rows, linked) -> None:
 
 def gates(plan: Plan, at: Values, *, t0, rows, seen) -> None:
     """scale * gates of the chunk's tokens, of which the segment has ``seen`` before."""
-    BT, JR, TL, flags = plan.BT, plan.JR, plan.TL, plan.flags
-    past, base, own, gamma, scale = at.past, at.base, at.own, at.gamma, at.scale
-    scores = dot_rows(JR, TL, plan.unroll, plan.Dk)
+    BT, own, spread = plan.BT, at.own, plan.formulation != "gather"
+    block_gates(
+        plan, at, own, at.gamma, BT=BT, score=(plan.JR, plan.TL), t0=t0, rows=rows, seen=seen, scale=at.scale,
+        spread=spread,
+    )  # fmt: skip
 
     @emit
-    def softmaxes():
-        if flags.routed:
-            own_logits(plan, at, t0=t0, rows=rows, seen=seen)
-            for ii in range((past + JR - 1) // JR):
-                for tt in range(BT // TL):
-                    scores(
-                        A=at.means, a0=base + ii * JR, a1=base + past - 1, B=at.UT, C=gamma, c0=ii * JR, t0=tt * TL
-                    )  # fmt: skip
-            if flags.sparse:
-                choices(plan, at, seen=seen)
-            else:
-                for tb in range(BT // LANES):
-                    softmax(
-                        own=own, logits=gamma, count=past, at=tb * LANES, t=tb * LANES, scale=scale, lanes=at.lanes
-                    )  # fmt: skip
-        else:
-            for t in T.vectorized(BT):
-                own[0, t] = scale / T.cast(past + 1, "float32") if flags.averages else scale
-            if plan.by_head:
-                add_keys(plan, at, rows=rows)
-        if not flags.gated:
+    def others():
+        if not plan.flags.routed and plan.by_head:
+            add_keys(plan, at, rows=rows)
+        if not plan.flags.gated:
             for t in T.vectorized(BT):
                 own[1, t] = own[0, t]
 
@@ -100,55 +85,6 @@ def add_keys(plan: Plan, at: Values, *, rows) -> None:
         for t in range(rows):
             for d in T.vectorized(Dk):
                 total[d] = total[d] + K[lead + t, d]
-
-
-def own_logits(plan: Plan, at: Values, *, t0, rows, seen) -> None:
-    """Logits of the tokens' own segment, whose mean key goes up to the token itself."""
-    Dk, BT, lead = plan.Dk, plan.BT, plan.lead
-    u, K, own, lanes, total, row0, heads = at.u, at.K, at.own, at.lanes, at.total, at.row0, at.heads
-
-    @emit
-    def means_times_u():
-        columns(u, Dk, row0, heads, t0, rows, at.UT)
-        for t in range(BT - rows):
-            own[0, rows + t] = T.float32(0)
-        for t in range(rows):
-            for x in T.vectorized(LANES):
-                lanes[0, x] = T.float32(0)
-            for e in T.unroll(Dk // LANES):
-                for x in T.vectorized(LANES):
-                    total[e * LANES + x] = total[e * LANES + x] + K[lead + t, e * LANES + x]
-                    lanes[0, x] = lanes[0, x] + total[e * LANES + x] * u[row0 + (t0 + t) * heads, e * LANES + x]
-            own[0, t] = T.float32(0)
-            for x in T.unroll(LANES):
-                own[0, t] = own[0, t] + lanes[0, x]
-            own[0, t] = own[0, t] / T.cast(seen + t + 1, "float32")
-
-
-def choices(plan: Plan, at: Values, *, seen) -> None:
-    """Gates of the chunk's tokens, and which segments they read; 0 for the others unless gathered."""
-    BT, gather, own, gamma, lanes = plan.BT, plan.formulation == "gather", at.own, at.gamma, at.lanes
-    chosen, value, picks = at.chosen, at.value, at.picks
-
-    @emit
-    def largest():
-        to: T.let = seen if gather else 0
-        for tb in range(BT // LANES):
-            choose(
-                logits=gamma, past=at.past, picks=picks, t=tb * LANES, lanes=lanes, best=at.best, chosen=chosen,
-                value=value, at=to + tb * LANES,
-            )  # fmt: skip
-        for tb in range(BT // LANES):
-            softmax(
-                own=own, logits=value, count=picks, at=to + tb * LANES, t=tb * LANES, scale=at.scale, lanes=lanes
-            )  # fmt: skip
-        if not gather:
-            for i in range(at.past):
-                for t in T.vectorized(BT):
-                    gamma[i, t] = T.float32(0)
-            for p in range(picks):
-                for t in range(BT):
-                    gamma[chosen[p, t], t] = value[p, t]
 
 
 def weigh(plan: Plan, at: Values, *, t0, rows, linked) -> None:
