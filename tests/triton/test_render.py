@@ -48,6 +48,7 @@ CASES = {
     "deep_write_rows_down": ("deep_write_rows", _TITANS_ROWS, {}),
     "deep_rows_grm": ("deep_rows", _TITANS_ROWS, {}),
     "deep_rows_soup": ("deep_rows", _TITANS_ROWS.replace(aggregation="soup"), {}),
+    "deep_row_output": ("deep_row_output", _TITANS_ROWS.replace(aggregation="soup"), {}),
     "deep_read_grm": ("deep_read", _DLA, {}),
     "deep_read_ssc": ("deep_read", _DLA.replace(aggregation="ssc", top_k=4), {}),
     "deep_mix_soup": ("deep_mix", _DLA.replace(aggregation="soup"), {}),

@@ -41,6 +41,7 @@ PREFIXES = {
     "deep_write_lanes": "write",
     "deep_write_rows": "write",
     "deep_rows": "rows",
+    "deep_row_output": "rows",
     "deep_read": "read",
     "deep_mix": "read",
     "deep_replay": "replay",
@@ -74,9 +75,11 @@ def _deep(problem: Problem, config: Config) -> tuple[str, ...]:
     match problem.pass_:
         case "forward":
             # Segments too long for rows have their states carried.
-            rows = ("deep_write_rows", "deep_rows") if config["write_FORM"] == "rows" else ()
+            by_rows = config["write_FORM"] == "rows"
+            rows = ("deep_write_rows", "deep_rows") if by_rows else ()
             write = ("deep_write_lanes", *rows) if problem.writes.momentum else ("deep_write",)
-            return (*write, *gates, "deep_mix" if mixes else "deep_read")
+            output = ("deep_row_output",) if by_rows and mixes else ()
+            return (*write, *gates, *output, "deep_mix" if mixes else "deep_read")
         case "backward":
             read = ("deep_read_backward", *dgates, "deep_state_backward")
             return ("deep_replay", *gates, "deep_online_backward", *read, "deep_write_backward")

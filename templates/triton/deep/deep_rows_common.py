@@ -147,3 +147,18 @@ def add_rows(x, pairs, rows, j, end, PRECISION: tl.constexpr, dims: tl.constexpr
         row = load_rows(rows, j, end, dims.SE, i * EB, dims.SE, BJ, EB)
         blocks = blocks + (tl.dot(pairs, row, x[i], input_precision=PRECISION),)
     return blocks
+
+
+@triton.jit
+def read_second(z, W, left, weights, bh, tile, begin, T, span, PRECISION: tl.constexpr, dims: tl.constexpr,
+                BT: tl.constexpr, BJ: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):  # fmt: skip
+    """z_t W_t of a tile's tokens: what W_0 makes of their hidden units, and the rows of their segment up to each."""
+    t = tile.first + tl.arange(0, BT)
+    state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]
+    y = state * read_down(z, W, False, PRECISION, dims, BLOCKS, EB)
+    for j in range(begin, tile.stop, BJ):
+        pairs = alike(z, left.z, j, tile.stop, PRECISION, dims, BJ, BLOCKS, EB)
+        error_j = load_rows(left.error, j, tile.stop, dims.SV, 0, dims.SV, BJ, dims.PV)
+        given = load_tile_weights(weights, bh, tile.first, tile.stop, begin, j - begin, T, span, BT, BJ)
+        y = tl.dot((given * pairs).to(z[0].dtype), error_j, y, input_precision=PRECISION)
+    return y

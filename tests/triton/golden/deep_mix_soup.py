@@ -4,12 +4,13 @@
     y_t = gamma_t^(s) z_t W_t + sum_{i < s} gamma_t^(i) z_t W^(i) (+ x_t)        z = gelu(h)
 
 Two gated reads of matrix memories in a row. ``deep_write`` has left x U_t; what W_t makes of z_t, which is not known
-before all U have been read, takes the writes of the second layer once more, from their rows.
+before all U have been read, takes the writes of the second layer once more, from their rows, or ``deep_row_output``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -165,6 +166,7 @@ def deep_mix(
     error: torch.Tensor | None,
     tables: Tables,
     tiles: torch.Tensor,
+    online: Callable[[torch.Tensor], torch.Tensor] | None,
     scale: float,
     memory_residual: bool,
 ) -> torch.Tensor:
@@ -178,6 +180,7 @@ def deep_mix(
         gates: of ``gates``, logits and lse; None where they are not learned.
         hidden, z, error: of ``deep_write``; ``hidden`` is overwritten with gelu(h).
         tiles: of BT tokens.
+        online: makes of gelu(h) what the own segment's second layer makes of it; where None, its writes are walked.
         memory_residual: whether the memory adds its input.
     """
     (B, T, H, _), N = q.shape, tables.seg_first.shape[0]
@@ -190,17 +193,20 @@ def deep_mix(
         q=q, up=states[0], gates=read, hidden=hidden, spans=spans, tiles=tiles, scale=scale, together=together, T=T,
         H=H, N=N, dims=dims, BT=BT, EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    partials = q.new_empty((parts, B, T, H, DV), dtype=torch.float32)
-    lanes = Spans(tables.seg_begin, tables.seg_end)
-    replay_kernel[(N * parts, heads)](
-        hidden=hidden, z=z, v=v, W_down=first, strengths=Strengths(*strengths), spans=lanes, partials=partials, T=T,
-        H=H, dims=dims, INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps,
-        num_stages=num_stages,
-    )  # fmt: skip
+    if online is not None:
+        partials = online(hidden)
+    else:
+        partials = q.new_empty((parts, B, T, H, DV), dtype=torch.float32)
+        lanes = Spans(tables.seg_begin, tables.seg_end)
+        replay_kernel[(N * parts, heads)](
+            hidden=hidden, z=z, v=v, W_down=first, strengths=Strengths(*strengths), spans=lanes, partials=partials, T=T,
+            H=H, dims=dims, INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps,
+            num_stages=num_stages,
+        )  # fmt: skip
     y = q.new_empty((B, T, H, DV))
     mix_output_kernel[(tiles.shape[0] * together, heads // together)](
         q=q, down=states[1], gates=read, hidden=hidden, partials=partials, spans=spans, tiles=tiles, y=y, scale=scale,
-        added=float(memory_residual), parts=parts, together=together, T=T, H=H, N=N, dims=dims, BT=BT, EB=EB,
-        num_warps=num_warps, num_stages=num_stages,
+        added=float(memory_residual), parts=partials.shape[0], together=together, T=T, H=H, N=N, dims=dims, BT=BT,
+        EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

@@ -28,11 +28,10 @@ from .deep_rows_common import (
     Left,
     Weights,
     add_rows,
-    alike,
     left_of,
     load_tile_weights,
     load_weights,
-    read_down,
+    read_second,
     read_up,
     weights_of,
 )
@@ -108,12 +107,7 @@ def row_read_kernel(
     for i in tl.static_range(BLOCKS):
         x = x + (gelu_as(hidden[i] * scale, q_t.dtype).to(q_t.dtype),)
     W = first.W_down + bh % H * (dims.DE * dims.DV)
-    y = state * read_down(x, W, False, "ieee", dims, BLOCKS, EB)
-    for j in range(begin, tile.stop, BJ):
-        pairs = alike(x, left.z, j, tile.stop, "ieee", dims, BJ, BLOCKS, EB)
-        error_j = load_rows(left.error, j, tile.stop, dims.SV, 0, dims.SV, BJ, dims.PV)
-        given = load_tile_weights(weights, bh, tile.first, tile.stop, begin, j - begin, T, span, BT, BJ)
-        y = tl.dot((given * pairs).to(q_t.dtype), error_j, y, input_precision="ieee")
+    y = read_second(x, W, left, weights, bh, tile, begin, T, span, "ieee", dims, BT, BJ, BLOCKS, EB)
     partials = made.partials + (bh // H * T * H + bh % H) * dims.DV
     store_rows(partials, y, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
 

@@ -94,6 +94,13 @@ def row_read(w: Walk) -> Source:
     return Source(1, 2 * BT * E * sum(widths), loops)
 
 
+def row_output(w: Walk) -> Source:
+    """The second layer's part of that."""
+    PV, E, BT, BJ = w.padded[1], w["BLOCKS"] * w["EB"], w["BT"], w["BJ"]
+    seen = w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ))
+    return Source(1, 2 * BT * E * PV, (Source(seen, 2 * BT * BJ * (PV + E)),))
+
+
 def _partials(w: Walk) -> Source:
     """The online reads' parts are added up."""
     return Source(w["parts"])
@@ -137,6 +144,7 @@ TRIPS: dict[str, Callable[[Walk], Source]] = {
     "write_rows_kernel": write_rows,
     "row_states_kernel": row_states,
     "row_read_kernel": row_read,
+    "row_output_kernel": row_output,
     "deep_read_kernel": deep_read,
     "mix_hidden_kernel": mix_hidden,
     "replay_kernel": replay,

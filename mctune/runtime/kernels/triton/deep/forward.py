@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class TritonDeepForward:
         self.write = parts["deep_write_lanes"].deep_write_lanes if squared else parts["deep_write"].deep_write
         self.rows = parts["deep_rows"].deep_rows if "deep_rows" in parts else None
         self.write_rows = parts["deep_write_rows"].deep_write_rows if "deep_rows" in parts else None
+        self.row_output = parts["deep_row_output"].deep_row_output if "deep_row_output" in parts else None
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.read: Any = parts["deep_mix"].deep_mix if self.mixes else parts["deep_read"].deep_read
 
@@ -78,9 +80,9 @@ class TritonDeepForward:
         options: dict[str, Any] = {"tables": tables, "scale": float(scale), "memory_residual": memory_residual}
         written: dict[str, Any] = {"first": first, "strengths": strengths, "exact": bool(keep), **options}
         if self.rows is None or segments.longest > LONGEST_ROWS:
-            made = self.write(q=q, k=k, v=v, **written)
+            made, online = self.write(q=q, k=k, v=v, **written), None
         else:
-            made = self._by_rows(q, k, v, longest=segments.longest, **written)
+            made, online = self._by_rows(q, k, v, longest=segments.longest, **written)
         gates = None
         if self.gates is not None:
             tiles = tables.tiles(self.config["gates_BT"])
@@ -89,7 +91,7 @@ class TritonDeepForward:
             gates = self.gates(u=u, k=k, means=made.means, sums=None, tables=tables, tiles=tiles, top_k=chosen)
         read = {"q": q, "states": (made.up_operand, made.down_operand), "gates": gates, **options}
         if self.mixes:
-            read |= {"v": v, "first": first[1], "strengths": strengths}
+            read |= {"v": v, "first": first[1], "strengths": strengths, "online": online}
             read |= {name: getattr(made, name) for name in ("hidden", "z", "error")}
         else:
             read["partials"] = made.partials
@@ -108,14 +110,17 @@ class TritonDeepForward:
         memory_residual: bool,
         **read: Any,
     ) -> Any:
-        """What the writes leave, where no state is formed before a segment's end."""
+        """What the writes leave, where no state is formed before a segment's end; and what reads the own segment's
+        second layer, where parameters are mixed."""
         assert self.rows is not None and self.write_rows is not None
         first = tuple(W.to(k.dtype) for W in first)
         left, weights = self.write_rows(
             k=k, v=v, first=first, strengths=strengths, tables=tables, span=longest, memory_residual=memory_residual
         )
-        tiles = tables.tiles(self.config["rows_BT"])
-        return self.rows(q=q, k=k, first=first, left=left, weights=weights, tables=tables, tiles=tiles, **read)
+        kept: dict[str, Any] = {"left": left, "weights": weights, "tables": tables}
+        kept["tiles"] = tables.tiles(self.config["rows_BT"])
+        output = None if self.row_output is None else partial(self.row_output, W_down=first[1], **kept)
+        return self.rows(q=q, k=k, first=first, **kept, **read), output
 
 
 LAUNCHER = TritonDeepForward
