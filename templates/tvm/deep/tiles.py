@@ -207,7 +207,7 @@ def rate(x):
 
 
 def power(x):
-    """2^x for x in [-1/2, 1/2]; its relative error is 1e-7."""
+    """2^x for x in [-1/2, 1/2]; its relative error is 2e-7."""
     value = T.float32(_POWER[-1])
     for coefficient in reversed(_POWER[:-1]):
         value = value * x + T.float32(coefficient)
