@@ -36,8 +36,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     """Run every study of ``request``, or go on with them; the default storage is ``<out>/search/study.db``.
 
     Each has an equal share of the time that is left; one that has no time of any candidate by the end of its share lets
-    those under way finish. Where a share is too little to get anywhere, those that have the fewest candidates are
-    searched, and of the others what earlier runs have left is reported.
+    those under way finish, in at most half of what is left for the others. Where a share is too little to get anywhere,
+    those that have the fewest candidates are searched, and of the others what earlier runs have left is reported.
 
     Where the machine or the storage fails on the way, what was found until then is reported, with the failure.
 
@@ -57,14 +57,15 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     with held() as ctrl_c, alone(_storage(request)), _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
-            study, begun, share, left = prepared[turn], time.monotonic(), None, None
+            study, begun, share, at_most = prepared[turn], time.monotonic(), None, None
             if request.timeout_s is not None:
                 left = request.timeout_s - (begun - started)
                 if left < min(workers.least_s, request.timeout_s / 2):
                     break
                 share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
+                at_most = (share + left) / 2
             try:
-                reports[turn], interrupted = study.run(workers, listener, share, left)
+                reports[turn], interrupted = study.run(workers, listener, share, at_most)
             except CutShort as error:
                 reports[turn], failure = study.report(error.trials), error
             if share is not None:
