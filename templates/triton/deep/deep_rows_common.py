@@ -150,11 +150,16 @@ def add_rows(x, pairs, rows, j, end, PRECISION: tl.constexpr, dims: tl.constexpr
 
 
 @triton.jit
-def read_second(z, W, left, weights, bh, tile, begin, T, span, PRECISION: tl.constexpr, dims: tl.constexpr,
+def tile_state(weights, bh, tile, T, BT: tl.constexpr):
+    """``[BT, 1]``: what is left of the first state at each token of a tile."""
+    t = tile.first + tl.arange(0, BT)
+    return tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]
+
+
+@triton.jit
+def read_second(state, z, W, left, weights, bh, tile, begin, T, span, PRECISION: tl.constexpr, dims: tl.constexpr,
                 BT: tl.constexpr, BJ: tl.constexpr, BLOCKS: tl.constexpr, EB: tl.constexpr):  # fmt: skip
     """z_t W_t of a tile's tokens: what W_0 makes of their hidden units, and the rows of their segment up to each."""
-    t = tile.first + tl.arange(0, BT)
-    state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]
     y = state * read_down(z, W, False, PRECISION, dims, BLOCKS, EB)
     for j in range(begin, tile.stop, BJ):
         pairs = alike(z, left.z, j, tile.stop, PRECISION, dims, BJ, BLOCKS, EB)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .deep_common import Dims, Spans, Tables, load_rows, load_tile, store_rows
-from .deep_rows_common import Left, Weights, left_of, read_second
+from .deep_rows_common import Left, Weights, left_of, read_second, tile_state
 
 DK = 64
 PK = 64
@@ -43,8 +43,8 @@ def row_output_kernel(
     for i in tl.static_range(BLOCKS):
         z = z + (load_rows(hidden, tile.first, tile.stop, dims.SE, i * EB, dims.SE, BT, EB),)
     W = W_down + bh % H * (dims.DE * dims.DV)
-    y = read_second(z, W, left_of(left, bh, T, dims), weights, bh, tile, begin, T, span, "ieee", dims, BT, BJ,
-                    BLOCKS, EB)  # fmt: skip
+    state, left = tile_state(weights, bh, tile, T, BT), left_of(left, bh, T, dims)
+    y = read_second(state, z, W, left, weights, bh, tile, begin, T, span, "ieee", dims, BT, BJ, BLOCKS, EB)
     partials += (bh // H * T * H + bh % H) * dims.DV
     store_rows(partials, y, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
 

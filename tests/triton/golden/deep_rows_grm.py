@@ -33,6 +33,7 @@ from .deep_rows_common import (
     load_weights,
     read_second,
     read_up,
+    tile_state,
     weights_of,
 )
 from .deep_write_common import Written, as_operands, leave, room_for
@@ -94,8 +95,7 @@ def row_read_kernel(
     rows = rows_of(rows, bh, T, H, dims)
     left = left_of(left, bh, T, dims)
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
-    t = tile.first + tl.arange(0, BT)
-    state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]
+    state = tile_state(weights, bh, tile, T, BT)
     U = first.W_up + bh % H * (dims.DK * dims.DE)
     hidden = read_up(state, q_t, U, False, "ieee", dims, BLOCKS, EB)
     for j in range(begin, tile.stop, BJ):
@@ -107,7 +107,7 @@ def row_read_kernel(
     for i in tl.static_range(BLOCKS):
         x = x + (gelu_as(hidden[i] * scale, q_t.dtype).to(q_t.dtype),)
     W = first.W_down + bh % H * (dims.DE * dims.DV)
-    y = read_second(x, W, left, weights, bh, tile, begin, T, span, "ieee", dims, BT, BJ, BLOCKS, EB)
+    y = read_second(state, x, W, left, weights, bh, tile, begin, T, span, "ieee", dims, BT, BJ, BLOCKS, EB)
     partials = made.partials + (bh // H * T * H + bh % H) * dims.DV
     store_rows(partials, y, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
 

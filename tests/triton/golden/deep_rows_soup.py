@@ -31,6 +31,7 @@ from .deep_rows_common import (
     load_tile_weights,
     load_weights,
     read_up,
+    tile_state,
     weights_of,
 )
 from .deep_write_common import Written, as_operands, leave, room_for
@@ -92,8 +93,7 @@ def row_read_kernel(
     rows = rows_of(rows, bh, T, H, dims)
     left = left_of(left, bh, T, dims)
     q_t = load_rows(rows.q, tile.first, tile.stop, H * dims.DK, 0, dims.DK, BT, dims.PK)
-    t = tile.first + tl.arange(0, BT)
-    state = tl.load(weights.state + bh * T + t, mask=t < tile.stop, other=0.0)[:, None]
+    state = tile_state(weights, bh, tile, T, BT)
     U = first.W_up + bh % H * (dims.DK * dims.DE)
     hidden = read_up(state, q_t, U, False, "ieee", dims, BLOCKS, EB)
     for j in range(begin, tile.stop, BJ):

@@ -85,20 +85,20 @@ def row_states(w: Walk) -> Source:
     return Source(1, 0, (Source(w.of_pieces(lambda p: math.ceil(p.length / BJ)), 2 * BJ * EB * (PK + PV)),))
 
 
-def row_read(w: Walk) -> Source:
-    """Of a tile: the first state's layers, and its segment's rows up to its own."""
-    (PK, PV), E, BT, BJ = w.padded, w["BLOCKS"] * w["EB"], w["BT"], w["BJ"]
+def _by_rows(w: Walk, widths: tuple[int, ...]) -> Source:
+    """Of a tile: the first state's layers, of which these are the widths, and its segment's rows up to its own."""
+    E, BT, BJ = w["BLOCKS"] * w["EB"], w["BT"], w["BJ"]
     seen = w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ))
-    widths = (PK,) if w.problem.reads.mixes_parameters else (PK, PV)
     loops = tuple(Source(seen, 2 * BT * BJ * (width + E)) for width in widths)
     return Source(1, 2 * BT * E * sum(widths), loops)
 
 
+def row_read(w: Walk) -> Source:
+    return _by_rows(w, w.padded[:1] if w.problem.reads.mixes_parameters else w.padded)
+
+
 def row_output(w: Walk) -> Source:
-    """The second layer's part of that."""
-    PV, E, BT, BJ = w.padded[1], w["BLOCKS"] * w["EB"], w["BT"], w["BJ"]
-    seen = w.of_tiles(BT, lambda p, t: math.ceil(min(t + BT, p.length) / BJ))
-    return Source(1, 2 * BT * E * PV, (Source(seen, 2 * BT * BJ * (PV + E)),))
+    return _by_rows(w, w.padded[1:])
 
 
 def _partials(w: Walk) -> Source:
