@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace as replace_
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def _study_text(study: StudyReport) -> str:
             )
         )
     if not lines:
-        return f"{study.case}\nno valid configuration"
+        return f"{study.case}\n" + (f"no valid configuration: {_told([study])}" if study.trials else "not reached")
     how = "predicted ms" if isinstance(study.frontier[0].outcome, Predicted) else "ms"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
     notes = study.recommended.outcome.notes if study.recommended else ()
@@ -162,9 +164,13 @@ def _study_text(study: StudyReport) -> str:
 
 
 def _nothing_valid(report: SearchReport) -> str:
-    counts: dict[str, int] = {}
-    for study in report.studies:
-        for kind, count in study.outcomes:
-            counts[kind] = counts.get(kind, 0) + count
-    told = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "no trial finished"
+    told = _told(report.studies)
     return f"no valid configuration for {report.target.name}: {told}; give more --trials, --timeout or --trial-timeout"
+
+
+def _told(studies: Sequence[StudyReport]) -> str:
+    """How their trials ended: ``3 wrong, 1 timed out``."""
+    counts: Counter[str] = Counter()
+    for study in studies:
+        counts.update(dict(study.outcomes))
+    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "no trial finished"

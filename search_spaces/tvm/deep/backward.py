@@ -19,7 +19,7 @@ _WIDE = Config.of(
         "saved": "states",
     }
 )
-_HALF = _WIDE.replace(walk_rows=4, walk_cols=16, rows=4, cols=16, score_rows=4)
+_HALF = _WIDE.replace(walk_rows=4, walk_cols=16, unroll=4, rows=6, cols=16, score_rows=4)
 # For short segments, narrow values, AVX2's 16 registers, and both.
 _EACH = (_WIDE, _WIDE.replace(chunk=64), _WIDE.replace(chunk=32), _HALF.replace(chunk=32), _HALF.replace(chunk=16))
 

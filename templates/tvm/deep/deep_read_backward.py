@@ -113,8 +113,8 @@ def one_block(plan: Plan, at: Values, *, x0, count) -> None:
     """The part of ``count`` readers from place ``x0`` on."""
     Dk, Dv, E, R, C, place = plan.Dk, plan.Dv, plan.E, plan.rows, plan.cols, at.place
     Q, DY, Z, F, gate = at.Q, at.DY, at.Z, at.F, at.gate
-    up = product(C, 1, partial(add, C=at.dup, at=place * Dk), A=Q, B=F, steps=count)
-    down = product(C, 1, partial(add, C=at.ddown, at=place * E), A=Z, B=DY, steps=count)
+    up = product(C, plan.unroll, partial(add, C=at.dup, at=place * Dk), A=Q, B=F, steps=count)
+    down = product(C, plan.unroll, partial(add, C=at.ddown, at=place * E), A=Z, B=DY, steps=count)
 
     @emit
     def steps():

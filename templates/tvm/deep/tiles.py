@@ -21,7 +21,7 @@ _POWER = (1.0000001, 0.69314694, 0.2402212, 0.05550713, 0.00967554, 0.0013276473
 def product(cols, unroll, finish, *, A, B, steps, a0=0, ac=0, b0=0, across=False, triangle=False):
     """Tiles of sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, n], by their rows: for :func:`walk.tiles`.
 
-    Elements of A are broadcast against whole vectors of B; ``steps`` is a multiple of ``unroll``. ``across``: of A's
+    Elements of A are broadcast against whole vectors of B, in loops of ``unroll`` steps a turn. ``across``: of A's
     transpose, A[ac + r, a0 + d], without one in memory. ``triangle``: A is 0 for d > r.
     """
 
@@ -36,7 +36,7 @@ def product(cols, unroll, finish, *, A, B, steps, a0=0, ac=0, b0=0, across=False
     return of
 
 
-def products(cols, finish, *pairs, steps):
+def products(cols, unroll, finish, *pairs, steps):
     """Tiles of sum_{d < steps} A[d, r] B[d, n] over pairs (A, B), by their rows."""
 
     def of(rows):
@@ -44,7 +44,7 @@ def products(cols, finish, *pairs, steps):
             for A, B in pairs:
                 add_up(acc=acc, A=A, a0=0, ac=r0, B=B, b0=0, bc=n0, steps=steps)
 
-        add_up = summed(rows, cols, 1, False)
+        add_up = summed(rows, cols, unroll, False)
         return _tile(rows, cols, add, finish(rows, cols))
 
     return of
@@ -84,15 +84,21 @@ def summed(rows, cols, unroll, across):
     """acc += sum_{d < steps} A[a0 + d, ac + r] B[b0 + d, bc + n]; or of A's transpose."""
 
     @inline
+    def step(acc, A, a, ac, B, b, bc):
+        for r in T.unroll(rows):
+            for n in T.vectorized(cols):
+                if across:
+                    acc[r, n] = acc[r, n] + A[ac + r, a] * B[b, bc + n]
+                else:
+                    acc[r, n] = acc[r, n] + A[a, ac + r] * B[b, bc + n]
+
+    @inline
     def add_up(acc, A, a0, ac, B, b0, bc, steps):
         for d in range(steps // unroll):
             for e in T.unroll(unroll):
-                for r in T.unroll(rows):
-                    for n in T.vectorized(cols):
-                        if across:
-                            acc[r, n] = acc[r, n] + A[ac + r, a0 + d * unroll + e] * B[b0 + d * unroll + e, bc + n]
-                        else:
-                            acc[r, n] = acc[r, n] + A[a0 + d * unroll + e, ac + r] * B[b0 + d * unroll + e, bc + n]
+                step(acc, A, a0 + d * unroll + e, ac, B, b0 + d * unroll + e, bc)
+        for d in range(steps % unroll):
+            step(acc, A, a0 + steps // unroll * unroll + d, ac, B, b0 + steps // unroll * unroll + d, bc)
 
     return add_up
 

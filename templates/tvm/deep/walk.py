@@ -228,7 +228,7 @@ def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, col
     of_state = product(C, plan.unroll, fresh, A=XT, B=state, b0=first, steps=width)
     of_momentum = product(C, plan.unroll, less, A=XT, B=momentum, b0=first, steps=width)
     of_pairs = product(LANES, plan.unroll, partial(weighted, C=P, weights=at.CT), A=inputs, B=XT, steps=width)
-    of_rows = product(C, 1, partial(subtract, C=out), A=P, B=errors, steps=rows, triangle=True)
+    of_rows = product(C, plan.unroll, partial(subtract, C=out), A=P, B=errors, steps=rows, triangle=True)
 
     @emit
     def products():
@@ -257,11 +257,11 @@ def leave_layer(plan, at, *, inputs, width, errors, cols, state, momentum, rows,
     C, ends, X, Y = plan.WC, at.ends, at.weighed, getattr(at, "carried", None)
     leave = partial(left, W=state, ends=ends, first=first, to=to)
     gather = partial(carried, S=momentum, ends=ends, first=first, to=to)
-    alone = product(C, 1, partial(leave, S=None), A=X, B=errors, steps=rows)
+    alone = product(C, plan.unroll, partial(leave, S=None), A=X, B=errors, steps=rows)
     # The state first: it takes the momentum that entered.
     both = in_turn(
-        product(C, 1, partial(leave, S=momentum), A=X, B=errors, steps=rows),
-        product(C, 1, gather, A=Y, B=errors, steps=rows),
+        product(C, plan.unroll, partial(leave, S=momentum), A=X, B=errors, steps=rows),
+        product(C, plan.unroll, gather, A=Y, B=errors, steps=rows),
     )
     update_layer(plan, at, weights=at.last, inputs=inputs, width=width, cols=cols, rows=rows, alone=alone, both=both)
 

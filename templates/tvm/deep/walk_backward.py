@@ -130,7 +130,7 @@ def weigh_pairs(plan, at, *, rows) -> None:
 def earlier(plan, at, *, weights, source, width, out, rows) -> None:
     """out_t -= sum_{j <= t} weights[j, t] source_j."""
     A, C = plan.WR, plan.WC
-    of_rows = product(C, 1, partial(subtract, C=out), A=weights, B=source, steps=rows, triangle=True)
+    of_rows = product(C, plan.unroll, partial(subtract, C=out), A=weights, B=source, steps=rows, triangle=True)
 
     @emit
     def sums():
@@ -148,7 +148,7 @@ def earlier(plan, at, *, weights, source, width, out, rows) -> None:
 def later(plan, at, *, weights, source, width, out, rows) -> None:
     """out_j -= sum_{t >= j} weights[j, t] source_t."""
     A, C, turned = plan.WR, plan.WC, at.PT
-    of_rows = product(C, 1, partial(subtract, C=out), A=turned, B=source, steps=rows)
+    of_rows = product(C, plan.unroll, partial(subtract, C=out), A=turned, B=source, steps=rows)
 
     @emit
     def sums():
@@ -244,10 +244,10 @@ def enter_layer_backward(plan, at, *, X, R, width, cols, dstate, dmomentum, pair
     dS = p dS' - d dW' - sum_t keep1_t q_t^T r_t.
     """
     C, ends, kept, carried = plan.WC, at.ends, at.weighed, at.carried
-    alone = products(C, partial(entered, dW=dstate, ends=ends), (kept, R), *pairs, steps=rows)
+    alone = products(C, plan.unroll, partial(entered, dW=dstate, ends=ends), (kept, R), *pairs, steps=rows)
     momentum = partial(entered_momentum, dS=dmomentum, dW=dstate, ends=ends)
     # The momentum first: it takes the state's gradient from after the chunk.
-    both = in_turn(products(C, momentum, (carried, R), steps=rows), alone)
+    both = in_turn(products(C, plan.unroll, momentum, (carried, R), steps=rows), alone)
     update_layer(plan, at, weights=at.keep, inputs=X, width=width, cols=cols, rows=rows, alone=alone, both=both)
 
 
