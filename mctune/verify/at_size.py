@@ -22,12 +22,12 @@ from mctune.runtime.api.functional import memory_caching
 from mctune.runtime.eager.decode import decode
 from mctune.runtime.eager.ends import end_states
 from mctune.runtime.eager.forward import by_head, lay_out
-from mctune.runtime.kernels.kept import MIXTURE, Names, make_kept
+from mctune.runtime.kernels.kept import ROWS, Names, make_kept
 from mctune.runtime.memory import LayerMemory
 from mctune.verify.decided import DRAWS, decided, gaps, means_of
 from mctune.verify.guard import POSITIONAL, Arguments
 from mctune.verify.inputs import Inputs, call_of, make_inputs
-from mctune.verify.kept import mixture_by, segments_of
+from mctune.verify.kept import rows_by, segments_of
 from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
 
 Tensor = torch.Tensor
@@ -144,7 +144,7 @@ def _joined(parts: list[Tensor], problem: Problem) -> Tensor:
 
 def _all_heads(name: str, parts: list[Tensor], problem: Problem) -> Tensor:
     """What a forward keeps, of each part, as it keeps it of all."""
-    if name not in MIXTURE:
+    if name not in ROWS:
         return torch.cat(parts)
     return _joined([x.view(1, problem.T, -1, x.shape[1]) for x in parts], problem).flatten(0, 2)
 
@@ -178,7 +178,7 @@ def _kept(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]:
     """What a forward keeps of these heads."""
     states, means = _states(problem, inputs)
     u, k = (by_head(x, torch.float32) for x in (inputs.u, inputs.k))
-    rows = mixture_by(problem, inputs, names, torch.float32)
+    rows = rows_by(problem, inputs, names, torch.float32)
     return make_kept(names, states, means, u, k, problem.top_k, segments_of(problem, inputs), inputs.q.dtype, rows)
 
 

@@ -10,8 +10,8 @@ from mctune.backends.protocol import Kernel
 from mctune.core.problem import Problem
 from mctune.reference import segment_states
 from mctune.runtime.eager.forward import lay_out
-from mctune.runtime.eager.mixture import mixture_of
-from mctune.runtime.kernels.kept import CHOICE, ENDS, LOGITS, MIXTURE, OF_SEGMENTS, Names, make_kept, make_pairs
+from mctune.runtime.eager.rows import rows_of
+from mctune.runtime.kernels.kept import CHOICE, ENDS, LOGITS, OF_SEGMENTS, ROWS, Names, left_by, make_kept, make_pairs
 from mctune.runtime.segments import Segments, make_segments
 from mctune.verify.inputs import Inputs, call_of
 
@@ -43,17 +43,17 @@ def kept_by(problem: Problem, inputs: Inputs, names: Names) -> dict[str, Tensor]
     states, means = tuple(x.transpose(1, 2).flatten(0, 1) for x in ends), by_segment.transpose(1, 2).flatten(0, 1)
     u, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (inputs.u, inputs.k))
     segments = segments_of(problem, inputs)
-    rows = mixture_by(problem, inputs, names, torch.float64)
+    rows = rows_by(problem, inputs, names, torch.float64)
     made = make_kept(names, states, means, u, k, problem.top_k, segments, inputs.q.dtype, rows)
     return {name: x.float() if x.dtype == torch.float64 else x for name, x in made.items()}
 
 
-def mixture_by(problem: Problem, inputs: Inputs, names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
-    """:data:`MIXTURE` as the eager path has it in ``dtype``, nothing unless one of ``names`` is of it."""
-    if set(MIXTURE).isdisjoint(names):
+def rows_by(problem: Problem, inputs: Inputs, names: Names, dtype: torch.dtype) -> dict[str, Tensor]:
+    """:data:`ROWS` as the eager path has it in ``dtype``, nothing unless one of ``names`` is of it."""
+    if set(ROWS).isdisjoint(names):
         return {}
     call = call_of(problem, inputs, slice(None), dtype, inputs.cu_seqlens)
-    return mixture_of(call, lay_out(call))
+    return rows_of(call, lay_out(call))
 
 
 # --- what a forward candidate keeps
@@ -71,11 +71,7 @@ def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     """What :func:`comparable` should have, by names that begin with :data:`OPTIONAL`: a candidate has some of them."""
     if problem.segmentation == "logarithmic":
         return {}
-    names = ENDS[problem.writes.family]
-    if not problem.deep:
-        names += ("operand", "past")
-    elif problem.reads.mixes_parameters:
-        names += MIXTURE
+    names = left_by(problem.to_dict()) if problem.deep else (*ENDS["matrix"], "operand", "past")
     if problem.routed and not problem.deep:
         names += CHOICE if problem.reads.sparse else LOGITS
     return comparable(problem, inputs, kept_by(problem, inputs, names))
@@ -83,7 +79,7 @@ def expected(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
 
 def comparable(problem: Problem, inputs: Inputs, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kept arrays in a form that has one right value: gates [heads, N, T] for logits and choices, zero if not read."""
-    found = {name: kept[name] for name in (*OF_SEGMENTS, *MIXTURE, "lse") if name in kept}
+    found = {name: kept[name] for name in (*OF_SEGMENTS, *ROWS, "lse") if name in kept}
     segments = segments_of(problem, inputs)
     if "chosen" in kept:
         chosen, lse, N = kept["chosen"].long(), kept["lse"], segments.count

@@ -15,7 +15,7 @@ from ..call import Call
 from ..errors import BackendError, KernelError
 from ..manifest import CONTENTS, PACKAGE
 from ..traits import AGGREGATIONS
-from .kept import MIXTURE, OF_SEGMENTS, Names, given, kept, segments_at_most, wanted
+from .kept import OF_SEGMENTS, ROWS, Names, given, kept, segments_at_most, wanted
 from .support import BACKENDS as _WITH_KERNELS
 from .support import Support, support
 from .table import Entry, Request, find, load_table, serving
@@ -175,7 +175,7 @@ def _keeps(request: Request, forwards: Sequence[Entry], backwards: Sequence[Entr
         return ()  # the number of segments does not follow from the lengths alone
     gives = [given(*_tuned(entry)) for entry in forwards]
     if request.segmentation == "packed" and N is None:
-        gives.append(frozenset((*OF_SEGMENTS, *MIXTURE)))
+        gives.append(frozenset((*OF_SEGMENTS, *ROWS)))
     wants = [wanted(*_tuned(entry)) for entry in backwards]
     return kept(gives, wants, N, request.Dk, request.Dv, request.dtype)
 

@@ -23,8 +23,8 @@ OF_SEGMENTS = ("states", "operand", "past", "up", "down", "means")
 """Arrays with a row a head and segment; of a packed row those that its segments leave unused follow, zeros."""
 ENDS: Mapping[str, Names] = {"matrix": ("states", "means"), "deep": ("up", "down", "means")}
 """What a segment leaves, by family: its end state, and its mean key."""
-MIXTURE: Names = ("hidden", "rows_z", "rows_err", "mixture")
-"""Of a deep memory whose parameters are mixed: what :func:`mctune.runtime.eager.mixture.mixture_of` says of them."""
+ROWS: Names = ("hidden", "rows_h", "rows_err", "rows_raw", "online", "mixture")
+"""Of a deep memory, by token: what :func:`mctune.runtime.eager.rows.rows_of` says of them."""
 LOGITS: Names = ("logits", "lse")
 CHOICE: Names = ("lse", "own", "chosen", "picked", "order", "starts")
 
@@ -69,8 +69,10 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
     past               the same, q's dtype         the sum of the states of the segments before
     up, down           [heads * N, Dk, E], E, Dv   the layers of a deep memory's end states, float32
     means              [heads * N, Dk]             mean keys, float32
-    hidden, mixture    [B * T * H, E]              mixed hidden units before gelu, float32: the own segment's, and all
-    rows_z, rows_err   [B * T * H, E], Dv          what the second layer's writes are made of, float32
+    hidden, mixture    [B * T * H, E]              hidden units before gelu, float32: the own segment's, and mixed ones
+    rows_h, rows_raw   [B * T * H, E]              of the writes, float32: hidden units before gelu, and their gradients
+                                                   after it
+    rows_err, online   [B * T * H, Dv]             errors of the writes, and what is read of the own segment, float32
     logits             [heads, N, T]               float32; not written where a token does not read
     lse, own           [heads, T]                  log-sum-exp of a token's logits; the online segment's logit
     chosen, picked     [heads, T, top_k]           int32: the cached segments of a token, N where there are fewer; and
@@ -88,8 +90,8 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
         "up": ((s.heads * s.N, s.Dk, s.E), float32),
         "down": ((s.heads * s.N, s.E, s.Dv), float32),
         "means": (state[:2], float32),
-        **dict.fromkeys(("hidden", "rows_z", "mixture"), ((s.heads * s.T, s.E), float32)),
-        "rows_err": ((s.heads * s.T, s.Dv), float32),
+        **dict.fromkeys(("hidden", "mixture", "rows_h", "rows_raw"), ((s.heads * s.T, s.E), float32)),
+        **dict.fromkeys(("rows_err", "online"), ((s.heads * s.T, s.Dv), float32)),
         "logits": ((s.heads, s.N, s.T), float32),
         "lse": (token, float32),
         "own": (token, float32),
@@ -107,8 +109,8 @@ def given(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -
     """What a forward, tuned for ``problem``, can keep."""
     family = RECURRENCES[problem["recurrence"]].family
     names = set(ENDS[family])
-    if backend == "tvm" and family == "deep" and AGGREGATIONS[problem["aggregation"]].mixes_parameters:
-        names |= set(MIXTURE)
+    if backend == "tvm" and family == "deep":
+        names |= set(left_by(problem))
     if backend == "triton" and family == "matrix":
         routed = AGGREGATIONS[problem["aggregation"]].routed
         names |= {"operand"} if routed else {"operand", "past"}
@@ -125,8 +127,8 @@ def wanted(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) 
     if saved == "nothing":
         return ()
     family = RECURRENCES[problem["recurrence"]].family
-    if saved == "mixture":
-        return ((*ENDS[family], *MIXTURE),)
+    if backend == "tvm" and family == "deep":
+        return (left_by(problem),)
     if backend != "triton" or family != "matrix":
         return (ENDS[family],)
     routed, carried = AGGREGATIONS[problem["aggregation"]].routed, problem["state_init"] == "checkpoint"
@@ -138,6 +140,13 @@ def wanted(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) 
     if saved != "gates":
         return (states,)
     return (states, CHOICE if config["formulation"] == "grouped" else LOGITS)
+
+
+def left_by(problem: Mapping[str, Any]) -> Names:
+    """All that a deep memory's writes, and its read where parameters are mixed, leave for a backward on a CPU."""
+    reads = AGGREGATIONS[problem["aggregation"]]
+    of_read = "mixture" if reads.mixes_parameters else "online"
+    return (*ENDS["deep"], "hidden", "rows_h", "rows_err", "rows_raw", of_read)
 
 
 def kept(
@@ -169,18 +178,18 @@ def make_kept(
     top_k: int | None,
     segments: Segments,
     dtype: torch.dtype,
-    mixture: Mapping[str, Tensor] | None = None,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The named arrays from end states [heads, N, ...] and mean keys [heads, N, Dk]; u, k [heads, T, Dk].
 
     ``states`` is that of a matrix memory, or the two layers of a deep one. What has widths of states is padded here.
     Float arrays have the dtype of ``states`` but for operands of products, which have ``dtype``. ``top_k``: of ssc.
-    ``mixture``: of :data:`MIXTURE`, rows [B, T, H, ...].
+    ``rows``: those of :data:`ROWS`, [B, T, H, ...].
     """
     own = ("states",) if len(states) == 1 else ("up", "down")
     made = {name: _widened(x.flatten(0, 1), 2) for name, x in zip(own, states, strict=True)}
     made["means"] = _widened(means.flatten(0, 1), 1)
-    made |= {name: _widened(x.flatten(0, 2), 1) for name, x in (mixture or {}).items()}
+    made |= {name: _widened(x.flatten(0, 2), 1) for name, x in (rows or {}).items()}
     if len(states) == 1:
         made["operand"] = made["states"].to(dtype, copy=True)  # an operator's results share no memory
     if "past" in names:

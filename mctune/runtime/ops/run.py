@@ -11,10 +11,10 @@ from ..call import Call
 from ..eager.ends import end_states
 from ..eager.forward import by_head, lay_out, run_eager
 from ..eager.gates import descriptors
-from ..eager.mixture import mixture_of
+from ..eager.rows import rows_of
 from ..errors import KernelError
 from ..kernels.dispatch import fall_back, kernel_for
-from ..kernels.kept import MIXTURE, OF_SEGMENTS, make_kept, segments_at_most
+from ..kernels.kept import OF_SEGMENTS, ROWS, make_kept, segments_at_most
 from ..kernels.launch import as_read, options, rows
 from ..modes import without_autocast
 
@@ -101,5 +101,5 @@ def _eager_kept(call: Call, keeps: Sequence[str]) -> dict[str, Tensor]:
     u = by_head(call.q if call.u is None else call.u, torch.float32)
     states, means = end_states(call, layout, k, v).states, descriptors(k, k, layout)[0]
     top_k = call.top_k if call.reads.sparse else None
-    rows = {} if set(MIXTURE).isdisjoint(keeps) else mixture_of(call, layout)
+    rows = {} if set(ROWS).isdisjoint(keeps) else rows_of(call, layout)
     return make_kept(keeps, states, means, u, k, top_k, call.segments, call.q.dtype, rows)

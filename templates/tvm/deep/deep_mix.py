@@ -115,7 +115,8 @@ def one_chunk(plan, at, *, t0, rows, seen) -> None:
 
     @emit
     def steps():
-        take_rows(at.rows_z, E, at, at.Z, t0=t0, rows=rows)
+        take_rows(at.rows_h, E, at, at.Z, t0=t0, rows=rows)
+        activate(at.Z, rows, E)
         take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.mixture, E, at, at.ZQ, t0=t0, rows=rows)
         activate(at.ZQ, rows, E)

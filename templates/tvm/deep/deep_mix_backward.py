@@ -14,7 +14,7 @@ from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .deep_mix import enter, without
 from .plan import Plan, across_rows
-from .tiles import add_row, overwrite, product, scaled, slopes
+from .tiles import activate, add_row, overwrite, product, scaled, slopes
 from .walk import chunk_rows, coefficients, gates_of, leave_layer, multiply_rows, put_rows, take_rows, tiles
 from .walk_backward import earlier, read_entering
 
@@ -36,7 +36,7 @@ def build(problem, config, target):
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), enter_down=f32(n.XD, Dv), hidden=f32(n.R, E),
-        rows_z=f32(n.R, E), rows_err=f32(n.R, Dv), mixture=f32(n.R, E), gamma=f32(n.S, n.tokens), own=f32(n.R),
+        rows_h=f32(n.R, E), rows_err=f32(n.R, Dv), mixture=f32(n.R, E), gamma=f32(n.S, n.tokens), own=f32(n.R),
         begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
         scale=T.float32, adds_input=n.adds_input, carries=n.carries, given=n.given, mixed=f32(n.R, E),
         dhidden=f32(n.R, E), dgamma=f32(n.S, n.tokens), parts=f32(n.part_rows, Dk),
@@ -115,7 +115,8 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
 
     @emit
     def steps():
-        take_rows(at.rows_z, E, at, at.Z, t0=t0, rows=rows)
+        take_rows(at.rows_h, E, at, at.Z, t0=t0, rows=rows)
+        activate(at.Z, rows, E)
         take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.dy, Dv, at, Y, t0=t0, rows=rows)
         for t in range(rows):

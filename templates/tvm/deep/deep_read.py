@@ -31,16 +31,16 @@ def build(problem, config, target):
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner", "adds_input",
-        "carries", "longest", "top_k",
+        "R", "N", "S", "G", "M", "LD", "XD", "online_rows", "hidden_rows", "mixed_rows", "tokens", "heads", "inner",
+        "adds_input", "carries", "longest", "top_k",
     )  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), u=f32(n.R, Dk), k=f32(n.R, Dk), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_down=f32(n.LD, Dv),
         up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_down=f32(n.XD, Dv),
-        online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_z=f32(n.hidden_rows, E),
+        online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_h=f32(n.hidden_rows, E),
         rows_err=f32(n.hidden_rows, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
         longest=n.longest, top_k=n.top_k, inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries,
-        mixture=f32(n.hidden_rows, E), y=f32(n.R, Dv),
+        mixture=f32(n.mixed_rows, E), y=f32(n.R, Dv),
     )  # fmt: skip
     return prim_func("deep_read", arguments, n, lambda x: every_segment(plan, x))
 

@@ -5,7 +5,8 @@ Segments' end states (arXiv:2602.24281, Eq. 4, 30-31, 34-36) and mean keys (Eq. 
     online_t = M_t(scale q_t)     or, where parameters are mixed, hidden_t = scale q_t U_t
 
 A task walks the inner chunks of a segment, or under ``checkpoint`` of a head's whole row, one after another with the
-state at hand. Where parameters are mixed, ``deep_read`` reads W_t of the second layer, from rows that are left here.
+state at hand. Where parameters are mixed, ``deep_read`` reads W_t of the second layer, from rows that are left here;
+others are left for a backward.
 """
 
 from tvm.script import tirx as T
@@ -22,23 +23,24 @@ def build(problem, config, target):
 
     Rows are tokens, ``[B*T*H, D]``, gates ``[B*T*H]`` or one element where the recurrence has none; W_up ``[H*Dk, E]``
     and W_down ``[H*E, Dv]``. Outputs: up ``[S*Dk, E]``, down ``[S*E, Dv]`` and means ``[S, Dk]`` of S = B*H*N segments;
-    enter_up and enter_down likewise, the momentum that enters each, where any does; online ``[R, Dv]``, or hidden,
-    rows_z ``[R, E]`` and rows_err ``[R, Dv]``. ``carries``: whether there is a mu; ``adds_input``: whether a memory
-    adds its input; 1 or 0.
+    enter_up and enter_down likewise, the momentum that enters each, where any does; online ``[R, Dv]`` unless
+    parameters are mixed. ``keeps``: leave also what a backward reads, hidden, rows_h, rows_raw ``[R, E]`` and rows_err
+    ``[R, Dv]``; all but rows_raw are left anyway where parameters are mixed. ``carries``: whether there is a mu;
+    ``adds_input``: whether a memory adds its input; 1 or 0.
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "hidden_rows", "tokens", "heads", "inner",
-        "adds_input", "carries",
+        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "hidden_rows", "raw_rows", "tokens", "heads",
+        "inner", "adds_input", "carries", "keeps",
     )  # fmt: skip
     arguments = dict(
         q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M), W_up=f32(n.LU, E),
         W_down=f32(n.LD, Dv), begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads,
-        inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries, up=f32(n.S * Dk, E),
-        down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv),
-        online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E), rows_z=f32(n.hidden_rows, E),
-        rows_err=f32(n.hidden_rows, Dv),
+        inner=n.inner, scale=T.float32, adds_input=n.adds_input, carries=n.carries, keeps=n.keeps,
+        up=f32(n.S * Dk, E), down=f32(n.S * E, Dv), means=f32(n.S, Dk), enter_up=f32(n.XU, E),
+        enter_down=f32(n.XD, Dv), online=f32(n.online_rows, Dv), hidden=f32(n.hidden_rows, E),
+        rows_h=f32(n.hidden_rows, E), rows_err=f32(n.hidden_rows, Dv), rows_raw=f32(n.raw_rows, E),
     )  # fmt: skip
     return prim_func("deep_write", arguments, n, lambda x: every_lane(plan, x))
 
@@ -64,7 +66,7 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
     at = x.plus(Values(**place), BP=chunk_rows(x.inner), u0=0, w0=0)
     own = scratch(
         U=f32(Dk, E), W=f32(E, Dv), total=f32(Dk), Q=f32(at.BP, Dk), QT=f32(Dk, at.BP), HQ=f32(at.BP, E),
-        ZQT=f32(E, at.BP), Y=f32(at.BP, Dv), weighed=f32(at.BP, max(Dk, E)), sum_of_rows=f32(1),
+        ZQT=f32(E, at.BP), H=f32(at.BP, E), Y=f32(at.BP, Dv), weighed=f32(at.BP, max(Dk, E)), sum_of_rows=f32(1),
     )  # fmt: skip
     at = at.plus(own, gates_of(plan, at), rows_of(plan, at))
     if not plan.flags.momentum:
@@ -142,7 +144,7 @@ def leave(plan: Plan, at: Values, *, rows) -> None:
 
 def read(plan: Plan, at: Values, *, t0, rows) -> None:
     """What the chunk's tokens read of the memory at each of them; of its first layer where parameters are mixed."""
-    Dk, E, Q, HQ = plan.Dk, plan.E, at.Q, at.HQ
+    Dk, E, Q, HQ, mixes = plan.Dk, plan.E, at.Q, at.HQ, plan.flags.mixes
     first = dict(XT=at.QT, width=Dk, state=at.U, inputs=at.KT, errors=at.BACK, out=HQ, cols=E)
 
     @emit
@@ -154,11 +156,9 @@ def read(plan: Plan, at: Values, *, t0, rows) -> None:
                     Q[t, d * LANES + x] = at.scale * Q[t, d * LANES + x]
         columns(Q, Dk, 0, 1, 0, at.BP, at.QT)
         read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
-        if plan.flags.mixes:
+        if T.Or(mixes, at.keeps > 0):
             put_rows(at, HQ, at.hidden, E, t0=t0, rows=rows)
-            put_rows(at, at.Z, at.rows_z, E, t0=t0, rows=rows)
-            put_rows(at, at.ERR, at.rows_err, plan.Dv, t0=t0, rows=rows)
-        else:
+        if T.Not(mixes):
             read_second(plan, at, t0=t0, rows=rows)
 
 

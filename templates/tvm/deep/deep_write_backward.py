@@ -3,7 +3,7 @@
 The gradients of dL(M; k, v) of Eq. 30-31 and 34-36 are differentiated themselves, so what reaches a write goes on to k,
 v, eta, g, mu and to the state that its inner chunk started from. A task walks a segment, or under ``checkpoint`` a
 head's segments, from the last inner chunk to the first; states at the chunks' starts are computed first, one segment at
-a time, and kept in scratch with the rows of their gradients.
+a time, and kept in scratch. The rows of their gradients are those that ``deep_write`` has left.
 """
 
 from tvm.script import tirx as T
@@ -11,10 +11,10 @@ from tvm.script import tirx as T
 from ..kernel import Values, emit, f32, i32, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
 from .coefficients_backward import coefficients_backward, tables
-from .gradients_backward import gradients_again, gradients_backward, keep_gradients
+from .gradients_backward import gradients_backward, gradients_by_column, take_gradients
 from .plan import Plan
 from .tiles import accumulate, copy, slopes
-from .walk import chunk_rows, coefficients, gates_of, gradients, leave_layer, put_rows, read_layer, take_rows
+from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows
 from .walk_backward import (
     coefficient_gradients,
     dot,
@@ -27,23 +27,24 @@ from .walk_backward import (
 def build(problem, config, target):
     """The PrimFunc ``deep_write_backward``.
 
-    Besides what ``deep_write`` takes: up and down, the segments' end states, and enter_up, enter_down; own ``[R]``, the
-    gates of the tokens' own segments; dy ``[R, Dv]``; dup and ddown, the gradients of the end states by what was read
-    of them; where parameters are mixed, dhidden and mixed ``[R, E]`` and hidden, of which there is one row elsewhere.
+    Besides what ``deep_write`` takes and leaves: own ``[R]``, the gates of the tokens' own segments; dy ``[R, Dv]``;
+    dup and ddown, the gradients of the end states by what was read of them; where parameters are mixed, dhidden and
+    mixed ``[R, E]``, of which there is one row elsewhere.
     Outputs: dq, dk, dv, dg, deta, dmu; down_own ``[R]``, the gradients of own; dstart_up and dstart_down, those of the
     layers that a segment, or under ``checkpoint`` a head's sequences, started from.
     """
     plan = Plan(problem, config)
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
     n = sizes(
-        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "hidden_rows", "LSU", "LSD", "tokens", "heads", "longest",
-        "inner", "adds_input", "carries",
+        "R", "N", "S", "G", "M", "LU", "LD", "XU", "XD", "online_rows", "mixed_rows", "LSU", "LSD", "tokens", "heads",
+        "longest", "inner", "adds_input", "carries",
     )  # fmt: skip
     arguments = dict(
         dy=f32(n.R, Dv), q=f32(n.R, Dk), k=f32(n.R, Dk), v=f32(n.R, Dv), g=f32(n.G), eta=f32(n.R), mu=f32(n.M),
         W_up=f32(n.LU, E), W_down=f32(n.LD, Dv), means=f32(n.S, Dk), up=f32(n.S * Dk, E), down=f32(n.S * E, Dv),
-        enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv), hidden=f32(n.hidden_rows, E), mixed=f32(n.hidden_rows, E),
-        dhidden=f32(n.hidden_rows, E), own=f32(n.R), dup=f32(n.S * Dk, E), ddown=f32(n.S * E, Dv), begin=i32(n.N),
+        enter_up=f32(n.XU, E), enter_down=f32(n.XD, Dv), online=f32(n.online_rows, Dv), hidden=f32(n.R, E),
+        rows_h=f32(n.R, E), rows_err=f32(n.R, Dv), rows_raw=f32(n.R, E), mixed=f32(n.mixed_rows, E),
+        dhidden=f32(n.mixed_rows, E), own=f32(n.R), dup=f32(n.S * Dk, E), ddown=f32(n.S * E, Dv), begin=i32(n.N),
         end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
         scale=T.float32, adds_input=n.adds_input, carries=n.carries, dq=f32(n.R, Dk), dk=f32(n.R, Dk), dv=f32(n.R, Dv),
         dg=f32(n.G), deta=f32(n.R), dmu=f32(n.M), down_own=f32(n.R), dstart_up=f32(n.LSU, E),
@@ -74,7 +75,7 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
     Dk, Dv, E, momentum = plan.Dk, plan.Dv, plan.E, plan.flags.momentum
     at = x.plus(Values(**place), BP=chunk_rows(x.inner), chunks=(x.longest + x.inner - 1) // x.inner)
     BP, n = at.BP, at.chunks
-    stack = dict(U=f32(n * Dk, E), W=f32(n * E, Dv), HS=f32(n * BP, E), RAWS=f32(n * BP, E), ERRS=f32(n * BP, Dv))
+    stack = dict(U=f32(n * Dk, E), W=f32(n * E, Dv))
     states = dict(dU=f32(Dk, E), dW=f32(E, Dv))
     if momentum:
         stack |= dict(SU=f32(n * Dk, E), SW=f32(n * E, Dv))
@@ -130,12 +131,12 @@ def one_segment(plan: Plan, at: Values) -> None:
         for c in range(count):
             t0: T.let = at.begin[s] + c * inner
             rows: T.let = T.min(inner, at.end[s] - t0)
-            forwards(plan, at_chunk(plan, at, c), c=c, t0=t0, rows=rows, last=c + 1 == count)
+            forwards(plan, at_chunk(plan, at, c), t0=t0, rows=rows, last=c + 1 == count)
         for i in range(count):
             c: T.let = count - 1 - i
             t0: T.let = at.begin[s] + c * inner
             rows: T.let = T.min(inner, at.end[s] - t0)
-            backwards(plan, at_chunk(plan, at, c), c=c, t0=t0, rows=rows)
+            backwards(plan, at_chunk(plan, at, c), t0=t0, rows=rows)
         if checkpoint:
             if s == at.first[s]:
                 accumulate(dU, 0, at.dstart_up, lane * Dk, Dk, E)
@@ -175,31 +176,29 @@ def at_chunk(plan: Plan, at: Values, c) -> Values:
     return at.plus(u0=c * plan.Dk, w0=c * plan.E)
 
 
-def forwards(plan: Plan, at: Values, *, c, t0, rows, last) -> None:
-    """The rows of a chunk's gradients, and the states at its end."""
+def forwards(plan: Plan, at: Values, *, t0, rows, last) -> None:
+    """The states at a chunk's end, unless it is the last."""
     Dk, E = plan.Dk, plan.E
     up = dict(inputs=at.K, width=Dk, errors=at.BACK, cols=E, state=at.U, momentum=getattr(at, "SU", None))
     down = dict(inputs=at.Z, width=E, errors=at.ERR, cols=plan.Dv, state=at.W, momentum=getattr(at, "SW", None))
 
     @emit
     def steps():
-        gradients(plan, at, t0=t0, rows=rows)
-        keep_gradients(plan, at, r0=c * at.BP, rows=rows, there=True)
         if T.Not(last):
+            take_gradients(plan, at, t0=t0, rows=rows)
             coefficients(plan, at, t0=t0, rows=rows)
             leave_layer(plan, at, **up, rows=rows, first=at.u0, to=at.u0 + Dk)
             leave_layer(plan, at, **down, rows=rows, first=at.w0, to=at.w0 + E)
 
 
-def backwards(plan: Plan, at: Values, *, c, t0, rows) -> None:
+def backwards(plan: Plan, at: Values, *, t0, rows) -> None:
     """One chunk backwards; dU, dW, dSU and dSW become the gradients of what entered it."""
-    E = plan.E
 
     @emit
     def steps():
-        gradients_again(plan, at, t0=t0, r0=c * at.BP, rows=rows)
+        take_gradients(plan, at, t0=t0, rows=rows)
+        gradients_by_column(plan, at, rows=rows)
         coefficients(plan, at, t0=t0, rows=rows)
-        columns(at.BACK, E, 0, 1, 0, rows, at.BACKT)
         queries(plan, at, t0=t0, rows=rows)
         zero(plan, at)
         leave_backward(plan, at, rows=rows)
@@ -233,7 +232,6 @@ def zero(plan: Plan, at: Values) -> None:
 def queries(plan: Plan, at: Values, *, t0, rows) -> None:
     """Queries of both layers, and the gradients of what they read; and that of the own segment's gate."""
     Dk, Dv, E, mixes, routed = plan.Dk, plan.Dv, plan.E, plan.flags.mixes, plan.flags.routed
-    first = dict(XT=at.QT, width=Dk, state=at.U, first=at.u0, inputs=at.KT, errors=at.BACK, out=at.HQ, cols=E)
     second = dict(XT=at.ZQT, width=E, state=at.W, first=at.w0, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
 
     @emit
@@ -247,12 +245,15 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.mixed, E, at, at.ZQ, t0=t0, rows=rows)
         else:
-            read_layer(plan, at, **first, momentum=getattr(at, "SU", None), rows=rows)
+            take_rows(at.hidden, E, at, at.HQ, t0=t0, rows=rows)
             slopes(at.HQ, at.ZQ, at.LQ, rows, E)
         columns(at.ZQ, E, 0, 1, 0, rows, at.ZQT)
         take_rows(at.dy, Dv, at, at.GY, t0=t0, rows=rows)
         if routed:
-            read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
+            if mixes:
+                read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
+            else:
+                take_rows(at.online, Dv, at, at.Y, t0=t0, rows=rows)
             own_gate(plan, at, t0=t0, rows=rows)
         for t in range(rows):
             for n in range(Dv // LANES):
@@ -270,11 +271,6 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.hidden, E, at, at.HQ, t0=t0, rows=rows)
             take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
-        elif at.adds_input > 0:
-            for t in range(rows):
-                for n in range(plan.both // LANES):
-                    for x in T.vectorized(LANES):
-                        at.Y[t, n * LANES + x] = at.Y[t, n * LANES + x] + at.Q[t, n * LANES + x]
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads
             dot(at.Y, at.GY, t, Dv, lanes)

@@ -1,4 +1,4 @@
-"""The gradient rows of a chunk, with all that their own gradients need; and those gradients, the second-order terms.
+"""The gradient rows of a chunk as ``deep_write`` has left them; and their gradients, the second-order terms.
 
 H = K U,  Z = gelu(H),  L = gelu'(H),  ERR = -V or 2 (Z W (+ K) - V),  RAW = ERR W^T,  BACK = RAW * L
 """
@@ -13,36 +13,31 @@ from .tiles import add, copy, curve, product, slopes
 from .walk import multiply_rows, take_rows, tiles, times_transpose
 
 
-def keep_gradients(plan, at, *, r0, rows, there) -> None:
-    """The rows that a chunk's gradients are made of to where rows ``r0`` on are kept, or back."""
-    Dv, E = plan.Dv, plan.E
-
-    def move(here, stack, width):
-        @emit
-        def both_ways():
-            if there:
-                copy(here, 0, stack, r0, rows, width)
-            else:
-                copy(stack, r0, here, 0, rows, width)
-
-    for here, stack, width in ((at.H, at.HS, E), (at.RAW, at.RAWS, E), (at.ERR, at.ERRS, Dv)):
-        move(here, stack, width)
-
-
-def gradients_again(plan, at, *, t0, r0, rows) -> None:
-    """All that :func:`walk.gradients` leaves, from the rows that were kept of it."""
+def take_gradients(plan, at, *, t0, rows) -> None:
+    """K, H, Z, L, ERR, RAW and BACK of a chunk from token ``t0`` on."""
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
 
     @emit
     def from_rows():
         take_rows(at.k, Dk, at, at.K, t0=t0, rows=rows)
-        columns(at.K, Dk, 0, 1, 0, at.BP, at.KT)
-        keep_gradients(plan, at, r0=r0, rows=rows, there=False)
+        take_rows(at.rows_h, E, at, at.H, t0=t0, rows=rows)
+        take_rows(at.rows_raw, E, at, at.RAW, t0=t0, rows=rows)
+        take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         slopes(at.H, at.Z, at.L, rows, E)
-        columns(at.Z, E, 0, 1, 0, rows, at.ZT)
-        columns(at.ERR, Dv, 0, 1, 0, rows, at.ERRT)
         copy(at.RAW, 0, at.BACK, 0, rows, E)
         multiply_rows(at.BACK, at.L, rows, E)
+
+
+def gradients_by_column(plan, at, *, rows) -> None:
+    """The same with tokens in columns."""
+    Dk, Dv, E = plan.Dk, plan.Dv, plan.E
+
+    @emit
+    def transposes():
+        columns(at.K, Dk, 0, 1, 0, at.BP, at.KT)
+        columns(at.Z, E, 0, 1, 0, rows, at.ZT)
+        columns(at.ERR, Dv, 0, 1, 0, rows, at.ERRT)
+        columns(at.BACK, E, 0, 1, 0, rows, at.BACKT)
 
 
 def gradients_backward(plan, at, *, t0, rows) -> None:

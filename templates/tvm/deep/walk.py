@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, inline, scratch
 from ..tiles import LANES, add_up, columns, exp, finite
-from .tiles import activated_with_slope, copy, in_turn, overwrite, product, scaled, subtract, weighted
+from .tiles import activated_with_slope, in_turn, overwrite, product, scaled, subtract, weighted
 
 
 def gates_of(plan, at) -> Values:
@@ -159,11 +159,11 @@ def tiles(count, width, rows, cols, make, room=LANES) -> None:
 def gradients(plan, at, *, t0, rows) -> None:
     """Error rows of both layers at the state that enters, from rows u0 of U and w0 of W on.
 
-    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = (ERR W^T) * L, where L = gelu'(H). A backward, which has
-    arrays for them, is left H and RAW = ERR W^T too.
+    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = RAW * L for RAW = ERR W^T and L = gelu'(H). Where there
+    are arrays for it, a backward is left H, RAW and ERR: see :func:`keep_gradients`.
     """
     Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
-    K, KT, ERR, Z, L, RAW = at.K, at.KT, at.ERR, at.Z, at.L, getattr(at, "RAW", None)
+    K, KT, ERR, Z, L = at.K, at.KT, at.ERR, at.Z, at.L
     activate = partial(activated_with_slope, Z=Z, S=L, X=getattr(at, "H", None))
     hidden = product(C, unroll, activate, A=KT, B=at.U, b0=at.u0, steps=Dk)
     out = product(C, unroll, partial(overwrite, C=at.O), A=at.ZT, B=at.W, b0=at.w0, steps=E)
@@ -192,12 +192,23 @@ def gradients(plan, at, *, t0, rows) -> None:
                     for x in T.vectorized(LANES):
                         ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
-        if RAW is None:
-            times_transpose(plan, at, **pulled, out=at.BACK)
-        else:
-            times_transpose(plan, at, **pulled, out=RAW)
-            copy(RAW, 0, at.BACK, 0, rows, E)
+        times_transpose(plan, at, **pulled, out=at.BACK)
+        if hasattr(at, "rows_raw"):
+            keep_gradients(plan, at, t0=t0, rows=rows)
         multiply_rows(at.BACK, L, rows, E)
+
+
+def keep_gradients(plan, at, *, t0, rows) -> None:
+    """H, RAW and ERR of a chunk to where they stay; of them a read of mixed parameters needs H and ERR."""
+    mixes = plan.flags.mixes
+
+    @emit
+    def copies():
+        if T.Or(mixes, at.keeps > 0):
+            put_rows(at, at.H, at.rows_h, plan.E, t0=t0, rows=rows)
+            put_rows(at, at.ERR, at.rows_err, plan.Dv, t0=t0, rows=rows)
+        if at.keeps > 0:
+            put_rows(at, at.BACK, at.rows_raw, plan.E, t0=t0, rows=rows)
 
 
 def times_transpose(plan, at, *, XT, steps, state, width, out, first=0) -> None:

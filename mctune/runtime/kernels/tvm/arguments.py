@@ -13,7 +13,7 @@ _DEEP_CACHE = (
     *("up", "down", "descriptors", "online_up", "online_down", "start_up", "start_down", "momentum_up"),
     *("momentum_down", "key_sum", "cached", "filled"),
 )
-_LEFT = ("online", "hidden", "rows_z", "rows_err")
+_LEFT = ("online", "hidden", "rows_h", "rows_err")
 _SEGMENTS = ("begin", "end", "first", "tokens", "heads")
 _LIMITS = ("longest", "top_k", "scale")
 _CACHE = ("states", "descriptors", "online", "key_sum", "last_key", "last_value", "cached", "filled")
@@ -34,8 +34,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *("lead_key", "lead_value", "dk", "dv", "dg", "dbeta", "dlam"),
     ),
     "deep_write": (
-        *("q", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_SEGMENTS, *_WALK),
-        *("up", "down", "means", "enter_up", "enter_down", *_LEFT),
+        *("q", "k", "v", *_DEEP_GATES, "W_up", "W_down", *_SEGMENTS, *_WALK, "keeps"),
+        *("up", "down", "means", "enter_up", "enter_down", *_LEFT, "rows_raw"),
     ),
     "deep_read": (
         *("q", "u", "k", *_DEEP_GATES, "W_down", "up", "down", "means", "enter_down", *_LEFT, *_SEGMENTS),
@@ -43,7 +43,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "deep_gates": ("u", "k", "means", *_SEGMENTS, "top_k", "gamma", "own"),
     "deep_mix_backward": (
-        *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_z", "rows_err"),
+        *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_h", "rows_err"),
         *("mixture", "gamma", "own", *_SEGMENTS, "longest", *_WALK, "given", "mixed", "dhidden", "dgamma", "parts"),
     ),
     "deep_read_backward": (
@@ -52,7 +52,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "deep_write_backward": (
         *("dy", "q", "k", "v", *_DEEP_GATES, "W_up", "W_down", "means", "up", "down", "enter_up", "enter_down"),
-        *("hidden", "mixed", "dhidden", "own", "dup", "ddown", *_SEGMENTS, "longest", *_WALK),
+        *(*_LEFT, "rows_raw", "mixed", "dhidden", "own", "dup", "ddown", *_SEGMENTS, "longest", *_WALK),
         *("dq", "dk", "dv", "dg", "deta", "dmu", "down_own", "dstart_up", "dstart_down"),
     ),
     "deep_gates_backward": (*("u", "k", "means", "gamma", "own", "down_own", *_SEGMENTS, "dgamma", "du", "dk"),),

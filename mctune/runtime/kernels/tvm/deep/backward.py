@@ -10,7 +10,7 @@ import torch
 
 from ....segments import Segments
 from ....traits import AGGREGATIONS
-from ...kept import wanted
+from ...kept import left_by, wanted
 from ...results import Gradients
 from ..arguments import launch
 from ..loader import load_library, runnable
@@ -77,14 +77,14 @@ class TvmDeepBackward:
         inner = min(inner_chunk, segments.longest)
         chunks = -(-segments.longest // inner)
         check_reach(
-            s.rows * max(groups * s.Dk, s.Dv, s.mixed and s.E),
+            s.rows * max(groups * s.Dk, s.Dv, s.E),
             max(s.states, chunks) * s.E * width,
-            chunks * (inner + 15) * s.E,
             s.states * s.T,
         )
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
         x["dy"] = flat_rows(dy, s.Dv)
-        whole = kept and not s.enters and ("mixture" in kept or not s.mixed)
+        # What was made without the rest is of no use: the writes leave all of it, but for the momentum that enters.
+        whole = kept and not s.enters and set(left_by(self.problem)).issubset(kept)
         kept = kept if kept and whole else {}
         self._again(s, x, kept)
         self._reads(s, x, groups, kept)
@@ -96,7 +96,7 @@ class TvmDeepBackward:
 
     def _again(self, s: Shape, x: dict[str, Any], kept: Mapping[str, torch.Tensor]) -> None:
         """What the forward has left: what it kept, and the rest computed again where it is needed."""
-        x |= s.left_by_writes(x["q"].new_empty, kept)
+        x |= s.left_by_writes(x["q"].new_empty, kept, True)
         if not kept:
             self._launch("deep_write", x)
 

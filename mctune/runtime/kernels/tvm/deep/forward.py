@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ....segments import Segments
-from ...kept import given
+from ...kept import ROWS, given
 from ...results import Forward
 from ..arguments import launch
 from ..loader import load_library, runnable
@@ -67,10 +67,11 @@ class TvmDeepForward:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
         """
         s = Shape.of(self.problem, q, v, W_up, segments)
-        check_reach(s.rows * max(s.Dk, s.Dv, s.mixed and s.E), s.states * s.E * max(s.Dk, s.Dv))
+        keeps = not set(ROWS).isdisjoint(keep)
+        check_reach(s.rows * max(s.Dk, s.Dv, (s.mixed or keeps) and s.E), s.states * s.E * max(s.Dk, s.Dv))
         x = flat_arguments(s, q, k, v, u, g, eta, mu, W_up, W_down, memory_residual, inner_chunk, scale, top_k)
         new = x["q"].new_empty
-        x |= s.left_by_writes(new, {})
+        x |= s.left_by_writes(new, {}, keeps)
         x["mixture"], x["y"] = new(s.rows if s.mixed else 1, s.E), new(s.rows, s.Dv)
         launch("deep_write", self.deep_write, x)
         launch("deep_read", self.deep_read, x)

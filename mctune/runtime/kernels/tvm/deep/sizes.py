@@ -65,16 +65,21 @@ class Shape:
         """Whether momentum enters segments."""
         return self.momentum and self.carried
 
-    def left_by_writes(self, new: Callable[..., Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs of ``deep_write``: ``kept``, or uninitialised; one row where a kernel has no use for an array."""
-        S, hidden, entered = self.states, self.rows if self.mixed else 1, self.states if self.enters else 1
+    def left_by_writes(self, new: Callable[..., Tensor], kept: Mapping[str, Tensor], keeps: bool) -> dict[str, Any]:
+        """The outputs of ``deep_write``: ``kept``, or uninitialised; one row where a kernel has no use for an array.
+
+        ``keeps``: with all that a backward reads.
+        """
+        S, entered = self.states, self.states if self.enters else 1
+        hidden, raw = self.rows if self.mixed or keeps else 1, self.rows if keeps else 1
         shapes = {
             "up": (S * self.Dk, self.E), "down": (S * self.E, self.Dv), "means": (S, self.Dk),
             "enter_up": (entered * self.Dk, self.E), "enter_down": (entered * self.E, self.Dv),
             "online": (1 if self.mixed else self.rows, self.Dv), "hidden": (hidden, self.E),
-            "rows_z": (hidden, self.E), "rows_err": (hidden, self.Dv),
+            "rows_h": (hidden, self.E), "rows_err": (hidden, self.Dv), "rows_raw": (raw, self.E),
         }  # fmt: skip
-        return {name: kept[name].view(shape) if name in kept else new(*shape) for name, shape in shapes.items()}
+        left = {name: kept[name].view(shape) if name in kept else new(*shape) for name, shape in shapes.items()}
+        return {**left, "keeps": int(keeps)}
 
 
 def flat_arguments(
