@@ -16,12 +16,13 @@ from .deep_mix import enter, without
 from .plan import Plan, across_rows
 from .tiles import activate, add_row, overwrite, product, scaled, slopes
 from .walk import chunk_rows, coefficients, gates_of, leave_layer, multiply_rows, put_rows, take_rows, tiles
-from .walk_backward import earlier, read_entering
+from .walk_backward import dot, earlier, read_entering
 
 
 def build(problem, config, target):
     """The PrimFunc ``deep_mix_backward``: mixed, dhidden ``[R, E]``, dgamma ``[S, T]`` and parts ``[R, Dk]``.
 
+    Of the gradients of own, down_own ``[R]``, the part of the second layer: <z, dy W_t^T>.
     mixture ``[R, E]`` holds h where ``given`` is 1, and is not read where it is 0. ``None`` where parameters are not
     mixed.
     """
@@ -39,7 +40,7 @@ def build(problem, config, target):
         rows_h=f32(n.R, E), rows_err=f32(n.R, Dv), mixture=f32(n.R, E), gamma=f32(n.S, n.tokens), own=f32(n.R),
         begin=i32(n.N), end=i32(n.N), first=i32(n.N), tokens=n.tokens, heads=n.heads, longest=n.longest, inner=n.inner,
         scale=T.float32, adds_input=n.adds_input, carries=n.carries, given=n.given, mixed=f32(n.R, E),
-        dhidden=f32(n.R, E), dgamma=f32(n.S, n.tokens), parts=f32(n.part_rows, Dk),
+        dhidden=f32(n.R, E), dgamma=f32(n.S, n.tokens), down_own=f32(n.R), parts=f32(n.part_rows, Dk),
     )  # fmt: skip
     return prim_func("deep_mix_backward", arguments, n, lambda x: every_segment(plan, x))
 
@@ -75,7 +76,7 @@ def every_segment(plan: Plan, x: Values) -> None:
 
 
 def online(plan: Plan, at: Values) -> None:
-    """dhidden = gamma^(s) dy W_t^T, chunk by chunk."""
+    """dhidden = dy W_t^T for now, chunk by chunk."""
     E, Dv, s, inner = plan.E, plan.Dv, at.s, at.inner
 
     @emit
@@ -119,10 +120,6 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
         activate(at.Z, rows, E)
         take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.dy, Dv, at, Y, t0=t0, rows=rows)
-        for t in range(rows):
-            for n in range(Dv // LANES):
-                for x in T.vectorized(LANES):
-                    Y[t, n * LANES + x] = at.own[at.row0 + (t0 + t) * at.heads] * Y[t, n * LANES + x]
         columns(at.ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         columns(Y, Dv, 0, 1, 0, at.BP, at.YT)
         coefficients(plan, at, t0=t0, rows=rows)
@@ -167,6 +164,7 @@ def cached(plan: Plan, at: Values) -> None:
                 DQT=f32(Dk, BT),
                 gate=f32(1, BT),
                 part=f32(1, BT),
+                back=f32(4, LANES),
             )
         )
         here = T.meta_var(without(at, "BP").plus(w, BP=BT))
@@ -204,6 +202,7 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
         put_rows(at, H, at.mixed, E, t0=t0, rows=rows)
         columns(H, E, 0, 1, 0, rows, at.ZT)
         take_rows(at.dhidden, E, at, D, t0=t0, rows=rows)
+        weigh_own(plan, at, t0=t0, rows=rows)
         columns(D, E, 0, 1, 0, rows, at.DT)
         for i in range(at.past):
             pull(plan, at, **units, i=at.base + i, t0=t0, rows=rows, fresh=True)
@@ -221,6 +220,22 @@ def one_block(plan: Plan, at: Values, *, t0, rows) -> None:
                     for x in T.vectorized(LANES):
                         DQ[t, d * LANES + x] = DQ[t, d * LANES + x] + DY[t, d * LANES + x]
         put_rows(at, DQ, at.parts, Dk, t0=t0, rows=rows)
+
+
+def weigh_own(plan: Plan, at: Values, *, t0, rows) -> None:
+    """D = gamma^(s) dy W_t^T, and what the gate's gradient gets of it."""
+    E, D, back, routed = plan.E, at.D, at.back, plan.flags.routed
+
+    @emit
+    def by_row():
+        for t in range(rows):
+            row: T.let = at.row0 + (t0 + t) * at.heads
+            if routed:
+                dot(at.H, D, t, E, back)
+                at.down_own[row] = back[3, 0]
+            for e in range(E // LANES):
+                for x in T.vectorized(LANES):
+                    D[t, e * LANES + x] = at.own[row] * D[t, e * LANES + x]
 
 
 def take_gate(plan: Plan, at: Values, *, i, t0, rows) -> None:

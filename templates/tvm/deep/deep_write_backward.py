@@ -14,7 +14,7 @@ from .coefficients_backward import coefficients_backward, tables
 from .gradients_backward import gradients_backward, gradients_by_column, take_gradients
 from .plan import Plan
 from .tiles import accumulate, copy, slopes
-from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, read_layer, take_rows
+from .walk import chunk_rows, coefficients, gates_of, leave_layer, put_rows, take_rows
 from .walk_backward import (
     coefficient_gradients,
     dot,
@@ -232,7 +232,6 @@ def zero(plan: Plan, at: Values) -> None:
 def queries(plan: Plan, at: Values, *, t0, rows) -> None:
     """Queries of both layers, and the gradients of what they read; and that of the own segment's gate."""
     Dk, Dv, E, mixes, routed = plan.Dk, plan.Dv, plan.E, plan.flags.mixes, plan.flags.routed
-    second = dict(XT=at.ZQT, width=E, state=at.W, first=at.w0, inputs=at.ZT, errors=at.ERR, out=at.Y, cols=Dv)
 
     @emit
     def layers():
@@ -250,10 +249,6 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
         columns(at.ZQ, E, 0, 1, 0, rows, at.ZQT)
         take_rows(at.dy, Dv, at, at.GY, t0=t0, rows=rows)
         if routed:
-            if mixes:
-                read_layer(plan, at, **second, momentum=getattr(at, "SW", None), rows=rows)
-            else:
-                take_rows(at.online, Dv, at, at.Y, t0=t0, rows=rows)
             own_gate(plan, at, t0=t0, rows=rows)
         for t in range(rows):
             for n in range(Dv // LANES):
@@ -263,7 +258,7 @@ def queries(plan: Plan, at: Values, *, t0, rows) -> None:
 
 
 def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
-    """down_own_t = <what t reads of its own segment, dy_t>; of both layers where parameters are mixed."""
+    """down_own_t = <what t reads of its own segment, dy_t>; or the first layer's part, added to the second's."""
     Dv, E, lanes, mixes = plan.Dv, plan.E, at.back, plan.flags.mixes
 
     @emit
@@ -271,13 +266,16 @@ def own_gate(plan: Plan, at: Values, *, t0, rows) -> None:
         if mixes:
             take_rows(at.hidden, E, at, at.HQ, t0=t0, rows=rows)
             take_rows(at.dhidden, E, at, at.dZQ, t0=t0, rows=rows)
+        else:
+            take_rows(at.online, Dv, at, at.Y, t0=t0, rows=rows)
         for t in range(rows):
             row: T.let = at.row0 + (t0 + t) * at.heads
-            dot(at.Y, at.GY, t, Dv, lanes)
-            at.down_own[row] = lanes[3, 0]
             if mixes:
                 dot(at.HQ, at.dZQ, t, E, lanes)
                 at.down_own[row] = at.down_own[row] + lanes[3, 0]
+            else:
+                dot(at.Y, at.GY, t, Dv, lanes)
+                at.down_own[row] = lanes[3, 0]
 
 
 def layers_of(plan: Plan, at: Values) -> tuple[dict, dict]:

@@ -44,7 +44,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "deep_gates": ("u", "k", "means", *_SEGMENTS, "top_k", "gamma", "own"),
     "deep_mix_backward": (
         *("dy", "q", *_DEEP_GATES, "W_down", "means", "up", "down", "enter_down", "hidden", "rows_h", "rows_err"),
-        *("mixture", "gamma", "own", *_SEGMENTS, "longest", *_WALK, "given", "mixed", "dhidden", "dgamma", "parts"),
+        *("mixture", "gamma", "own", *_SEGMENTS, "longest", *_WALK, "given"),
+        *("mixed", "dhidden", "dgamma", "down_own", "parts"),
     ),
     "deep_read_backward": (
         *("dy", "q", "means", "up", "down", "gamma", "mixed", "dhidden", *_SEGMENTS, "scale", "adds_input"),

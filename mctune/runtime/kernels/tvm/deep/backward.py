@@ -105,6 +105,7 @@ class TvmDeepBackward:
         new = x["q"].new_empty
         hidden = s.rows if s.mixed else 1
         x["gamma"], x["dgamma"], x["own"] = new(s.states, s.T), new(s.states, s.T), new(s.rows)
+        x["down_own"] = new(s.rows)
         x["mixed"], x["dhidden"] = new(hidden, s.E), new(hidden, s.E)
         x["parts"] = new(groups * s.rows, s.Dk)
         self._launch("deep_gates", x)
@@ -120,7 +121,6 @@ class TvmDeepBackward:
         for name in ("q", "k", "v", "g", "eta", "mu"):
             x[f"d{name}"] = torch.empty_like(x[name])
         new, lanes = x["q"].new_empty, s.lanes
-        x["down_own"] = new(s.rows)
         x["dstart_up"], x["dstart_down"] = new(lanes * s.Dk, s.E), new(lanes * s.E, s.Dv)
         self._launch("deep_write_backward", x)
         if self.routed:
