@@ -81,7 +81,7 @@ def in_a_task(plan: Plan, x: Values, **place) -> Values:
         stack |= dict(SU=f32(n * Dk, E), SW=f32(n * E, Dv))
         states |= dict(dSU=f32(Dk, E), dSW=f32(E, Dv))
     keys = {name: f32(BP, Dk) for name in ("K", "Q", "dK", "dQ")}
-    values = {name: f32(BP, Dv) for name in ("ERR", "O", "Y", "GY", "dERR")}
+    values = {name: f32(BP, Dv) for name in ("ERR", "Y", "GY", "dERR")}
     units = {name: f32(BP, E) for name in ("Z", "H", "L", "RAW", "BACK", "HQ", "ZQ", "LQ", "dZ", "dZQ", "dBACK")}
     widest = max(Dk, Dv, E)
     by_column = dict(KT=f32(Dk, BP), QT=f32(Dk, BP), ERRT=f32(Dv, BP), GYT=f32(Dv, BP), VT=f32(Dv, BP))
