@@ -173,4 +173,5 @@ def _told(studies: Sequence[StudyReport]) -> str:
     counts: Counter[str] = Counter()
     for study in studies:
         counts.update(dict(study.outcomes))
-    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "no trial finished"
+    told = [f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count]
+    return ", ".join(told) or "no trial finished"

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mctune.cli._cases import cases_of, parse_problem
 from mctune.cli._progress import SearchProgress
+from mctune.cli.search import report_text
 from mctune.core.advice import advice
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
@@ -169,7 +170,16 @@ def test_nothing_valid_is_exit_4(run: Callable[..., Any], planted: Planted) -> N
     planted.valid = False
     ran = run("search", "--problem", FIELDS)
     assert ran.code == 4
-    assert "no valid configuration for cpu: 0 timed, 2 wrong" in ran.err
+    assert "no valid configuration for cpu: 2 wrong; give more" in ran.err
+
+
+def test_a_study_without_a_winner_says_why() -> None:
+    case = load_workload("deep").cases[0]
+    tried = StudyReport(case, (("timed", 0), ("wrong", 2), ("timed_out", 1)), (), None)
+    report = SearchReport(resolve("cpu")[0], Path("out"), (tried, StudyReport(case, (), (), None)), 1.0)
+    first, second = report_text(report).split("\n\n")
+    assert first == f"{case}\nno valid configuration: 2 wrong, 1 timed out"
+    assert second == f"{case}\nnot reached"
 
 
 def test_an_interrupted_search_prints_what_it_has_and_exits_130(run: Callable[..., Any], planted: Planted) -> None:

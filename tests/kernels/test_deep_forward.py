@@ -38,7 +38,7 @@ def test_kernel_agrees_with_the_oracle(one: drawn.Wanted, build: Build, scratch:
         with poisoned_memory():
             found = run_kernel(kernel, case.problem, inputs)
         assert found["y"].dtype == torch.float32 and found["y"].is_contiguous()
-        # The states and mean keys that are kept, too.
+        # What is kept, too.
         assert set(found) == set(right) or case.problem.segmentation == "logarithmic"
         for name, x in found.items():
             assert x.shape == right[name].shape
