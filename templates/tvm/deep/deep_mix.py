@@ -55,33 +55,37 @@ def mix_block(plan, at, *, t0, rows, seen) -> None:
 
 def second_of_online(plan, at) -> None:
     """y += gamma^(s) z W_t, chunk by chunk."""
-    s, E, Dv, inner = at.s, plan.E, plan.Dv, at.inner
+    E, Dv, BP = plan.E, plan.Dv, at.BP
+    more = dict(ZT=f32(E, BP), ZQ=f32(BP, E), ZQT=f32(E, BP), Y=f32(BP, Dv))
+    walk_second(plan, without(at, "lanes", "own", "last"), more, one_chunk)
+
+
+def walk_second(plan, at, more, chunk) -> None:
+    """A segment's inner chunks one after another, with the second layer at hand and the rows of its writes.
+
+    ``chunk(plan, at, *, t0, rows)`` reads W, SW, Z and ERR; ``more`` is the scratch that it takes.
+    """
+    s, E, Dv, inner, BP = at.s, plan.E, plan.Dv, at.inner, at.BP
+    own = scratch(
+        W=f32(E, Dv), SW=f32(E, Dv), Z=f32(BP, E), ERR=f32(BP, Dv), P=f32(BP, BP), weighed=f32(BP, E),
+        carried=f32(BP, E), sum_of_rows=f32(1), **more,
+    )  # fmt: skip
+    here = at.plus(own)
+    w = here.plus(gates_of(plan, here))
+    layer = dict(inputs=w.Z, width=E, errors=w.ERR, cols=Dv, state=w.W, momentum=w.SW)
 
     @emit
     def walk():
-        own = T.meta_var(
-            scratch(
-                W=f32(E, Dv),
-                Z=f32(at.BP, E),
-                ZT=f32(E, at.BP),
-                ERR=f32(at.BP, Dv),
-                ZQ=f32(at.BP, E),
-                ZQT=f32(E, at.BP),
-                Y=f32(at.BP, Dv),
-                P=f32(at.BP, at.BP),
-                weighed=f32(at.BP, E),
-                carried=f32(at.BP, E),
-                sum_of_rows=f32(1),
-            )
-        )
-        momentum = T.meta_var(scratch(SW=f32(E, Dv)))
-        here = T.meta_var(without(at, "lanes", "own", "last").plus(own, momentum))
-        enter(plan, here)
-        w = T.meta_var(here.plus(gates_of(plan, here)))
+        enter(plan, w)
         for c in range((at.length + inner - 1) // inner):
             t0: T.let = at.begin[s] + c * inner
             rows: T.let = T.min(inner, at.end[s] - t0)
-            one_chunk(plan, w, t0=t0, rows=rows, seen=c * inner)
+            take_rows(at.rows_h, E, at, w.Z, t0=t0, rows=rows)
+            activate(w.Z, rows, E)
+            take_rows(at.rows_err, Dv, at, w.ERR, t0=t0, rows=rows)
+            coefficients(plan, w, t0=t0, rows=rows)
+            chunk(plan, w, t0=t0, rows=rows)
+            leave_layer(plan, w, **layer, rows=rows)
 
 
 def without(at, *names):
@@ -108,26 +112,22 @@ def enter(plan, at) -> None:
             clear(at.SW, 0, E, Dv)
 
 
-def one_chunk(plan, at, *, t0, rows, seen) -> None:
-    """One inner chunk of the walk."""
+def one_chunk(plan, at, *, t0, rows) -> None:
+    """What the tokens of an inner chunk read."""
     E, Dv, Y, row0, heads = plan.E, plan.Dv, at.Y, at.row0, at.heads
-    layer = dict(width=E, state=at.W, momentum=at.SW, errors=at.ERR, cols=Dv, rows=rows)
+    layer = dict(width=E, state=at.W, momentum=at.SW, inputs=at.ZT, errors=at.ERR, cols=Dv, rows=rows)
 
     @emit
     def steps():
-        take_rows(at.rows_h, E, at, at.Z, t0=t0, rows=rows)
-        activate(at.Z, rows, E)
-        take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.mixture, E, at, at.ZQ, t0=t0, rows=rows)
         activate(at.ZQ, rows, E)
         columns(at.Z, E, 0, 1, 0, at.BP, at.ZT)
         columns(at.ZQ, E, 0, 1, 0, at.BP, at.ZQT)
-        coefficients(plan, at, t0=t0, rows=rows)
-        read_layer(plan, at, **layer, XT=at.ZQT, inputs=at.ZT, out=Y)
+        read_layer(plan, at, **layer, XT=at.ZQT, out=Y)
         for t in range(rows):
+            own: T.let = at.own_of[t0 - at.begin[at.s] + t]
             for n in range(Dv // LANES):
                 for x in T.vectorized(LANES):
                     at.y[row0 + (t0 + t) * heads, n * LANES + x] = (
-                        at.y[row0 + (t0 + t) * heads, n * LANES + x] + at.own_of[seen + t] * Y[t, n * LANES + x]
+                        at.y[row0 + (t0 + t) * heads, n * LANES + x] + own * Y[t, n * LANES + x]
                     )  # fmt: skip
-        leave_layer(plan, at, **layer, inputs=at.Z)

@@ -12,10 +12,10 @@ from tvm.script import tirx as T
 
 from ..kernel import Values, emit, f32, i32, inline, prim_func, scratch, sizes
 from ..tiles import LANES, clear, columns
-from .deep_mix import enter, without
+from .deep_mix import walk_second, without
 from .plan import Plan, across_rows
-from .tiles import activate, add_row, overwrite, product, scaled, slopes
-from .walk import chunk_rows, coefficients, gates_of, leave_layer, multiply_rows, put_rows, take_rows, tiles
+from .tiles import add_row, overwrite, product, scaled, slopes
+from .walk import chunk_rows, multiply_rows, put_rows, take_rows, tiles
 from .walk_backward import dot, earlier, read_entering
 
 
@@ -77,52 +77,22 @@ def every_segment(plan: Plan, x: Values) -> None:
 
 def online(plan: Plan, at: Values) -> None:
     """dhidden = dy W_t^T for now, chunk by chunk."""
-    E, Dv, s, inner = plan.E, plan.Dv, at.s, at.inner
-
-    @emit
-    def walk():
-        own = T.meta_var(
-            scratch(
-                W=f32(E, Dv),
-                SW=f32(E, Dv),
-                Z=f32(at.BP, E),
-                ERR=f32(at.BP, Dv),
-                ERRT=f32(Dv, at.BP),
-                Y=f32(at.BP, Dv),
-                YT=f32(Dv, at.BP),
-                DZ=f32(at.BP, E),
-                P=f32(at.BP, at.BP),
-                weighed=f32(at.BP, E),
-                carried=f32(at.BP, E),
-                turned=f32(E, at.BP),
-                sum_of_rows=f32(1),
-            )
-        )
-        here = T.meta_var(at.plus(own))
-        enter(plan, here)
-        w = T.meta_var(here.plus(gates_of(plan, here)))
-        for c in range((at.length + inner - 1) // inner):
-            t0: T.let = at.begin[s] + c * inner
-            rows: T.let = T.min(inner, at.end[s] - t0)
-            one_chunk(plan, w, t0=t0, rows=rows)
+    E, Dv, BP = plan.E, plan.Dv, at.BP
+    more = dict(ERRT=f32(Dv, BP), Y=f32(BP, Dv), YT=f32(Dv, BP), DZ=f32(BP, E), turned=f32(E, BP))
+    walk_second(plan, at, more, one_chunk)
 
 
 def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
-    """One inner chunk of the walk."""
+    """What an inner chunk's dy make of the second layer."""
     E, Dv, R, DZ, Y = plan.E, plan.Dv, plan.WR, at.DZ, at.Y
-    layer = dict(width=E, state=at.W, momentum=at.SW, errors=at.ERR, cols=Dv, rows=rows, inputs=at.Z)
     entering = dict(first=0, XT=None, RT=at.YT, width=E, cols=Dv)
     of_errors = product(LANES, plan.unroll, partial(overwrite, C=at.P), A=at.ERRT, B=at.YT, steps=Dv)
 
     @emit
     def steps():
-        take_rows(at.rows_h, E, at, at.Z, t0=t0, rows=rows)
-        activate(at.Z, rows, E)
-        take_rows(at.rows_err, Dv, at, at.ERR, t0=t0, rows=rows)
         take_rows(at.dy, Dv, at, Y, t0=t0, rows=rows)
         columns(at.ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         columns(Y, Dv, 0, 1, 0, at.BP, at.YT)
-        coefficients(plan, at, t0=t0, rows=rows)
         read_entering(plan, at, by=0, of=at.W, **entering)
         if plan.flags.momentum:
             if at.carries > 0:
@@ -137,7 +107,6 @@ def one_chunk(plan: Plan, at: Values, *, t0, rows) -> None:
                     )
         earlier(plan, at, weights=at.P, source=at.Z, width=E, out=DZ, rows=rows)
         put_rows(at, DZ, at.dhidden, E, t0=t0, rows=rows)
-        leave_layer(plan, at, **layer)
 
 
 # --- the cached states
