@@ -63,7 +63,7 @@ def every_lane(plan: Plan, x: Values) -> None:
 def in_a_task(plan: Plan, x: Values, **place) -> Values:
     """The kernel's values, and what one task keeps to itself."""
     Dk, Dv, E = plan.Dk, plan.Dv, plan.E
-    at = x.plus(Values(**place), BP=chunk_rows(x.inner), u0=0, w0=0)
+    at = x.plus(Values(**place), BP=chunk_rows(x.inner))
     own = scratch(
         U=f32(Dk, E), W=f32(E, Dv), total=f32(Dk), Q=f32(at.BP, Dk), QT=f32(Dk, at.BP), HQ=f32(at.BP, E),
         ZQT=f32(E, at.BP), H=f32(at.BP, E), Y=f32(at.BP, Dv), weighed=f32(at.BP, max(Dk, E)), sum_of_rows=f32(1),

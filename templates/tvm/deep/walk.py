@@ -157,17 +157,16 @@ def tiles(count, width, rows, cols, make, room=LANES) -> None:
 
 
 def gradients(plan, at, *, t0, rows) -> None:
-    """Error rows of both layers at the state that enters, from rows u0 of U and w0 of W on.
+    """Error rows of both layers at the state that enters.
 
-    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = RAW * L for RAW = ERR W^T and L = gelu'(H). Where there
-    are arrays for it, a backward is left H, RAW and ERR: see :func:`keep_gradients`.
+    H = K U, Z = gelu(H), ERR = -V or 2 (Z W (+ K) - V), BACK = RAW * L for RAW = ERR W^T and L = gelu'(H).
     """
     Dk, Dv, E, R, C, unroll, squared = plan.Dk, plan.Dv, plan.E, plan.WR, plan.WC, plan.unroll, plan.flags.momentum
     K, KT, ERR, Z, L = at.K, at.KT, at.ERR, at.Z, at.L
-    activate = partial(activated_with_slope, Z=Z, S=L, X=getattr(at, "H", None))
-    hidden = product(C, unroll, activate, A=KT, B=at.U, b0=at.u0, steps=Dk)
-    out = product(C, unroll, partial(overwrite, C=at.O), A=at.ZT, B=at.W, b0=at.w0, steps=E)
-    pulled = dict(XT=at.ERRT, steps=Dv, state=at.W, first=at.w0, width=E)
+    activate = partial(activated_with_slope, Z=Z, S=L, X=at.H)
+    hidden = product(C, unroll, activate, A=KT, B=at.U, steps=Dk)
+    out = product(C, unroll, partial(overwrite, C=at.O), A=at.ZT, B=at.W, steps=E)
+    pulled = dict(XT=at.ERRT, steps=Dv, state=at.W, width=E)
 
     @emit
     def rows_and_products():
@@ -193,13 +192,12 @@ def gradients(plan, at, *, t0, rows) -> None:
                         ERR[t, n * LANES + x] = -ERR[t, n * LANES + x]
         columns(ERR, Dv, 0, 1, 0, at.BP, at.ERRT)
         times_transpose(plan, at, **pulled, out=at.BACK)
-        if hasattr(at, "rows_raw"):
-            keep_gradients(plan, at, t0=t0, rows=rows)
+        keep_gradients(plan, at, t0=t0, rows=rows)
         multiply_rows(at.BACK, L, rows, E)
 
 
 def keep_gradients(plan, at, *, t0, rows) -> None:
-    """H, RAW and ERR of a chunk to where they stay; of them a read of mixed parameters needs H and ERR."""
+    """H, ERR and RAW, which BACK is so far, to where a backward finds them; a read of mixed parameters needs two."""
     mixes = plan.flags.mixes
 
     @emit
@@ -227,17 +225,17 @@ def times_transpose(plan, at, *, XT, steps, state, width, out, first=0) -> None:
         columns(turned, at.BP, 0, 1, 0, width, out)
 
 
-def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, cols, rows, first=0) -> None:
+def read_layer(plan, at, *, XT, width, state, momentum, inputs, errors, out, cols, rows) -> None:
     """out[t] = x_t W_t of one layer: what enters, its momentum, and the rows of the chunk's tokens up to t.
 
     ``XT`` [width, BP] has queries as columns; so have ``inputs`` the layer's input rows. ``errors`` [BP, cols] are its
-    error rows. State and momentum begin at row ``first``.
+    error rows.
     """
     R, C, P = plan.WR, plan.WC, at.P
     fresh = partial(scaled, C=out, gate=at.keep, i=0, fresh=True)
     less = partial(scaled, C=out, gate=at.keep, i=1, negative=True)
-    of_state = product(C, plan.unroll, fresh, A=XT, B=state, b0=first, steps=width)
-    of_momentum = product(C, plan.unroll, less, A=XT, B=momentum, b0=first, steps=width)
+    of_state = product(C, plan.unroll, fresh, A=XT, B=state, steps=width)
+    of_momentum = product(C, plan.unroll, less, A=XT, B=momentum, steps=width)
     of_pairs = product(LANES, plan.unroll, partial(weighted, C=P, weights=at.CT), A=inputs, B=XT, steps=width)
     of_rows = product(C, plan.unroll, partial(subtract, C=out), A=P, B=errors, steps=rows, triangle=True)
 
