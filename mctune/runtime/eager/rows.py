@@ -8,7 +8,6 @@ from torch.nn.functional import gelu
 
 from ..call import Call
 from ..modes import without_autocast
-from .deep import Chunk
 from .forward import by_head, deep_walk, in_tokens, mix_hidden
 from .gates import make_gate
 from .plan import Layout
@@ -26,24 +25,23 @@ def rows_of(call: Call, layout: Layout) -> dict[str, Tensor]:
     """
     with torch.no_grad(), without_autocast(call.q.device):
         q, k, v = (by_head(x, call.compute_dtype) for x in (call.q, call.k, call.v))
-        u = q if call.u is None else by_head(call.u, call.compute_dtype)
+        q = q * call.scale
         steps, plan = list(deep_walk(call, layout, k, v)), layout.states
-        gate = make_gate(call.reads, call.top_k, u, k, layout)
-        hidden, mixture = mix_hidden(q * call.scale, plan, steps, gate, layout)
         rows = {
-            "hidden": hidden,
             "rows_h": in_tokens(plan, [c.up.inputs @ c.up.state for c in steps]),
             "rows_err": in_tokens(plan, [c.down.errors for c in steps]),
             "rows_raw": in_tokens(plan, [c.down.errors @ c.down.state.mT for c in steps]),
         }
         if call.reads.mixes_parameters:
-            rows["mixture"] = mixture
+            u = by_head(call.q if call.u is None else call.u, call.compute_dtype)
+            gate = make_gate(call.reads, call.top_k, u, k, layout)
+            rows["hidden"], rows["mixture"] = mix_hidden(q, plan, steps, gate, layout)
         else:
-            online = in_tokens(plan, _second(steps, plan.take(gelu(hidden, approximate="tanh"))))
-            rows["online"] = online + q * call.scale if call.memory_residual else online
+            x = plan.take(q)
+            hidden = [c.up.read(x[:, c.start : c.stop], c.by) for c in steps]
+            online = [c.down.read(gelu(h, approximate="tanh"), c.by) for c, h in zip(steps, hidden, strict=True)]
+            rows["hidden"], rows["online"] = in_tokens(plan, hidden), in_tokens(plan, online)
+            if call.memory_residual:
+                rows["online"] = rows["online"] + q
     B, T, H, _ = call.q.shape
     return {name: x.view(B, H, T, -1).transpose(1, 2) for name, x in rows.items()}
-
-
-def _second(steps: list[Chunk], z: Tensor) -> list[Tensor]:
-    return [chunk.down.read(z[:, chunk.start : chunk.stop], chunk.by) for chunk in steps]
