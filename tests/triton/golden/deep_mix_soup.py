@@ -154,33 +154,50 @@ def mix_output_kernel(
     store_rows(y + head * dims.DV, acc, tile.first, tile.stop, H * dims.DV, 0, dims.DV, BT, dims.PV)
 
 
+def mix_replay(
+    hidden: torch.Tensor, z: torch.Tensor, error: torch.Tensor | None, v: torch.Tensor, W_down: torch.Tensor,
+    strengths: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None], tables: Tables,
+) -> torch.Tensor:  # fmt: skip
+    """What the own segment's second layer makes of ``hidden``, in parts to be added, [parts, B, T, H, DV] in float32.
+
+    Args:
+        hidden: gelu(h).
+        z, error: of ``deep_write``.
+        v [B, T, H, DV]: of hidden's dtype.
+        W_down [H, DE, DV]: the second layer that every lane starts from, float32.
+        strengths: g, eta, mu [B, T, H], float32, None where absent.
+    """
+    (B, T, H, _), N, parts = v.shape, tables.seg_first.shape[0], triton.cdiv(SE, EB)
+    partials = v.new_empty((parts, B, T, H, DV), dtype=torch.float32)
+    lanes = Spans(tables.seg_begin, tables.seg_end)
+    replay_kernel[(N * parts, B * H)](
+        hidden=hidden, z=z, v=v, W_down=W_down, strengths=Strengths(*strengths), spans=lanes, partials=partials, T=T,
+        H=H, dims=Dims(DK, DV, DE, PK, PV, SK, SV, SE), INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return partials
+
+
 def deep_mix(
     q: torch.Tensor,
-    v: torch.Tensor,
-    first: torch.Tensor,
-    strengths: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     states: tuple[torch.Tensor, torch.Tensor],
     gates: Gates | None,
     hidden: torch.Tensor,
-    z: torch.Tensor,
-    error: torch.Tensor | None,
     tables: Tables,
     tiles: torch.Tensor,
-    online: Callable[[torch.Tensor], torch.Tensor] | None,
+    online: Callable[[torch.Tensor], torch.Tensor],
     scale: float,
     memory_residual: bool,
 ) -> torch.Tensor:
     """y ``[B, T, H, DV]``, of q's dtype.
 
     Args:
-        q [B, T, H, DK], v [B, T, H, DV]: of one dtype.
-        first [H, DE, DV]: the second layer that every lane starts from, float32.
-        strengths: g, eta, mu [B, T, H], float32, None where absent.
+        q [B, T, H, DK].
         states: end states of segments as operands, [B*H, N, SK, SE] and [B*H, N, SE, SV], in q's dtype.
         gates: of ``gates``, logits and lse; None where they are not learned.
-        hidden, z, error: of ``deep_write``; ``hidden`` is overwritten with gelu(h).
+        hidden: of ``deep_write``; it is overwritten with gelu(h).
         tiles: of BT tokens.
-        online: makes of gelu(h) what the own segment's second layer makes of it; where None, its writes are walked.
+        online: makes of gelu(h) what the own segment's second layer makes of it, like :func:`mix_replay`.
         memory_residual: whether the memory adds its input.
     """
     (B, T, H, _), N = q.shape, tables.seg_first.shape[0]
@@ -193,16 +210,7 @@ def deep_mix(
         q=q, up=states[0], gates=read, hidden=hidden, spans=spans, tiles=tiles, scale=scale, together=together, T=T,
         H=H, N=N, dims=dims, BT=BT, EB=EB, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    if online is not None:
-        partials = online(hidden)
-    else:
-        partials = q.new_empty((parts, B, T, H, DV), dtype=torch.float32)
-        lanes = Spans(tables.seg_begin, tables.seg_end)
-        replay_kernel[(N * parts, heads)](
-            hidden=hidden, z=z, v=v, W_down=first, strengths=Strengths(*strengths), spans=lanes, partials=partials, T=T,
-            H=H, dims=dims, INNER=INNER, ROWS=triton.next_power_of_2(max(INNER, 16)), EB=EB, num_warps=num_warps,
-            num_stages=num_stages,
-        )  # fmt: skip
+    partials = online(hidden)
     y = q.new_empty((B, T, H, DV))
     mix_output_kernel[(tiles.shape[0] * together, heads // together)](
         q=q, down=states[1], gates=read, hidden=hidden, partials=partials, spans=spans, tiles=tiles, y=y, scale=scale,

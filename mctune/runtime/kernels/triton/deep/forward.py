@@ -50,6 +50,7 @@ class TritonDeepForward:
         self.row_output = parts["deep_row_output"].deep_row_output if "deep_row_output" in parts else None
         self.gates = parts["gates"].gates if "gates" in parts else None
         self.read: Any = parts["deep_mix"].deep_mix if self.mixes else parts["deep_read"].deep_read
+        self.replay = parts["deep_mix"].mix_replay if self.mixes else None
 
     def __call__(
         self,
@@ -90,9 +91,9 @@ class TritonDeepForward:
             chosen = min(max(top_k, 1), segments.count)
             gates = self.gates(u=u, k=k, means=made.means, sums=None, tables=tables, tiles=tiles, top_k=chosen)
         read = {"q": q, "states": (made.up_operand, made.down_operand), "gates": gates, **options}
-        if self.mixes:
-            read |= {"v": v, "first": first[1], "strengths": strengths, "online": online}
-            read |= {name: getattr(made, name) for name in ("hidden", "z", "error")}
+        if self.replay is not None:
+            walked = {"z": made.z, "error": made.error, "v": v, "W_down": first[1], "strengths": strengths}
+            read["hidden"], read["online"] = made.hidden, online or partial(self.replay, tables=tables, **walked)
         else:
             read["partials"] = made.partials
         y = self.read(**read, tiles=tables.tiles(self.config["read_BT"]))
