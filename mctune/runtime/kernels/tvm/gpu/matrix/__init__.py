@@ -1,0 +1,1 @@
+"""Launchers of matrix memories."""

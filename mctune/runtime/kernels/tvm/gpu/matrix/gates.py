@@ -1,0 +1,43 @@
+"""Learned gates: the kernel of ``gates`` on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ....triton.tables import Tables
+from ..functions import Function
+from .arrays import Gates
+
+Tensor = torch.Tensor
+
+
+class LearnedGates:
+    """The operation ``gates`` of one configuration.
+
+    Args:
+        functions: its kernels by name.
+    """
+
+    def __init__(self, functions: Mapping[str, Function]) -> None:
+        self.functions = functions
+
+    def gates(
+        self, u: Tensor, k: Tensor, means: Tensor, sums: Tensor | None, *, tables: Tables, tiles: Tensor, top_k: int
+    ) -> Gates:
+        """logits ``[B*H, N, T]`` and lse ``[B*H, T]``, from u, k ``[B, T, H, DK]`` and mean keys ``[B*H, N, SK]``.
+
+        Row i of the logits is written at the tokens of segment i, where it is the online one, and of later ones.
+        """
+        B, T, H, _ = u.shape
+        N = tables.seg_first.shape[0]
+        made = Gates(*(u.new_empty(shape, dtype=torch.float32) for shape in ((B * H, N, T), (B * H, T))))
+        self.functions["gates_kernel"](
+            (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if sums is None else sums,
+            **made._asdict(), begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
+            seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles, many=int(sums is not None),
+            top_k=top_k, T=T, H=H, N=N, P=tables.begin.shape[0],
+        )  # fmt: skip
+        return made

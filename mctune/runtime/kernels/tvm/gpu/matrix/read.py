@@ -1,0 +1,44 @@
+"""The read: the kernel of ``read_forward`` on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ....triton.tables import Tables
+from ..functions import Function, blocks
+from .arrays import Decays, Gates, States
+
+Tensor = torch.Tensor
+
+
+class Read:
+    """The operation ``read_forward`` of one configuration.
+
+    Args:
+        functions: its kernels by name.
+        problem, config: of the entry in the tuned table.
+    """
+
+    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        self.functions = functions
+        self.DV = problem["Dv"]
+        self.values = config["read_BV"]
+
+    def read_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, states: States, gates: Gates | None, decays: Decays | None,
+        *, tables: Tables, tiles: Tensor, y: Tensor, scale: float, heads: int, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """y ``[B, T, H, DV]``, written from q, k ``[B, T, H, DK]`` and v, all of one dtype."""
+        T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
+        name = "read_summed_kernel" if gates is None else "read_gated_kernel"
+        gamma = {"past": states.past} if gates is None else gates._asdict()
+        self.functions[name](
+            (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q=q, k=k, v=v, states=states.operand, y=y,
+            **({} if decays is None else decays._asdict()), **gamma, begin=tables.begin, end=tables.end,
+            segment=tables.segment, entering=tables.entering, seg_first=tables.seg_first, seg_last=tables.seg_last,
+            tiles=tiles, scale=scale, T=T, H=H, N=N, P=P,
+        )  # fmt: skip
+        return y

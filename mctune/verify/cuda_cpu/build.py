@@ -1,0 +1,87 @@
+"""Kernels as libraries for a CPU, and the shim beneath them: compiled once, and kept by what they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+from mctune.backends.kept import scratch_in
+from mctune.core.errors import DeviceError, MctuneError
+from mctune.runtime.errors import KernelError
+from mctune.runtime.kernels.tvm.compiler import c_compiler
+from mctune.verify.cuda_cpu.source import on_cpu
+
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+# What a thread has not written is no zero.
+_UNWRITTEN = "-ftrivial-auto-var-init=pattern"
+_LIMIT_S = 300.0
+
+
+def compiler() -> list[str]:
+    """The words of the command that compiles C++.
+
+    Raises:
+        DeviceError: if there is none, or it is not for x86-64.
+    """
+    machine = sysconfig.get_platform()
+    if not machine.endswith("x86_64"):
+        raise DeviceError(f"CUDA kernels are verified on CPUs of x86-64, and this is {machine}")
+    try:
+        return c_compiler(("CXX",), ("g++", "clang++", "c++"))
+    except KernelError as error:
+        raise DeviceError(str(error)) from None
+
+
+def library(source: str, folder: Path, level: str = "-O1") -> Path:
+    """The library of the kernels of CUDA C ``source``, in ``folder``; kept, should it be there already.
+
+    Raises:
+        MctuneError: if the source is not what the shim knows.
+        DeviceError: if the compiler fails.
+    """
+    text = on_cpu(source)
+    name = _digest(text, *_shim(), level)
+    path = folder / f"cpu_{name}.so"
+    if path.is_file():
+        return path
+    with scratch_in(folder, "cuda") as scratch:
+        code, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+        code.write_text(text, encoding="utf-8")
+        run([*compiler(), *_FLAGS, _UNWRITTEN, level, f"-I{_HERE}", "-shared", str(code), "-o", str(made)])
+        made.replace(path)
+    return path
+
+
+def run(command: list[str]) -> str:
+    """Run a command of the compiler.
+
+    Raises:
+        DeviceError: with the first error that it reports.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise DeviceError(f"{command[0]} did not compile a kernel for the CPU within {_LIMIT_S:g} s") from None
+    except OSError as error:
+        raise DeviceError(f"{command[0]} cannot be run: {error.strerror}; look at CXX") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
+        raise DeviceError(f"{shlex.join(command[:1])} cannot compile a kernel for the CPU: {lines[0][:300]}")
+    return done.stdout
+
+
+@cache
+def _shim() -> tuple[str, ...]:
+    return tuple((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp"))
+
+
+def _digest(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
