@@ -36,12 +36,12 @@ def support(backend: str, target: Target) -> Support:
     return Support()
 
 
-def computes(backend: str, problem: Problem) -> Support:
-    """Whether a backend has templates for the memories and the pass of a problem."""
-    rows = served(family=problem.writes.family, backend=backend)
+def computes(backend: str, problem: Problem, device: str | None = None) -> Support:
+    """Whether a backend has templates for the memories and the pass of a problem, on a kind of device."""
+    rows = served(device=device, family=problem.writes.family, backend=backend)
     title = _TITLES.get(backend, backend)
     if not rows:
-        families = {row.family for row in served(backend=backend)}
+        families = {row.family for row in served(device=device, backend=backend)}
         have = ", ".join(name for name, row in RECURRENCES.items() if row.family in families)
         return Support.no(f"recurrence={problem.recurrence!r} has no {title} template; there are {have}")
     if not any(problem.pass_ in row.passes for row in rows):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+MARK = "// mctune: "
+"""Begins a comment that says how often a loop runs (:mod:`mctune.backends.triton.cost.marks`); it is kept."""
 _LABEL = re.compile(r"^([$.\w]+):(?!:)")
 _BRANCH = re.compile(r"^(@!?%?\w+\s+)?(bra(?:\.uni)?|s_branch|s_cbranch_\w+)\s+([$.\w]+)")
 _STOP = re.compile(r"^(@!?%?\w+\s+)?(ret|exit|trap|s_endpgm|s_setpc_b64)\b")
@@ -49,7 +51,8 @@ def blocks_of(asm: str) -> list[Block]:
             continue
         if line.startswith(".section") and started and any(block.lines for block in blocks):
             break  # what follows is data and line tables
-        if not line or (line.startswith((";", "//", ".")) and not _LABEL.match(line)):
+        note = line.startswith(MARK)
+        if not line or (line.startswith((";", "//", ".")) and not note and not _LABEL.match(line)):
             continue
         # Inside the braces of inline assembly labels are local, and loops wait for a copy or a product.
         inline = depth > 1

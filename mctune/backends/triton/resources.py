@@ -36,8 +36,11 @@ class Core:
 # CUDA C++ programming guide, "Arithmetic Instructions" and "Technical Specifications per Compute Capability"; AMD CDNA3
 # ISA guide. From memory.
 CORES = {
+    "sm_70": Core(64, 16, 32, shared_unit=256, shared_reserved=0),
+    "sm_75": Core(64, 16, 16, shared_unit=256, shared_reserved=0),
     "sm_80": Core(64, 16, 32),
     "sm_86": Core(128, 16, 16),
+    "sm_87": Core(128, 16, 16),
     "sm_89": Core(128, 16, 24),
     "sm_90": Core(128, 16, 32),
     "sm_100": Core(128, 16, 32),
@@ -45,7 +48,7 @@ CORES = {
     # 512 registers for each lane of a SIMD. A wave's 64 lanes take 4 clocks there, and 16 for a special function.
     "gfx942": Core(128, 16, 32, registers=512 * 64, register_unit=8 * 64, shared_unit=512, shared_reserved=0),
 }
-"""By ``Target.arch``: what Triton serves."""
+"""By ``Target.arch``."""
 
 
 @dataclass(frozen=True)

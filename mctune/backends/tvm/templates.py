@@ -31,8 +31,9 @@ OPERATIONS = {
 """The templates of each family and pass; one exported library holds them all."""
 
 
-def _folder_package(name: str, folder: Any) -> ModuleType:
-    """A folder of modules, importable as the package ``name`` wherever it stands."""
+def templates_package() -> ModuleType:
+    """The folder of templates, importable as a package wherever it stands."""
+    name, folder = "mctune_templates", templates_dir()
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -70,7 +71,7 @@ def render(problem: Problem, config: Config, target: Target) -> Any:
 
     # One computation has one kernel, whatever the aggregation is called.
     problem = problem.replace(aggregation=alike(problem.aggregation, problem.writes.family))
-    _folder_package("mctune_templates", templates_dir())
+    templates_package()
     functions = {}
     for operation in OPERATIONS[problem.writes.family, problem.pass_]:
         template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")

@@ -50,6 +50,7 @@ SERVED = (
     Served("tvm", "cpu", "deep", dtype="float32"),
     Served("triton", "cuda", "matrix"),
     Served("triton", "cuda", "deep", fixed=("inner_chunk",)),
+    Served("tvm", "cuda", "matrix", passes=("forward",)),
 )
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
 

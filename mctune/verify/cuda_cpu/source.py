@@ -152,6 +152,7 @@ _INSTRUCTIONS: tuple[tuple[str, Callable[[re.Match[str], list[str], list[str]], 
         r"cp\.async\.c[ag]\.shared\.global \[%0\], \[%1\], (\d+), %2",
         lambda found, _, given: f"device::copy_later(mctune_line, {given[0]}, {given[1]}, {found[1]}, {given[2]})",
     ),
+    (r"// .*", lambda *_: "(void)0"),
     (r"cp\.async\.commit_group", lambda *_: "device::commit_copies(mctune_line)"),
     (r"cp\.async\.wait_group (\d+)", lambda found, *_: f"device::wait_copies(mctune_line, {found[1]})"),
 )

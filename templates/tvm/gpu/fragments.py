@@ -160,7 +160,7 @@ class Lanes(Fragments):
         assert isinstance(a, Operand), "operands of float32 stay in shared memory"
         wide = cols // 8
         left, right = registers(4 * self.slots, name="left"), registers(4 * wide, name="right")
-        with T.serial(0, depth // 4) as step:
+        with loop(0, depth // 4) as step:
             k = named(step * 4, "k")
             for slot in range(self.slots):
                 self._load_left(left, a, slot, k)

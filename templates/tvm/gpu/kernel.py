@@ -10,6 +10,7 @@ a kernel is compiled. A loop that runs on the device is ``with loop(begin, end) 
 Kernels are compiled by TVM's ``tirx`` pipeline, which neither adds nor moves a barrier: each is written down.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,14 +108,23 @@ def registers(count: int, dtype: str = "float32", name: str = "held") -> Any:
 
 
 @contextmanager
-def loop(begin: Any, end: Any, step: int = 1) -> Iterator[Any]:
-    """Runs on the device, for ``begin, begin + step, ..`` below ``end``."""
-    if step == 1:
-        with T.serial(begin, end) as i:
-            yield i
-    else:
-        with T.serial(0, T.truncdiv(end - begin + (step - 1), step)) as i:
-            yield named(begin + i * step, "at")
+def loop(begin: Any, end: Any, step: int = 1, trips: str = "") -> Iterator[Any]:
+    """Runs on the device, for ``begin, begin + step, ..`` below ``end``.
+
+    ``trips`` says how often, in the words of the cost model: a comment in the machine's assembly, which has no other
+    trace of it. Without, it is a constant that Python knows.
+    """
+    ends = end if step == 1 else T.truncdiv(end - begin + (step - 1), step)
+    with T.serial(begin if step == 1 else 0, ends) as i:
+        mark(trips or f"times {-(-(end - begin) // step)}")
+        yield i if step == 1 else named(begin + i * step, "at")
+
+
+def mark(text: str) -> None:
+    """A comment in the assembly."""
+    name = "mark_" + "_".join(re.findall(r"\w+", text))
+    code = f'__forceinline__ __device__ void {name}() {{ asm volatile("// mctune: {text}"); }}\n'
+    T.evaluate(T.cuda.func_call(name, source_code=code))
 
 
 @contextmanager

@@ -10,16 +10,20 @@ import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from mctune.backends.triton.blocks import blocks_of, successors_of
+from mctune.backends.triton.blocks import MARK, blocks_of, successors_of
 from mctune.backends.triton.cost.opcodes import Mix, amd_mix, ptx_mix
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop, or the whole kernel: one pass through ``mix``, then the loops inside, in the order of the text."""
+    """A loop, or the whole kernel: one pass through ``mix``, then the loops inside, in the order of the text.
+
+    ``marks``: what comments say of it, each as often as the loop was unrolled.
+    """
 
     mix: Mix
     inner: tuple[Loop, ...] = ()
+    marks: tuple[str, ...] = ()
 
     @property
     def matrix(self) -> bool:
@@ -43,8 +47,11 @@ def loops_of(asm: str, warps: int, warp_size: int) -> Loop:
         )
         for block in blocks
     ]
+    marks = [
+        tuple(line.removeprefix(MARK) for line in block.lines if line.startswith(MARK)) for block in blocks
+    ]
     bodies = _natural_loops(successors_of(blocks))
-    return _nest(frozenset(range(len(blocks))), dict(sorted(bodies.items())), mixes)
+    return _nest(frozenset(range(len(blocks))), dict(sorted(bodies.items())), mixes, marks)
 
 
 def sum_of(mixes: object) -> Mix:
@@ -86,10 +93,15 @@ def _natural_loops(successors: list[set[int]]) -> dict[int, frozenset[int]]:
     return {head: frozenset(body) for head, body in loops.items()}
 
 
-def _nest(body: frozenset[int], loops: dict[int, frozenset[int]], mixes: list[Mix]) -> Loop:
+def _nest(
+    body: frozenset[int], loops: dict[int, frozenset[int]], mixes: list[Mix], marks: list[tuple[str, ...]]
+) -> Loop:
     """The blocks of ``body`` as a loop, with those of ``loops`` that lie inside it."""
     inner = {head: other for head, other in loops.items() if other < body}
     outermost = [head for head, other in inner.items() if not any(other < third for third in inner.values())]
     rest = body.difference(*(inner[head] for head in outermost))
-    children = tuple(_nest(inner[head], {h: b for h, b in inner.items() if h != head}, mixes) for head in outermost)
-    return Loop(sum_of(mixes[block] for block in sorted(rest)), children)
+    children = tuple(
+        _nest(inner[head], {h: b for h, b in inner.items() if h != head}, mixes, marks) for head in outermost
+    )
+    own = tuple(mark for block in sorted(rest) for mark in marks[block])
+    return Loop(sum_of(mixes[block] for block in sorted(rest)), children, own)

@@ -13,11 +13,12 @@ from dataclasses import astuple, dataclass, replace
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.cost.calibrated import calibration
 from mctune.backends.triton.cost.footprint import footprint
+from mctune.backends.triton.cost.marks import marked, source_of_marks
 from mctune.backends.triton.cost.mix import Loop, loops_of, sum_of
 from mctune.backends.triton.cost.opcodes import Mix
 from mctune.backends.triton.cost.parameters import Parameters
 from mctune.backends.triton.cost.trips import UNCOUNTED, source_of
-from mctune.backends.triton.cost.walk import Source
+from mctune.backends.triton.cost.walk import Source, Walk
 from mctune.backends.triton.resources import CORES, Core, resources
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
@@ -115,7 +116,7 @@ def _in_words(parts: Sequence[Part], calibrated: bool) -> str:
 def _demand(launch: Launch, problem: Problem, config: Config, target: Target, parameters: Parameters) -> Demand:
     compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
     cost = _matrix_cost(problem, config, target)
-    told = [_walked(launch, compiled, source_of(launch, problem, config, target, heaviest), parameters, cost)
+    told = [_walked(launch, compiled, _source(launch, compiled, problem, config, target, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
     # Count on half of the cache: other arrays pass through it too.
@@ -141,6 +142,15 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
         extra=_EXTRA.get(launch.name, 0),
         serialized=launch.serialized and any(loop.matrix for loop in compiled.inner),
     )
+
+
+def _source(
+    launch: Launch, compiled: Loop, problem: Problem, config: Config, target: Target, heaviest: bool
+) -> Source | None:
+    """How often a launch's loops run: as its assembly says, or else as is known of kernels of its name."""
+    if marked(compiled):
+        return source_of_marks(compiled, Walk(problem, config, dict(launch.values), heaviest))
+    return source_of(launch, problem, config, target, heaviest)
 
 
 _EXTRA = {"place_kernel": 3}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.errors import DeviceError
 
 REMEDY = "pip install 'mctune[cuda-tvm]' (Linux, x86-64)"
 _NAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so")
@@ -18,7 +18,7 @@ OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-option
 Products and sums may become one operation, which rounds once instead of twice."""
 
 
-class CompileError(MctuneError):
+class CompileError(RuntimeError):
     """NVRTC refuses a source."""
 
 

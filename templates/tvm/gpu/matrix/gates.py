@@ -63,7 +63,7 @@ class _Gates:
         self._online()
         store(self.top, 0, self.own[0])
         store(self.size, 0, T.float32(1))
-        with loop(at.oldest, at.segment, self.BN) as i0:
+        with loop(at.oldest, at.segment, self.BN, trips=f"cached {self.BT} {self.BN}") as i0:
             self._cached(i0)
         line = at.bh * x.N * x.T
         if plan.flags.sparse:
@@ -84,11 +84,13 @@ class _Gates:
         for n, column in self._columns(each):
             store(total, n, T.float32(0))
             with when(column < plan.SK):
-                with when(x.many != 0), loop(x.seg_piece[at.segment], at.piece) as p:
+                with when(x.many != 0), loop(
+                    x.seg_piece[at.segment], at.piece, trips=f"before {self.BT}"
+                ) as p:
                     add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
-            with when(column < plan.DK), loop(at.start, at.first) as j:
+            with when(column < plan.DK), loop(at.start, at.first, trips=f"earlier {self.BT}") as j:
                 add(total, n, keys.load(j, column))
-        with loop(at.first, at.stop, _FIRST) as first:
+        with loop(at.first, at.stop, _FIRST, trips=f"times {self.BT // _FIRST}") as first:
             barrier()
             for n, column in self._columns(each):
                 with when(column < plan.SK), loop(0, _FIRST) as j:
@@ -121,7 +123,9 @@ class _Gates:
         for place, slot, col in frag.elements(BN):
             store(self.scores.numbers, col * self.scores.cols + x.warp * 32 + frag.row(slot), acc[place])
         barrier()
-        with when(self.valid), loop(i0, T.min(i0 + BN, at.segment)) as i:
+        with when(self.valid), loop(
+            i0, T.min(i0 + BN, at.segment), trips=f"share {self.BT} {BN}"
+        ) as i:
             score = named(self.scores.numbers[(i - i0) * self.scores.cols + x.thread], "score")
             store(x.logits, (at.bh * x.N + i) * x.T + self.t, score)
             if not plan.flags.sparse:
@@ -130,7 +134,7 @@ class _Gates:
     def _load_means(self, i0: Any) -> None:
         """Mean keys, split into two numbers whose sum they are."""
         plan, x, at, BN = self.plan, self.x, self.at, self.BN
-        with loop(x.thread, BN * plan.SK, self.BT) as index:
+        with loop(x.thread, BN * plan.SK, self.BT, trips=f"times {BN * plan.SK // self.BT}") as index:
             row, d = named(T.truncdiv(index, plan.SK), "mean_row"), named(T.truncmod(index, plan.SK), "d")
             mean = registers(1, name="mean")
             store(mean, 0, T.float32(0))
@@ -156,11 +160,11 @@ class _Gates:
         least, latest = registers(1, name="least"), registers(1, "int32", "latest")
         store(least, 0, infinity())
         store(latest, 0, T.int32(-1))
-        with loop(0, T.min(x.top_k, at.segment - at.oldest)):
+        with loop(0, T.min(x.top_k, at.segment - at.oldest), trips="top_k"):
             best, which = registers(1, name="best"), registers(1, "int32", "which")
             store(best, 0, -infinity())
             store(which, 0, T.int32(-1))
-            with loop(at.oldest, at.segment) as i:
+            with loop(at.oldest, at.segment, trips=f"cached {self.BT} 1") as i:
                 score = named(x.logits[line + i * x.T + self.t], "candidate")
                 # After the last one that was taken, in the order of logits.
                 after = T.Or(score < least[0], T.And(score == least[0], i > latest[0]))
@@ -171,7 +175,7 @@ class _Gates:
                 self._soften(best[0])
                 store(least, 0, best[0])
                 store(latest, 0, which[0])
-        with loop(at.oldest, at.segment) as i:
+        with loop(at.oldest, at.segment, trips=f"cached {self.BT} 1") as i:
             score = named(x.logits[line + i * x.T + self.t], "left")
             with when(T.Or(score < least[0], T.And(score == least[0], i > latest[0]))):
                 store(x.logits, line + i * x.T + self.t, -infinity())

@@ -29,7 +29,7 @@ def build(problem: Any, config: Any, target: Any) -> list[Any]:
 def read(plan: Plan) -> Any:
     """One kernel for all aggregations: flags decide."""
     stored = plan.number.stored
-    arguments = pointers(stored, "q", "k", "v", "states", "y")
+    arguments = pointers(stored, "q", "k", "v", "operand", "y")
     if plan.flags.gated:
         arguments |= pointers("float32", "cum", "now", "after", "before")
     arguments |= pointers("float32", "logits", "lse") if plan.flags.routed else pointers(stored, "past")
@@ -124,7 +124,7 @@ def _entered(work: _Work) -> Any:
         now = work.slots("now_t", lambda token, _: x.now[at.bh * x.T + token])
     enters = named(x.entering[at.piece], "enters")
     with when(enters >= 0):
-        source = work.states(x.states, at.bh * x.P + enters)
+        source = work.states(x.operand, at.bh * x.P + enters)
         held = work.state.room("entering_state")
         work.state.fetch(x.thread, source, 0, plan.SK, work.column, held)
         work.state.put(x.thread, held, work.m)
@@ -162,7 +162,7 @@ def _online(work: _Work, decays: Any) -> None:
     """The piece's own tokens, BJ at a time: scores of q and k, causal and decayed, times v."""
     plan, x, at, frag, BJ = work.plan, work.x, work.at, work.frag, work.BJ
     keys, values = work.rows(x.k, plan.DK), work.rows(x.v, plan.DV)
-    with loop(at.start, at.stop, BJ) as first:
+    with loop(at.start, at.stop, BJ, trips=f"online {work.BT} {BJ}") as first:
         barrier()
         stop = named(T.min(first + BJ, at.stop), "tokens_end")
         work.load(work.k, keys, first, stop, 0, plan.SK)
@@ -223,14 +223,14 @@ def _gated(work: _Work) -> None:
     held = work.state.room("next_state")
 
     def fetch(i: Any) -> None:
-        source = work.states(x.states, at.bh * x.P + x.seg_last[i])
+        source = work.states(x.operand, at.bh * x.P + x.seg_last[i])
         work.state.fetch(x.thread, source, 0, plan.SK, work.column, held)
 
-    ahead = plan["prefetch"] == "registers"
+    ahead = plan["read_prefetch"] == "registers"
     if ahead:
         with when(at.oldest < at.segment):
             fetch(at.oldest)
-    with loop(at.oldest, at.segment) as i:
+    with loop(at.oldest, at.segment, trips=f"cached {work.BT} 1") as i:
         gate = gates(i, "gate")
         if not ahead:
             fetch(i)

@@ -53,7 +53,7 @@ def _decays(x: Any) -> None:
     origin = named(T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), "origin")
     carried = registers(1, name="carried")
     store(carried, 0, T.float32(0))
-    with loop(start, stop, WARP) as first:
+    with loop(start, stop, WARP, trips="piece 32") as first:
         t = named(first + x.lane, "t")
         total = registers(1, name="total")
         store(total, 0, T.float32(0))
@@ -123,7 +123,7 @@ def _local(plan: Plan, x: Any) -> None:
         store(sums, n, T.float32(0))
     last = named(x.cum[bh * x.T + stop - 1], "cum_end") if plan.flags.gated else None
     copy_k, copy_v = Copy(BT, warps * R, threads, number), Copy(BT, BV, threads, number)
-    with loop(start, stop, BT) as t0:
+    with loop(start, stop, BT, trips=f"piece {BT}") as t0:
         held_k, held_v = copy_k.room("held_k"), copy_v.room("held_v")
         copy_k.fetch(x.thread, keys, t0, stop, first_key, held_k)
         copy_v.fetch(x.thread, values, t0, stop, column, held_v)
@@ -209,7 +209,9 @@ def _carry(plan: Plan, x: Any) -> None:
     state, earlier = registers(1, name="state"), registers(1, name="earlier")
     store(state, 0, T.float32(0))
     store(earlier, 0, T.float32(0))
-    with when(place < size), loop(x.seq_begin[x.row], x.seq_end[x.row]) as piece:
+    with when(place < size), loop(
+        x.seq_begin[x.row], x.seq_end[x.row], trips="pieces"
+    ) as piece:
         at = named((bh * x.P + piece) * size + place, "at")
         entered = registers(1, name="entered")
         store(entered, 0, T.float32(0))
@@ -241,7 +243,7 @@ def _means(plan: Plan, x: Any) -> None:
     total = registers(1, name="total")
     store(total, 0, T.float32(0))
     with when(x.thread < plan.SK):
-        with loop(x.seg_piece[s], x.seg_last[s] + 1) as piece:
+        with loop(x.seg_piece[s], x.seg_last[s] + 1, trips="pieces_of_segment") as piece:
             add(total, 0, x.sums[(bh * x.P + piece) * plan.SK + x.thread])
         length = T.cast(x.seg_end[s] - x.seg_begin[s], "float32")
         store(x.means, (bh * x.N + s) * plan.SK + x.thread, total[0] / length)

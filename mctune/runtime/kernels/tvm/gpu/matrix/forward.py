@@ -27,6 +27,9 @@ class TvmGpuForward(TritonForward):
         self, kernel: Path, record: Mapping[str, Any], functions: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
         functions = load_parts(kernel.parent, record["parts"]) if functions is None else functions
+        config = record["config"]
+        tiles = {"read_BT": config["read_warps"] * config["read_rows"], "gates_BT": 32 * config["gates_warps"]}
+        record = {**record, "config": {**config, **tiles, "gates": "precomputed"}}
         super().__init__(kernel, record, make_parts(functions, record))
         self.device = device()
 

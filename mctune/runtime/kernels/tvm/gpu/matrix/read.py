@@ -36,7 +36,7 @@ class Read:
         name = "read_summed_kernel" if gates is None else "read_gated_kernel"
         gamma = {"past": states.past} if gates is None else gates._asdict()
         self.functions[name](
-            (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q=q, k=k, v=v, states=states.operand, y=y,
+            (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q=q, k=k, v=v, operand=states.operand, y=y,
             **({} if decays is None else decays._asdict()), **gamma, begin=tables.begin, end=tables.end,
             segment=tables.segment, entering=tables.entering, seg_first=tables.seg_first, seg_last=tables.seg_last,
             tiles=tiles, scale=scale, T=T, H=H, N=N, P=P,

@@ -1,0 +1,39 @@
+"""Which templates make a pass on a GPU, and the parameters that each is built with."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mctune.backends.tvm.templates import templates_package
+from mctune.core.config import Config
+from mctune.core.problem import Problem
+from mctune.core.target import Target
+
+OPERATIONS = {
+    ("matrix", "forward"): ("segment_states", "gates", "read_forward"),
+}
+"""By family and pass; gates only where they are learned."""
+PREFIXES = {"segment_states": "states", "gates": "gates", "read_forward": "read"}
+"""What the names of an operation's parameters begin with."""
+_SHARED = ("instruction", "formulation")
+
+
+def operations(problem: Problem) -> tuple[str, ...]:
+    """The operations of a problem, in order."""
+    every = OPERATIONS[problem.writes.family, problem.pass_]
+    return tuple(name for name in every if name != "gates" or problem.routed)
+
+
+def parameters(operation: str, config: Config) -> dict[str, Any]:
+    """Those of a configuration that the operation is built with."""
+    prefix = f"{PREFIXES[operation]}_"
+    return {name: value for name, value in config.to_dict().items() if name.startswith(prefix) or name in _SHARED}
+
+
+def build_kernels(operation: str, problem: Problem, config: Config, target: Target) -> list[Any]:
+    """The kernels of an operation: ``templates.tvm.gpu.kernel.Kernel``."""
+    templates_package()
+    template = importlib.import_module(f"mctune_templates.tvm.gpu.{problem.writes.family}.{operation}")
+    found: list[Any] = template.build(problem, config, target)
+    return found
