@@ -82,9 +82,11 @@ class Backend(Protocol):
     """One way to compile templates."""
 
     name: str
+    maker: str
+    """A name of :func:`mctune.backends.registry.makers`."""
 
-    def supports(self, problem: Problem) -> Support:
-        """Whether a template computes a problem, or why not and what works instead."""
+    def supports(self, problem: Problem, target: Target | None = None) -> Support:
+        """Whether a template computes a problem, on a target, or why not and what works instead."""
 
     def ready(self, here: bool = True) -> None:
         """Refuse a machine that lacks what compiling takes, with what to install.

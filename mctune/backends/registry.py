@@ -1,4 +1,4 @@
-"""Which backend compiles for which target, and the backends by name."""
+"""Which backend compiles for which target, and what compiles, by name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from mctune.backends.protocol import Backend
 from mctune.core.errors import UsageError
 from mctune.core.problem import RECURRENCES, Problem
 from mctune.core.target import Target
-from mctune.runtime.kernels.support import SERVED, Support, served
+from mctune.runtime.kernels.support import BACKENDS, Support, served
 
-_BACKENDS = {"tvm": "mctune.backends.tvm:TvmBackend", "triton": "mctune.backends.triton.backend:TritonBackend"}
+_MAKERS = {
+    "tvm": "mctune.backends.tvm:TvmBackend",
+    "tvm.gpu": "mctune.backends.tvm.gpu.backend:TvmGpuBackend",
+    "triton": "mctune.backends.triton.backend:TritonBackend",
+}
+"""What compiles, by ``Served.maker``."""
 _WITHOUT_MATRIX_UNITS = ("sm_70", "sm_75")
 """GPUs that Triton has given up: it no longer uses their matrix units, and a kernel takes it up to 109 s."""
 _TITLES = {"tvm": "TVM", "triton": "Triton"}
@@ -24,16 +29,47 @@ def device_of(target: Target) -> str:
 
 
 def support(backend: str, target: Target) -> Support:
-    """Whether a backend compiles for a target."""
+    """Whether a backend, ``tvm`` or ``triton``, compiles for a target."""
+    title = _TITLES.get(backend, backend)
+    if not served(device_of(target), backend=backend):
+        devices = " and ".join(dict.fromkeys(row.device for row in served(backend=backend)))
+        return Support.no(f"{target.name} is a {target.kind} device, and {title}'s templates are for {devices}")
     if backend == "triton" and target.arch in _WITHOUT_MATRIX_UNITS:
         return Support.no(
-            f"{target.title} ({target.arch}) has no backend: Triton 3.6 and later use no matrix units there and take "
-            "up to 109 s a kernel, and TVM's templates are for CPUs; take a GPU of sm_80 or later"
+            f"{target.title} ({target.arch}) is not served by Triton: 3.6 and later use no matrix units there and take "
+            "up to 109 s a kernel; take --backend tvm"
         )
-    if not served(device_of(target), backend=backend):
-        title, devices = _TITLES.get(backend, backend), " and ".join(row.device for row in served(backend=backend))
-        return Support.no(f"{target.name} is a {target.kind} device, and {title}'s templates are for {devices}")
+    if backend == "tvm" and target.kind == "hip":
+        return Support.no(f"{target.name} is AMD's, and TVM's templates are for NVIDIA's GPUs; take --backend triton")
     return Support()
+
+
+def makers(target: Target, backend: str = "auto") -> tuple[str, ...]:
+    """What compiles for a target, the preferred first: of one backend, or of all that serve it.
+
+    Raises:
+        UsageError: if nothing does, or for an unknown backend.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    wanted = BACKENDS if backend == "auto" else (backend,)
+    answers = {name: support(name, target) for name in wanted}
+    rows = served(device_of(target))
+    found = tuple(dict.fromkeys(row.maker for row in rows if answers.get(row.backend, Support.no(""))))
+    if found:
+        return found
+    reasons = [str(answers[row.backend].reason) for row in rows if row.backend in answers]
+    reasons += [str(answer.reason) for answer in answers.values()]
+    raise UsageError((reasons or [f"{target.name} is a {target.kind} device, which no backend serves"])[0])
+
+
+def backend_for(target: Target) -> str:
+    """What compiles for a target first of all: a name for :func:`get_backend`.
+
+    Raises:
+        UsageError: if nothing does.
+    """
+    return makers(target)[0]
 
 
 def computes(backend: str, problem: Problem, device: str | None = None) -> Support:
@@ -50,29 +86,15 @@ def computes(backend: str, problem: Problem, device: str | None = None) -> Suppo
     return Support()
 
 
-def backend_for(target: Target) -> str:
-    """The name of the backend that compiles for a target: the first that serves it.
-
-    Raises:
-        UsageError: if none does.
-    """
-    answers = {row.backend: support(row.backend, target) for row in SERVED}
-    for name, answer in answers.items():
-        if answer:
-            return name
-    reasons = [str(answer.reason) for name, answer in answers.items() if served(device_of(target), backend=name)]
-    raise UsageError((reasons or [f"{target.name} is a {target.kind} device, which no backend serves"])[0])
-
-
 def get_backend(name: str) -> Backend:
-    """The backend of that name; ``module:attribute`` names one that lives elsewhere.
+    """What compiles under a name of :func:`makers`; ``module:attribute`` names one that lives elsewhere.
 
     Raises:
         UsageError: for an unknown name.
     """
-    module, colon, attribute = _BACKENDS.get(name, name).partition(":")
+    module, colon, attribute = _MAKERS.get(name, name).partition(":")
     if not colon:
-        raise UsageError(f"unknown backend {name!r}; there are {', '.join(_BACKENDS)}, or give module:attribute")
+        raise UsageError(f"unknown backend {name!r}; there are {', '.join(_MAKERS)}, or give module:attribute")
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend
 

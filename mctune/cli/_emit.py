@@ -15,6 +15,7 @@ from mctune.core.errors import MctuneError
 from mctune.core.interrupt import held
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.core.workload import Case
+from mctune.runtime.kernels.support import served
 from mctune.study.events import FrontierPoint, SearchReport, SearchRequest, StudyReport
 
 if TYPE_CHECKING:
@@ -43,17 +44,19 @@ def emit_report(request: SearchRequest, report: SearchReport, over: bool, signer
     from mctune.study.run import ship
 
     with held():  # a package is written whole
-        found = {point.problem.key for study in report.studies for point in study.frontier}
+        found = {
+            (point.problem.key, study.maker.partition(".")[0]) for study in report.studies for point in study.frontier
+        }
         if not found:
             return None
         before = Before() if over else package_before(request.out, say)
-        again = tuple(_study(winner) for winner in before.stale if winner.problem.key not in found)
+        again = tuple(_study(winner) for winner in before.stale if winner.key not in found)
         winners = ship(request, replace(report, studies=(*report.studies, *again)), say)
         if not winners:
             return None
         rule: Callable[[Sequence[Winner]], Winner] = partial(recommend, max_slowdown=request.max_slowdown)
         merged = merge(before.winners, winners, rule)
-        if kept := len({winner.problem.key for winner in before.winners} - found):
+        if kept := len({winner.key for winner in before.winners} - found):
             say(f"{kept} kernels of the package before this one go on in it; --replace leaves them out")
         try:
             return emit_package(request.out, request.target, merged, signer)
@@ -66,4 +69,5 @@ def _study(winner: Winner) -> StudyReport:
     problem = winner.problem
     point = FrontierPoint(problem, cached_states(problem), cached_state_bytes(problem), winner.config, winner.outcome)
     lengths = (problem.segment_length,) if problem.segment_length else ()
-    return StudyReport(Case(problem, lengths), (), (point,), point)
+    row = served(winner.device, problem.writes.family, winner.backend)[0]
+    return StudyReport(Case(problem, lengths), (), (point,), point, maker=row.maker)

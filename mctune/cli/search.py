@@ -33,6 +33,8 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @click.option("--trials", type=click.IntRange(min=1), help="Candidates a study.  [default: the workload's, or 100]")
 @click.option("--timeout", type=float, metavar="SECONDS",
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
+@click.option("--backend", type=click.Choice(("auto", "triton", "tvm")), default="auto", show_default=True,
+              help="What compiles; auto searches all that serve the target, a study each.")  # fmt: skip
 @click.option("--sampler", metavar="NAME", default="mix", show_default=True,
               help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
@@ -50,8 +52,8 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
-    inner_chunks: str | None, trials: int | None, timeout: float | None, sampler: str, seed: int, storage: str | None,
-    out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool, as_json: bool,
+    inner_chunks: str | None, trials: int | None, timeout: float | None, backend: str, sampler: str, seed: int,
+    storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
@@ -78,6 +80,7 @@ def command(
         max_slowdown=max_slowdown,
         trial_timeout_s=trial_timeout,
         measure=measured(target, measure),
+        backend=backend,
     )
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -155,12 +158,18 @@ def _study_text(study: StudyReport) -> str:
             )
         )
     if not lines:
-        return f"{study.case}\n" + (f"no valid configuration: {_told([study])}" if study.trials else "not reached")
+        return f"{_title(study)}\n" + (f"no valid configuration: {_told([study])}" if study.trials else "not reached")
     how = "predicted ms" if isinstance(study.frontier[0].outcome, Predicted) else "ms"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
     notes = study.recommended.outcome.notes if study.recommended else ()
     said = "".join(f"\nthe compiler on the recommended one: {note}" for note in notes)
-    return f"{study.case}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
+    return f"{_title(study)}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
+
+
+def _title(study: StudyReport) -> str:
+    """The case, and where a target is served by several, what compiled it."""
+    backend = study.maker.partition(".")[0]
+    return f"{study.case}, by {backend}" if backend else str(study.case)
 
 
 def _nothing_valid(report: SearchReport) -> str:

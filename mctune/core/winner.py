@@ -19,7 +19,7 @@ class Winner:
         problem: the problem it was tuned at, segment length included.
         config: its configuration.
         outcome: its time in milliseconds, measured or predicted.
-        backend: ``tvm`` or ``triton``: which one compiled it.
+        backend: ``tvm`` or ``triton``: which one compiled it; device: torch's name of the device kind that it is for.
         library, source: the kernel that was timed, and what it came from.
         portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
         cpu_flags: instruction sets that ``library`` needs, as /proc/cpuinfo names them.
@@ -39,6 +39,12 @@ class Winner:
     recommended: bool
     verified: dict[str, Any]
     parts: tuple[tuple[str, Path], ...] = ()
+    device: str = "cpu"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a table has one winner of: a problem by a backend."""
+        return self.problem.key, self.backend
 
     def record(self) -> dict[str, Any]:
         """The entry of the tuned table."""
@@ -51,6 +57,7 @@ class Winner:
             "portable": f"kernels/{self.portable.name}" if self.portable else None,
             "cpu_flags": list(self.cpu_flags),
             "backend": self.backend,
+            "device": self.device,
             "outcome": {"kind": kind(self.outcome), **asdict(self.outcome)},
             "recommended": self.recommended,
             "verified": self.verified,

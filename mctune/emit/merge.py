@@ -65,26 +65,27 @@ def _winner(out: Path, record: dict[str, Any]) -> Winner:
         recommended=bool(record["recommended"]),
         verified=dict(record["verified"]),
         parts=tuple((operation, kernels / Path(file).name) for operation, file in record["parts"].items()),
+        device=str(record.get("device", "cpu" if record["backend"] == "tvm" else "cuda")),
     )
 
 
 def merge(
     before: Sequence[Winner], now: Sequence[Winner], recommend: Callable[[Sequence[Winner]], Winner]
 ) -> list[Winner]:
-    """The better of both for each problem, measured before predicted; ``now`` where it is the same configuration.
+    """The better of both for each problem and backend, measured before predicted; ``now`` where it is the same configuration.
 
     Where segment lengths of one operation come from both, ``recommend`` says which of them is recommended.
     """
-    best = {winner.problem.key: winner for winner in before}
+    best = {winner.key: winner for winner in before}
     for winner in now:
-        known = best.get(winner.problem.key)
+        known = best.get(winner.key)
         if known is None or known.config == winner.config or _rank(winner) <= _rank(known):
-            best[winner.problem.key] = winner
+            best[winner.key] = winner
     touched = {_operation(winner) for winner in now}
     merged = list(best.values())
-    chosen = {winner.problem.key for winner in _recommended(merged, recommend)}
+    chosen = {winner.key for winner in _recommended(merged, recommend)}
     return [
-        replace(winner, recommended=winner.problem.key in chosen) if _operation(winner) in touched else winner
+        replace(winner, recommended=winner.key in chosen) if _operation(winner) in touched else winner
         for winner in merged
     ]
 
@@ -104,6 +105,6 @@ def _rank(winner: Winner) -> tuple[bool, float]:
 
 
 def _operation(winner: Winner) -> str:
-    """The problem but for its segment length."""
+    """The problem but for its segment length, and the backend."""
     fields = {name: value for name, value in winner.problem.to_dict().items() if name != "segment_length"}
-    return repr(sorted(fields.items()))
+    return repr((winner.backend, sorted(fields.items())))

@@ -39,6 +39,7 @@ class SearchRequest:
         storage: an Optuna storage URL; ``None`` is SQLite in ``out``.
         max_slowdown: the shortest segment within this factor of the fastest one's time is recommended.
         trial_timeout_s: seconds after which a candidate is killed; those that may ship have ``holding_s``.
+        backend: ``tvm`` or ``triton``; ``auto`` is all that serve the target, a study each.
         measure: whether candidates are timed on the target, which must be here, or compiled for it and predicted.
     """
 
@@ -53,6 +54,7 @@ class SearchRequest:
     max_slowdown: float = 1.10
     trial_timeout_s: float = 60.0
     measure: bool = True
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -104,7 +106,8 @@ class FrontierPoint:
 class StudyReport:
     """What one study found: ``outcomes`` counts its candidates by kind; ``recommended`` is a point of ``frontier``,
     ``None`` when no candidate was valid; ``ties`` are the configurations within noise of the recommended one;
-    ``spare`` is what stands in, the best first, for a point of the frontier that turns out not to be right."""
+    ``spare`` is what stands in, the best first, for a point of the frontier that turns out not to be right; ``maker``
+    is what compiled them, a name of :func:`mctune.backends.registry.makers`."""
 
     case: Case
     outcomes: tuple[tuple[str, int], ...]
@@ -112,6 +115,7 @@ class StudyReport:
     recommended: FrontierPoint | None
     ties: tuple[Config, ...] = ()
     spare: tuple[FrontierPoint, ...] = ()
+    maker: str = ""
 
     @property
     def trials(self) -> int:
@@ -123,6 +127,7 @@ class StudyReport:
         return {
             "problem": self.case.problem.to_dict(),
             "segment_lengths": list(self.case.segment_lengths),
+            "backend": self.maker.partition(".")[0],
             "trials": self.trials,
             "outcomes": dict(self.outcomes),
             "frontier": [point.to_dict() for point in self.frontier],

@@ -177,7 +177,8 @@ class OneStudy:
         }
 
     def candidate(self, config: Config) -> dict[str, Any]:
-        return {"problem": self.problem(config).to_dict(), "config": config.to_dict()}
+        problem = self.problem(config).to_dict()
+        return {"problem": problem, "config": config.to_dict(), "maker": self.backend.maker}
 
     def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
         """The fastest candidate of every segment length that is right; where none is, there is no leader."""
@@ -260,10 +261,10 @@ class OneStudy:
         outcomes = tuple(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
         points = frontier(kept, self.case.problem)
         if not points:
-            return StudyReport(self.case, outcomes, (), None)
+            return StudyReport(self.case, outcomes, (), None, maker=self.backend.maker)
         best = recommend(points, self.request.max_slowdown)
         spare = self._next_best(groups, points) if self.request.measure else ()
-        return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()), spare)
+        return StudyReport(self.case, outcomes, points, best, ties.get(best.config, ()), spare, self.backend.maker)
 
     def _next_best(
         self, groups: Mapping[int, Sequence[Trial]], points: Sequence[FrontierPoint]

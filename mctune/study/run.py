@@ -8,14 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mctune.backends import backend_for, get_backend
+from mctune.backends import get_backend, makers
 from mctune.backends.presence import present
 from mctune.backends.protocol import Backend
-from mctune.backends.registry import refuse
+from mctune.backends.registry import device_of, refuse
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.host import needed_flags
 from mctune.core.interrupt import held
 from mctune.core.winner import Winner
+from mctune.core.workload import Case
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.frontier import recommend
 from mctune.study.one import OneStudy
@@ -145,7 +146,7 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     winners = []
     for study in report.studies:
         kept = [shipped[index] for index, (of, _) in enumerate(points) if of is study and index in shipped]
-        winners += _winners(request, kept)
+        winners += _winners(request, study.maker, kept)
     return winners
 
 
@@ -155,7 +156,7 @@ def _ship_one(
     """The point, or what stands in for it, with what its worker says; and what failed before it."""
     failures: list[str] = []
     for choice in (point, *(spare for spare in study.spare if spare.problem == point.problem)):
-        candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict()}
+        candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict(), "maker": study.maker}
         reply = workers.ship(candidate, portable_arch, limit_s)
         if isinstance(reply, WorkerDied) and reply.fault:
             reply = workers.ship(candidate, portable_arch, limit_s, again=True)
@@ -166,7 +167,7 @@ def _ship_one(
     return None, failures
 
 
-def _winners(request: SearchRequest, shipped: Sequence[_Shipped]) -> list[Winner]:
+def _winners(request: SearchRequest, maker: str, shipped: Sequence[_Shipped]) -> list[Winner]:
     """The winners of one study, the one to be recommended among them marked."""
     if not shipped:
         return []
@@ -177,7 +178,8 @@ def _winners(request: SearchRequest, shipped: Sequence[_Shipped]) -> list[Winner
             config=point.config,
             outcome=point.outcome,
             recommended=point == best,
-            backend=backend_for(request.target),
+            backend=get_backend(maker).name,
+            device=device_of(request.target),
             library=Path(reply["library"]),
             source=Path(reply["source"]),
             portable=Path(reply["portable"]) if reply["portable"] else None,
@@ -205,7 +207,8 @@ def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
 
 def _workers(request: SearchRequest) -> Workers:
     folder = request.out / "search" / "kernels"
-    return Workers(request.target, folder, seed=request.seed, measure=request.measure)
+    made_by = makers(request.target, request.backend)
+    return Workers(request.target, folder, seed=request.seed, measure=request.measure, made_by=made_by)
 
 
 def _studies(request: SearchRequest) -> list[OneStudy]:
@@ -215,16 +218,22 @@ def _studies(request: SearchRequest) -> list[OneStudy]:
             f"{request.target.name} ({request.target.title}) is not on this machine, so nothing can be measured on it; "
             "without --measure its kernels are compiled and their times predicted"
         )
-    backend: Backend = get_backend(backend_for(request.target))
-    backend = backend.measuring() if request.measure else backend
+    backends: list[Backend] = [get_backend(maker) for maker in makers(request.target, request.backend)]
+    if request.measure:
+        backends = [backend.measuring() for backend in backends]
+    pairs: list[tuple[Backend, Case]] = []
     for case in request.cases:
-        refuse(backend.supports(case.problem))
-    backend.ready(here=request.measure)
+        answers = [(backend, backend.supports(case.problem, request.target)) for backend in backends]
+        pairs += [(backend, case) for backend, answer in answers if answer]
+        if not any(answer for _, answer in answers):
+            refuse(answers[0][1])
+    for backend in backends:
+        backend.ready(here=request.measure)
     try:
         (request.out / "search").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"nothing can be written to {request.out}: {error.strerror}; give another --out") from error
-    return [OneStudy(request, backend, case, _storage(request)) for case in request.cases]
+    return [OneStudy(request, backend, case, _storage(request)) for backend, case in pairs]
 
 
 def _storage(request: SearchRequest) -> str:

@@ -65,6 +65,7 @@ class Prepared:
 @dataclass(frozen=True)
 class _Bench:
     backend: Backend
+    """Of the candidate at work."""
     target: Target
     folder: Path
     references: Path
@@ -219,9 +220,10 @@ class _Handler:
     memory_bytes: int | None
 
     def __call__(self, payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        backend = get_backend(maker_of(payload, self.bench.backend.maker))
         if "try_out" in payload:
-            return try_out(self.bench.backend, self.bench.target, self.bench.folder, stage)
-        bench = replace(self.bench, folder=folder_for(payload, self.bench.folder))
+            return try_out(backend, self.bench.target, self.bench.folder, stage)
+        bench = replace(self.bench, backend=backend, folder=folder_for(payload, self.bench.folder))
         prepared = Prepared.of(payload)
         if "ship" in payload:
             return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], prepared, stage)
@@ -238,7 +240,7 @@ class _Handler:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
-    A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one
+    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one
     without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
     ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
     ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
@@ -302,6 +304,12 @@ def try_out(backend: Backend, target: Target, folder: Path, stage: Stage) -> dic
     except Exception as error:
         raise DeviceError(f"a trial kernel failed: {first_line(error)}") from error
     return {}
+
+
+def maker_of(payload: dict[str, Any], default: str) -> str:
+    """What compiles the candidate of a payload, a name of :func:`mctune.backends.registry.makers`."""
+    about = [payload, *(value for value in payload.values() if isinstance(value, dict)), *payload.get("compare", ())]
+    return next((one["maker"] for one in about if "maker" in one), default)
 
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:

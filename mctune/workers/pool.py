@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +21,7 @@ from mctune.core.errors import DeviceError
 from mctune.core.host import usable_cores
 from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
 from mctune.core.target import Target
+from mctune.verify.cuda_cpu.folder import environment
 from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
@@ -41,10 +42,13 @@ class Workers:
     those, and others to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
-    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:
+    def __init__(
+        self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: Sequence[str] = ()
+    ) -> None:
         folder = folder.resolve()
+        self._makers = tuple(made_by) or (backend_for(target),)
         setup = {
-            "backend": backend_for(target),
+            "backend": self._makers[0],
             "target": target.name,
             "folder": str(folder),
             "seed": seed,
@@ -58,6 +62,8 @@ class Workers:
             {} if on_cpu else {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton"))}
         )
         compiling, interpreting = {**cache, "TRITON_INTERPRET": "0"}, {**cache, "TRITON_INTERPRET": "1"}
+        if not measure and "tvm.gpu" in self._makers:
+            interpreting |= environment(folder / "cuda_on_cpu")
         self._device = Worker(_MEASURED, setup, env=cache) if measure else None
         compilers = 0 if on_cpu else max(usable_cores() - measure, 1)
         self._compilers = [Worker(_PREDICTED, setup, env=compiling) for _ in range(compilers)]
@@ -94,12 +100,15 @@ class Workers:
     def try_out(self, limit_s: float) -> str:
         """Why the machine cannot build and run any kernel; empty if it can. The processes that candidates go through
         try one, with nothing of what is kept on disk."""
-        payload = {"try_out": True}
-        reply = self._compile(payload, limit_s, None) if self._compilers else self._check(payload, limit_s)
-        assert reply is not None, "without an end in time there is a reply"
-        if isinstance(reply, dict):
-            return ""
-        return reply.message if isinstance(reply, WorkerDied) else f"a trial kernel took over {reply.seconds:g} s"
+        for maker in self._makers:
+            payload = {"try_out": True, "maker": maker}
+            reply = self._compile(payload, limit_s, None) if self._compilers else self._check(payload, limit_s)
+            assert reply is not None, "without an end in time there is a reply"
+            if isinstance(reply, WorkerDied):
+                return reply.message
+            if not isinstance(reply, dict):
+                return f"a trial kernel took over {reply.seconds:g} s"
+        return ""
 
     def _unsound(self) -> str:
         """Why no candidate needs to be tried on this machine; looked into before the first one."""

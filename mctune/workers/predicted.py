@@ -6,7 +6,7 @@ Triton chooses its interpreter when it is imported: one process compiles (``eval
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
+from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, run_kernel, save_cases, verify
-from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, seed_of, shipment, try_out
+from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, maker_of, seed_of, shipment, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
 
-_BY = "Triton's interpreter on a CPU, bfloat16 kernels in float16"
+_BY = {"triton": "Triton's interpreter on a CPU, bfloat16 kernels in float16", "tvm": "their CUDA C on a CPU"}
+"""What verifies, by backend."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ class _Predictor:
         stage("verify")
         try:
             built = self.backend.build(problem, config, self.target, self.folder)
+            if self.backend.maker == "tvm.gpu":
+                stage("build")
+                prepare_built(built)
+                stage("verify")
             kernel = self.backend.load(problem, config, built)
-            cases = judge_all(judged(problem), seed_of(seed, problem, config))
-            error = verify(partial(run_kernel, kernel), judged(problem), cases)
+            cases = judge_all(self._judged(problem), seed_of(seed, problem, config))
+            error = verify(partial(run_kernel, kernel), self._judged(problem), cases)
         except (MctuneError, *MACHINES):
             raise
         except Exception as error_:
@@ -103,28 +109,33 @@ class _Predictor:
         if not isinstance(outcome, Predicted) or outcome.error is None:
             raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
         built = self.backend.build(problem, config, self.target, self.folder)
-        return shipment(judged(problem), built, outcome.error, _BY)
+        return shipment(self._judged(problem), built, outcome.error, _BY[self.backend.name])
+
+    def _judged(self, problem: Problem) -> Problem:
+        """What is run here in the place of a problem."""
+        return judged(problem) if self.backend.name == "triton" else problem
 
 
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed.
 
-    A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
+    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
     ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
     ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
     :func:`mctune.workers.evaluate.shipment` returns; or ``{"try_out": True}``.
     """
     target, _ = resolve(setup["target"])
-    predictor = _Predictor(get_backend(setup["backend"]), target, Path(setup["folder"]), setup["seed"])
+    folder, seed = Path(setup["folder"]), setup["seed"]
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        backend = get_backend(maker_of(payload, setup["backend"]))
         if "try_out" in payload:
-            return try_out(predictor.backend, target, predictor.folder, stage)
-        at_work = replace(predictor, folder=folder_for(payload, predictor.folder))
+            return try_out(backend, target, folder, stage)
+        at_work = _Predictor(backend, target, folder_for(payload, folder), seed)
         if "ship" in payload:
             return at_work.ship(*candidate(payload["ship"]), stage)
         if "verify" in payload:
-            outcome = at_work.verify(*candidate(payload["verify"]), stage, predictor.seed)
+            outcome = at_work.verify(*candidate(payload["verify"]), stage, seed)
             return {"outcome": to_json(outcome)}
         if "build" in payload:
             return at_work.build(*candidate(payload["build"]), stage)

@@ -48,7 +48,7 @@ LONGEST_CHUNK = 128
 class TritonBackend:
     """Templates of ``templates/triton`` for a GPU."""
 
-    name = "triton"
+    name = maker = "triton"
     measured = False
 
     def space(self, problem: Problem) -> SearchSpace:
@@ -62,7 +62,7 @@ class TritonBackend:
         backend.measured = True
         return backend
 
-    def supports(self, problem: Problem) -> Support:
+    def supports(self, problem: Problem, target: Target | None = None) -> Support:
         """Whether a Triton template computes a problem."""
         answer = computes("triton", problem)
         for name, width in (("Dk", problem.Dk), ("Dv", problem.Dv)):

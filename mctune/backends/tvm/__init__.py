@@ -56,7 +56,7 @@ LAUNCHERS = {
 class TvmBackend:
     """Templates of ``templates/tvm`` for a CPU."""
 
-    name = "tvm"
+    name = maker = "tvm"
 
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
@@ -67,9 +67,9 @@ class TvmBackend:
         """The same: whatever it compiles is run."""
         return self
 
-    def supports(self, problem: Problem) -> Support:
-        """Whether a TVM template computes a problem."""
-        return computes("tvm", problem)
+    def supports(self, problem: Problem, target: Target | None = None) -> Support:
+        """Whether a TVM template computes a problem on a CPU."""
+        return computes("tvm", problem, "cpu")
 
     def ready(self, here: bool = True) -> None:
         """Refuse a missing TVM, a pair that crashes, or a machine that links nothing.

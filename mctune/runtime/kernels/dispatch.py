@@ -181,7 +181,7 @@ def _keeps(request: Request, forwards: Sequence[Entry], backwards: Sequence[Entr
 
 
 def _tuned(entry: Entry) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
-    return entry.backend, entry.problem, entry.record.get("config", {})
+    return entry.row.device, entry.problem, entry.record.get("config", {})
 
 
 def _misfit(request: Request) -> str:
@@ -231,7 +231,7 @@ def launcher(entry: Entry) -> Any:
     Raises:
         KernelError: if it cannot be run on this machine.
     """
-    module = import_module(f".{entry.backend}.{entry.family}.{entry.pass_}", __package__)
+    module = import_module(f".{entry.row.maker}.{entry.family}.{entry.pass_}", __package__)
     return module.LAUNCHER(entry.kernel, entry.record)
 
 

@@ -105,31 +105,34 @@ def shape(name: str, s: Sizes) -> tuple[tuple[int, ...], torch.dtype]:
 # --- who gives and who wants what
 
 
-def given(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[str]:
-    """What a forward, tuned for ``problem``, can keep."""
+def given(device: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[str]:
+    """What a forward that was tuned for ``problem`` on a device kind can keep."""
     family = RECURRENCES[problem["recurrence"]].family
     names = set(ENDS[family])
-    if backend == "tvm" and family == "deep":
+    if device == "cpu" and family == "deep":
         names |= set(left_by(problem))
-    if backend == "triton" and family == "matrix":
+    if device == "cuda" and family == "matrix":
         routed = AGGREGATIONS[problem["aggregation"]].routed
         names |= {"operand"} if routed else {"operand", "past"}
         if config.get("formulation") == "grouped":
             names |= set(CHOICE)
-        elif routed and config.get("gates") == "precomputed":
+        elif routed and config.get("gates", "precomputed") == "precomputed":
             names |= set(LOGITS)
     return frozenset(names)
 
 
-def wanted(backend: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Names, ...]:
-    """What a backward, tuned for ``problem``, reads if the forward keeps it; a group is of use only as a whole."""
+def wanted(device: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Names, ...]:
+    """What a backward that was tuned for ``problem`` on a device kind reads if the forward keeps it.
+
+    A group is of use only as a whole.
+    """
     saved = config.get("saved", "nothing")
     if saved == "nothing":
         return ()
     family = RECURRENCES[problem["recurrence"]].family
-    if backend == "tvm" and family == "deep":
+    if device == "cpu" and family == "deep":
         return (left_by(problem),)
-    if backend != "triton" or family != "matrix":
+    if device != "cuda" or family != "matrix":
         return (ENDS[family],)
     routed, carried = AGGREGATIONS[problem["aggregation"]].routed, problem["state_init"] == "checkpoint"
     # What enters a piece is read like a cached state; swla's decays have a gradient through it in float32.

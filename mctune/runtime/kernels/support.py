@@ -35,6 +35,8 @@ class Served:
         passes: what there are templates for.
         dtype: the one that its kernels read, whatever the call's; ``None`` if they read the call's own.
         fixed: sizes of a problem, besides its widths, that a kernel is compiled for; it serves any of the others.
+        exact: whether a kernel reads the very dtype that it was compiled for; else one of 16 bits reads both.
+        maker: what compiles for it, and the folder of its launchers: the backend itself, unless that has several.
     """
 
     backend: str
@@ -43,6 +45,11 @@ class Served:
     passes: tuple[str, ...] = PASSES
     dtype: str | None = None
     fixed: tuple[str, ...] = ()
+    exact: bool = False
+    maker: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "maker", self.maker or self.backend)
 
 
 SERVED = (
@@ -50,23 +57,31 @@ SERVED = (
     Served("tvm", "cpu", "deep", dtype="float32"),
     Served("triton", "cuda", "matrix"),
     Served("triton", "cuda", "deep", fixed=("inner_chunk",)),
-    Served("tvm", "cuda", "matrix", passes=("forward",)),
+    Served("tvm", "cuda", "matrix", passes=("forward",), exact=True, maker="tvm.gpu"),
 )
 BACKENDS = tuple(dict.fromkeys(row.backend for row in SERVED))
 
 
-def served(device: str | None = None, family: str | None = None, backend: str | None = None) -> tuple[Served, ...]:
-    """The rows of a device kind, a family and a backend, the preferred first; ``None`` is any."""
-    wanted = {"device": device, "family": family, "backend": backend}
+def served(
+    device: str | None = None, family: str | None = None, backend: str | None = None, maker: str | None = None
+) -> tuple[Served, ...]:
+    """The rows of a device kind, a family, a backend and a maker, the preferred first; ``None`` is any."""
+    wanted = {"device": device, "family": family, "backend": backend, "maker": maker}
     return tuple(
         row for row in SERVED if all(value is None or getattr(row, name) == value for name, value in wanted.items())
     )
 
 
 def runs_on(device: str, row: Served) -> bool:
-    """Whether a row's kernels run on a device kind: on their own, or where Triton's interpreter runs them, on a CPU."""
-    interpreted = row.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return device == row.device or (interpreted and device == "cpu")
+    """Whether a row's kernels run on a device kind: on their own, or where something runs them on a CPU instead."""
+    return device == row.device or (device == "cpu" and _INSTEAD.get(row.maker, lambda: False)())
+
+
+_INSTEAD = {
+    "triton": lambda: os.environ.get("TRITON_INTERPRET") == "1",
+    "tvm.gpu": lambda: bool(os.environ.get("MCTUNE_LIBCUDA")),
+}
+"""Whether kernels for a GPU run on the CPU: in Triton's interpreter, or by what stands in for CUDA's driver."""
 
 
 @cache

@@ -81,35 +81,42 @@ class Entry:
         return RECURRENCES[self.problem["recurrence"]].family
 
     @property
+    def ms(self) -> float:
+        """The time that it was tuned to, measured or predicted; 0 where the table has none."""
+        ms = self.record.get("outcome", {}).get("ms", 0.0)
+        return float(ms) if isinstance(ms, int | float) else 0.0
+
+    @property
     def E(self) -> int | None:
         """Hidden width of a deep memory."""
         expansion = self.problem.get("expansion")
         return None if expansion is None else expansion * self.problem["Dk"]
 
     @property
-    def rows(self) -> tuple[Served, ...]:
-        """What its backend serves of its family: more than one row if it does so on several kinds of devices."""
-        return served(backend=self.backend, family=self.family)
+    def row(self) -> Served:
+        """What it was compiled for: by its backend, of its family, on its device kind."""
+        rows = served(backend=self.backend, family=self.family)
+        device = self.record.get("device")
+        return next((row for row in rows if row.device == device), rows[0])
 
     def serves(self, request: Request) -> bool:
         """Whether the kernel computes what is asked for, at any B, T, H, top_k and any cut into segments."""
-        same = ("recurrence", "state_init", "Dk", "Dv")
+        same, row = ("recurrence", "state_init", "Dk", "Dv"), self.row
         return (
             self.pass_ == request.pass_
             and all(self.problem.get(name) == getattr(request, name) for name in same)
             and self.E == request.E
             and _same_read(self.problem["aggregation"], request.aggregation, request.recurrence)
-            and any(
-                self._reads(request.dtype, row.dtype) and self._fits(request, row.fixed)
-                for row in self.rows
-                if runs_on(request.device, row)
-            )
+            and runs_on(request.device, row)
+            and self._reads(request.dtype, row)
+            and self._fits(request, row.fixed)
         )
 
-    def _reads(self, dtype: str, given: str | None) -> bool:
-        """Kernels that are ``given`` one dtype serve every call; others one of 16 bits serve both of those."""
+    def _reads(self, dtype: str, row: Served) -> bool:
+        """Kernels that are given one dtype serve every call; others one of 16 bits both of those, unless exact."""
         own = self.problem.get("dtype", "float32")
-        return own in (given, dtype) or (given is None and own in _NARROW and dtype in _NARROW)
+        either = row.dtype is None and not row.exact
+        return own in (row.dtype, dtype) or (either and own in _NARROW and dtype in _NARROW)
 
     def _fits(self, request: Request, fixed: tuple[str, ...]) -> bool:
         """Whether what the kernel is compiled for, besides widths, is what is asked for."""
@@ -163,8 +170,11 @@ class Table:
 
 @lru_cache(maxsize=1024)
 def find(table: Table, request: Request, backend: str | None = None) -> Entry | None:
-    """The serving entry nearest to the request (the first of equals), of one backend if it is named; or ``None``."""
-    return min(serving(table, request, backend), key=lambda entry: entry.distance(request), default=None)
+    """The serving entry nearest to the request, of one backend if it is named; or ``None``.
+
+    Of equals the one that took less time when it was tuned, then the first.
+    """
+    return min(serving(table, request, backend), key=lambda entry: (entry.distance(request), entry.ms), default=None)
 
 
 def serving(table: Table, request: Request, backend: str | None = None) -> tuple[Entry, ...]:
@@ -227,6 +237,9 @@ def _entry(record: Any, contents: Contents) -> Entry:
     backend = _typed("backend", record.get("backend"), str)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    devices = [row.device for row in served(family=RECURRENCES[problem["recurrence"]].family, backend=backend)]
+    if record.get("device", *devices[:1]) not in devices:
+        raise ValueError(f"device {record['device']!r:.60} is not one of {', '.join(devices)}")
     kernel = _typed("kernel", record.get("kernel"), str)
     _typed("config", record.get("config", {}), dict)
     parts = _typed("parts", record.get("parts", {}), dict)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
+import struct
 import subprocess
 import sysconfig
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +60,51 @@ def library(source: str, folder: Path, level: str = "-O1") -> Path:
     return path
 
 
+def stand_in(folder: Path) -> Path:
+    """A library in ``folder`` that stands in for libcuda, and runs kernels on this CPU; kept, should it be there.
+
+    Raises:
+        DeviceError: if it does not compile.
+    """
+    path = folder / f"libcuda_{_digest(*_shim())}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_in(folder, "cuda") as scratch:
+            made = Path(scratch, "libcuda.so")
+            sources = [str(_HERE / name) for name in ("device.cpp", "driver.cpp")]
+            run([*compiler(), *_FLAGS, "-O2", "-shared", *sources, "-o", str(made), "-ldl"])
+            made.replace(path)
+    return path
+
+
+def prepare(image: bytes, source: str, folder: Path) -> Path:
+    """The kernels of CUDA C ``source``, for the stand-in to find where it is asked to load their machine code.
+
+    Raises:
+        MctuneError: if the source is not what the shim knows.
+        DeviceError: if the compiler fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_hash(image):016x}.so"
+    made = library(source, folder)
+    if not (path.is_symlink() and path.resolve() == made.resolve()):
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        scratch.symlink_to(made.name)
+        scratch.replace(path)
+    return path
+
+
+def _hash(image: bytes) -> int:
+    """FNV-1a of a file of machine code, which says itself how long it is, as the stand-in computes it."""
+    (segments, sections), (size_s, count_s, size_h, count_h) = (
+        struct.unpack_from("<QQ", image, 0x20), struct.unpack_from("<HHHH", image, 0x36),
+    )  # fmt: skip
+    value = 14695981039346656037
+    for byte in image[: max(sections + size_h * count_h, segments + size_s * count_s)]:
+        value = (value ^ byte) * 1099511628211 & (1 << 64) - 1
+    return value
+
+
 def run(command: list[str]) -> str:
     """Run a command of the compiler.
 
@@ -77,7 +125,7 @@ def run(command: list[str]) -> str:
 
 @cache
 def _shim() -> tuple[str, ...]:
-    return tuple((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp"))
+    return tuple((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp", "driver.cpp"))
 
 
 def _digest(*texts: str) -> str:

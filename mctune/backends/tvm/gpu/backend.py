@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(32) add_one_kernel(float* __restric
 class TvmGpuBackend:
     """Templates of ``templates/tvm/gpu`` for an NVIDIA GPU."""
 
-    name = "tvm"
+    name, maker = "tvm", "tvm.gpu"
     measured = False
 
     def space(self, problem: Problem) -> SearchSpace:

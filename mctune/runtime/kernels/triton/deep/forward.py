@@ -40,7 +40,7 @@ class TritonDeepForward:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
-        self.gives = given("triton", problem, self.config)
+        self.gives = given("cuda", problem, self.config)
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.mixes = AGGREGATIONS[problem["aggregation"]].mixes_parameters
         squared = RECURRENCES[problem["recurrence"]].momentum

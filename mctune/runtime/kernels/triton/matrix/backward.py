@@ -58,7 +58,7 @@ class TritonBackward:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
-        self.wants = wanted("triton", problem, self.config)
+        self.wants = wanted("cuda", problem, self.config)
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.checkpoint = problem["state_init"] == "checkpoint"
         self.states = parts["segment_states"]

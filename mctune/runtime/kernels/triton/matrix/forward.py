@@ -36,7 +36,7 @@ class TritonForward:
     def __init__(self, kernel: Path, record: Mapping[str, Any], parts: Mapping[str, Any] | None = None) -> None:
         parts = load_parts(kernel.parent, record["parts"]) if parts is None else parts
         problem, self.config = record["problem"], record["config"]
-        self.gives = given("triton", problem, self.config)
+        self.gives = given("cuda", problem, self.config)
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.routed = AGGREGATIONS[problem["aggregation"]].routed
         self.checkpoint = problem["state_init"] == "checkpoint"

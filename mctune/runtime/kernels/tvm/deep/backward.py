@@ -39,7 +39,7 @@ class TvmDeepBackward:
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
         self.module = load_library(runnable(library, record))
         self.problem = record["problem"]
-        self.wants = wanted("tvm", self.problem, record["config"])
+        self.wants = wanted("cpu", self.problem, record["config"])
         self.groups: int = record["config"]["groups"]
         self.routed = AGGREGATIONS[self.problem["aggregation"]].routed
 

@@ -39,7 +39,7 @@ class TvmDeepForward:
         module = load_library(runnable(library, record))
         self.deep_write, self.deep_read = module["deep_write"], module["deep_read"]
         self.problem = record["problem"]
-        self.gives = given("tvm", self.problem, record["config"])
+        self.gives = given("cpu", self.problem, record["config"])
 
     def __call__(
         self,

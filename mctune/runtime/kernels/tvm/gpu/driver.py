@@ -98,7 +98,8 @@ class Driver:
             KernelError: beginning with ``what``.
         """
         if status != 0:
-            raise KernelError(f"{what}: {_WORDS.get(status) or self._text(status)} (CUDA error {status})")
+            words = None if stands_in() else _WORDS.get(status)
+            raise KernelError(f"{what}: {words or self._text(status)} (CUDA error {status})")
 
     def _text(self, status: int) -> str:
         text = ctypes.c_char_p()

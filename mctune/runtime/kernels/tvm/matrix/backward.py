@@ -43,7 +43,7 @@ class TvmBackward:
         self.state_backward = module["state_backward"]
         self.write_backward = module["write_backward"]
         problem = record["problem"]
-        self.wants = wanted("tvm", problem, record["config"])
+        self.wants = wanted("cpu", problem, record["config"])
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.routed = AGGREGATIONS[problem["aggregation"]].routed
         self.chunk = record["config"]["chunk"]
