@@ -59,10 +59,10 @@ def _json(target: Target) -> dict[str, Any]:
 
 def _backend(target: Target) -> tuple[str | None, str | None]:
     """What compiles for the target, or why nothing does."""
-    from mctune.backends import backend_for
+    from mctune.backends import makers
 
     try:
-        return backend_for(target), None
+        return ", ".join(maker.partition(".")[0] for maker in makers(target)), None
     except UsageError as error:
         return None, str(error)
 

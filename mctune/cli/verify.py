@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import click
@@ -38,20 +39,15 @@ def command(
         return _templates(target_name, seed, record, timeout, as_json)
     if record is not None or timeout is not None:
         raise UsageError("--record and --timeout go with --gpu NAME")
-    from mctune.backends.triton.interpreter import quicken
-    from mctune.backends.triton.versions import check_interpreter
-    from mctune.verify.package import check_defaults, check_package, needs_interpreter
+    from mctune.verify.package import away, check_defaults, check_package
 
-    interpreted = package is not None and needs_interpreter(package)
-    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-        check_interpreter()
-        say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
-        # Triton reads the variable when it is imported, which torch has done already: start another process.
+    made_by = away(package) if package is not None else frozenset()
+    if made_by and os.environ.get("MCTUNE_AWAY") != "1":
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.run(child.command("mctune", "verify", *arguments), env=environment).returncode
+        return _without_gpu(arguments, made_by)
+    if "triton" in made_by:
+        from mctune.backends.triton.interpreter import quicken
 
-    if interpreted:
         quicken()
     checks = []
     for check in check_package(package, seed) if package else check_defaults(seed):
@@ -69,6 +65,23 @@ def command(
     if wrong:
         raise MctuneError(f"{wrong} of {len(checks)} problems are wrong")
     return 0
+
+
+def _without_gpu(arguments: list[str], made_by: frozenset[str]) -> int:
+    """Verify a package for an absent GPU, in a process whose kernels run on the CPU: that is decided when it starts."""
+    from mctune.backends.triton.versions import check_interpreter
+    from mctune.verify.cuda_cpu.folder import environment
+
+    variables = {"MCTUNE_AWAY": "1"}
+    with tempfile.TemporaryDirectory(prefix="mctune-") as folder:
+        if "triton" in made_by:
+            check_interpreter()
+            say("no GPU here: Triton's kernels run in its interpreter, those of bfloat16 in float16")
+            variables["TRITON_INTERPRET"] = "1"
+        if "tvm.gpu" in made_by:
+            say("no GPU here: the CUDA C of TVM's kernels is compiled for the CPU and runs there (CUDA on CPU)")
+            variables |= environment(Path(folder))
+        return subprocess.run(child.command("mctune", "verify", *arguments), env={**os.environ, **variables}).returncode
 
 
 def _templates(name: str, seed: int, record: Path | None, timeout: float | None, as_json: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
@@ -20,10 +20,11 @@ from mctune.core.problem import AGGREGATIONS, RECURRENCES, SEGMENTATIONS, STATE_
 from mctune.runtime import manifest
 from mctune.runtime.api import functional
 from mctune.runtime.errors import PackageError
-from mctune.runtime.kernels.support import served
+from mctune.runtime.kernels.support import Served, served
 from mctune.runtime.kernels.table import load_table
 from mctune.runtime.manifest import Contents
 from mctune.verify.at_size import make
+from mctune.verify.cuda_cpu.folder import active, prepare_parts
 from mctune.verify.guard import Fault
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import Run, run_kernel, tolerance, verify_case
@@ -149,11 +150,18 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     return [dict(entry.record) for entry in load_table(_contents(path)[1]).entries]
 
 
-def needs_interpreter(path: Path) -> bool:
-    """Whether a package has kernels for a GPU, and there is none."""
-    backends = {entry["backend"] for entry in read_entries(path)}
-    for_gpus = any(not served("cpu", backend=backend) for backend in backends)
-    return for_gpus and not torch.cuda.is_available()
+def away(path: Path) -> frozenset[str]:
+    """What made the kernels of a package that are for a GPU, if there is none: names of ``Served.maker``."""
+    if torch.cuda.is_available():
+        return frozenset()
+    rows = [row_of(entry) for entry in read_entries(path)]
+    return frozenset(row.maker for row in rows if row.device != "cpu")
+
+
+def row_of(record: Mapping[str, Any]) -> Served:
+    """What an entry of a tuned table was compiled for."""
+    rows = served(family=RECURRENCES[record["problem"]["recurrence"]].family, backend=record["backend"])
+    return next((row for row in rows if row.device == record.get("device")), rows[0])
 
 
 def check_package(path: Path, seed: int) -> Iterator[Check]:
@@ -164,9 +172,12 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
     """
     module = load_package(path)
     entries = module.runtime.kernels.dispatch.TABLE.entries
-    problems = [judged(Problem.from_dict(dict(entry.problem))) for entry in entries]
+    problems = [_judged(entry) for entry in entries]
     forwards = {_statics(problem) for problem in problems if problem.pass_ == "forward"}
     for entry, problem in zip(entries, problems, strict=True):
+        row = row_of(entry.record)
+        if row.maker == "tvm.gpu" and active():
+            prepare_parts(entry.kernel.parent, dict(entry.record["parts"]))
         kernel = launcher_of(module, entry)
         launch = partial(run_kernel, kernel)
         lengths = {"segment_length": problem.segment_length} if problem.segment_length else {}
@@ -176,8 +187,14 @@ def check_package(path: Path, seed: int) -> Iterator[Check]:
         if problem.pass_ != "decode" and _statics(problem) in forwards:
             whole = _through(module, problem.pass_, entry.backend)
         yield _check(whole, problem.replace(B=1, T=min(problem.T, _LONG[problem.pass_]), H=1), entry.backend, seed + 3)
-        if kernel.device != "cpu" or served("cpu", backend=entry.backend):
+        if kernel.device == row.device:
             yield _check_at_size(kernel, problem, entry.backend, seed + 4)
+
+
+def _judged(entry: Any) -> Problem:
+    """The problem that an entry is held to: in Triton's interpreter one of bfloat16 is run in float16."""
+    problem = Problem.from_dict(dict(entry.problem))
+    return problem if row_of(entry.record).maker == "tvm.gpu" else judged(problem)
 
 
 def check_defaults(seed: int) -> Iterator[Check]:
