@@ -53,7 +53,8 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
     inner_chunks: str | None, trials: int | None, timeout: float | None, backend: str, sampler: str, seed: int,
-    storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool, as_json: bool,
+    storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool,
+    as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
@@ -163,7 +164,9 @@ def _study_text(study: StudyReport) -> str:
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
     notes = study.recommended.outcome.notes if study.recommended else ()
     said = "".join(f"\nthe compiler on the recommended one: {note}" for note in notes)
-    return f"{_title(study)}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
+    return (
+        f"{_title(study)}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
+    )
 
 
 def _title(study: StudyReport) -> str:

@@ -49,20 +49,20 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def _spaces() -> dict[str, SearchSpace]:
-    """Every ``SPACE`` under ``search_spaces/<backend>/<family>/``, by ``backend/family/pass``."""
+    """Every ``SPACE`` under ``search_spaces``, by its path: ``backend/family/pass``."""
     found = {}
-    for path in sorted(search_spaces_dir().glob("*/*/*.py")):
+    for path in sorted(search_spaces_dir().rglob("*.py")):
         if not path.stem.startswith("_"):
-            backend, family = path.parts[-3:-1]
-            found[f"{backend}/{family}/{path.stem}"] = _load(backend, family, path.stem)
+            *maker, family, pass_ = path.relative_to(search_spaces_dir()).with_suffix("").parts
+            found["/".join((*maker, family, pass_))] = _load(".".join(maker), family, pass_)
     return found
 
 
-def _load(backend: str, family: str, pass_: str) -> SearchSpace:
+def _load(maker: str, family: str, pass_: str) -> SearchSpace:
     try:
-        return load_space(backend, family, pass_)
+        return load_space(maker, family, pass_)
     except AttributeError:
-        raise UsageError(f"{backend}/{family}/{pass_}.py defines no SPACE = SearchSpace(...)") from None
+        raise UsageError(f"{maker}/{family}/{pass_}.py defines no SPACE = SearchSpace(...)") from None
 
 
 def _space_json(name: str, space: SearchSpace) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _winner(out: Path, record: dict[str, Any]) -> Winner:
 def merge(
     before: Sequence[Winner], now: Sequence[Winner], recommend: Callable[[Sequence[Winner]], Winner]
 ) -> list[Winner]:
-    """The better of both for each problem and backend, measured before predicted; ``now`` where it is the same configuration.
+    """The better of both for each problem and backend, measured before predicted; of one configuration ``now``'s.
 
     Where segment lengths of one operation come from both, ``recommend`` says which of them is recommended.
     """

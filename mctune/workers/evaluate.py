@@ -220,7 +220,8 @@ class _Handler:
     memory_bytes: int | None
 
     def __call__(self, payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
-        backend = get_backend(maker_of(payload, self.bench.backend.maker))
+        maker = maker_of(payload)
+        backend = self.bench.backend if maker is None else get_backend(maker)
         if "try_out" in payload:
             return try_out(backend, self.bench.target, self.bench.folder, stage)
         bench = replace(self.bench, backend=backend, folder=folder_for(payload, self.bench.folder))
@@ -240,8 +241,8 @@ class _Handler:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
-    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem", "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one
-    without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
+    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
+    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
     ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
     ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
     "failures"}``; or ``{"try_out": True}``, see :func:`try_out`.
@@ -306,10 +307,10 @@ def try_out(backend: Backend, target: Target, folder: Path, stage: Stage) -> dic
     return {}
 
 
-def maker_of(payload: dict[str, Any], default: str) -> str:
-    """What compiles the candidate of a payload, a name of :func:`mctune.backends.registry.makers`."""
+def maker_of(payload: dict[str, Any]) -> str | None:
+    """What compiles the candidate of a payload, if it says so: a name of :func:`mctune.backends.registry.makers`."""
     about = [payload, *(value for value in payload.values() if isinstance(value, dict)), *payload.get("compare", ())]
-    return next((one["maker"] for one in about if "maker" in one), default)
+    return next((one["maker"] for one in about if "maker" in one), None)
 
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:

@@ -42,9 +42,7 @@ class Workers:
     those, and others to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
-    def __init__(
-        self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: Sequence[str] = ()) -> None:
         folder = folder.resolve()
         self._makers = tuple(made_by) or (backend_for(target),)
         setup = {

@@ -119,7 +119,8 @@ class _Predictor:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed.
 
-    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem", "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
+    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
+    "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
     ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
     ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
     :func:`mctune.workers.evaluate.shipment` returns; or ``{"try_out": True}``.
@@ -128,7 +129,7 @@ def start(setup: dict[str, Any]) -> Handler:
     folder, seed = Path(setup["folder"]), setup["seed"]
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
-        backend = get_backend(maker_of(payload, setup["backend"]))
+        backend = get_backend(maker_of(payload) or setup["backend"])
         if "try_out" in payload:
             return try_out(backend, target, folder, stage)
         at_work = _Predictor(backend, target, folder_for(payload, folder), seed)

@@ -38,7 +38,7 @@ class Workers:
     interrupt = -1
     portable_archs: ClassVar[set[str | None]] = set()
 
-    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool) -> None:
+    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: tuple[str, ...]) -> None:
         self.asked: list[int] = []
 
     def __enter__(self) -> Workers:
@@ -189,7 +189,7 @@ def point(number: int, length: int, ms: float) -> FrontierPoint:
 
 SHORT, LONG = point(1, 32, 1.05), point(2, 64, 1.0)
 SPARE = (point(3, 32, 1.2), point(4, 64, 1.02), point(5, 32, 3.0))
-REPORT = StudyReport(CASE, (), (SHORT, LONG), SHORT, spare=SPARE)
+REPORT = StudyReport(CASE, (), (SHORT, LONG), SHORT, spare=SPARE, maker="tvm")
 
 
 @pytest.mark.parametrize("measure", [True, False])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mctune.backends import backend_for
+from mctune.backends import backend_for, makers
 from mctune.backends.triton.backend import TritonBackend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
@@ -114,8 +114,9 @@ def test_corners_of_the_space(target: Target, pass_: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["v100", "t4"])
 def test_what_triton_cannot_serve_says_why(name: str) -> None:
     target, _ = resolve(name)
-    with pytest.raises(UsageError, match=r"no matrix units there .* take a GPU of sm_80 or later"):
-        backend_for(target)
+    assert backend_for(target) == "tvm.gpu"
+    with pytest.raises(UsageError, match=r"no matrix units there .* take --backend tvm"):
+        makers(target, "triton")
 
 
 @pytest.mark.parametrize("target", SERVED, ids=lambda target: target.name)

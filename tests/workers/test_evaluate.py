@@ -192,7 +192,7 @@ def test_the_line_that_tells_most(text: str, line: str) -> None:
 def test_a_backend_is_named_by_module_and_attribute(folder: Path) -> None:
     assert get_backend("faulty_backend:FaultyBackend").name == "faulty"
     assert get_backend("tvm").name == "tvm"
-    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; there are tvm, triton, or give"):
+    with pytest.raises(UsageError, match=r"unknown backend 'cuda'; there are tvm, tvm.gpu, triton, or give"):
         get_backend("cuda")
 
 

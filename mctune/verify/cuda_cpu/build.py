@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from mctune.backends.kept import scratch_in
-from mctune.core.errors import DeviceError, MctuneError
+from mctune.core.errors import DeviceError
 from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels.tvm.compiler import c_compiler
 from mctune.verify.cuda_cpu.source import on_cpu

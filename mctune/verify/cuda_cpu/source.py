@@ -116,9 +116,7 @@ def _back(out: list[str], name: str) -> str:
 def _mma16(found: re.Match[str], out: list[str], given: list[str]) -> str:
     depth, kind = int(found[1]), found[2]
     arrays = _arrays(given[: depth // 4], given[depth // 4 : -4], given[-4:])
-    return (
-        f"{arrays} device::multiply_16x8(mctune_line, device::Kind::{kind}, {depth}, d, a, b, c); {_back(out, 'd')}"
-    )
+    return f"{arrays} device::multiply_16x8(mctune_line, device::Kind::{kind}, {depth}, d, a, b, c); {_back(out, 'd')}"
 
 
 def _mma8(found: re.Match[str], out: list[str], given: list[str]) -> str:

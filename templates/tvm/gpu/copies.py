@@ -5,7 +5,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .kernel import Tile, named, registers, store, vector, when, words_of, choose
+from .kernel import Tile, choose, named, registers, store, vector, when, words_of
 from .numbers import Number
 
 

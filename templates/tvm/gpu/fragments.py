@@ -2,9 +2,9 @@
 
     acc[R, C] += A[R, K] B[K, C]
 
-A and B lie in shared memory, as they are or transposed; A may also be in registers, where it is used many times. ``acc``
-is spread over the warp's registers: what a thread holds, :meth:`elements` says. Layouts are those of the PTX ISA,
-"Warp-level matrix instructions".
+A and B lie in shared memory, as they are or transposed; A may also be in registers, where it is used many times.
+``acc`` is spread over the warp's registers: what a thread holds, :meth:`elements` says. Layouts are those of the PTX
+ISA, "Warp-level matrix instructions".
 
     Lanes       any GPU, float32: every thread multiplies a few rows by a few columns
     Quads       sm_70: mma.m8n8k4, four of 8 x 8 at once, each by two groups of four threads

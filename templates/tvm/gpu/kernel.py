@@ -1,7 +1,7 @@
 """How a kernel for a GPU is put together: Python calls TVM's builder, one statement after the other.
 
 A loop of Python unrolls: its statements stand side by side, as tensor cores need it, whose registers must be known when
-a kernel is compiled. A loop that runs on the device is ``with loop(begin, end) as i``, a branch ``with when(condition)``.
+a kernel is compiled. A loop of the device is ``with loop(begin, end) as i``, a branch ``with when(condition)``.
 
     def body(x):
         with when(x.thread < x.T):
@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc, Var
 
-from ..kernel import Array, Values
+from ..kernel import Values
 
 WARP = 32
 """Threads that go on together."""
@@ -148,6 +148,16 @@ def choose(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> N
             yes()
         with T.Else():
             no()
+
+
+def lane_xor(value: Any, distance: int) -> Any:
+    """The value of the lane whose number differs in the bits of ``distance``."""
+    return getattr(T.cuda, "__shfl_xor_sync")(T.uint32(0xFFFFFFFF), value, distance, WARP)
+
+
+def lane_of(value: Any, lane: Any) -> Any:
+    """The value of a lane of the warp, counted modulo 32."""
+    return getattr(T.cuda, "__shfl_sync")(T.uint32(0xFFFFFFFF), value, T.bitwise_and(lane, WARP - 1), WARP)
 
 
 def barrier() -> None:

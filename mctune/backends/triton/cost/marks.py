@@ -32,7 +32,7 @@ NAMES: dict[str, Callable[..., float]] = {
     "pieces_of_segment": lambda w: math.ceil(len(w.pieces) / w.segments),
     "online": lambda w, rows, step: w.of_tiles(rows, lambda p, t: math.ceil(min(t + rows, p.length) / step)),
     "before": lambda w, rows: w.of_tiles(rows, lambda p, t: p.before),
-    "earlier": lambda w, rows: w.of_tiles(rows, lambda p, t: t),
+    "beyond": lambda w, rows, step: w.of_tiles(rows, lambda p, t: t % step),
     "cached": _cached,
     "share": _share,
     "top_k": lambda w: min(w.problem.top_k or 1, w.segments),

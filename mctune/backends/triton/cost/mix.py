@@ -47,9 +47,7 @@ def loops_of(asm: str, warps: int, warp_size: int) -> Loop:
         )
         for block in blocks
     ]
-    marks = [
-        tuple(line.removeprefix(MARK) for line in block.lines if line.startswith(MARK)) for block in blocks
-    ]
+    marks = [tuple(line.removeprefix(MARK) for line in block.lines if line.startswith(MARK)) for block in blocks]
     bodies = _natural_loops(successors_of(blocks))
     return _nest(frozenset(range(len(blocks))), dict(sorted(bodies.items())), mixes, marks)
 

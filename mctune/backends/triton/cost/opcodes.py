@@ -55,7 +55,7 @@ _NEWER = ("90", "100")
 
 
 def ptx_mix(line: str, warps: int, warp_size: int, constants: Mapping[str, str]) -> Mix:
-    """One line of PTX, 0 for a comment; ``constants``: values of registers that are set to a number, and ``arch``, for example 90."""
+    """One line of PTX; ``constants``: values of registers that are set to a number, and ``arch``, for example 90."""
     if line.startswith("//"):
         return Mix()
     opcode, _, operands = _PREDICATE.sub("", line).rstrip(";").partition(" ")

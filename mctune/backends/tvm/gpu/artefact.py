@@ -37,7 +37,9 @@ class Artefact:
         for ending in ENDINGS:
             yield f"{operation}{ending}", self.path(ending).name
 
-    def write(self, source: Source, compiled: Compiled, shared: dict[str, int], arch: str, about: dict[str, Any]) -> None:
+    def write(
+        self, source: Source, compiled: Compiled, shared: dict[str, int], arch: str, about: dict[str, Any]
+    ) -> None:
         """Write them, each whole."""
         kernels = [
             {

@@ -49,7 +49,7 @@ class TvmGpuBackend:
     def space(self, problem: Problem) -> SearchSpace:
         """The parameters that the templates of ``problem`` take."""
         refuse(self.supports(problem))
-        return load_space("tvm", f"gpu.{problem.writes.family}", problem.pass_, self.measured)
+        return load_space(self.maker, problem.writes.family, problem.pass_, self.measured)
 
     def measuring(self) -> TvmGpuBackend:
         """The same with spaces that also have instructions of older GPUs, which newer ones run."""

@@ -14,9 +14,12 @@ OPERATIONS = {
     ("matrix", "forward"): ("segment_states", "gates", "read_forward"),
 }
 """By family and pass; gates only where they are learned."""
-PREFIXES = {"segment_states": "states", "gates": "gates", "read_forward": "read"}
-"""What the names of an operation's parameters begin with."""
-_SHARED = ("instruction", "formulation")
+PARAMETERS = {
+    "segment_states": ("instruction", "states_"),
+    "gates": ("instruction", "gates_", "states_BT"),
+    "read_forward": ("instruction", "formulation", "read_"),
+}
+"""What the names of the parameters begin with that an operation is built with."""
 
 
 def operations(problem: Problem) -> tuple[str, ...]:
@@ -27,8 +30,7 @@ def operations(problem: Problem) -> tuple[str, ...]:
 
 def parameters(operation: str, config: Config) -> dict[str, Any]:
     """Those of a configuration that the operation is built with."""
-    prefix = f"{PREFIXES[operation]}_"
-    return {name: value for name, value in config.to_dict().items() if name.startswith(prefix) or name in _SHARED}
+    return {name: value for name, value in config.to_dict().items() if name.startswith(PARAMETERS[operation])}
 
 
 def build_kernels(operation: str, problem: Problem, config: Config, target: Target) -> list[Any]:

@@ -80,9 +80,14 @@ def recorders(
         binary = artefact.path(".cubin").read_bytes()
         found[operation] = {
             kernel["symbol"]: Recorder(
-                Signature.of(kernel), kernel["registers"], kernel["stack"], ptx[kernel["symbol"]], binary, target,
+                Signature.of(kernel),
+                kernel["registers"],
+                kernel["stack"],
+                ptx[kernel["symbol"]],
+                binary,
+                target,
                 launches,
-            )  # fmt: skip
+            )
             for kernel in artefact.record()["kernels"]
         }
     return found

@@ -4,8 +4,8 @@
     gamma_t = softmax of r_t    over the segments up to t's; under ssc over t's and the top_k cached ones
 
 What is written are logits, with -inf for what ssc does not choose, and the logarithm of the sum of their exponentials:
-gamma = exp(logit - lse). Logits have float32 accuracy: the keys up to t are added up in float32, and mean keys are split
-into two numbers of 16 bits, whose products with u are exact.
+gamma = exp(logit - lse). Logits have float32 accuracy: the keys up to t are added up in float32, and mean keys are
+split into two numbers of 16 bits, whose products with u are exact.
 
 A thread has the logits of one token: what it has written of them it reads again without a barrier.
 """
@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from ..copies import Copy, Rows
 from ..fragments import Fragments, Operand, fragments
-from ..kernel import Kernel, add, barrier, infinity, kernel, loop, named, pointers, registers, store, when
+from ..kernel import Kernel, add, barrier, infinity, kernel, lane_xor, loop, named, pointers, registers, store, when
 from ..plan import Place, Plan, place_of, plan_of
 
 _FIRST = 16
@@ -27,9 +27,9 @@ def build(problem: Any, config: Any, target: Any) -> list[Kernel]:
     """The kernel of the gates."""
     plan = plan_of(problem, config)
     stored = plan.number.stored
-    arguments = pointers(stored, "u", "k") | pointers("float32", "means", "sums", "logits", "lse")
+    arguments = pointers(stored, "u", "k") | pointers("float32", "means", "sums", "running", "logits", "lse")
     arguments |= pointers("int32", "begin", "end", "segment", "seg_begin", "seg_first", "seg_piece", "tiles")
-    arguments |= dict.fromkeys(("many", "top_k", "T", "H", "N", "P"), "int32")
+    arguments |= dict.fromkeys(("many", "ahead", "top_k", "T", "H", "N", "P"), "int32")
     return [kernel("gates", plan["gates_warps"], arguments, lambda x: _Gates(plan, x).run())]
 
 
@@ -45,6 +45,7 @@ class _Gates:
         self.high = x.shared.take(self.BN, plan.SK, number.stored)
         self.low = None if number.wide else x.shared.take(self.BN, plan.SK, number.stored)
         self.scores = x.shared.take(self.BN, self.BT, "float32", room=16)
+        self.owns = x.shared.take(1, self.BT, "float32", room=0)
         # Before the means of segments come, the running sums of keys.
         self.running = x.shared.take(_FIRST, plan.SK, "float32", room=16, at=below)
         x.shared.open()
@@ -74,39 +75,67 @@ class _Gates:
             store(x.logits, line + at.segment * x.T + self.t, self.own[0])
 
     def _online(self) -> None:
-        """<u_t, p_s> with the mean of the online segment's keys up to t: the keys are added up, some tokens at a time."""
+        """<u_t, p_s> with the mean of the online segment's keys up to t: keys are added up, some tokens at a time."""
         plan, x, at = self.plan, self.x, self.at
         keys = Rows(x.k, plan.number, plan.DK, at.origin, x.H)
         each = -(-plan.SK // self.BT)
-        total = registers(each, name="keys_so_far")
-        store(self.own, 0, T.float32(0))
-        begin = named(x.seg_begin[at.segment], "segment_begin")
-        for n, column in self._columns(each):
-            store(total, n, T.float32(0))
-            with when(column < plan.SK):
-                with when(x.many != 0), loop(
-                    x.seg_piece[at.segment], at.piece, trips=f"before {self.BT}"
-                ) as p:
-                    add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
-            with when(column < plan.DK), loop(at.start, at.first, trips=f"earlier {self.BT}") as j:
-                add(total, n, keys.load(j, column))
+        total, ahead = registers(each, name="keys_so_far"), registers(_FIRST, name="keys_ahead")
+        for n in range(each):
+            self._before(total, n, keys)
         with loop(at.first, at.stop, _FIRST, trips=f"times {self.BT // _FIRST}") as first:
             barrier()
-            for n, column in self._columns(each):
-                with when(column < plan.SK), loop(0, _FIRST) as j:
+            for n in range(each):
+                column = x.thread + n * self.BT
+                for j in range(_FIRST):
+                    store(ahead, j, T.float32(0))
                     with when(T.And(column < plan.DK, first + j < at.stop)):
-                        add(total, n, keys.load(first + j, column))
-                    store(self.running.numbers, j * self.running.cols + column, total[n])
+                        store(ahead, j, keys.load(first + j, column))
+                for j in range(_FIRST):
+                    add(total, n, ahead[j])
+                    with when(column < plan.SK):
+                        store(self.running.numbers, j * self.running.cols + column, total[n])
             barrier()
-            row = named(self.t - first, "row")
-            with when(T.And(T.And(row >= 0, row < _FIRST), self.valid)), loop(0, plan.SK) as d:
-                u = plan.number.load(self.u.numbers[x.thread * self.u.cols + d])
-                add(self.own, 0, u * self.running.numbers[row * self.running.cols + d])
+            self._products(first - at.first)
+        barrier()
+        store(self.own, 0, self.owns.numbers[x.thread])
+        begin = named(x.seg_begin[at.segment], "segment_begin")
         with when(self.valid):
             store(self.own, 0, self.own[0] / T.cast(self.t - begin + 1, "float32"))
 
-    def _columns(self, each: int) -> list[tuple[int, Any]]:
-        return [(n, self.x.thread + n * self.BT) for n in range(each)]
+    def _before(self, total: Any, n: int, keys: Rows) -> None:
+        """A column of the segment's keys before the tile: of pieces before, of steps of the states, and the rest."""
+        plan, x, at, step = self.plan, self.x, self.at, self.plan["states_BT"]
+        column = named(x.thread + n * self.BT, "column")
+        store(total, n, T.float32(0))
+        known = registers(1, "int32", "known")
+        store(known, 0, at.start)
+        with when(T.And(x.ahead != 0, column < plan.SK)):
+            store(known, 0, at.start + T.truncdiv(at.first - at.start, step) * step)
+            row = at.bh * (T.truncdiv(x.T, step) + x.P) + T.truncdiv(known[0], step) + at.piece
+            add(total, n, x.running[row * plan.SK + column])
+        with when(T.And(x.many != 0, column < plan.SK)), loop(
+            x.seg_piece[at.segment], at.piece, trips=f"before {self.BT}"
+        ) as p:
+            add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
+        with when(column < plan.DK), loop(known[0], at.first, trips=f"beyond {self.BT} {step}") as j:
+            add(total, n, keys.load(j, column))
+
+    def _products(self, base: Any) -> None:
+        """Products of rows of u with the sums of keys up to them, by some threads each."""
+        plan, x = self.plan, self.x
+        parts = self.BT // _FIRST
+        row, part = named(T.truncdiv(x.thread, parts), "row"), named(T.truncmod(x.thread, parts), "part")
+        product = registers(1, name="product")
+        store(product, 0, T.float32(0))
+        with loop(0, plan.SK // parts) as i:
+            d = i * parts + part
+            u = plan.number.load(self.u.numbers[(base + row) * self.u.cols + d])
+            add(product, 0, u * self.running.numbers[row * self.running.cols + d])
+        for distance in (1, 2, 4, 8):
+            if distance < parts:
+                add(product, 0, lane_xor(product[0], distance))
+        with when(part == 0):
+            store(self.owns.numbers, base + row, product[0])
 
     def _cached(self, i0: Any) -> None:
         """The logits of BN cached segments, and their part of the softmax."""
@@ -123,9 +152,7 @@ class _Gates:
         for place, slot, col in frag.elements(BN):
             store(self.scores.numbers, col * self.scores.cols + x.warp * 32 + frag.row(slot), acc[place])
         barrier()
-        with when(self.valid), loop(
-            i0, T.min(i0 + BN, at.segment), trips=f"share {self.BT} {BN}"
-        ) as i:
+        with when(self.valid), loop(i0, T.min(i0 + BN, at.segment), trips=f"share {self.BT} {BN}") as i:
             score = named(self.scores.numbers[(i - i0) * self.scores.cols + x.thread], "score")
             store(x.logits, (at.bh * x.N + i) * x.T + self.t, score)
             if not plan.flags.sparse:
@@ -136,7 +163,7 @@ class _Gates:
         plan, x, at, BN = self.plan, self.x, self.at, self.BN
         with loop(x.thread, BN * plan.SK, self.BT, trips=f"times {BN * plan.SK // self.BT}") as index:
             row, d = named(T.truncdiv(index, plan.SK), "mean_row"), named(T.truncmod(index, plan.SK), "d")
-            mean = registers(1, name="mean")
+            mean = registers(1, name="mean_key")
             store(mean, 0, T.float32(0))
             with when(i0 + row < at.segment):
                 store(mean, 0, x.means[(at.bh * x.N + i0 + row) * plan.SK + d])
@@ -179,5 +206,3 @@ class _Gates:
             score = named(x.logits[line + i * x.T + self.t], "left")
             with when(T.Or(score < least[0], T.And(score == least[0], i > latest[0]))):
                 store(x.logits, line + i * x.T + self.t, -infinity())
-
-

@@ -21,6 +21,7 @@ from ..kernel import (
     add,
     barrier,
     kernel,
+    lane_of,
     loop,
     named,
     pointers,
@@ -61,11 +62,11 @@ def _decays(x: Any) -> None:
             store(total, 0, x.g[origin + t * x.H])
         # Each lane adds what the lanes below it have, at doubling distances.
         for distance in (1, 2, 4, 8, 16):
-            below = named(_from(total[0], x.lane - distance), "below")
+            below = named(lane_of(total[0], x.lane - distance), "below")
             with when(x.lane >= distance):
                 add(total, 0, below)
         add(total, 0, carried[0])
-        store(carried, 0, _from(total[0], WARP - 1))
+        store(carried, 0, lane_of(total[0], WARP - 1))
         with when(t < stop):
             strength = named(x.lam[origin + t * x.H], "strength")
             place = bh * x.T + t
@@ -81,21 +82,20 @@ def _decays(x: Any) -> None:
             store(x.before, bh * x.P + piece, x.beta[origin + start * x.H])
 
 
-def _from(value: Any, lane: Any) -> Any:
-    """The value of another lane of the warp."""
-    return T.cuda.__getattribute__("__shfl_sync")(T.uint32(0xFFFFFFFF), value, T.bitwise_and(lane, WARP - 1), WARP)
-
-
 def local(plan: Plan) -> Kernel:
     """What a piece writes, a block of its state a program; those of the first value columns add up the keys too.
 
     ``to_ends``, ``to_operand``, ``to_means``, ``to_sums``: 1 for what is written of float32 ``ends``, of ``operand`` in
-    k's dtype (both ``[B * H, P, SK, SV]``), of means and of sums of the pieces' keys.
+    k's dtype (both ``[B * H, P, SK, SV]``), of means and of sums of the pieces' keys. Where gates are learned,
+    ``running`` ``[B * H, T / BT + P, SK]`` gets the sum of a piece's keys before each of its steps, at row
+    ``token / BT + piece``.
     """
     stored = plan.number.stored
     arguments = pointers(stored, "k", "v", "operand") | pointers("float32", "ends", "means", "sums")
     if plan.flags.gated:
         arguments |= pointers("float32", "cum", "now", "after", "before")
+    if plan.flags.routed:
+        arguments |= pointers("float32", "running")
     arguments |= pointers("int32", "begin", "end", "entering")
     arguments |= dict.fromkeys(("to_ends", "to_operand", "to_means", "to_sums", "T", "H", "P"), "int32")
     return kernel("local", plan["states_warps"], arguments, lambda x: _local(plan, x))
@@ -137,8 +137,13 @@ def _local(plan: Plan, x: Any) -> None:
         frag.product(acc, BV, Operand(k_tile, col=above, transposed=True), Operand(v_tile), BT)
         with when(column == 0):
             for n in range(each):
-                with when(x.thread + n * threads < warps * R), loop(0, BT) as t:
-                    add(sums, n, number.load(k_tile.numbers[t * k_tile.cols + x.thread + n * threads]))
+                key = x.thread + n * threads
+                if plan.flags.routed:
+                    row = bh * (T.truncdiv(x.T, BT) + x.P) + T.truncdiv(t0, BT) + piece
+                    with when(T.And(key < warps * R, first_key + key < plan.SK)):
+                        store(x.running, row * plan.SK + first_key + key, sums[n])
+                with when(key < warps * R), loop(0, BT) as t:
+                    add(sums, n, number.load(k_tile.numbers[t * k_tile.cols + key]))
     first_row = named(first_key + x.warp * R, "first_row")
     if last is not None:
         _row_before(plan, x, frag, acc, BV, keys, values, (piece, bh, start, first_row, column, last))
@@ -165,7 +170,9 @@ def _left(x: Any, line: Any, t: Any, stop: Any, last: Any) -> Any:
     return weight[0]
 
 
-def _row_before(plan: Plan, x: Any, frag: Any, acc: Any, cols: int, keys: Rows, values: Rows, at: tuple[Any, ...]) -> None:
+def _row_before(
+    plan: Plan, x: Any, frag: Any, acc: Any, cols: int, keys: Rows, values: Rows, at: tuple[Any, ...]
+) -> None:
     """The token before the piece, where it is one of the same memory."""
     piece, bh, start, first_row, column, last = at
     with when(x.entering[piece] >= 0):
@@ -209,9 +216,7 @@ def _carry(plan: Plan, x: Any) -> None:
     state, earlier = registers(1, name="state"), registers(1, name="earlier")
     store(state, 0, T.float32(0))
     store(earlier, 0, T.float32(0))
-    with when(place < size), loop(
-        x.seq_begin[x.row], x.seq_end[x.row], trips="pieces"
-    ) as piece:
+    with when(place < size), loop(x.seq_begin[x.row], x.seq_end[x.row], trips="pieces") as piece:
         at = named((bh * x.P + piece) * size + place, "at")
         entered = registers(1, name="entered")
         store(entered, 0, T.float32(0))
@@ -234,7 +239,9 @@ def _carry(plan: Plan, x: Any) -> None:
 def means(plan: Plan) -> Kernel:
     """The mean key of a segment of several pieces, a column a thread."""
     warps = -(-plan.SK // WARP)
-    arguments = pointers("float32", "sums", "means") | pointers("int32", "seg_begin", "seg_end", "seg_piece", "seg_last")
+    arguments = pointers("float32", "sums", "means") | pointers(
+        "int32", "seg_begin", "seg_end", "seg_piece", "seg_last"
+    )
     return kernel("means", warps, arguments | dict.fromkeys(("N", "P"), "int32"), lambda x: _means(plan, x))
 
 

@@ -6,7 +6,7 @@ import ctypes
 import json
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,8 +71,7 @@ class Loaded:
         Raises:
             KernelError: for a tensor of another device or one that is not aligned, or if the driver refuses.
         """
-        places = 0
-        where = None
+        places, where = 0, None
         for name in self._pointers:
             tensor = values[name]
             where = tensor.device if where is None else where
@@ -119,8 +118,8 @@ class Loaded:
     def _unaligned(self, values: Mapping[str, Any]) -> KernelError:
         name = next(name for name in self._pointers if values[name] % _ALIGNED)
         return KernelError(
-            f"{name} begins at an address that is no multiple of {_ALIGNED} bytes, as {self.signature.symbol} needs it; "
-            f"pass {name}.clone()"
+            f"{name} begins at an address that is no multiple of the {_ALIGNED} bytes that {self.signature.symbol} "
+            f"reads at once; pass {name}.clone()"
         )
 
 
@@ -211,7 +210,9 @@ def check_reach(*sizes: int) -> None:
         KernelError: naming the largest.
     """
     if max(sizes) > _MOST:
-        raise KernelError(f"an array of {max(sizes)} elements exceeds 2^31 - 1; split the batch, or use backend='eager'")
+        raise KernelError(
+            f"an array of {max(sizes)} elements exceeds 2^31 - 1; split the batch, or use backend='eager'"
+        )
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -223,8 +224,3 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def blocks(count: int, each: int) -> int:
     """Blocks of ``each`` that hold ``count``."""
     return -(-count // each)
-
-
-def names_of(functions: Mapping[str, Any]) -> Sequence[str]:
-    """The kernels of an operation."""
-    return tuple(functions)

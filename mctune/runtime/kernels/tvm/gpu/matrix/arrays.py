@@ -18,14 +18,22 @@ class Decays(NamedTuple):
     before: Tensor
 
 
+class KeySums(NamedTuple):
+    """Sums of keys, float32: of pieces ``[B*H, P, SK]``, None where every segment is one; and, where gates are learned,
+    of a piece's keys before every step of its state, ``[B*H, T / step + P, SK]``."""
+
+    pieces: Tensor | None
+    running: Tensor | None
+
+
 class States(NamedTuple):
-    """``[B*H, P, SK, SV]``: ends float32, operand; past ``[B*H, N, SK, SV]``; means and sums of keys, float32."""
+    """``[B*H, P, SK, SV]``: ends float32, operand; past ``[B*H, N, SK, SV]``; mean keys, float32; sums of keys."""
 
     ends: Tensor | None
     operand: Tensor
     past: Tensor | None
     means: Tensor
-    sums: Tensor | None
+    sums: KeySums
 
 
 class Gates(NamedTuple):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from ....triton.tables import Tables
 from ..functions import Function
-from .arrays import Gates
+from .arrays import Gates, KeySums
 
 Tensor = torch.Tensor
 
@@ -25,19 +24,22 @@ class LearnedGates:
         self.functions = functions
 
     def gates(
-        self, u: Tensor, k: Tensor, means: Tensor, sums: Tensor | None, *, tables: Tables, tiles: Tensor, top_k: int
+        self, u: Tensor, k: Tensor, means: Tensor, sums: KeySums | None, *, tables: Tables, tiles: Tensor, top_k: int
     ) -> Gates:
         """logits ``[B*H, N, T]`` and lse ``[B*H, T]``, from u, k ``[B, T, H, DK]`` and mean keys ``[B*H, N, SK]``.
 
+        ``sums``: of :class:`SegmentStates`; without them, where every segment is one piece, keys are added up again.
         Row i of the logits is written at the tokens of segment i, where it is the online one, and of later ones.
         """
         B, T, H, _ = u.shape
         N = tables.seg_first.shape[0]
         made = Gates(*(u.new_empty(shape, dtype=torch.float32) for shape in ((B * H, N, T), (B * H, T))))
+        pieces, running = (None, None) if sums is None else sums
         self.functions["gates_kernel"](
-            (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if sums is None else sums,
+            (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if pieces is None else pieces,
+            running=means if running is None else running,
             **made._asdict(), begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
-            seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles, many=int(sums is not None),
+            seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles, many=int(pieces is not None), ahead=int(running is not None),
             top_k=top_k, T=T, H=H, N=N, P=tables.begin.shape[0],
         )  # fmt: skip
         return made

@@ -22,7 +22,9 @@ class Read:
         problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.functions = functions
         self.DV = problem["Dv"]
         self.values = config["read_BV"]

@@ -11,7 +11,7 @@ from .....traits import AGGREGATIONS, RECURRENCES
 from ....results import padded
 from ....triton.tables import Tables
 from ..functions import Function, aligned, blocks, check_reach
-from .arrays import Decays, States
+from .arrays import Decays, KeySums, States
 
 Tensor = torch.Tensor
 _BLOCK = 256
@@ -26,19 +26,23 @@ class SegmentStates:
         problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.functions = functions
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.routed = AGGREGATIONS[problem["aggregation"]].routed
         self.SK, self.SV = padded(problem["Dk"]), padded(problem["Dv"])
         self.keys = config["states_warps"] * config["states_rows"]
         self.values = min(config["states_BV"], self.SV)
+        self.step = config["states_BT"]
 
     def decays(self, g: Tensor, beta: Tensor, lam: Tensor, *, tables: Tables) -> Decays:
         """cum, now, after ``[B*H, T]`` and before ``[B*H, P]``, float32, from gates ``[B, T, H]`` float32."""
         B, T, H = g.shape
         P = tables.begin.shape[0]
-        made = Decays(*(g.new_empty((B * H, T)) for _ in range(3)), before=g.new_empty((B * H, P)))
+        cum, now, after = (g.new_empty((B * H, T)) for _ in range(3))
+        made = Decays(cum, now, after, g.new_empty((B * H, P)))
         g, beta, lam = (aligned(x) for x in (g, beta, lam))
         self.functions["decays_kernel"](
             (P, B * H, 1), g=g, beta=beta, lam=lam, **made._asdict(), begin=tables.begin, end=tables.end,
@@ -46,17 +50,14 @@ class SegmentStates:
         )  # fmt: skip
         return made
 
-    def segment_states(
-        self, k: Tensor, v: Tensor, decayed: Decays | None, *, tables: Tables, exact: bool
-    ) -> States:
+    def segment_states(self, k: Tensor, v: Tensor, decayed: Decays | None, *, tables: Tables, exact: bool) -> States:
         """The states of all pieces, from k ``[B, T, H, DK]`` and v ``[B, T, H, DV]`` of one dtype.
 
         Returns:
             End states, float32, in memories of 16 bits only those of the last pieces of segments (unless ``exact``,
             None or scratch); the states of all pieces as operands of products, in k's dtype (``ends`` itself where
             that is float32, not written where sums of states are read and nothing enters a piece); the sum of earlier
-            segments' states in k's dtype, where gates are equal, else None; mean keys; the sums of pieces' keys, None
-            where every segment is one piece.
+            segments' states in k's dtype, where gates are equal, else None; mean keys; sums of keys.
 
         Raises:
             KernelError: if an array has more elements than the kernels' 32-bit indices reach.
@@ -69,6 +70,7 @@ class SegmentStates:
         ends = sums = None
         past = None if self.routed else k.new_empty((heads, N, self.SK, self.SV))
         operand = k.new_empty((heads, P, self.SK, self.SV)) if half else None
+        running = means.new_empty((heads, T // self.step + P, self.SK)) if self.routed else None
         if P > N:
             sums = k.new_empty((heads, P, self.SK), dtype=torch.float32)
         carries = tables.crosses or past is not None
@@ -77,7 +79,8 @@ class SegmentStates:
         count = blocks(self.SV, self.values) * blocks(self.SK, self.keys) * P
         # What is not written, some array stands for.
         self.functions["local_kernel"](
-            (count, heads, 1), k=k, v=v, **self._decays(decayed), operand=means if operand is None else operand,
+            (count, heads, 1), k=k, v=v, **self._decays(decayed),
+            **({} if running is None else {"running": running}), operand=means if operand is None else operand,
             ends=means if ends is None else ends, means=means, sums=means if sums is None else sums,
             begin=tables.begin, end=tables.end, entering=tables.entering, to_ends=int(ends is not None),
             to_operand=int(operand is not None and not carries), to_means=int(sums is None),
@@ -98,7 +101,7 @@ class SegmentStates:
             )  # fmt: skip
         made = ends if operand is None else operand
         assert made is not None
-        return States(ends, made, past, means, sums)
+        return States(ends, made, past, means, KeySums(sums, running))
 
     def past_states(self, ends: Tensor, *, like: Tensor, cum: Tensor | None, tables: Tables) -> Tensor:
         """past ``[B*H, N, SK, SV]`` in the dtype of ``like``, from ``ends``, where every segment is one piece."""
