@@ -18,8 +18,8 @@ from mctune.runtime.errors import KernelError
 from mctune.runtime.kernels.tvm.compiler import c_compiler
 from mctune.verify.cuda_cpu.source import on_cpu
 
-_HERE = Path(__file__).parent
-_FLAGS = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+HERE = Path(__file__).parent
+FLAGS = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 # What a thread has not written is no zero.
 _UNWRITTEN = "-ftrivial-auto-var-init=pattern"
 _LIMIT_S = 300.0
@@ -48,14 +48,14 @@ def library(source: str, folder: Path, level: str = "-O1") -> Path:
         DeviceError: if the compiler fails.
     """
     text = on_cpu(source)
-    name = _digest(text, *_shim(), level)
+    name = digest_of(text, *shim(), level)
     path = folder / f"cpu_{name}.so"
     if path.is_file():
         return path
     with scratch_in(folder, "cuda") as scratch:
         code, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
         code.write_text(text, encoding="utf-8")
-        run([*compiler(), *_FLAGS, _UNWRITTEN, level, f"-I{_HERE}", "-shared", str(code), "-o", str(made)])
+        run([*compiler(), *FLAGS, _UNWRITTEN, level, f"-I{HERE}", "-shared", str(code), "-o", str(made)])
         made.replace(path)
     return path
 
@@ -66,13 +66,13 @@ def stand_in(folder: Path) -> Path:
     Raises:
         DeviceError: if it does not compile.
     """
-    path = folder / f"libcuda_{_digest(*_shim())}.so"
+    path = folder / f"libcuda_{digest_of(*shim())}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_in(folder, "cuda") as scratch:
             made = Path(scratch, "libcuda.so")
-            sources = [str(_HERE / name) for name in ("device.cpp", "driver.cpp")]
-            run([*compiler(), *_FLAGS, "-O2", "-shared", *sources, "-o", str(made), "-ldl"])
+            sources = [str(HERE / name) for name in ("device.cpp", "driver.cpp")]
+            run([*compiler(), *FLAGS, "-O2", "-shared", *sources, "-o", str(made), "-ldl"])
             made.replace(path)
     return path
 
@@ -124,11 +124,11 @@ def run(command: list[str]) -> str:
 
 
 @cache
-def _shim() -> tuple[str, ...]:
-    return tuple((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp", "driver.cpp"))
+def shim() -> tuple[str, ...]:
+    return tuple((HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp", "driver.cpp"))
 
 
-def _digest(*texts: str) -> str:
+def digest_of(*texts: str) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode())

@@ -8,7 +8,6 @@ Such kernels need no table of their loops, and it does not matter which of them 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 
 from mctune.backends.triton.cost.mix import Loop
@@ -46,20 +45,19 @@ def marked(loop: Loop) -> bool:
 
 
 def source_of_marks(compiled: Loop, walk: Walk, trips: float = 1.0) -> Source:
-    """The loops of a kernel as they are compiled, with the passes that their marks say."""
-    # Of a loop that was unrolled, a second copy does what is left over.
-    most: dict[str, int] = {}
-    counts = [Counter(inner.marks) for inner in compiled.inner]
-    for count in counts:
-        for text, times in count.items():
-            most[text] = max(most.get(text, 0), times)
-    found = []
-    for inner, count in zip(compiled.inner, counts, strict=True):
-        passes = 0.0
-        for text, times in count.items():
-            if times == most[text]:
-                passes = max(passes, _passes(text, walk) / times)
-                most[text] = times + 1  # only once
+    """The loops of a kernel as they are compiled, with the passes that their marks say.
+
+    A loop's own mark is the first in it; others are of loops inside that the compiler has unrolled altogether.
+    """
+    heads = [inner.marks[0] if inner.marks else "" for inner in compiled.inner]
+    counts = [inner.marks.count(head) for inner, head in zip(compiled.inner, heads, strict=True)]
+    found, done = [], set[str]()
+    for inner, head, count in zip(compiled.inner, heads, counts, strict=True):
+        # Of a loop whose passes are not known when it is unrolled, a second copy does the few that are left over.
+        most = max(other for text, other in zip(heads, counts, strict=True) if text == head)
+        rest = not head.startswith("times") and (count < most or head in done)
+        done.add(head)
+        passes = _passes(head, walk) / count if head and not rest else 0.0
         found.append(source_of_marks(inner, walk, passes))
     return Source(trips, compiled.mix.matrix, tuple(found))
 

@@ -13,7 +13,7 @@ FORMULATIONS = {
     "sparse": ("per_segment", "gated"),
 }
 """How the cached read may be computed, by the weights that it has; the template says what each one is."""
-_REGISTERS = 96
+_REGISTERS = 160
 """32-bit registers of a thread that sums and operands may take; the rest is for addresses and what is loaded."""
 
 _FIRST = Config.of(
@@ -25,7 +25,8 @@ _FIRST = Config.of(
         "states_rows": 16,
         "states_BT": 32,
         "states_BV": 64,
-        "gates_warps": 2,
+        "gates_warps": 4,
+        "gates_rows": 16,
         "gates_BN": 16,
         "read_warps": 4,
         "read_rows": 16,
@@ -101,7 +102,8 @@ SPACE = SearchSpace(
         Int("states_rows", (16, 32), "key columns of a warp"),
         Pow2("states_BT", 16, 64, "tokens of a step of a state's sum"),
         Pow2("states_BV", 32, 128, "value columns of a state's tile"),
-        Pow2("gates_warps", 1, 4, "each of 32 tokens"),
+        Pow2("gates_warps", 2, 8),
+        Int("gates_rows", (16, 32), "tokens of a warp"),
         Pow2("gates_BN", 16, 64, "segments of a tile of logits"),
         Pow2("read_warps", 2, 8),
         Int("read_rows", (16, 32), "tokens of a warp"),
@@ -154,7 +156,7 @@ SPACE = SearchSpace(
         ),
     ),
     default=_DEFAULTS[0],
-    fallbacks=(*_DEFAULTS[1:], *(config.replace(states_warps=2, read_BV=32) for config in _DEFAULTS)),
+    fallbacks=(*_DEFAULTS[1:], *(config.replace(states_warps=2, states_BV=32, read_BV=32) for config in _DEFAULTS)),
 )
 MEASURED = SearchSpace(
     params=SPACE.params,

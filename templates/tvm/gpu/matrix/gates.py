@@ -7,7 +7,7 @@ What is written are logits, with -inf for what ssc does not choose, and the loga
 gamma = exp(logit - lse). Logits have float32 accuracy: the keys up to t are added up in float32, and mean keys are
 split into two numbers of 16 bits, whose products with u are exact.
 
-A thread has the logits of one token: what it has written of them it reads again without a barrier.
+Some threads have the logits of one token each: what it has written of them it reads again without a barrier.
 """
 
 from typing import Any
@@ -34,12 +34,13 @@ def build(problem: Any, config: Any, target: Any) -> list[Kernel]:
 
 
 class _Gates:
-    """A block at work: a token a thread."""
+    """A block at work: a token a thread; threads that are left over take part in what all of them do."""
 
     def __init__(self, plan: Plan, x: Any) -> None:
         self.plan, self.x, number = plan, x, plan.number
-        self.BT, self.BN = 32 * plan["gates_warps"], plan["gates_BN"]
-        self.frag: Fragments = fragments(number, plan.instruction, 32, x.lane)
+        self.R, self.BN, self.threads = plan["gates_rows"], plan["gates_BN"], 32 * plan["gates_warps"]
+        self.BT = plan["gates_warps"] * self.R
+        self.frag: Fragments = fragments(number, plan.instruction, self.R, x.lane)
         self.u = x.shared.take(self.BT, plan.SK, number.stored)
         below = x.shared.bytes
         self.high = x.shared.take(self.BN, plan.SK, number.stored)
@@ -51,13 +52,14 @@ class _Gates:
         x.shared.open()
         self.at: Place = place_of(x, x.block, self.BT)
         self.t = named(self.at.first + x.thread, "t")
-        self.valid = named(self.t < self.at.stop, "valid")
+        mine = self.t < self.at.stop
+        self.valid = named(mine if self.BT == self.threads else T.And(x.thread < self.BT, mine), "valid")
         self.own = registers(1, name="own")
         self.top, self.size = registers(1, name="top"), registers(1, name="size")
 
     def run(self) -> None:
         plan, x, at = self.plan, self.x, self.at
-        copy = Copy(self.BT, plan.SK, self.BT, plan.number)
+        copy = Copy(self.BT, plan.SK, self.threads, plan.number)
         held = copy.room("rows_of_u")
         copy.fetch(x.thread, Rows(x.u, plan.number, plan.DK, at.origin, x.H), at.first, at.stop, 0, held)
         copy.put(x.thread, held, self.u)
@@ -78,14 +80,14 @@ class _Gates:
         """<u_t, p_s> with the mean of the online segment's keys up to t: keys are added up, some tokens at a time."""
         plan, x, at = self.plan, self.x, self.at
         keys = Rows(x.k, plan.number, plan.DK, at.origin, x.H)
-        each = -(-plan.SK // self.BT)
+        each = -(-plan.SK // self.threads)
         total, ahead = registers(each, name="keys_so_far"), registers(_FIRST, name="keys_ahead")
         for n in range(each):
             self._before(total, n, keys)
         with loop(at.first, at.stop, _FIRST, trips=f"times {self.BT // _FIRST}") as first:
             barrier()
             for n in range(each):
-                column = x.thread + n * self.BT
+                column = x.thread + n * self.threads
                 for j in range(_FIRST):
                     store(ahead, j, T.float32(0))
                     with when(T.And(column < plan.DK, first + j < at.stop)):
@@ -97,15 +99,15 @@ class _Gates:
             barrier()
             self._products(first - at.first)
         barrier()
-        store(self.own, 0, self.owns.numbers[x.thread])
         begin = named(x.seg_begin[at.segment], "segment_begin")
+        store(self.own, 0, T.float32(0))
         with when(self.valid):
-            store(self.own, 0, self.own[0] / T.cast(self.t - begin + 1, "float32"))
+            store(self.own, 0, self.owns.numbers[x.thread] / T.cast(self.t - begin + 1, "float32"))
 
     def _before(self, total: Any, n: int, keys: Rows) -> None:
         """A column of the segment's keys before the tile: of pieces before, of steps of the states, and the rest."""
         plan, x, at, step = self.plan, self.x, self.at, self.plan["states_BT"]
-        column = named(x.thread + n * self.BT, "column")
+        column = named(x.thread + n * self.threads, "column")
         store(total, n, T.float32(0))
         known = registers(1, "int32", "known")
         store(known, 0, at.start)
@@ -123,7 +125,7 @@ class _Gates:
     def _products(self, base: Any) -> None:
         """Products of rows of u with the sums of keys up to them, by some threads each."""
         plan, x = self.plan, self.x
-        parts = self.BT // _FIRST
+        parts = self.threads // _FIRST
         row, part = named(T.truncdiv(x.thread, parts), "row"), named(T.truncmod(x.thread, parts), "part")
         product = registers(1, name="product")
         store(product, 0, T.float32(0))
@@ -131,7 +133,7 @@ class _Gates:
             d = i * parts + part
             u = plan.number.load(self.u.numbers[(base + row) * self.u.cols + d])
             add(product, 0, u * self.running.numbers[row * self.running.cols + d])
-        for distance in (1, 2, 4, 8):
+        for distance in (1, 2, 4, 8, 16):
             if distance < parts:
                 add(product, 0, lane_xor(product[0], distance))
         with when(part == 0):
@@ -145,12 +147,12 @@ class _Gates:
         barrier()
         acc = frag.accumulators(BN, "logits_acc")
         frag.clear(acc, BN)
-        rows = Operand(self.u, row=named(x.warp * 32, "above"))
+        rows = Operand(self.u, row=named(x.warp * self.R, "above"))
         if self.low is not None:
             frag.product(acc, BN, rows, Operand(self.low, transposed=True), plan.SK)
         frag.product(acc, BN, rows, Operand(self.high, transposed=True), plan.SK)
         for place, slot, col in frag.elements(BN):
-            store(self.scores.numbers, col * self.scores.cols + x.warp * 32 + frag.row(slot), acc[place])
+            store(self.scores.numbers, col * self.scores.cols + x.warp * self.R + frag.row(slot), acc[place])
         barrier()
         with when(self.valid), loop(i0, T.min(i0 + BN, at.segment), trips=f"share {self.BT} {BN}") as i:
             score = named(self.scores.numbers[(i - i0) * self.scores.cols + x.thread], "score")
@@ -161,7 +163,7 @@ class _Gates:
     def _load_means(self, i0: Any) -> None:
         """Mean keys, split into two numbers whose sum they are."""
         plan, x, at, BN = self.plan, self.x, self.at, self.BN
-        with loop(x.thread, BN * plan.SK, self.BT, trips=f"times {BN * plan.SK // self.BT}") as index:
+        with loop(x.thread, BN * plan.SK, self.threads, trips=f"times {BN * plan.SK // self.threads}") as index:
             row, d = named(T.truncdiv(index, plan.SK), "mean_row"), named(T.truncmod(index, plan.SK), "d")
             mean = registers(1, name="mean_key")
             store(mean, 0, T.float32(0))

@@ -28,7 +28,7 @@ class TvmGpuForward(TritonForward):
     ) -> None:
         functions = load_parts(kernel.parent, record["parts"]) if functions is None else functions
         config = record["config"]
-        tiles = {"read_BT": config["read_warps"] * config["read_rows"], "gates_BT": 32 * config["gates_warps"]}
+        tiles = {"read_BT": config["read_warps"] * config["read_rows"], "gates_BT": config["gates_warps"] * config["gates_rows"]}
         record = {**record, "config": {**config, **tiles, "gates": "precomputed"}}
         super().__init__(kernel, record, make_parts(functions, record))
         self.device = device()

@@ -1,0 +1,75 @@
+"""Candidates of TVM's GPU templates, compiled and run as CUDA C on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mctune.backends.protocol import Built
+from mctune.backends.tvm.gpu.backend import LAUNCHERS, TvmGpuBackend
+from mctune.core.config import Config
+from mctune.core.outcome import Wrong
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
+from mctune.runtime.kernels.tvm.gpu.functions import load_parts
+from mctune.verify.cuda_cpu.build import prepare
+from mctune.verify.cuda_cpu.folder import FOLDERS, prepare_built
+from mctune.verify.cuda_cpu.sanitize import Launched, recorded
+from mctune.verify.judge import judge_all, run_kernel, verify
+
+BACKEND = TvmGpuBackend()
+GPUS = {"sm_70": "v100", "sm_75": "t4", "sm_80": "a100-80g"}
+
+
+def config_of(problem: Problem, gpu: str, **changed: Any) -> Config:
+    """The default for a problem, with some parameters changed."""
+    target, space = resolve(gpu)[0], BACKEND.space(problem)
+    config = space.first_valid(lambda one: space.valid(one, problem, target))
+    assert config is not None
+    config = config.replace(**changed)
+    assert not space.broken(config, problem, target), space.broken(config, problem, target)
+    return config
+
+
+def built(problem: Problem, gpu: str, folder: Path, **changed: Any) -> tuple[Config, Built]:
+    """A candidate, compiled for a GPU."""
+    config = config_of(problem, gpu, **changed)
+    return config, BACKEND.build(problem, config, resolve(gpu)[0], folder)
+
+
+def error_of(problem: Problem, gpu: str, folder: Path, **changed: Any) -> float | Wrong:
+    """The error of a candidate, or what is wrong with it."""
+    config, made = built(problem, gpu, folder, **changed)
+    prepare_built(made)
+    kernel = BACKEND.load(problem, config, made)
+    return verify(partial(run_kernel, kernel), problem, judge_all(problem, 1))
+
+
+def launches_of(problem: Problem, config: Config, made: Built, operation: str) -> list[Launched]:
+    """What the verification of a candidate launches of one operation."""
+    prepare_built(made)
+    kernels, launches = recorded(load_parts(made.library.parent, dict(made.parts)))
+    assert isinstance(_verified(problem, config, made, kernels), float)
+    return [one for one in launches if one.signature.symbol in kernels[operation]]
+
+
+def with_source(problem: Problem, config: Config, made: Built, operation: str, source: str) -> float | Wrong:
+    """The verification of a candidate whose CUDA C of one operation is another."""
+    parts, folder = dict(made.parts), made.library.parent
+    prepare_built(made)
+    # The stand-in tells modules apart by their machine code, of which it reads nothing after the header.
+    image, digest = bytearray((folder / parts[f"{operation}.cubin"]).read_bytes()), hashlib.sha256(source.encode())
+    image[64:72] = digest.digest()[:8]
+    planted = folder / f"planted_{digest.hexdigest()[:8]}.cubin"
+    planted.write_bytes(bytes(image))
+    prepare(bytes(image), source, Path(os.environ[FOLDERS]))
+    return _verified(problem, config, made, load_parts(folder, parts | {f"{operation}.cubin": planted.name}))
+
+
+def _verified(problem: Problem, config: Config, made: Built, kernels: Any) -> float | Wrong:
+    record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(made.parts)}
+    kernel = LAUNCHERS[problem.writes.family, problem.pass_](made.library, record, kernels)
+    return verify(partial(run_kernel, kernel), problem, judge_all(problem, 1))
