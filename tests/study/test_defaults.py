@@ -6,8 +6,7 @@ import random
 import secrets
 import time
 
-from mctune.backends import get_backend
-from mctune.backends.registry import support
+from mctune.backends import get_backend, makers
 from mctune.core.errors import UsageError
 from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import targets
@@ -45,9 +44,9 @@ def drawn(rng: random.Random) -> Problem:
 def test_a_default_is_valid_or_nothing_is() -> None:
     rng, until, found = random.Random(SEED), time.monotonic() + SECONDS, 0
     while time.monotonic() < until or found < 5:
-        problem, target, name = drawn(rng), rng.choice(targets()), rng.choice(("triton", "triton", "tvm"))
-        backend = get_backend(name)
-        if not support(name, target) or not backend.supports(problem):
+        problem, target = drawn(rng), rng.choice(targets())
+        backend = get_backend(rng.choice(makers(target)))
+        if not backend.supports(problem, target):
             continue
         found += 1
         space = backend.space(problem)

@@ -13,13 +13,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ..copies import Copy, Rows
-from ..fragments import Operand, fragments
+from ..copies import Rows
 from ..kernel import (
     WARP,
     Kernel,
     add,
-    barrier,
     kernel,
     lane_of,
     loop,
@@ -30,6 +28,7 @@ from ..kernel import (
     when,
 )
 from ..plan import Plan, plan_of
+from .outer import Outer
 
 _BLOCK = 256
 """Elements of a state that a block of ``carry`` has."""
@@ -102,61 +101,49 @@ def local(plan: Plan) -> Kernel:
 
 
 def _local(plan: Plan, x: Any) -> None:
-    warps, BT = plan["states_warps"], plan["states_BT"]
-    R, BV = plan["states_rows"], min(plan["states_BV"], plan.SV)
-    threads, number = 32 * warps, plan.number
-    frag = fragments(number, plan.instruction, R, x.lane)
-    k_tile, v_tile = (x.shared.take(BT, width, number.stored) for width in (warps * R, BV))
-    x.shared.open()
-    across, down = -(-plan.SV // BV), -(-plan.SK // (warps * R))
-    column = named(T.truncmod(x.block, across) * BV, "column")
-    first_key = named(T.truncmod(T.truncdiv(x.block, across), down) * (warps * R), "first_key")
-    piece, bh = named(T.truncdiv(x.block, across * down), "piece"), x.row
+    outer, number = Outer(plan, x, "states"), plan.number
+    piece, bh, BT, threads = outer.which, x.row, outer.BT, outer.threads
     start, stop = named(x.begin[piece], "start"), named(x.end[piece], "stop")
-    origin = named(T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), "origin")
-    keys, values = Rows(x.k, number, plan.DK, origin, x.H), Rows(x.v, number, plan.DV, origin, x.H)
-    acc = frag.accumulators(BV)
-    frag.clear(acc, BV)
-    each = -(-warps * R // threads)
+    keys, values = outer.rows(x.k, plan.DK), outer.rows(x.v, plan.DV)
+    each = -(-outer.keys // threads)
     sums = registers(each, name="sums")
     for n in range(each):
         store(sums, n, T.float32(0))
-    last = named(x.cum[bh * x.T + stop - 1], "cum_end") if plan.flags.gated else None
-    copy_k, copy_v = Copy(BT, warps * R, threads, number), Copy(BT, BV, threads, number)
-    with loop(start, stop, BT, trips=f"piece {BT}") as t0:
-        held_k, held_v = copy_k.room("held_k"), copy_v.room("held_v")
-        copy_k.fetch(x.thread, keys, t0, stop, first_key, held_k)
-        copy_v.fetch(x.thread, values, t0, stop, column, held_v)
-        if last is not None:
-            copy_v.scale(x.thread, held_v, lambda r: _left(x, bh * x.T, t0 + r, stop, last))
-        barrier()
-        copy_k.put(x.thread, held_k, k_tile)
-        copy_v.put(x.thread, held_v, v_tile)
-        barrier()
-        above = named(x.warp * R, "above")
-        frag.product(acc, BV, Operand(k_tile, col=above, transposed=True), Operand(v_tile), BT)
-        with when(column == 0):
+
+    def add_keys(t0: Any) -> None:
+        with when(outer.column == 0):
             for n in range(each):
                 key = x.thread + n * threads
                 if plan.flags.routed:
                     row = bh * (T.truncdiv(x.T, BT) + x.P) + T.truncdiv(t0, BT) + piece
-                    with when(T.And(key < warps * R, first_key + key < plan.SK)):
-                        store(x.running, row * plan.SK + first_key + key, sums[n])
-                with when(key < warps * R), loop(0, BT) as t:
-                    add(sums, n, number.load(k_tile.numbers[t * k_tile.cols + key]))
-    first_row = named(first_key + x.warp * R, "first_row")
+                    with when(T.And(key < outer.keys, outer.first_key + key < plan.SK)):
+                        store(x.running, row * plan.SK + outer.first_key + key, sums[n])
+                with when(key < outer.keys), loop(0, BT) as t:
+                    add(sums, n, number.load(outer.left.numbers[t * outer.left.cols + key]))
+
+    last = named(x.cum[bh * x.T + stop - 1], "cum_end") if plan.flags.gated else None
+    weight = None if last is None else lambda t: _left(x, bh * x.T, t, stop, last)
+    outer.run(keys, values, start, stop, weight, f"piece {BT}", add_keys)
     if last is not None:
-        _row_before(plan, x, frag, acc, BV, keys, values, (piece, bh, start, first_row, column, last))
-    _store(plan, x, frag, acc, BV, (bh * x.P + piece) * plan.SK, first_row, column)
-    with when(column == 0):
+        _row_before(plan, x, outer, (keys, values), start, last)
+    first = (bh * x.P + piece) * plan.SK
+
+    def write(row: Any, value: Any, total: Any) -> None:
+        to = (first + row) * plan.SV + value
+        with when(x.to_ends != 0):
+            store(x.ends, to, total)
+        with when(x.to_operand != 0):
+            store(x.operand, to, number.round(total))
+
+    outer.each(write)
+    with when(outer.column == 0):
         for n in range(each):
-            key = first_key + x.thread + n * threads
-            place = (bh * x.P + piece) * plan.SK + key
-            with when(T.And(x.thread + n * threads < warps * R, key < plan.SK)):
+            key = outer.first_key + x.thread + n * threads
+            with when(T.And(x.thread + n * threads < outer.keys, key < plan.SK)):
                 with when(x.to_sums != 0):
-                    store(x.sums, place, sums[n])
+                    store(x.sums, first + key, sums[n])
                 with when(x.to_means != 0):
-                    store(x.means, place, sums[n] / T.cast(stop - start, "float32"))
+                    store(x.means, first + key, sums[n] / T.cast(stop - start, "float32"))
 
 
 def _left(x: Any, line: Any, t: Any, stop: Any, last: Any) -> Any:
@@ -170,31 +157,15 @@ def _left(x: Any, line: Any, t: Any, stop: Any, last: Any) -> Any:
     return weight[0]
 
 
-def _row_before(
-    plan: Plan, x: Any, frag: Any, acc: Any, cols: int, keys: Rows, values: Rows, at: tuple[Any, ...]
-) -> None:
+def _row_before(plan: Plan, x: Any, outer: Outer, rows: tuple[Rows, Rows], start: Any, last: Any) -> None:
     """The token before the piece, where it is one of the same memory."""
-    piece, bh, start, first_row, column, last = at
+    piece, bh, (keys, values) = outer.which, x.row, rows
     with when(x.entering[piece] >= 0):
         weight = named(x.before[bh * x.P + piece] * T.exp(last - x.cum[bh * x.T + start]), "weight_before")
-        for place, slot, col in frag.elements(cols):
-            key, value = first_row + frag.row(slot), column + col
+        for place, slot, col in outer.frag.elements(outer.BV):
+            key, value = outer.first_row + outer.frag.row(slot), outer.column + col
             with when(T.And(key < plan.DK, value < plan.DV)):
-                add(acc, place, weight * (keys.load(start - 1, key) * values.load(start - 1, value)))
-
-
-def _store(plan: Plan, x: Any, frag: Any, acc: Any, cols: int, first: Any, first_row: Any, column: Any) -> None:
-    """Rows of a state: float32 and of k's dtype."""
-    uneven = plan.SV % cols != 0
-    for place, slot, col in frag.elements(cols):
-        row, value = first_row + frag.row(slot), column + col
-        inside = T.And(row < plan.SK, value < plan.SV) if uneven else row < plan.SK
-        with when(inside):
-            to = (first + row) * plan.SV + value
-            with when(x.to_ends != 0):
-                store(x.ends, to, acc[place])
-            with when(x.to_operand != 0):
-                store(x.operand, to, plan.number.round(acc[place]))
+                add(outer.acc, place, weight * (keys.load(start - 1, key) * values.load(start - 1, value)))
 
 
 def carry(plan: Plan) -> Kernel:
