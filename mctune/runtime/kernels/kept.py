@@ -142,7 +142,7 @@ def wanted(device: str, problem: Mapping[str, Any], config: Mapping[str, Any]) -
     states += ("means",) if routed else ("past",)
     if saved != "gates":
         return (states,)
-    return (states, CHOICE if config["formulation"] == "grouped" else LOGITS)
+    return (states, CHOICE if config.get("formulation") == "grouped" else LOGITS)
 
 
 def left_by(problem: Mapping[str, Any]) -> Names:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .kernel import Tile, loop, named, registers, store, vector, warp_barrier
+from .kernel import Tile, lane_xor, loop, named, registers, store, vector, warp_barrier
 from .numbers import Number
 
 
@@ -79,6 +79,8 @@ class Fragments:
 
     slots: int
     """Rows of which a thread holds elements."""
+    beside: tuple[int, ...]
+    """Bits of the lane's number in which the threads differ that hold parts of the same rows."""
 
     def row(self, slot: int) -> Any:
         """The row, of R, of a slot."""
@@ -112,6 +114,28 @@ class Fragments:
         for place, slot, _ in self.elements(cols):
             store(acc, place, acc[place] + weight(slot) * other[place])
 
+    def row_sums(self, name: str, terms: Callable[[int, int, Any], Any], cols: int) -> Any:
+        """Registers with the sum of each of a thread's rows, of ``terms(place, slot, column)``; all who have parts of a
+        row get its sum."""
+        sums = registers(self.slots, "float32", name)
+        for slot in range(self.slots):
+            store(sums, slot, T.float32(0))
+        for place, slot, col in self.elements(cols):
+            store(sums, slot, sums[slot] + terms(place, slot, col))
+        for slot in range(self.slots):
+            self.share_row(sums, slot)
+        return sums
+
+    def share_row(self, sums: Any, slot: int) -> None:
+        """All who have parts of a row get the sum of what they have at ``slot``."""
+        for distance in self.beside:
+            store(sums, slot, sums[slot] + lane_xor(sums[slot], distance))
+
+    @property
+    def leads(self) -> Any:
+        """Whether a thread is the one of those with parts of the same rows that writes for them."""
+        return T.bitwise_and(self.lane, sum(self.beside)) == 0
+
     def each(self, acc: Any, cols: int, change: Callable[[Any, int, Any], Any]) -> None:
         """Every element becomes ``change(element, slot, column)``."""
         for place, slot, col in self.elements(cols):
@@ -134,6 +158,7 @@ class Lanes(Fragments):
     """float32, without matrix units: four groups of eight threads, a group to every fourth row."""
 
     deep = 4
+    beside = (1, 2, 4)
 
     @property
     def slots(self) -> int:  # type: ignore[override]
@@ -204,6 +229,7 @@ class Quads(Fragments):
     Thread ``lane`` is ``lane % 4 + 4 * (lane / 16)`` of pair ``lane / 4 % 4``.
     """
 
+    beside = (2, 8)
     _MMA = "mma.sync.aligned.m8n8k4.{}.{}.f32.f16.f16.f32"
 
     @property
@@ -275,6 +301,8 @@ class Quads(Fragments):
 
 class Matrices(Fragments):
     """mma.m16n8k8 of sm_75, mma.m16n8k16 of sm_80 and later, with operands by ldmatrix."""
+
+    beside = (1, 2)
 
     def __init__(self, number: Number, rows: int, lane: Any, step: int) -> None:
         super().__init__(number, rows, lane)

@@ -24,6 +24,12 @@ def _share(w: Walk, rows: int, together: int) -> float:
     return _cached(w, rows, 1) / groups if groups else 0.0
 
 
+def _after(w: Walk, together: int) -> float:
+    """Tokens after the first of ``together`` segments of a sequence."""
+    left = [w.problem.T - end for _, end in w.problem.spans()][::together]
+    return max(left) if w.heaviest else sum(left) / len(left)
+
+
 NAMES: dict[str, Callable[..., float]] = {
     "times": lambda w, count: count,
     "piece": lambda w, rows: w.of_pieces(lambda p: math.ceil(p.length / rows)),
@@ -33,6 +39,11 @@ NAMES: dict[str, Callable[..., float]] = {
     "before": lambda w, rows: w.of_tiles(rows, lambda p, t: p.before),
     "beyond": lambda w, rows, step: w.of_tiles(rows, lambda p, t: t % step),
     "cached": _cached,
+    "later": lambda w, rows, step: w.of_tiles(rows, lambda p, t: math.ceil((p.length - t) / step)),
+    "behind": lambda w, rows: w.of_tiles(rows, lambda p, t: p.later),
+    "rest": lambda w, rows: w.of_tiles(rows, lambda p, t: max(p.length - t - rows, 0)),
+    "after": lambda w, step: math.ceil(_after(w, 1) / step),
+    "split": lambda w, together, step: math.ceil(_after(w, together) / w["splits"] / step),
     "share": _share,
     "top_k": lambda w: min(w.problem.top_k or 1, w.segments),
 }

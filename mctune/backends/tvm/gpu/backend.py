@@ -26,10 +26,11 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.tvm.gpu.matrix.backward import TvmGpuBackward
 from mctune.runtime.kernels.tvm.gpu.matrix.forward import TvmGpuForward
 from mctune.runtime.traits import alike
 
-LAUNCHERS = {("matrix", "forward"): TvmGpuForward}
+LAUNCHERS = {("matrix", "forward"): TvmGpuForward, ("matrix", "backward"): TvmGpuBackward}
 """By family and pass."""
 WIDEST = 128
 """A block holds a row of q whole, and a thread its part of the sums."""

@@ -12,12 +12,19 @@ from mctune.core.target import Target
 
 OPERATIONS = {
     ("matrix", "forward"): ("segment_states", "gates", "read_forward"),
+    ("matrix", "backward"): (
+        *("segment_states", "gates", "read_backward", "gates_backward", "state_backward", "write_backward"),
+    ),
 }
 """By family and pass; gates only where they are learned."""
 PARAMETERS = {
     "segment_states": ("instruction", "states_"),
     "gates": ("instruction", "gates_", "states_BT"),
     "read_forward": ("instruction", "formulation", "read_"),
+    "read_backward": ("instruction", "dq_"),
+    "gates_backward": ("dgates_", "states_BT"),
+    "state_backward": ("instruction", "dstates_"),
+    "write_backward": ("instruction", "dkv_"),
 }
 """What the names of the parameters begin with that an operation is built with."""
 
@@ -25,7 +32,7 @@ PARAMETERS = {
 def operations(problem: Problem) -> tuple[str, ...]:
     """The operations of a problem, in order."""
     every = OPERATIONS[problem.writes.family, problem.pass_]
-    return tuple(name for name in every if name != "gates" or problem.routed)
+    return tuple(name for name in every if problem.routed or not name.startswith("gates"))
 
 
 def parameters(operation: str, config: Config) -> dict[str, Any]:

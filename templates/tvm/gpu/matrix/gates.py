@@ -83,7 +83,7 @@ class _Gates:
         each = -(-plan.SK // self.threads)
         total, ahead = registers(each, name="keys_so_far"), registers(_FIRST, name="keys_ahead")
         for n in range(each):
-            self._before(total, n, keys)
+            keys_before(plan, x, at, total, n, self.threads, keys, self.BT)
         with loop(at.first, at.stop, _FIRST, trips=f"times {self.BT // _FIRST}") as first:
             barrier()
             for n in range(each):
@@ -103,24 +103,6 @@ class _Gates:
         store(self.own, 0, T.float32(0))
         with when(self.valid):
             store(self.own, 0, self.owns.numbers[x.thread] / T.cast(self.t - begin + 1, "float32"))
-
-    def _before(self, total: Any, n: int, keys: Rows) -> None:
-        """A column of the segment's keys before the tile: of pieces before, of steps of the states, and the rest."""
-        plan, x, at, step = self.plan, self.x, self.at, self.plan["states_BT"]
-        column = named(x.thread + n * self.threads, "column")
-        store(total, n, T.float32(0))
-        known = registers(1, "int32", "known")
-        store(known, 0, at.start)
-        with when(T.And(x.ahead != 0, column < plan.SK)):
-            store(known, 0, at.start + T.truncdiv(at.first - at.start, step) * step)
-            row = at.bh * (T.truncdiv(x.T, step) + x.P) + T.truncdiv(known[0], step) + at.piece
-            add(total, n, x.running[row * plan.SK + column])
-        with when(T.And(x.many != 0, column < plan.SK)), loop(
-            x.seg_piece[at.segment], at.piece, trips=f"before {self.BT}"
-        ) as p:
-            add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
-        with when(column < plan.DK), loop(known[0], at.first, trips=f"beyond {self.BT} {step}") as j:
-            add(total, n, keys.load(j, column))
 
     def _products(self, base: Any) -> None:
         """Products of rows of u with the sums of keys up to them, by some threads each."""
@@ -208,3 +190,22 @@ class _Gates:
             score = named(x.logits[line + i * x.T + self.t], "left")
             with when(T.Or(score < least[0], T.And(score == least[0], i > latest[0]))):
                 store(x.logits, line + i * x.T + self.t, -infinity())
+
+
+def keys_before(
+    plan: Plan, x: Any, at: Place, total: Any, n: int, threads: int, keys: Rows, tile: int
+) -> None:
+    """A column of the segment's keys before a tile: of pieces before, of steps of the states, and the rest."""
+    step = plan["states_BT"]
+    column = named(x.thread + n * threads, "column")
+    store(total, n, T.float32(0))
+    known = registers(1, "int32", "known")
+    store(known, 0, at.start)
+    with when(T.And(x.ahead != 0, column < plan.SK)):
+        store(known, 0, at.start + T.truncdiv(at.first - at.start, step) * step)
+        row = at.bh * (T.truncdiv(x.T, step) + x.P) + T.truncdiv(known[0], step) + at.piece
+        add(total, n, x.running[row * plan.SK + column])
+    with when(T.And(x.many != 0, column < plan.SK)), loop(x.seg_piece[at.segment], at.piece, trips=f"before {tile}") as p:
+        add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
+    with when(column < plan.DK), loop(known[0], at.first, trips=f"beyond {tile} {step}") as j:
+        add(total, n, keys.load(j, column))

@@ -18,9 +18,10 @@ class LearnedGates:
 
     Args:
         functions: its kernels by name.
+        problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function]) -> None:
+    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         self.functions = functions
 
     def gates(
