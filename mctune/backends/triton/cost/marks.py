@@ -45,6 +45,9 @@ NAMES: dict[str, Callable[..., float]] = {
     "after": lambda w, step: math.ceil(_after(w, 1) / step),
     "split": lambda w, together, step: math.ceil(_after(w, together) / w["splits"] / step),
     "share": _share,
+    "states": lambda w, step: math.ceil(w.segments / step),
+    "share_of_states": lambda w: min(w.problem.top_k or w.segments, w.segments) / w["splits"],
+    "splits": lambda w: w["splits"] + 1,
     "top_k": lambda w: min(w.problem.top_k or 1, w.segments),
 }
 """Passes of a loop each time that it is entered, by the name in its mark."""

@@ -27,10 +27,15 @@ from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
 from mctune.runtime.kernels.tvm.gpu.matrix.backward import TvmGpuBackward
+from mctune.runtime.kernels.tvm.gpu.matrix.decode import TvmGpuDecode
 from mctune.runtime.kernels.tvm.gpu.matrix.forward import TvmGpuForward
 from mctune.runtime.traits import alike
 
-LAUNCHERS = {("matrix", "forward"): TvmGpuForward, ("matrix", "backward"): TvmGpuBackward}
+LAUNCHERS = {
+    ("matrix", "forward"): TvmGpuForward,
+    ("matrix", "backward"): TvmGpuBackward,
+    ("matrix", "decode"): TvmGpuDecode,
+}
 """By family and pass."""
 WIDEST = 128
 """A block holds a row of q whole, and a thread its part of the sums."""

@@ -15,6 +15,7 @@ OPERATIONS = {
     ("matrix", "backward"): (
         *("segment_states", "gates", "read_backward", "gates_backward", "state_backward", "write_backward"),
     ),
+    ("matrix", "decode"): ("decode_step",),
 }
 """By family and pass; gates only where they are learned."""
 PARAMETERS = {
@@ -25,6 +26,7 @@ PARAMETERS = {
     "gates_backward": ("dgates_", "states_BT"),
     "state_backward": ("instruction", "dstates_"),
     "write_backward": ("instruction", "dkv_"),
+    "decode_step": ("decode_BV",),
 }
 """What the names of the parameters begin with that an operation is built with."""
 

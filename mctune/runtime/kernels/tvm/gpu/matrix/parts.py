@@ -9,6 +9,7 @@ from .gates import LearnedGates
 from .gradients import GatesBackward, ReadBackward, StateBackward, WriteBackward
 from .read import Read
 from .states import SegmentStates
+from .step import DecodeStep
 
 _OPERATIONS: Mapping[str, Any] = {
     "segment_states": SegmentStates,
@@ -18,6 +19,7 @@ _OPERATIONS: Mapping[str, Any] = {
     "gates_backward": GatesBackward,
     "state_backward": StateBackward,
     "write_backward": WriteBackward,
+    "decode_step": DecodeStep,
 }
 
 

@@ -1,0 +1,79 @@
+"""A decode step: the kernels of ``decode_step`` on tensors, a token a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .....errors import KernelError
+from .....traits import AGGREGATIONS, RECURRENCES
+from ..functions import Function, aligned, blocks
+
+Tensor = torch.Tensor
+_THREADS = 128
+
+
+class DecodeStep:
+    """The operation ``decode_step`` of one configuration.
+
+    Args:
+        functions: its kernels by name.
+        problem, config: of the entry in the tuned table.
+    """
+
+    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        self.functions = functions
+        self.gated = RECURRENCES[problem["recurrence"]].gated
+        self.routed = AGGREGATIONS[problem["aggregation"]].routed
+        self.independent = problem["state_init"] == "independent"
+        self.splits, self.columns = config["decode_splits"], min(config["decode_BV"], _THREADS)
+
+    def decode_step(
+        self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, g: Tensor | None, beta: Tensor | None, lam: Tensor | None,
+        *, memory: Any, y: Tensor, cached_all: int, filled_all: int, first: int, n: int, length: int, top_k: int,
+        scale: float,
+    ) -> None:  # fmt: skip
+        """Tokens first to first + n of q, k, u ``[B, T, H, DK]``, v and y ``[B, T, H, DV]`` over a memory, which is
+        written in place, and their y.
+
+        Raises:
+            KernelError: if there is no kernel for the dtype of the cached states.
+        """
+        (B, total, H, _), capacity, DV = q.shape, memory.descriptors.shape[2], v.shape[-1]
+        heads, name = B * H, f"decode_read_{str(memory.states.dtype).removeprefix('torch.')}_kernel"
+        if name not in self.functions:
+            raise KernelError(f"cached states of {memory.states.dtype} have no kernel here; use float32 or float16")
+        q, k, v, u = (aligned(x) for x in (q, k, v, u))
+        gates = {}
+        if self.gated:
+            gates = {
+                name: q.new_full(q.shape[:3], absent, dtype=torch.float32) if x is None else aligned(x)
+                for name, x, absent in (("g", g, 0.0), ("beta", beta, 0.0), ("lam", lam, 1.0))
+            }
+        parts = memory.online.new_empty((heads, self.splits + 1, DV))
+        weights = memory.online.new_empty((heads, capacity + 1)) if self.routed else parts
+        last = {"last_key": memory.last_key, "last_value": memory.last_value} if self.gated else {}
+        uneven = memory.cached is not None
+        place: dict[str, Any] = {
+            "cached": memory.cached if uneven else parts, "filled": memory.filled if uneven else parts,
+            "capacity": capacity, "length": length, "uneven": int(uneven), "cached_all": cached_all,
+            "filled_all": filled_all, "total": total, "H": H,
+        }  # fmt: skip
+        grid = (blocks(DV, self.columns) * (self.splits + 1), heads, 1)
+        for token in range(first, first + n):
+            place["first"] = token
+            if self.routed:
+                self.functions["decode_gates_kernel"](
+                    (heads, 1, 1), u=u, k=k, descriptors=memory.descriptors, key_sum=memory.key_sum, weights=weights,
+                    top_k=top_k, **place,
+                )  # fmt: skip
+            self.functions[name](
+                grid, q=q, k=k, v=v, states=memory.states, online=memory.online, weights=weights, parts=parts, **last,
+                **gates, scale=scale, splits=self.splits, independent=int(self.independent), **place,
+            )  # fmt: skip
+            self.functions["decode_combine_kernel"](
+                (heads, 1, 1), k=k, v=v, y=y, parts=parts, descriptors=memory.descriptors, key_sum=memory.key_sum,
+                **last, splits=self.splits, independent=int(self.independent), **place,
+            )  # fmt: skip
