@@ -58,9 +58,10 @@ def _cases(
     if problem is not None:
         if workload is not None:
             raise UsageError("--workload and --problem exclude each other; give one")
-        fields = parse_problem(problem) if target.on_cpu else on_gpu(parse_problem(problem))
+        fields = parse_problem(problem)
+        fields = fields if target.on_cpu else on_gpu(fields, target.matrix_dtype)
         return (Case.of(fields, lengths or _SEGMENT_LENGTHS),), _TRIALS, None
-    loaded = load_workload(workload or "quick", gpu=not target.on_cpu)
+    loaded = load_workload(workload or "quick", gpu=not target.on_cpu, dtype=target.matrix_dtype)
     cases = loaded.cases
     if lengths:
         cases = tuple(Case.of(_without_length(case), lengths) for case in cases)

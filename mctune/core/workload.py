@@ -96,7 +96,7 @@ def workload_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (search_spaces_dir() / "workloads").glob("*.toml")))
 
 
-def load_workload(name: str, gpu: bool = False) -> Workload:
+def load_workload(name: str, gpu: bool = False, dtype: str = "bfloat16") -> Workload:
     """The workload of that name, for a CPU or for a GPU.
 
     Raises:
@@ -112,14 +112,14 @@ def load_workload(name: str, gpu: bool = False) -> Workload:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         raise UsageError(f"unknown workload {name!r}; {hint}")
-    return read_workload(search_spaces_dir() / "workloads" / f"{name}.toml", gpu)
+    return read_workload(search_spaces_dir() / "workloads" / f"{name}.toml", gpu, dtype)
 
 
-def read_workload(path: Path, gpu: bool = False) -> Workload:
+def read_workload(path: Path, gpu: bool = False, dtype: str = "bfloat16") -> Workload:
     """Read one file. A field whose value is a list stands for one problem per value.
 
     With ``gpu``, the fields of the table ``gpu`` replace those of every problem and the file's own ``timeout_s``, and
-    problems that state no dtype are in bfloat16.
+    problems that state no dtype are in ``dtype``, that of the GPU's matrix units.
 
     Raises:
         UsageError: for an unknown or missing key, or a problem that is not valid.
@@ -146,7 +146,7 @@ def read_workload(path: Path, gpu: bool = False) -> Workload:
     if not (own_timeout is None or _seconds(own_timeout)):
         raise UsageError(f"{path.name}: timeout_s = {own_timeout!r} is not a number of seconds over 0")
     try:
-        entries = [on_gpu(entry) | replaced if gpu else entry for entry in values["problems"]]
+        entries = [on_gpu(entry, dtype) | replaced if gpu else entry for entry in values["problems"]]
         cases = tuple(Case.of(fields, lengths) for entry in entries for fields in _expand(entry))
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
@@ -159,9 +159,9 @@ def read_workload(path: Path, gpu: bool = False) -> Workload:
     )
 
 
-def on_gpu(fields: dict[str, Any]) -> dict[str, Any]:
+def on_gpu(fields: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
     """A problem's fields, in the dtype that models are trained in on a GPU unless they state one."""
-    return {"dtype": "bfloat16"} | fields
+    return {"dtype": dtype} | fields
 
 
 def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:

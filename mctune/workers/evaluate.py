@@ -242,10 +242,11 @@ def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
     A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
-    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None}``, answered by what
-    ``_Bench.ship`` returns, all with what another process has left, ``"prepared"`` and ``"built"``, or without; or
-    ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without, answered by ``{"samples",
-    "failures"}``; or ``{"try_out": True}``, see :func:`try_out`.
+    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time, or ``{"ship": {"problem",
+    "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns, all with what another
+    process has left, ``"prepared"`` and ``"built"``, or without; or ``{"compare": [{"problem", "config"}, ...]}``, each
+    with its ``"built"`` or without, answered by ``{"samples", "failures"}``; or ``{"try_out": True}``, see
+    :func:`try_out`.
 
     On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """

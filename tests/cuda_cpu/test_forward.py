@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda_holding import error_of
 
 from mctune.core.problem import Problem
 from mctune.verify.judge import tolerance
-
-from cuda_holding import error_of
 
 PROBLEM = Problem(T=300, H=2, Dk=64, Dv=64, segment_length=64, aggregation="grm", dtype="float16")
 SWLA = {"recurrence": "swla", "state_init": "checkpoint"}

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cuda_holding import built, launches_of, with_source
 
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
 from mctune.runtime.errors import KernelError
 from mctune.verify.cuda_cpu.sanitize import SANITIZERS, watched
-
-from cuda_holding import built, launches_of, with_source
 
 PROBLEM = Problem(
     T=100, H=1, Dk=64, Dv=64, segment_length=64, aggregation="grm", dtype="float16", state_init="checkpoint"

@@ -26,7 +26,9 @@ from mctune.verify.cuda_cpu.source import on_cpu
 SANITIZERS = {"threads": ("thread", "MCTUNE_THREADS"), "addresses": ("address", "MCTUNE_ADDRESSES")}
 """Flag of the compiler and macro of the shim, by what is watched."""
 _LIMIT_S = 300.0
-_SUMMARY = re.compile(r"(?:WARNING|ERROR): (?:Thread|Address)Sanitizer: ([^\n(]+?)(?: \(pid=\d+\)| on |$)", re.MULTILINE)
+_SUMMARY = re.compile(
+    r"(?:WARNING|ERROR): (?:Thread|Address)Sanitizer: ([^\n(]+?)(?: \(pid=\d+\)| on |$)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)

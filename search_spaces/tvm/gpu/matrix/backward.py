@@ -172,9 +172,11 @@ SPACE = SearchSpace(
         unused("gates", _FIRST),
         Constraint(
             "dgates_*",
-            lambda c, p, t: p.routed
-            or all(c[name] == _FIRST[name] for name in ("dgates_BI", "dgates_splits"))
-            and c["dgates_warps"] in (2, 4),
+            lambda c, p, t: (
+                p.routed
+                or (all(c[name] == _FIRST[name] for name in ("dgates_BI", "dgates_splits"))
+                and c["dgates_warps"] in (2, 4))
+            ),
             "there are no gates to have gradients",
         ),
         Constraint("dq registers", _sums_of_read, "sums of the read's gradient would spill"),

@@ -4,8 +4,8 @@
     y_t = gamma_t^(s) (q_t M_t) + sum_{i < s} gamma_t^(i) (q_t M^(i))
 
 Bound by the bytes of the states, which are read once. Three kernels: the gates of a head; then the cached states, which
-``splits`` blocks share, and one block more that writes the online state and reads it; then their sums, and what the next
-token needs of this one. At a segment's end its state and mean key are appended to the cache.
+``splits`` blocks share, and one block more that writes the online state and reads it; then their sums, and what the
+next token needs of this one. At a segment's end its state and mean key are appended to the cache.
 """
 
 from typing import Any
@@ -184,7 +184,7 @@ class _Gates:
 
 
 def read(plan: Plan, states: Number) -> Kernel:
-    """``parts`` ``[B * H, splits + 1, DV]``: reads of shares of the cached states, then of the online one, written too."""
+    """``parts`` ``[B * H, splits + 1, DV]``: reads of shares of the cached states, then of the online one."""
     arguments = pointers(plan.number.stored, "q", "k", "v") | pointers(states.stored, "states")
     arguments |= pointers("float32", "online", "weights", "parts")
     if plan.flags.gated:

@@ -15,7 +15,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..copies import Copy, Rows
-from ..fragments import Fragments, Operand, fragments
+from ..fragments import Fragments, Operand
+from ..instructions import fragments
 from ..kernel import Kernel, add, barrier, infinity, kernel, lane_xor, loop, named, pointers, registers, store, when
 from ..plan import Place, Plan, place_of, plan_of
 
@@ -192,9 +193,7 @@ class _Gates:
                 store(x.logits, line + i * x.T + self.t, -infinity())
 
 
-def keys_before(
-    plan: Plan, x: Any, at: Place, total: Any, n: int, threads: int, keys: Rows, tile: int
-) -> None:
+def keys_before(plan: Plan, x: Any, at: Place, total: Any, n: int, threads: int, keys: Rows, tile: int) -> None:
     """A column of the segment's keys before a tile: of pieces before, of steps of the states, and the rest."""
     step = plan["states_BT"]
     column = named(x.thread + n * threads, "column")
@@ -205,7 +204,10 @@ def keys_before(
         store(known, 0, at.start + T.truncdiv(at.first - at.start, step) * step)
         row = at.bh * (T.truncdiv(x.T, step) + x.P) + T.truncdiv(known[0], step) + at.piece
         add(total, n, x.running[row * plan.SK + column])
-    with when(T.And(x.many != 0, column < plan.SK)), loop(x.seg_piece[at.segment], at.piece, trips=f"before {tile}") as p:
+    with (
+        when(T.And(x.many != 0, column < plan.SK)),
+        loop(x.seg_piece[at.segment], at.piece, trips=f"before {tile}") as p,
+    ):
         add(total, n, x.sums[(at.bh * x.P + p) * plan.SK + column])
     with when(column < plan.DK), loop(known[0], at.first, trips=f"beyond {tile} {step}") as j:
         add(total, n, keys.load(j, column))

@@ -12,7 +12,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..copies import Rows
-from ..fragments import Lanes, Operand
+from ..fragments import Operand
+from ..instructions import Lanes
 from ..kernel import WARP, Kernel, add, barrier, kernel, loop, named, pointers, registers, store, when
 from ..numbers import Number
 from ..plan import Place, Plan, place_of, plan_of
@@ -214,7 +215,9 @@ def _descriptor(plan: Plan, x: Any) -> None:
 
 def pulls(plan: Plan) -> Kernel:
     """How the tokens of a piece pull at the keys of earlier pieces of their segment, a column a thread."""
-    arguments = pointers(plan.number.stored, "u") | pointers("float32", "pull", "pulls") | pointers("int32", "begin", "end")
+    arguments = (
+        pointers(plan.number.stored, "u") | pointers("float32", "pull", "pulls") | pointers("int32", "begin", "end")
+    )
     return kernel(
         "pulls", -(-plan.SK // WARP), arguments | dict.fromkeys(("T", "H", "P"), "int32"), lambda x: _pulls(plan, x)
     )

@@ -9,7 +9,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..copies import Copy, Rows
-from ..fragments import Fragments, Operand, fragments
+from ..fragments import Fragments, Operand
+from ..instructions import fragments
 from ..kernel import Tile, barrier, loop, named, when
 from ..plan import Plan
 

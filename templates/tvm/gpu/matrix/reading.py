@@ -12,7 +12,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..copies import Copy, Rows
-from ..fragments import Fragments, Operand, fragments
+from ..fragments import Fragments, Operand
+from ..instructions import fragments
 from ..kernel import Tile, barrier, choose, loop, named, registers, store, when
 from ..plan import Place, Plan, place_of
 

@@ -223,7 +223,10 @@ class _Lead:
     def run(self) -> None:
         plan, x = self.plan, self.x
         with when(x.entering[self.piece] >= 0):
-            for tile, rows, width, stored in ((self.key, self.k, plan.DK, plan.SK), (self.value, self.v, plan.DV, plan.SV)):
+            for tile, rows, width, stored in (
+                (self.key, self.k, plan.DK, plan.SK),
+                (self.value, self.v, plan.DV, plan.SV),
+            ):
                 with when(x.thread < stored):
                     store(tile.numbers, x.thread, T.float32(0))
                     with when(x.thread < width):

@@ -13,7 +13,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..copies import Copy, Rows
-from ..fragments import Fragments, Operand, fragments
+from ..fragments import Fragments, Operand
+from ..instructions import fragments
 from ..kernel import (
     WARP,
     Kernel,
@@ -188,7 +189,9 @@ class _Write:
                     frag.share_row(sums, slot)
                 self._write(array, sums)
 
-    def _weigh(self, values: Any, keys: Any, place: int, slot: int, t: Any, share: Any, strength: Any, sums: Any) -> None:
+    def _weigh(
+        self, values: Any, keys: Any, place: int, slot: int, t: Any, share: Any, strength: Any, sums: Any
+    ) -> None:
         """Both products of a pair of tokens times the weight of the write j in the memory at t."""
         plan, x = self.plan, self.x
         weight = registers(1, name="weight")
@@ -228,7 +231,7 @@ class _Write:
     def _pulls(self) -> None:
         """What comes through the mean keys: of the segment, of its later pieces, and of tokens from j on.
 
-        A thread adds up columns from the last token to the first, 16 tokens at a time, those of one warp or half of one.
+        A thread adds up columns from the last token to the first, 16 tokens at a time, those of a warp or half of it.
         """
         plan, x, at = self.plan, self.x, self.at
         each = -(-plan.SK // self.threads)
@@ -239,9 +242,10 @@ class _Write:
             store(rest, n, T.float32(0))
             with when(column < plan.SK):
                 store(rest, n, x.dmeans[(at.bh * x.N + at.segment) * plan.SK + column])
-            with when(T.And(x.many != 0, column < plan.SK)), loop(
-                at.piece + 1, x.seg_last[at.segment] + 1, trips=f"behind {self.BJ}"
-            ) as p:
+            with (
+                when(T.And(x.many != 0, column < plan.SK)),
+                loop(at.piece + 1, x.seg_last[at.segment] + 1, trips=f"behind {self.BJ}") as p,
+            ):
                 add(rest, n, x.pulls[(at.bh * x.P + p) * plan.SK + column])
             with when(column < plan.DK), loop(at.first + self.BJ, self.stop, trips=f"rest {self.BJ}") as t:
                 add(rest, n, connectors.load(t, column) * x.pull[self.line + t])

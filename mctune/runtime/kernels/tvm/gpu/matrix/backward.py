@@ -1,4 +1,4 @@
-"""Launch the backward kernels that TVM made for a GPU: states, gradients of the read, of gates, of states, of writes."""
+"""Launch the backward kernels that TVM made for a GPU: states; gradients of the read, of gates, states and writes."""
 
 from __future__ import annotations
 

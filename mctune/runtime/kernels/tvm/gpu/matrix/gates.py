@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -21,7 +22,9 @@ class LearnedGates:
         problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.functions = functions
 
     def gates(
@@ -40,7 +43,8 @@ class LearnedGates:
             (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if pieces is None else pieces,
             running=means if running is None else running,
             **made._asdict(), begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
-            seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles, many=int(pieces is not None), ahead=int(running is not None),
+            seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles,
+            many=int(pieces is not None), ahead=int(running is not None),
             top_k=top_k, T=T, H=H, N=N, P=tables.begin.shape[0],
         )  # fmt: skip
         return made

@@ -20,7 +20,7 @@ _DESCRIPTORS = 16
 
 
 class ReadGradients(NamedTuple):
-    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own, delta ``[blocks, B*H, T]``."""
+    """dq ``[B, T, H, DK]``; to be added up over blocks dgamma ``[blocks, B*H, N, T]``, own and delta, without the N."""
 
     dq: Tensor
     dgamma: Tensor | None
@@ -57,7 +57,9 @@ class Operation:
         problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.functions, self.config = functions, config
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.routed = AGGREGATIONS[problem["aggregation"]].routed
@@ -117,9 +119,7 @@ class GatesBackward(Operation):
         heads, N, P = B * H, tables.seg_first.shape[0], tables.begin.shape[0]
         assert reads.dgamma is not None and reads.delta is not None
         pieces, running = (None, None) if sums is None else sums
-        made = GateGradients(
-            torch.empty_like(u), means, torch.empty_like(gates.lse), torch.empty_like(gates.lse), None
-        )
+        made = GateGradients(torch.empty_like(u), means, torch.empty_like(gates.lse), torch.empty_like(gates.lse), None)
         tiles = tables.tiles(self.config["dgates_warps"] * 16)
         self.launch(
             "connector", (tiles.shape[0], heads, 1), means, k=k, du=made.du, means=means, sums=pieces, running=running,
@@ -192,8 +192,8 @@ class StateBackward(Operation):
         if crossing is None:
             return StateGradients(dends)
         made = StateGradients(
-            dends, crossing.sum(-1), crossing.new_empty((heads, P, 2, self.SK)), crossing.new_empty((heads, P, self.SV)),
-            crossing.new_empty((heads, P)),
+            dends, crossing.sum(-1), crossing.new_empty((heads, P, 2, self.SK)),
+            crossing.new_empty((heads, P, self.SV)), crossing.new_empty((heads, P)),
         )  # fmt: skip
         self.launch(
             "lead", (P, heads, 1), dends, **rows, k=k, v=v, **made._asdict(), gate=gate, cum=decays.cum,

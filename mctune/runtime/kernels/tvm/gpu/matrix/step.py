@@ -23,7 +23,9 @@ class DecodeStep:
         problem, config: of the entry in the tuned table.
     """
 
-    def __init__(self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.functions = functions
         self.gated = RECURRENCES[problem["recurrence"]].gated
         self.routed = AGGREGATIONS[problem["aggregation"]].routed
