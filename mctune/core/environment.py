@@ -10,6 +10,7 @@ from mctune.core.target import Target
 
 PACKAGES = (
     "mctune", "torch", "apache-tvm", "apache-tvm-ffi", "triton", "optuna", "numpy", "libcst", "click", "rich",
+    "nvidia-cuda-nvrtc-cu12",
 )  # fmt: skip
 """Distributions whose versions matter to a result, or to a command."""
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for a GPU, present or absent, and what bounds them by arithmetic.
+"""The kernels as compiled for a GPU, present or absent, and what bounds them by arithmetic.
 
 Nothing here is measured. For every launch of a pass: its grid, what it takes of a multiprocessor, the instructions of
 its busiest loop, how many cycles each unit of a multiprocessor needs for one pass of it, what ptxas says of it, writes
@@ -18,12 +18,11 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mctune.backends import backend_for
+from mctune.backends import backend_for, get_backend
 from mctune.backends.protocol import Launch
-from mctune.backends.triton.backend import TritonBackend
+from mctune.backends.registry import refuse
 from mctune.backends.triton.cost.calibrated import calibration
-from mctune.backends.triton.cost.predict import Demand, Part, demands, estimate
-from mctune.backends.triton.cost.trips import source_of
+from mctune.backends.triton.cost.predict import Demand, Part, demands, estimate, source_for
 from mctune.backends.triton.cost.walk import Source
 from mctune.backends.triton.hazards import hazards
 from mctune.backends.triton.resources import CORES, resources
@@ -66,11 +65,11 @@ class Inner:
         return sum(self.mix.values())
 
 
-def inner_loops(binary: bytes) -> list[Inner]:
-    """The innermost loops of a cubin, in the order of its code."""
+def inner_loops(binary: bytes, name: str) -> list[Inner]:
+    """The innermost loops of a kernel of a cubin, in the order of its code."""
     lines: list[tuple[str, str]] = []
     places: dict[str, int] = {}
-    for line in disassembled(binary).splitlines():
+    for line in _section(disassembled(binary), name).splitlines():
         label, found = _LABEL.match(line), _INSTRUCTION.match(line)
         if label:
             places[label[1]] = len(lines)
@@ -84,6 +83,12 @@ def inner_loops(binary: bytes) -> list[Inner]:
             spans.append((places[target[1]], end + 1))
     inner = [x for x in spans if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in spans)]
     return [_loop(lines[begin:end]) for begin, end in inner]
+
+
+def _section(assembly: str, name: str) -> str:
+    """The code of one of several kernels; all of it where it is not told apart."""
+    _, found, rest = assembly.partition(f"\t.section\t.text.{name},")
+    return rest.partition("\t.section\t.text.")[0] if found else assembly
 
 
 def _loop(lines: Sequence[tuple[str, str]]) -> Inner:
@@ -149,7 +154,9 @@ class Aside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def row(launch: Launch, demand: Demand, part: Part, source: Source | None, target: Target) -> tuple[str, ...]:
     """One line of the table."""
     taken, core = resources(launch, target), CORES[target.arch]
-    loops = inner_loops(launch.binary) if target.kind == "cuda" else []  # it is NVIDIA's assembly that is read
+    loops = (
+        inner_loops(launch.binary, launch.name) if target.kind == "cuda" else []
+    )  # it is NVIDIA's assembly that is read
     trips = list(leaves(source))
     told = dict(enumerate(trips)) if len(trips) == len(loops) else {}
     weights = [loop.issued * told.get(i, 1.0 + loop.operations) for i, loop in enumerate(loops)]
@@ -255,13 +262,13 @@ class Explained:
         }
 
 
-def explain(problem: Problem, config: Config, target: Target) -> Explained:
-    """Compile every launch of a pass and say what the compiler made of it.
+def explain(problem: Problem, config: Config, target: Target, maker: str = "triton") -> Explained:
+    """Compile every launch of a pass and say what the compiler made of it; ``maker``: what compiles.
 
     Raises:
         MctuneError: if the target cannot hold a kernel.
     """
-    backend = TritonBackend()
+    backend = get_backend(maker)
     with tempfile.TemporaryDirectory() as folder, Aside() as aside:
         built = backend.build(problem, config, target, Path(folder))
         launches = backend.compile(problem, config, built, target)
@@ -271,7 +278,7 @@ def explain(problem: Problem, config: Config, target: Target) -> Explained:
     asked = demands(launches, problem, config, target, parameters)
     parts = estimate(asked, target, parameters)
     rows = tuple(
-        row(launch, demand, part, source_of(launch, problem, config, target), target)
+        row(launch, demand, part, source_for(launch, problem, config, target), target)
         for launch, demand, part in zip(launches, asked, parts, strict=True)
     )
     total = sum(part.us for part in parts)
@@ -287,15 +294,17 @@ def value_of(space: SearchSpace, name: str, given: Scalar) -> Scalar:
     return found[0]
 
 
-def chosen_config(problem: Problem, target: Target, chosen: Mapping[str, Scalar]) -> Config:
+def chosen_config(problem: Problem, target: Target, chosen: Mapping[str, Scalar], maker: str | None = None) -> Config:
     """The first default of the problem's space that is valid with the parameters ``chosen``.
 
     Raises:
         MctuneError: for a CPU, a parameter or a value that the space does not have, or if no default is valid.
     """
-    if backend_for(target) != "triton":
+    if target.on_cpu:
         raise MctuneError(f"{target.name} is a CPU; give --gpu the name of a GPU (`mctune targets`)")
-    space = TritonBackend().space(problem)
+    backend = get_backend(maker or backend_for(target))
+    refuse(backend.supports(problem, target))
+    space = backend.space(problem)
     typed = {name: value_of(space, name, text) for name, text in chosen.items()}
     configs = [config.replace(**typed) for config in (space.default, *space.fallbacks)]
     nearest = min(configs, key=lambda config: len(space.broken(config, problem, target)))

@@ -18,7 +18,7 @@ def test_targets(run: Callable[..., object]) -> None:
     assert [line.split()[0] for line in text.out.splitlines()[1:]] == [target.name for target in targets()]
     assert [target["name"] for target in data] == [target.name for target in targets()]
     t4 = next(line for line in text.out.splitlines() if line.startswith("t4"))
-    assert "1.25?" in t4 and "sm_75" in t4
+    assert "1.27?" in t4 and "sm_75" in t4
     assert "?" in text.err
 
 

@@ -83,7 +83,8 @@ def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--gpu", "t4"), "T4 (sm_75) has no backend"),
+        (("--gpu", "t4", "--backend", "triton"), "T4 (sm_75) is not served by Triton"),
+        (("--gpu", "t4", "--problem", f"{SMALL},dtype=bfloat16"), "multiplies float16 only"),
         (("--gpu", "cpu"), "cpu is a CPU"),
         (("--problem", SMALL, "--set", "read_BT=3"), "read_BT=3: it may be 16, 32"),
         (("--problem", SMALL, "--set", "tiles=3"), "no parameter 'tiles'"),

@@ -13,12 +13,12 @@ from mctune.core.paths import search_spaces_dir
 from mctune.core.target import FIGURES, load_target, resolve, targets
 
 NAMES = {
-    "cpu", "a100-40g", "a100-80g", "h100-sxm", "h100-pcie", "h200", "b200", "l4", "l40s", "a10g",
+    "cpu", "a100-40g", "a100-80g", "h100-sxm", "h100-pcie", "h200", "b200", "l4", "l40s", "a10g", "orin", "rtx2080ti",
     "rtx3090", "rtx4090", "rtx5090", "t4", "v100", "mi300x",
 }  # fmt: skip
 # Bytes of shared memory a block may have, by architecture.
 BLOCK_BYTES = {
-    "sm_70": 98304, "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448,
+    "sm_70": 98304, "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448,
     "sm_100": 232448, "sm_120": 101376, "gfx942": 65536,
 }  # fmt: skip
 GPUS = [target for target in targets() if not target.on_cpu]

@@ -154,7 +154,8 @@ def test_registers_and_shared_memory(launches: tuple[Launch, ...]) -> None:
 def test_the_loops_over_cached_states(launches: tuple[Launch, ...]) -> None:
     """Each group of warps has two products of 64 x 128 x 128, 128 multiplications, little else, and no stack."""
     work = 2.0 * 128 * 128 * 128 / 4  # per warp
-    loops = [loop for loop in inner_loops(launches[-1].binary) if loop.operations == work and loop.issued < 400]
+    found = inner_loops(launches[-1].binary, launches[-1].name)
+    loops = [loop for loop in found if loop.operations == work and loop.issued < 400]
     assert len(loops) == 2
     for loop in loops:
         assert loop.mix["product"] == 16 and loop.mix["stack"] == 0 and loop.issued <= 300, loop

@@ -116,7 +116,7 @@ def _in_words(parts: Sequence[Part], calibrated: bool) -> str:
 def _demand(launch: Launch, problem: Problem, config: Config, target: Target, parameters: Parameters) -> Demand:
     compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
     cost = _matrix_cost(problem, config, target)
-    told = [_walked(launch, compiled, _source(launch, compiled, problem, config, target, heaviest), parameters, cost)
+    told = [_walked(launch, compiled, source_for(launch, problem, config, target, heaviest), parameters, cost)
             for heaviest in (False, True)]  # fmt: skip
     (mean, chain), (heaviest, longest) = told
     # Count on half of the cache: other arrays pass through it too.
@@ -144,10 +144,11 @@ def _demand(launch: Launch, problem: Problem, config: Config, target: Target, pa
     )
 
 
-def _source(
-    launch: Launch, compiled: Loop, problem: Problem, config: Config, target: Target, heaviest: bool
+def source_for(
+    launch: Launch, problem: Problem, config: Config, target: Target, heaviest: bool = False
 ) -> Source | None:
     """How often a launch's loops run: as its assembly says, or else as is known of kernels of its name."""
+    compiled = loops_of(launch.asm, launch.num_warps, launch.warp_size)
     if marked(compiled):
         return source_of_marks(compiled, Walk(problem, config, dict(launch.values), heaviest))
     return source_of(launch, problem, config, target, heaviest)

@@ -174,8 +174,10 @@ SPACE = SearchSpace(
             "dgates_*",
             lambda c, p, t: (
                 p.routed
-                or (all(c[name] == _FIRST[name] for name in ("dgates_BI", "dgates_splits"))
-                and c["dgates_warps"] in (2, 4))
+                or (
+                    all(c[name] == _FIRST[name] for name in ("dgates_BI", "dgates_splits"))
+                    and c["dgates_warps"] in (2, 4)
+                )
             ),
             "there are no gates to have gradients",
         ),

@@ -37,7 +37,10 @@ class States(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """Learned gates: logits ``[B*H, N, T]`` and lse ``[B*H, T]``, float32."""
+    """Learned gates: logits ``[B*H, N, T]`` and lse ``[B*H, T]``, float32; none by pairs, which have the others."""
 
     logits: Tensor
     lse: Tensor
+    own: None = None
+    chosen: None = None
+    picked: None = None

@@ -37,12 +37,14 @@ class LearnedGates:
         """
         B, T, H, _ = u.shape
         N = tables.seg_first.shape[0]
-        made = Gates(*(u.new_empty(shape, dtype=torch.float32) for shape in ((B * H, N, T), (B * H, T))))
+        logits = u.new_empty((B * H, N, T), dtype=torch.float32)
+        made = Gates(logits, logits.new_empty((B * H, T)))
         pieces, running = (None, None) if sums is None else sums
         self.functions["gates_kernel"](
             (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if pieces is None else pieces,
             running=means if running is None else running,
-            **made._asdict(), begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
+            logits=made.logits, lse=made.lse,
+            begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
             seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles,
             many=int(pieces is not None), ahead=int(running is not None),
             top_k=top_k, T=T, H=H, N=N, P=tables.begin.shape[0],

@@ -36,7 +36,7 @@ class Read:
         """y ``[B, T, H, DV]``, written from q, k ``[B, T, H, DK]`` and v, all of one dtype."""
         T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
         name = "read_summed_kernel" if gates is None else "read_gated_kernel"
-        gamma = {"past": states.past} if gates is None else gates._asdict()
+        gamma = {"past": states.past} if gates is None else {"logits": gates.logits, "lse": gates.lse}
         self.functions[name](
             (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q=q, k=k, v=v, operand=states.operand, y=y,
             **({} if decays is None else decays._asdict()), **gamma, begin=tables.begin, end=tables.end,
