@@ -12,9 +12,10 @@ TRITONS := 3.6.0 3.9.0
 # What compiles for the CPU that it runs on.
 COMPILED := tests/kernels tests/emit tests/workers/test_evaluate.py $(addprefix tests/runtime/test_,decode.py state_dtype.py)
 
-# The machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python; that python itself, the
-# minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).
+# The machine with the GPU, for `make wheelhouse` and `make gpu`: the version of its python, the architecture of its GPU;
+# that python itself, the minutes, and which stages (faults verify benchmark search paper report, all of them if none is named).
 PYTHON_OF_GPU := 3.12
+ARCH_OF_GPU := sm_90
 GPU_PYTHON := python3
 MINUTES := 9.5
 STAGES :=
@@ -64,6 +65,7 @@ wheelhouse: $(READY)
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
 		--python-version $(PYTHON_OF_GPU) $(foreach N,17 24 26 27 28 31 34 35,--platform manylinux_2_$(N)_x86_64) \
 		--platform manylinux2014_x86_64 -c build/wheelhouse/constraints.txt -d build/wheelhouse $(WHEELS)
+	$(BIN)/python benchmarks/contact_tvm.py --arch $(ARCH_OF_GPU) --out build/wheelhouse/cuda
 
 lint: $(READY)
 	$(BIN)/ruff check .

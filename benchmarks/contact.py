@@ -5,7 +5,7 @@
            against the eager path in float32 on the GPU; then 20 repeats at T 16K, which must be bitwise equal. What
            fails is looked into at once: which kernel it is, and in which form it is right
     45 s   GRM beside torch's attention, kernel by kernel; residual beside fla; SSC and residual at T 64K
-    130 s  decode beside torch's attention; other configurations of the read
+    130 s  decode beside torch's attention; other configurations of the read; TVM's kernels by every instruction kind
     170 s  `mctune verify`: every template against the float64 oracle
 
 Every step runs in a process of its own, which may crash or hang without harm to the others, and leaves facts, a line
@@ -67,10 +67,13 @@ class Contact:
         self.aside: list[Background] = []
         self.sizes: Sizes = SMALL if self.rehearse else Sizes()
         os.environ.update(environment(self.work))
+        self.scratch = self.work / f"contact_{os.getpid()}"
+        self.cuda: Path = options.wheels / "cuda"
+        """What TVM has compiled ahead (contact_tvm.py)."""
         if self.rehearse:
             # Read by Triton when it is imported, which this process does not do.
             os.environ["TRITON_INTERPRET"] = "1"
-        self.scratch = self.work / f"contact_{os.getpid()}"
+            self.cuda = self.scratch / "cuda"
 
     # --- what runs where
 
@@ -138,6 +141,19 @@ class Contact:
             # A kernel that deadlocks would take the others with it.
             self.prepare("specialized", 20)
             self.step("specialized", lambda: self.steps.variants("specialized", problem, [configs[0], *special]), 30)
+
+        self.step("tvm", lambda: self.tvm("tvm"), 40)
+
+    def tvm(self, name: str) -> None:
+        """TVM's kernels; a rehearsal runs their CUDA C on the CPU."""
+        import contact_tvm
+
+        if self.rehearse:
+            from mctune.verify.cuda_cpu.folder import environment
+
+            os.environ.update(environment(self.scratch / "cuda_on_cpu"))
+            contact_tvm.prepare_rehearsal(self.target, self.cuda)
+        contact_tvm.step(self.steps, name, self.cuda)
 
     def rest(self) -> None:
         """What takes all the time that is left."""

@@ -158,7 +158,7 @@ def rows(facts: Facts, target: Any) -> dict[str, Any]:
         errors = [c["error"] for c in facts.of("compared", aggregation=problem.aggregation) if c["right"]]
         timed = Timed(f["ms"], f["low"], f["high"], f["repeats"], max(errors, default=0.0), f["sm_mhz"], f["celsius"])
         others = {o["name"]: o["ms"] for o in facts.of("timed", T=f["T"], part=f["part"]) if not o.get("config")}
-        made.append(Row.of(target.name, problem, "triton", config, timed, baselines=others,
+        made.append(Row.of(target.name, problem, f.get("backend", "triton"), config, timed, baselines=others,
                            fraction_of_bound=fraction(f, facts), versions=environment(target)["versions"]))  # fmt: skip
     return {
         "rows": [row.to_dict() for row in made],

@@ -19,13 +19,17 @@ from mctune.core.errors import MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
+from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, run_kernel, save_cases, verify
 from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, maker_of, seed_of, shipment, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
 
-_BY = {"triton": "Triton's interpreter on a CPU, bfloat16 kernels in float16", "tvm": "their CUDA C on a CPU"}
+_BY = {
+    "triton": "Triton's interpreter on a CPU, bfloat16 kernels in float16",
+    "tvm": "their CUDA C on a CPU, under ThreadSanitizer and AddressSanitizer too",
+}
 """What verifies, by backend."""
 
 
@@ -109,6 +113,10 @@ class _Predictor:
         if not isinstance(outcome, Predicted) or outcome.error is None:
             raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
         built = self.backend.build(problem, config, self.target, self.folder)
+        if self.backend.maker == "tvm.gpu":
+            stage("sanitize")
+            if said := reports(problem, config, built, self.folder / "sanitized", self.seed):
+                raise MctuneError(f"{problem} [{config}] is not sound: {said}")
         return shipment(self._judged(problem), built, outcome.error, _BY[self.backend.name])
 
     def _judged(self, problem: Problem) -> Problem:

@@ -185,7 +185,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     steps = {fact["step"]: fact["outcome"] for fact in facts if fact["fact"] == "step"}
     lost = {name: outcome for name, outcome in steps.items() if outcome != "ok"}
     assert done.returncode == 0 and not lost, done.stdout + (out / "log.txt").read_text()[-3000:]
-    compared = {"compare grm", "compare residual", "compare ssc", "decode", "variant"}
+    compared = {"compare grm", "compare residual", "compare ssc", "decode", "variant", "tvm"}
     assert compared | {"machine", "device", "prepare grm", "prepare decode", "predict", "verify"} <= set(steps)
     assert {name for name in steps if name.startswith("time ")} == {
         "time grm 24", "time residual 24", "time ssc 40", "time residual 40"
@@ -197,6 +197,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert {fact["step"] for fact in of("compared")} == compared and all(fact["right"] for fact in of("compared"))
     assert {f["tensor"] for f in of("compared") if f["step"] == "compare ssc"} == {"y", "dq", "dk", "dv", "du"}
     assert len([fact for fact in of("repeats") if fact["step"].startswith("compare")]) == 3
+    kinds = {f["aggregation"] for f in of("compared") if f["step"] == "tvm"}
+    assert kinds == {"tvm m16n8k16", "tvm m16n8k8", "tvm m8n8k4"}
     assert all(fact["equal"] for fact in of("repeats"))
     # Compiled for the absent GPU while other processes interpreted.
     compiled = {fact["kernel"] for fact in of("compiled")}
@@ -211,7 +213,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert done.stdout.endswith(f"{table}\n") and "a rehearsal" in table and "bitwise equal" in table
     rows = read_document(out / "rows.json").rows
     assert {row.problem.pass_ for row in rows} == {"forward", "backward", "decode"}
-    assert all(row.how == "measured" and row.backend == "triton" for row in rows)
+    assert all(row.how == "measured" for row in rows) and {row.backend for row in rows} == {"triton", "tvm"}
     held = [json.loads(line) for line in (out / "held.jsonl").read_text().splitlines()]
     assert [Held.from_dict({k: v for k, v in line.items() if k != "backend"}).failure for line in held] == [""]
     assert not (tmp_path / "work" / "contact").exists() and not list((tmp_path / "work").glob("contact_*"))
