@@ -27,6 +27,7 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("v100", {}, {"aggregation": "mean", "state_init": "checkpoint", "Dk": 128, "Dv": 128}),
     ("a100", {}, {"dtype": "bfloat16", "aggregation": "ssc", "top_k": 2, "recurrence": "swla"}),
     ("a100", {"formulation": "gated"}, {"segmentation": "logarithmic", "segment_length": None}),
+    ("a100", {"read_stages": 2, "read_prefetch": "async"}, {"Dk": 40, "Dv": 72, "segment_length": 40}),
     ("a100", {}, {"segmentation": "packed", "dtype": "bfloat16", "state_init": "checkpoint"}),
 )
 

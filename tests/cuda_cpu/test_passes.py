@@ -21,7 +21,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("backward", "t4", {}, {"dtype": "float32", "recurrence": "swla", "Dk": 19, "Dv": 33}),
     ("backward", "v100", {}, {**SWLA, "aggregation": "soup"}),
     ("backward", "v100", {"saved": "nothing"}, {"aggregation": "residual", "Dk": 128, "Dv": 16}),
-    ("backward", "a100", {}, {"dtype": "bfloat16", "state_init": "checkpoint", "segmentation": "packed"}),
+    ("backward", "a100", {"dq_stages": 2, "dq_prefetch": "async"}, {"dtype": "bfloat16", "segmentation": "packed", "Dk": 48}),
     ("decode", "t4", {}, {}),
     ("decode", "t4", {"decode_splits": 1, "decode_BV": 16}, {**SWLA, "aggregation": "ssc", "top_k": 2, "Dv": 20}),
     ("decode", "v100", {}, {"aggregation": "mean", "recurrence": "swla", "dtype": "float32"}),

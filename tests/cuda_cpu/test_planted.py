@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cuda_holding import built, launches_of, with_source
@@ -49,9 +50,9 @@ def replaced(pattern: str, by: str) -> Change:
     return change
 
 
-def planted(gpu: str, change: Change, folder: Path) -> str:
+def planted(gpu: str, change: Change, folder: Path, **params: Any) -> str:
     """What is said of a read with a fault: by the shim, or that it is wrong."""
-    config, made = built(PROBLEM, gpu, folder)
+    config, made = built(PROBLEM, gpu, folder, **params)
     try:
         outcome = with_source(PROBLEM, config, made, "read_forward", changed(made.source.read_text(), change))
     except KernelError as error:
@@ -137,3 +138,9 @@ def test_rows_that_ldmatrix_does_not_transpose(cuda_folder: Path) -> None:
     """The keys' tile is read by rows; by columns it is wrong."""
     change = replaced(r"ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16\(", "ldmatrix_sync_aligned_m8n8_x4_shared_b16(")
     assert planted("t4", change, cuda_folder) == "wrong"
+
+
+def test_copies_that_nothing_waits_for(cuda_folder: Path) -> None:
+    change = replaced(r"tvm_\w*cp_async_wait_all\w*\(\);", ";")
+    said = planted("a100", change, cuda_folder, read_stages=2, read_prefetch="async")
+    assert "before its copies were waited for" in said

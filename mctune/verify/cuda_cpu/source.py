@@ -152,6 +152,7 @@ _INSTRUCTIONS: tuple[tuple[str, Callable[[re.Match[str], list[str], list[str]], 
     ),
     (r"// .*", lambda *_: "(void)0"),
     (r"cp\.async\.commit_group", lambda *_: "device::commit_copies(mctune_line)"),
+    (r"cp\.async\.wait_all", lambda *_: "device::commit_copies(mctune_line), device::wait_copies(mctune_line, 0)"),
     (r"cp\.async\.wait_group (\d+)", lambda found, *_: f"device::wait_copies(mctune_line, {found[1]})"),
 )
 """Instructions by pattern, and the calls that stand for them: of what is found, the outputs and the inputs."""

@@ -9,7 +9,7 @@ INSTRUCTIONS = ("simt", "m8n8k4", "m16n8k8", "m16n8k16")
 INSTRUCTION = Choice("instruction", INSTRUCTIONS, "that multiplies: float32 lanes, or matrix units")
 _OWN = {"sm_70": "m8n8k4", "sm_75": "m16n8k8"}
 """What an architecture has; from sm_80 on it is the largest."""
-_SINCE = {"m8n8k4": 70, "m16n8k8": 75, "m16n8k16": 80}
+_SINCE = {"m8n8k4": 70, "m16n8k8": 75, "m16n8k16": 80, "cp.async": 80}
 
 
 def own(problem: Problem, target: Target) -> str:
@@ -26,13 +26,37 @@ def instruction_or_older(config: Config, problem: Problem, target: Target) -> bo
     name = str(config["instruction"])
     if name == own(problem, target):
         return True
-    since = _SINCE.get(name, 1000)
-    return problem.dtype == "float16" and int(target.arch.removeprefix("sm_")) >= since
+    return problem.dtype == "float16" and _since(name, target)
 
 
 def stored(width: int) -> int:
     """The width of a state in memory."""
     return -(-width // 16) * 16
+
+
+PREFETCH = ("none", "registers", "async")
+"""Where the next state is, while one is read: still in memory, in registers, or on its way into shared memory."""
+
+
+def _since(name: str, target: Target) -> bool:
+    return int(target.arch.removeprefix("sm_")) >= _SINCE.get(name, 1000)
+
+
+def ahead(prefix: str) -> tuple[Constraint, ...]:
+    """Where states are, of a pass over them: ``stages`` in shared memory, ``prefetch``."""
+
+    def one(config: Config, problem: Problem, target: Target) -> bool:
+        return problem.routed or (config[f"{prefix}_stages"] == 1 and config[f"{prefix}_prefetch"] == "registers")
+
+    def copied(config: Config, problem: Problem, target: Target) -> bool:
+        if config[f"{prefix}_prefetch"] != "async":
+            return True
+        return config[f"{prefix}_stages"] == 2 and _since("cp.async", target)
+
+    return (
+        Constraint(f"{prefix}_stages", one, "one sum of states is read, and nothing after it"),
+        Constraint(f"{prefix}_prefetch", copied, "copies to shared memory need sm_80, and room for a second state"),
+    )
 
 
 def unused(prefix: str, default: Config) -> Constraint:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .kernel import Tile, choose, named, registers, store, vector, when, words_of
+from .kernel import Tile, choose, copy_later, named, registers, store, vector, when, words_of
 from .numbers import Number
 
 
@@ -133,6 +133,25 @@ class Copy:
             else:
                 with when(there):
                     write()
+
+    def start(self, thread: Any, source: Rows, first: Any, stop: Any, column: Any, tile: Tile, above: Any = 0) -> None:
+        """``fetch`` and ``put`` without registers, of aligned rows: they are there after ``landed`` and a barrier."""
+        assert source.aligned
+        lanes = self.number.lanes
+        for row, access, there in self._places(thread):
+            col = named(column + access * lanes, "col")
+            inside = T.And(first + row < stop, col < source.width)
+            place = T.Select(inside, source.at(first + row, col), 0)
+
+            def copy(row: Any = row, access: Any = access, place: Any = place, inside: Any = inside) -> None:
+                to = (above + row) * tile.cols + access * lanes
+                copy_later(tile.numbers.ptr_to((to,)), source.array.ptr_to((place,)), inside)
+
+            if there is None:
+                copy()
+            else:
+                with when(there):
+                    copy()
 
     def scale(self, thread: Any, held: Any, weight: Any) -> None:
         """Rows in registers, each times ``weight(row)``, a float32."""

@@ -170,6 +170,16 @@ def warp_barrier() -> None:
     T.evaluate(T.cuda.warp_sync())
 
 
+def landed() -> None:
+    """The thread's copies (:func:`copy_later`) have come; those of others after a barrier."""
+    T.evaluate(T.ptx["cp.async.wait_all"]())
+
+
+def copy_later(to: Any, source: Any, inside: Any) -> None:
+    """16 bytes from the device's memory into shared memory by sm_80's ``cp.async``; zeros unless ``inside``."""
+    T.evaluate(T.ptx["cp.async.cg.shared.global"](to, source, 16, T.Select(inside, T.uint32(16), T.uint32(0))))
+
+
 def words_of(array: Any) -> Any:
     """The same array of the device's memory as 32-bit words."""
     return T.decl_buffer((_MANY,), "uint32", data=array.data)

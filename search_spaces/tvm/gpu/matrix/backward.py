@@ -5,7 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from .._rules import INSTRUCTION, instruction, instruction_or_older, stored, tile, unused
+from .._rules import INSTRUCTION, PREFETCH, ahead, instruction, instruction_or_older, stored, tile, unused
 
 _REGISTERS = 176
 """32-bit registers of a thread that sums may take; the rest is for addresses and what is loaded."""
@@ -27,6 +27,7 @@ _FIRST = Config.of(
         "dq_BJ": 32,
         "dq_BK": 64,
         "dq_stages": 1,
+        "dq_prefetch": "registers",
         "dgates_warps": 4,
         "dgates_BI": 16,
         "dgates_splits": 1,
@@ -142,7 +143,8 @@ SPACE = SearchSpace(
         Int("dq_rows", (16, 32), "tokens of a warp"),
         Pow2("dq_BJ", 16, 64, "tokens of a step inside the piece"),
         Pow2("dq_BK", 32, 128, "key columns of a tile"),
-        Int("dq_stages", (1,), "states in shared memory"),
+        Int("dq_stages", (1, 2), "states in shared memory: the one that is read, and the next"),
+        Choice("dq_prefetch", PREFETCH, "where the next state is meanwhile"),
         Pow2("dgates_warps", 2, 8, "each of 16 tokens"),
         Pow2("dgates_BI", 16, 32, "segments of a tile of gates"),
         Pow2("dgates_splits", 1, 16, "parts of the tokens that a mean key's gradient is added up over"),
@@ -181,6 +183,7 @@ SPACE = SearchSpace(
             ),
             "there are no gates to have gradients",
         ),
+        *ahead("dq"),
         Constraint("dq registers", _sums_of_read, "sums of the read's gradient would spill"),
         Constraint("dkv registers", _sums_of_writes, "sums of the writes' gradients would spill"),
         Constraint("shared memory", _fits, "a block of the GPU has less shared memory"),

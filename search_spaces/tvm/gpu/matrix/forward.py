@@ -5,7 +5,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from .._rules import INSTRUCTION, instruction, instruction_or_older, stored, tile, unused
+from .._rules import INSTRUCTION, PREFETCH, ahead, instruction, instruction_or_older, stored, tile, unused
 
 FORMULATIONS = {
     "even": ("summed",),
@@ -79,6 +79,8 @@ def shared_of_read(config: Config, problem: Problem) -> int:
 
 def _fetched(config: Config, problem: Problem, target: Target) -> bool:
     """A state that is loaded ahead is in registers meanwhile: 16 bytes take four."""
+    if config["read_prefetch"] == "async":
+        return True
     bytes_ = stored(problem.Dk) * min(config.integer("read_BV"), stored(problem.Dv)) * _size(problem)
     return bytes_ // 4 <= 32 * 32 * config.integer("read_warps")
 
@@ -110,7 +112,7 @@ SPACE = SearchSpace(
         Pow2("read_BJ", 16, 64, "tokens of a step inside the piece"),
         Pow2("read_BV", 32, 128, "value columns of a tile"),
         Int("read_stages", (1, 2), "states in shared memory: the one that is read, and the next"),
-        Choice("read_prefetch", ("none", "registers"), "where the next state is meanwhile"),
+        Choice("read_prefetch", PREFETCH, "where the next state is meanwhile"),
     ),
     constraints=(
         Constraint("instruction", instruction, "the GPU has another instruction for this dtype"),
@@ -143,12 +145,8 @@ SPACE = SearchSpace(
         unused("gates", _FIRST),
         Constraint("read_BV", _wide("read_BV", "Dv"), "the tile would be wider than the values"),
         Constraint("read registers", _sums, "sums and operands of the read would spill"),
-        Constraint("read_prefetch", _fetched, "a state in registers would spill"),
-        Constraint(
-            "read_stages",
-            lambda c, p, t: p.routed or (c["read_stages"] == 1 and c["read_prefetch"] == "registers"),
-            "one sum of states is read, and nothing after it",
-        ),
+        Constraint("read registers ahead", _fetched, "a state in registers would spill"),
+        *ahead("read"),
         Constraint(
             "shared memory",
             lambda c, p, t: shared_of_read(c, p) <= t.shared_bytes,

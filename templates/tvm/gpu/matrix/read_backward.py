@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ..kernel import Kernel, barrier, kernel, loop, named, pointers, store, when
+from ..kernel import Kernel, kernel, named, pointers, store, when
 from ..plan import Plan, plan_of
 from .read_forward import SPANS
 from .reading import GRADIENT, Reading
@@ -80,18 +80,10 @@ def _gated(work: Reading, q: Any, line: Any) -> None:
 
     own = gates(at.segment, "own_gate")
     frag.scale(acc, work.BO, lambda slot: own[slot])
-    held = work.state.room("next_state")
-    with when(at.oldest < at.segment):
-        work.fetch(x.operand, at.bh * x.P + x.seg_last[at.oldest], held)
-    with loop(at.oldest, at.segment, trips=f"cached {work.BT} 1") as i:
-        gate = gates(i, "gate")
-        barrier()
-        work.put(held)
-        with when(i + 1 < at.segment):
-            work.fetch(x.operand, at.bh * x.P + x.seg_last[i + 1], held)
+    with work.cached(lambda i: gates(i, "gate")) as (i, gate, above):
         part = frag.accumulators(work.BO, "part_of_sum")
         frag.clear(part, work.BO)
-        work.read_state(part)
+        work.read_state(part, above)
         sums = frag.row_sums("dgamma_sum", lambda place, *_, part=part: q[place] * part[place], work.BO)
         _write(work, x.dgamma, (work.part * x.heads + at.bh) * x.N * x.T + i * x.T, sums)
         frag.add(acc, work.BO, part, lambda slot: gate[slot])

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ..kernel import Kernel, barrier, kernel, loop, named, pointers, when
+from ..kernel import Kernel, kernel, pointers, when
 from ..plan import Plan, plan_of
 from .reading import READ, Reading
 
@@ -55,28 +55,7 @@ def _gated(work: Reading) -> None:
     own = gates(at.segment, "own_gate")
     frag.scale(acc, work.BO, lambda slot: own[slot])
     held_q = frag.hold(work.left, plan.SK) if plan["formulation"] == "gated" else None
-    held = work.state.room("next_state")
-
-    def fetch(i: Any) -> None:
-        work.fetch(x.operand, at.bh * x.P + x.seg_last[i], held)
-
-    ahead = plan["read_prefetch"] == "registers"
-    if ahead:
-        with when(at.oldest < at.segment):
-            fetch(at.oldest)
-    with loop(at.oldest, at.segment, trips=f"cached {work.BT} 1") as i:
-        gate = gates(i, "gate")
-        if not ahead:
-            fetch(i)
-        above: Any = 0
-        if work.stages == 2:
-            above = named(T.truncmod(i - at.oldest, 2) * work.height, "stage")
-        else:
-            barrier()
-        work.put(held, above)
-        if ahead:
-            with when(i + 1 < at.segment):
-                fetch(i + 1)
+    with work.cached(lambda i: gates(i, "gate")) as (_, gate, above):
         if held_q is not None:
             work.read_state(acc, above, frag.scale_held(held_q, plan.SK, lambda slot: gate[slot]))
         else:

@@ -6,6 +6,8 @@ In the read a, b, c are q, k, v, and states are read by rows: a_t M. In its grad
 read by columns: a_t M^T.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from tvm.script import tirx as T
 from ..copies import Copy, Rows
 from ..fragments import Fragments, Operand
 from ..instructions import fragments
-from ..kernel import Tile, barrier, choose, loop, named, registers, store, when
+from ..kernel import Tile, barrier, choose, landed, loop, named, registers, store, when
 from ..plan import Place, Plan, place_of
 
 
@@ -44,13 +46,14 @@ class Reading:
     """A block at work: its tile of tokens, some columns of what is read, its shared memory, and the rows of its warps.
 
     Args:
-        prefix: of the parameters: warps, rows (of a warp), BJ (tokens of a step inside the piece), stages.
+        prefix: of the parameters: warps, rows (of a warp), BJ (tokens of a step inside the piece), stages, prefetch.
         columns: of what is read, that a block has.
     """
 
     def __init__(self, plan: Plan, x: Any, roles: Roles, prefix: str, columns: int) -> None:
         self.plan, self.x, self.roles, number = plan, x, roles, plan.number
         self.R, self.BJ, self.stages = plan[f"{prefix}_rows"], plan[f"{prefix}_BJ"], plan[f"{prefix}_stages"]
+        self.ahead = plan[f"{prefix}_prefetch"]
         self.BT, self.threads = plan[f"{prefix}_warps"] * self.R, 32 * plan[f"{prefix}_warps"]
         (self.DI, self.SI), (self.DO, self.SO) = roles.inner(plan), roles.outer(plan)
         self.BO = min(columns, self.SO)
@@ -103,18 +106,60 @@ class Reading:
 
     # --- states
 
+    def part_of(self, array: Any, index: Any) -> tuple[Rows, Any, int, Any]:
+        """The block's part of a state: its rows, the first, one past the last that there is, the first column."""
+        source = Rows(array, self.plan.number, self.plan.SV, index * self.plan.SK, 1)
+        return (source, self.column, self.plan.SK, 0) if self.roles.turned else (source, 0, self.plan.SK, self.column)
+
     def fetch(self, array: Any, index: Any, held: Any) -> None:
         """The block's part of a state, into registers."""
-        source = Rows(array, self.plan.number, self.plan.SV, index * self.plan.SK, 1)
-        if self.roles.turned:
-            self.state.fetch(self.x.thread, source, self.column, self.plan.SK, 0, held)
-        else:
-            self.state.fetch(self.x.thread, source, 0, self.plan.SK, self.column, held)
+        self.state.fetch(self.x.thread, *self.part_of(array, index), held)
 
     def put(self, held: Any, above: Any = 0) -> None:
         """From registers into shared memory, where all see it; ``above``: the tile's row."""
         self.state.put(self.x.thread, held, self.m, above)
         barrier()
+
+    @contextmanager
+    def cached(self, before: Callable[[Any], Any]) -> Iterator[tuple[Any, Any, Any]]:
+        """A loop over cached states: the segment, what ``before`` makes of it, and the row where the state begins.
+
+        The next state is ``ahead``, while this one is read: in ``registers``, on its way into shared memory (``async``)
+        or not at all (``none``).
+        """
+        x, at = self.x, self.at
+
+        def state_of(i: Any) -> Any:
+            return at.bh * x.P + x.seg_last[i]
+
+        def stage(i: Any) -> Any:
+            return named(T.truncmod(i - at.oldest, 2) * self.height, "stage") if self.stages == 2 else 0
+
+        def start(i: Any) -> None:
+            if self.ahead == "async":
+                self.state.start(x.thread, *self.part_of(x.operand, state_of(i)), self.m, stage(i))
+            else:
+                self.fetch(x.operand, state_of(i), held)
+
+        held = None if self.ahead == "async" else self.state.room("next_state")
+        if self.ahead != "none":
+            with when(at.oldest < at.segment):
+                start(at.oldest)
+        with loop(at.oldest, at.segment, trips=f"cached {self.BT} 1") as i:
+            given = before(i)
+            above = stage(i)
+            if self.ahead == "none":
+                start(i)
+            if self.ahead == "async":
+                landed()
+            if self.ahead == "async" or self.stages == 1:
+                barrier()
+            if self.ahead != "async":
+                self.put(held, above)
+            if self.ahead != "none":
+                with when(i + 1 < at.segment):
+                    start(i + 1)
+            yield i, given, above
 
     def read_state(self, acc: Any, above: Any = 0, left: Any = None) -> None:
         """acc += a M, of the state in shared memory; ``left`` in the place of a."""
