@@ -19,10 +19,10 @@ PROBLEM = Problem(
 BARRIER = "tvm_builtin_cuda_cta_sync();"
 
 
-@pytest.mark.parametrize("pass_", ("backward", "decode"))
-def test_right_kernels_give_no_report(pass_: str, cuda_folder: Path) -> None:
+@pytest.mark.parametrize(("pass_", "params"), (("backward", {"saved": "nothing"}), ("decode", {})))
+def test_right_kernels_give_no_report(pass_: str, params: dict[str, str], cuda_folder: Path) -> None:
     problem = PROBLEM.replace(pass_=pass_)
-    config, made = built(problem, "t4", cuda_folder)
+    config, made = built(problem, "t4", cuda_folder, **params)
     prepare_built(made)
     launched = launches_of(problem, config, made, 3)
     assert all(launched.values())
