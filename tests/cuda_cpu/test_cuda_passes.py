@@ -13,6 +13,7 @@ from mctune.verify.judge import tolerance
 
 PROBLEM = Problem(T=200, H=1, Dk=32, Dv=32, segment_length=64, aggregation="grm", dtype="float16")
 SWLA = {"recurrence": "swla", "state_init": "checkpoint"}
+BFLOAT = {"dtype": "bfloat16", "state_init": "checkpoint"}
 CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("backward", "t4", {}, {}),
     ("backward", "t4", {"piece": 64, "dgates_splits": 2, "saved": "states"}, {**SWLA, "segment_length": 100, "Dk": 40}),
@@ -21,7 +22,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("backward", "t4", {}, {"dtype": "float32", "recurrence": "swla", "Dk": 19, "Dv": 33}),
     ("backward", "v100", {}, {**SWLA, "aggregation": "soup"}),
     ("backward", "v100", {"saved": "nothing"}, {"aggregation": "residual", "Dk": 128, "Dv": 16}),
-    ("backward", "a100", {"dq_stages": 2, "dq_prefetch": "async"}, {"dtype": "bfloat16", "segmentation": "packed", "Dk": 48}),
+    ("backward", "a100", {"dq_stages": 2, "dq_prefetch": "async"}, {**BFLOAT, "segmentation": "packed", "Dk": 48}),
     ("decode", "t4", {}, {}),
     ("decode", "t4", {"decode_splits": 1, "decode_BV": 16}, {**SWLA, "aggregation": "ssc", "top_k": 2, "Dv": 20}),
     ("decode", "v100", {}, {"aggregation": "mean", "recurrence": "swla", "dtype": "float32"}),
