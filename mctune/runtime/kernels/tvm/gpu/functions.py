@@ -6,8 +6,10 @@ import ctypes
 import json
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import itemgetter, or_
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ _ALIGNED = 16
 """Bytes; kernels access so many at once."""
 _FORMATS = {"int": "i4x", "float": "f4x"}
 _MOST = 2**31 - 1
+_PLACE = torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Loaded:
 
     def __init__(self, signature: Signature, module: Module) -> None:
         self.signature, self.module = signature, module
-        self.names = tuple(name for name, _ in signature.parameters)
-        self._pointers = tuple(name for name, kind in signature.parameters if kind.endswith("*"))
-        formats = ("Q" if kind.endswith("*") else _FORMATS[kind] for _, kind in signature.parameters)
-        self._packed = struct.Struct("<" + "".join(formats))
+        pointers = tuple(name for name, kind in signature.parameters if kind.endswith("*"))
+        numbers = tuple((name, kind) for name, kind in signature.parameters if not kind.endswith("*"))
+        self._pointers = pointers
+        self._tensors, self._numbers = _getter(pointers), _getter([name for name, _ in numbers])
+        self._packed = struct.Struct("<" + "Q" * len(pointers) + "".join(_FORMATS[kind] for _, kind in numbers))
+        # Tensors are packed before numbers; the driver is told where each parameter is.
+        packed = [*pointers, *(name for name, _ in numbers)]
+        self._offsets = [8 * packed.index(name) for name, _ in signature.parameters]
         self._slots = threading.local()
-        self._handles: dict[int, ctypes.c_void_p] = {}
+        self._ready: dict[int, tuple[Any, ctypes.c_void_p]] = {}
 
     def __call__(self, grid: Grid, **values: Any) -> None:
         """Launch on the current stream of the tensors' device.
@@ -71,56 +78,69 @@ class Loaded:
         Raises:
             KernelError: for a tensor of another device or one that is not aligned, or if the driver refuses.
         """
-        places, where = 0, None
-        for name in self._pointers:
-            tensor = values[name]
-            where = tensor.device if where is None else where
-            if tensor.device != where or where.type != drivers.device():
-                raise self._foreign(name, tensor, where)
-            place = tensor.data_ptr()
-            places |= place
-            values[name] = place
-        if places % _ALIGNED:
-            raise self._unaligned(values)
-        assert where is not None
-        if where.type == "cpu" or where.index == torch.cuda.current_device():
-            self._launch(grid, where, values)
+        tensors = self._tensors(values)
+        places = list(map(_PLACE, tensors))
+        # Whoever calls has made sure that all are on one device.
+        index = tensors[0].get_device()
+        # A place is 0 where a tensor is empty, or has no memory.
+        if index not in self._ready or 0 in places:
+            self._refuse_foreign(tensors)
+        if reduce(or_, places) % _ALIGNED:
+            raise self._unaligned(places)
+        if index < 0:
+            self._launch(grid, index, 0, places, values)
+            return
+        stream = torch.cuda.current_stream(index).cuda_stream
+        if index == torch.cuda.current_device():
+            self._launch(grid, index, stream, places, values)
         else:
-            with torch.cuda.device(where):
-                self._launch(grid, where, values)
+            with torch.cuda.device(index):
+                self._launch(grid, index, stream, places, values)
 
-    def _launch(self, grid: Grid, where: torch.device, values: Mapping[str, Any]) -> None:
-        handle = self._handles.get(where.index or 0) or self._load(where.index or 0)
-        slots = self._slots
-        if not hasattr(slots, "buffer"):
-            slots.buffer = ctypes.create_string_buffer(self._packed.size)
-            base = ctypes.addressof(slots.buffer)
-            count = len(self.names)
-            slots.arguments = (ctypes.c_void_p * count)(*(base + 8 * place for place in range(count)))
-        self._packed.pack_into(slots.buffer, 0, *[values[name] for name in self.names])
-        stream = 0 if where.type == "cpu" else torch.cuda.current_stream(where).cuda_stream
-        driver = drivers.driver()
-        status = driver.launch(
-            handle, *grid, self.signature.threads, 1, 1, self.signature.shared, stream, slots.arguments, None
-        )
+    def _launch(self, grid: Grid, index: int, stream: int, places: list[int], values: Mapping[str, Any]) -> None:
+        launch, handle = self._ready.get(index) or self._load(index)
+        try:
+            buffer, arguments = self._slots.both
+        except AttributeError:
+            buffer, arguments = self._slots.both = self._room()
+        self._packed.pack_into(buffer, 0, *places, *self._numbers(values))
+        signature = self.signature
+        status = launch(handle, *grid, signature.threads, 1, 1, signature.shared, stream, arguments, None)
         if status:
-            driver.check(status, f"{self.signature.symbol} cannot be launched with a grid of {grid}")
+            drivers.driver().check(status, f"{signature.symbol} cannot be launched with a grid of {grid}")
 
-    def _load(self, index: int) -> ctypes.c_void_p:
-        handle = self.module.function(index, self.signature)
-        self._handles[index] = handle
-        return handle
+    def _room(self) -> tuple[Any, Any]:
+        """A thread's memory for what is packed, and the addresses of the parameters in it."""
+        buffer = ctypes.create_string_buffer(self._packed.size)
+        base = ctypes.addressof(buffer)
+        return buffer, (ctypes.c_void_p * len(self._offsets))(*(base + offset for offset in self._offsets))
 
-    def _foreign(self, name: str, tensor: torch.Tensor, where: torch.device) -> KernelError:
-        other = where if where.type == drivers.device() else drivers.device()
-        return KernelError(f"{name} is on {tensor.device}, and {self.signature.symbol} reads tensors of {other}")
+    def _load(self, index: int) -> tuple[Any, ctypes.c_void_p]:
+        ready = drivers.driver().launch, self.module.function(max(index, 0), self.signature)
+        self._ready[index] = ready
+        return ready
 
-    def _unaligned(self, values: Mapping[str, Any]) -> KernelError:
-        name = next(name for name in self._pointers if values[name] % _ALIGNED)
+    def _refuse_foreign(self, tensors: Sequence[torch.Tensor]) -> None:
+        """One line for the first tensor that is elsewhere than the first, or than kernels read."""
+        where = tensors[0].device
+        for name, tensor in zip(self._pointers, tensors, strict=True):
+            if tensor.device != where or where.type != drivers.device():
+                other = where if where.type == drivers.device() else drivers.device()
+                raise KernelError(f"{name} is on {tensor.device}, and {self.signature.symbol} reads tensors of {other}")
+
+    def _unaligned(self, places: Sequence[int]) -> KernelError:
+        name = next(name for name, place in zip(self._pointers, places, strict=True) if place % _ALIGNED)
         return KernelError(
             f"{name} begins at an address that is no multiple of the {_ALIGNED} bytes that {self.signature.symbol} "
             f"reads at once; pass {name}.clone()"
         )
+
+
+def _getter(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    """A function that gives the values of some names."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda values: [values[name] for name in names]
 
 
 class Module:
