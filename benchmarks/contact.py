@@ -142,17 +142,24 @@ class Contact:
             self.prepare("specialized", 20)
             self.step("specialized", lambda: self.steps.variants("specialized", problem, [configs[0], *special]), 30)
 
+        if self.rehearse:
+            self.step("prepare tvm", self.prepare_tvm, 150)
         self.step("tvm", lambda: self.tvm("tvm"), 40)
 
+    def prepare_tvm(self) -> None:
+        """What a rehearsal has instead of kernels that were compiled ahead: their CUDA C for the CPU."""
+        import contact_tvm
+
+        contact_tvm.prepare_rehearsal(self.target, self.cuda, self.scratch / "cuda_on_cpu")
+
     def tvm(self, name: str) -> None:
-        """TVM's kernels; a rehearsal runs their CUDA C on the CPU."""
+        """TVM's kernels."""
         import contact_tvm
 
         if self.rehearse:
             from mctune.verify.cuda_cpu.folder import environment
 
             os.environ.update(environment(self.scratch / "cuda_on_cpu"))
-            contact_tvm.prepare_rehearsal(self.target, self.cuda)
         contact_tvm.step(self.steps, name, self.cuda)
 
     def rest(self) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,13 @@ def problem_of(sizes: Sizes, pass_: str) -> Problem:
     return replace(sizes, dtype="float16").problem(pass_, "grm")
 
 
-def build(sizes: Sizes, target: Target, folder: Path) -> None:
-    """Compile every kind into ``folder``, and list them in its index."""
+def build(sizes: Sizes, target: Target, folder: Path, instructions: Sequence[str] = INSTRUCTIONS) -> None:
+    """Compile kinds into ``folder``, and list them in its index."""
     from mctune.backends import get_backend
 
     backend, entries = get_backend("tvm.gpu").measuring(), []
     folder.mkdir(parents=True, exist_ok=True)
-    for instruction in INSTRUCTIONS:
+    for instruction in instructions:
         for pass_ in PASSES:
             problem = problem_of(sizes, pass_)
             space = backend.space(problem)
@@ -169,11 +170,12 @@ def _time(steps: Steps, name: str, calls: dict[str, tuple[Callable[[], Any], dic
                         host_ms=host, **known)  # fmt: skip
 
 
-def prepare_rehearsal(target: Target, folder: Path) -> None:
-    """Small kernels, which the CPU runs: their CUDA C, where the stand-in for the driver finds it."""
-    from mctune.verify.cuda_cpu.folder import prepare_parts
+def prepare_rehearsal(target: Target, folder: Path, on_cpu: Path) -> None:
+    """Small kernels of the newest kind; their CUDA C, compiled for the CPU, is where the stand-in driver finds it."""
+    from mctune.verify.cuda_cpu.folder import environment, prepare_parts
 
-    build(SMALL, target, folder)
+    os.environ.update(environment(on_cpu))
+    build(SMALL, target, folder, INSTRUCTIONS[:1])
     for entry in compiled(folder, target.arch):
         prepare_parts(folder, entry["parts"])
 
