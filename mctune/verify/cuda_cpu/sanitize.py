@@ -90,18 +90,26 @@ def program(source: str, watch: str, folder: Path) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    # The shim itself is not watched: what it does for a thread, it says.
+    objects = [_of_shim("device.cpp", "-O2", watch, folder), _of_shim("again.cpp", "-O1", watch, folder)]
     with scratch_in(folder, "cuda") as scratch:
         code, made = Path(scratch, "kernels.cpp"), Path(scratch, "program")
         code.write_text(text, encoding="utf-8")
-        command = [*compiler(), *FLAGS, f"-I{HERE}", f"-D{macro}"]
-        objects = []
-        # The shim itself is not watched: what it does for a thread, it says.
-        for file, flags in ((HERE / "device.cpp", ["-O2"]), (HERE / "again.cpp", ["-O1"]),
-                            (code, ["-O1", "-g1", f"-fsanitize={flag}"])):  # fmt: skip
-            objects.append(str(Path(scratch, f"{file.stem}.o")))
-            run([*command, *flags, "-c", str(file), "-o", objects[-1]])
-        run([*command, f"-fsanitize={flag}", *objects, "-o", str(made)])
+        command = [*compiler(), *FLAGS, f"-I{HERE}", f"-D{macro}", f"-fsanitize={flag}"]
+        run([*command, "-O1", "-g1", str(code), *map(str, objects), "-o", str(made)])
         made.replace(path)
+    return path
+
+
+def _of_shim(name: str, level: str, watch: str, folder: Path) -> Path:
+    """A file of the shim, compiled for programs that ``watch``; kept, should it be in ``folder``."""
+    path = folder / f"{Path(name).stem}_{watch}_{digest_of(*shim())}.o"
+    if not path.is_file():
+        with scratch_in(folder, "cuda") as scratch:
+            made = Path(scratch, "shim.o")
+            macro = SANITIZERS[watch][1]
+            run([*compiler(), *FLAGS, f"-I{HERE}", f"-D{macro}", level, "-c", str(HERE / name), "-o", str(made)])
+            made.replace(path)
     return path
 
 
