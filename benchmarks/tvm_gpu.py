@@ -30,7 +30,7 @@ from mctune.core.environment import versions
 from mctune.core.host import usable_cores
 from mctune.core.problem import AGGREGATIONS, Problem
 from mctune.core.target import Target, resolve
-from mctune.core.work import attention_operations
+from mctune.core.work import attention_operations, bound, work
 from mctune.report.markdown import text_table
 from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import environment, prepare_built
@@ -95,10 +95,21 @@ def resources(pass_: str, D: int, gpu: str, folder: Path) -> dict[str, Any]:
     return {"pass": pass_, "D": D, "arch": target.arch, "kernels": kernels}
 
 
+def forward_of(D: int, T: int) -> Problem:
+    """The forward that is predicted."""
+    return Problem(T=T, H=16, Dk=D, Dv=D, segment_length=256, aggregation="grm", dtype="float16")
+
+
+def least_ms(gpu: str, D: int, T: int) -> float:
+    """What the forward takes at the GPU's peak rates."""
+    target = resolve(gpu)[0]
+    assert target.matrix_tflops is not None and target.dram_gbs is not None
+    return 1e3 * bound(work(forward_of(D, T)), 1e12 * target.matrix_tflops, 1e9 * target.dram_gbs)
+
+
 def predicted(gpu: str, D: int, T: int, folder: Path) -> dict[str, Any]:
     """The default's forward and backward by the cost model, and causal attention's at its rate."""
-    forward = Problem(T=T, H=16, Dk=D, Dv=D, segment_length=256, aggregation="grm", dtype="float16")
-    ms = []
+    forward, ms = forward_of(D, T), []
     for problem in (forward, forward.replace(pass_="backward")):
         config, target, found = launches(problem, gpu, folder)
         ms.append(predict(found, problem, config, target).ms)
@@ -139,16 +150,18 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         names = list(dict.fromkeys(kernel for row in found for kernel in row["kernels"]))
         cells = [(name, *(_taken(row["kernels"].get(name)) for row in found)) for name in names]
         parts += [f"{pass_}, D{D}", _fenced(("kernel", *(row["arch"] for row in found)), cells)]
-    lines = [(row["gpu"], str(row["D"]), str(row["T"]), f"{row['forward_ms']:.2f}", f"{row['step_ms']:.2f}",
+    lines = [(row["gpu"], str(row["D"]), str(row["T"]), f"{row['forward_ms']:.2f}",
+              f"{100 * least_ms(row['gpu'], row['D'], row['T']) / row['forward_ms']:.0f} %", f"{row['step_ms']:.2f}",
               *((f"{row['attention_ms']:.2f}", f"{row['attention_ms'] / row['forward_ms']:.1f}")
                 if row["attention_ms"] else ("", "")))
              for name, row in rows.items() if name.startswith("predicted")]  # fmt: skip
     parts += [
         "## Predicted",
-        "GRM, linear, H16, float16, segments of 256, the defaults: predicted ms of a forward and of a training step. "
+        "GRM, linear, H16, float16, segments of 256, the defaults: predicted ms of a forward and of a training step; "
+        "of bound: what the forward's operations or bytes take at the GPU's peak rates, over the prediction. "
         "Attention's forward is its operations at 21 TFLOP/s (T4, inferred from flash-attention #2379) and 40 (V100, a "
         "guess).",
-        _fenced(("GPU", "D", "T", "forward", "step", "attention", "ratio"), lines),
+        _fenced(("GPU", "D", "T", "forward", "of bound", "step", "attention", "ratio"), lines),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -156,8 +156,10 @@ def test_what_cannot_be_searched_is_said_before_anything_is_built(
 ) -> None:
     _, err = run(tmp_path, "search", "--gpu", "a100", "--measure", *PROBLEM, code=3)
     assert "a100-80g (NVIDIA A100 80 GB) is not on this machine" in err and "a100 means a100-80g" in err
-    _, err = run(tmp_path, "search", "--gpu", "v100", *PROBLEM, code=2)
-    assert "no matrix units" in err and "sm_80 or later" in err
+    _, err = run(tmp_path, "search", "--gpu", "v100", "--backend", "triton", *PROBLEM, code=2)
+    assert "no matrix units" in err and "take --backend tvm" in err
+    _, err = run(tmp_path, "search", "--gpu", "v100", PROBLEM[0], f"{PROBLEM[1]},dtype=bfloat16", code=2)
+    assert "multiplies float16 only; take dtype=float16, or float32" in err
     _, err = run(tmp_path, "search", "--problem", "recurrence=gru,T=256,H=2,Dk=16,Dv=16", code=2)
     assert "gru" in err and "linear, swla, dla, titans" in err
     _, err = run(tmp_path, "search", *PROBLEM, "--storage", "nosuch://x", code=2)

@@ -260,6 +260,8 @@ def test_a_segment_length_without_a_valid_configuration_is_named(tmp_path: Path)
     long = Constraint("long", lambda c, p, t: p.segment_length != 32, "32 tokens are too few")
 
     class Backend:
+        maker = "tvm"
+
         def identity(self) -> dict[str, str]:
             return {"name": "short of space"}
 
