@@ -139,7 +139,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "oracle and to sanitizers by their CUDA C on a CPU (docs/cuda-on-cpu.md), compiled by NVRTC, and timed by the "
         "cost model.",
         "## Against the oracle",
-        "`swla` from checkpoints, D32, segments of 64; RMS error, and what ThreadSanitizer and AddressSanitizer say.",
+        "`swla` from checkpoints, D32, segments of 64; RMS error, and what ThreadSanitizer and AddressSanitizer say. "
+        f"{len(checked)} rows of {len(PASSES) * len(KINDS) * len(AGGREGATIONS)} are done.",
         _fenced(("pass", "instruction", "dtype", "aggregation", "error", "sanitizers"), lines),
         "## Registers and stack",
         "Of the defaults in float16 (`swla`, GRM, checkpoints, segments of 256): registers a thread, and bytes of "
