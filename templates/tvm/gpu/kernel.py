@@ -155,6 +155,14 @@ def lane_xor(value: Any, distance: int) -> Any:
     return getattr(T.cuda, "__shfl_xor_sync")(T.uint32(0xFFFFFFFF), value, distance, WARP)
 
 
+def sum_of_lanes(total: Any, count: int = WARP) -> None:
+    """Every ``count`` lanes that are next to each other get the sum of their ``total[0]``."""
+    distance = 1
+    while distance < count:
+        add(total, 0, lane_xor(total[0], distance))
+        distance *= 2
+
+
 def lane_of(value: Any, lane: Any) -> Any:
     """The value of a lane of the warp, counted modulo 32."""
     return getattr(T.cuda, "__shfl_sync")(T.uint32(0xFFFFFFFF), value, T.bitwise_and(lane, WARP - 1), WARP)

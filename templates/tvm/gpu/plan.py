@@ -43,12 +43,23 @@ def plan_of(problem: Any, config: Any) -> Plan:
     return Plan(flags_of(problem), Number(problem.dtype), config["instruction"], *widths, *padded, config)
 
 
+def origin_of(x: Any, bh: Any) -> Any:
+    """The first row of a head in ``[B * T * H]``, of which those of a head are H apart."""
+    return T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H)
+
+
+def share_of(x: Any, piece: Any, whole: Any) -> Any:
+    """``whole`` over the segments that a piece's tokens read, where gates are equal and add up to 1."""
+    s = named(x.segment[piece], "s")
+    return named(whole / T.cast(s - x.seg_first[s] + 1, "float32"), "share")
+
+
 @dataclass(frozen=True)
 class Place:
     """A tile of tokens of one head.
 
     Attributes:
-        bh: the head, of B * H; origin: its first row in ``[B * T * H]``, of which those of a head are H apart.
+        bh: the head, of B * H; origin: of :func:`origin_of`.
         piece, first, start, stop: the tile's piece, its first token, the piece's first token, and one past the tile's.
         segment, oldest: the tile's segment, and the first of its sequence.
     """
@@ -66,7 +77,7 @@ class Place:
 def place_of(x: Any, tile: Any, rows: int) -> Place:
     """The tile number ``tile`` of ``x.tiles``, of at most ``rows`` tokens, of head ``x.row``."""
     bh = x.row
-    origin = named(T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), "origin")
+    origin = named(origin_of(x, bh), "origin")
     piece, first = named(x.tiles[tile * 2], "piece"), named(x.tiles[tile * 2 + 1], "first")
     segment = named(x.segment[piece], "segment")
     stop = named(T.min(first + rows, x.end[piece]), "stop")

@@ -25,6 +25,7 @@ from ..kernel import (
     pointers,
     registers,
     store,
+    sum_of_lanes,
     when,
 )
 from ..numbers import Number
@@ -94,8 +95,7 @@ class _Gates:
                         so_far = x.key_sum[self.bh * plan.DK + d] + plan.number.load(x.k[self.row * plan.DK + d])
                         store(key, 0, so_far / T.cast(self.begun + 1, "float32"))
                     add(logit, 0, plan.number.load(x.u[self.row * plan.DK + d]) * key[0])
-            for distance in (1, 2, 4, 8, 16):
-                add(logit, 0, lane_xor(logit[0], distance))
+            sum_of_lanes(logit)
             with when(x.lane == 0):
                 with when(i < self.count):
                     store(x.weights, self.line + i, logit[0])
@@ -166,8 +166,7 @@ class _Gates:
                 store(weight, 0, T.float32(0))
             store(x.weights, self.line + i, weight[0])
             add(size, 0, weight[0])
-        for distance in (1, 2, 4, 8, 16):
-            add(size, 0, lane_xor(size[0], distance))
+        sum_of_lanes(size)
         barrier()
         with when(x.lane == 0):
             store(self.tops.numbers, x.warp, size[0])

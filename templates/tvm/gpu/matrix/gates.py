@@ -17,7 +17,21 @@ from tvm.script import tirx as T
 from ..copies import Copy, Rows
 from ..fragments import Fragments, Operand
 from ..instructions import fragments
-from ..kernel import Kernel, add, barrier, infinity, kernel, lane_xor, loop, named, pointers, registers, store, when
+from ..kernel import (
+    Kernel,
+    Tile,
+    add,
+    barrier,
+    infinity,
+    kernel,
+    loop,
+    named,
+    pointers,
+    registers,
+    store,
+    sum_of_lanes,
+    when,
+)
 from ..plan import Place, Plan, place_of, plan_of
 
 _FIRST = 16
@@ -80,23 +94,10 @@ class _Gates:
     def _online(self) -> None:
         """<u_t, p_s> with the mean of the online segment's keys up to t: keys are added up, some tokens at a time."""
         plan, x, at = self.plan, self.x, self.at
-        keys = Rows(x.k, plan.number, plan.DK, at.origin, x.H)
-        each = -(-plan.SK // self.threads)
-        total, ahead = registers(each, name="keys_so_far"), registers(_FIRST, name="keys_ahead")
-        for n in range(each):
-            keys_before(plan, x, at, total, n, self.threads, keys, self.BT)
+        keys = RunningKeys(plan, x, at, self.running, self.threads, self.BT)
         with loop(at.first, at.stop, _FIRST, trips=f"times {self.BT // _FIRST}") as first:
             barrier()
-            for n in range(each):
-                column = x.thread + n * self.threads
-                for j in range(_FIRST):
-                    store(ahead, j, T.float32(0))
-                    with when(T.And(column < plan.DK, first + j < at.stop)):
-                        store(ahead, j, keys.load(first + j, column))
-                for j in range(_FIRST):
-                    add(total, n, ahead[j])
-                    with when(column < plan.SK):
-                        store(self.running.numbers, j * self.running.cols + column, total[n])
+            keys.put(first)
             barrier()
             self._products(first - at.first)
         barrier()
@@ -116,9 +117,7 @@ class _Gates:
             d = i * parts + part
             u = plan.number.load(self.u.numbers[(base + row) * self.u.cols + d])
             add(product, 0, u * self.running.numbers[row * self.running.cols + d])
-        for distance in (1, 2, 4, 8, 16):
-            if distance < parts:
-                add(product, 0, lane_xor(product[0], distance))
+        sum_of_lanes(product, parts)
         with when(part == 0):
             store(self.owns.numbers, base + row, product[0])
 
@@ -148,16 +147,13 @@ class _Gates:
         plan, x, at, BN = self.plan, self.x, self.at, self.BN
         with loop(x.thread, BN * plan.SK, self.threads, trips=f"times {BN * plan.SK // self.threads}") as index:
             row, d = named(T.truncdiv(index, plan.SK), "mean_row"), named(T.truncmod(index, plan.SK), "d")
-            mean = registers(1, name="mean_key")
-            store(mean, 0, T.float32(0))
-            with when(i0 + row < at.segment):
-                store(mean, 0, x.means[(at.bh * x.N + i0 + row) * plan.SK + d])
+            mean = mean_key(plan, x, at, i0 + row, d)
             if self.low is None:
-                store(self.high.numbers, row * self.high.cols + d, mean[0])
+                store(self.high.numbers, row * self.high.cols + d, mean)
             else:
-                high = named(plan.number.round(mean[0]), "high")
+                high = named(plan.number.round(mean), "high")
                 store(self.high.numbers, row * self.high.cols + d, high)
-                rest = plan.number.round(mean[0] - plan.number.load(high))
+                rest = plan.number.round(mean - plan.number.load(high))
                 store(self.low.numbers, row * self.low.cols + d, rest)
 
     def _soften(self, score: Any) -> None:
@@ -193,7 +189,49 @@ class _Gates:
                 store(x.logits, line + i * x.T + self.t, -infinity())
 
 
-def keys_before(plan: Plan, x: Any, at: Place, total: Any, n: int, threads: int, keys: Rows, tile: int) -> None:
+def mean_key(plan: Plan, x: Any, at: Place, i: Any, d: Any) -> Any:
+    """A number of the mean key of a segment; 0 for those that are not cached yet."""
+    mean = registers(1, name="mean_key")
+    store(mean, 0, T.float32(0))
+    with when(i < at.segment):
+        store(mean, 0, x.means[(at.bh * x.N + i) * plan.SK + d])
+    return mean[0]
+
+
+class RunningKeys:
+    """Sums of the online segment's keys up to each token, for as many tokens at once as ``tile`` has rows.
+
+    Args:
+        tile: in shared memory, ``[tokens, SK]`` of float32.
+        threads: of the block, which share out the columns.
+        tokens: of the block.
+    """
+
+    def __init__(self, plan: Plan, x: Any, at: Place, tile: Tile, threads: int, tokens: int) -> None:
+        self.plan, self.x, self.at, self.tile, self.threads = plan, x, at, tile, threads
+        self.keys = Rows(x.k, plan.number, plan.DK, at.origin, x.H)
+        self.each = -(-plan.SK // threads)
+        self.total = registers(self.each, name="keys_so_far")
+        self.ahead = registers(tile.rows, name="keys_ahead")
+        for n in range(self.each):
+            _keys_before(plan, x, at, self.total, n, threads, self.keys, tokens)
+
+    def put(self, first: Any) -> None:
+        """The sums of the next tokens, from ``first`` on, into the tile; others see them after a barrier."""
+        plan, tile, total, ahead = self.plan, self.tile, self.total, self.ahead
+        for n in range(self.each):
+            column = self.x.thread + n * self.threads
+            for j in range(tile.rows):
+                store(ahead, j, T.float32(0))
+                with when(T.And(column < plan.DK, first + j < self.at.stop)):
+                    store(ahead, j, self.keys.load(first + j, column))
+            for j in range(tile.rows):
+                add(total, n, ahead[j])
+                with when(column < plan.SK):
+                    store(tile.numbers, j * tile.cols + column, total[n])
+
+
+def _keys_before(plan: Plan, x: Any, at: Place, total: Any, n: int, threads: int, keys: Rows, tile: int) -> None:
     """A column of the segment's keys before a tile: of pieces before, of steps of the states, and the rest."""
     step = plan["states_BT"]
     column = named(x.thread + n * threads, "column")

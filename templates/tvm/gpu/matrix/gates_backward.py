@@ -16,8 +16,8 @@ from ..fragments import Operand
 from ..instructions import Lanes
 from ..kernel import WARP, Kernel, add, barrier, kernel, loop, named, pointers, registers, store, when
 from ..numbers import Number
-from ..plan import Place, Plan, place_of, plan_of
-from .gates import keys_before
+from ..plan import Place, Plan, origin_of, place_of, plan_of
+from .gates import RunningKeys, mean_key
 
 _ROWS = 16
 """Tokens of a warp."""
@@ -120,11 +120,7 @@ class _Connector:
             store(self.dr.numbers, r * self.dr.cols + x.thread, dr[0])
         with loop(x.thread, BI * plan.SK, self.threads, trips=f"times {BI * plan.SK // self.threads}") as index:
             r, d = named(T.truncdiv(index, plan.SK), "mean_row"), named(T.truncmod(index, plan.SK), "d")
-            mean = registers(1, name="mean_key")
-            store(mean, 0, T.float32(0))
-            with when(i0 + r < at.segment):
-                store(mean, 0, x.means[(at.bh * x.N + i0 + r) * plan.SK + d])
-            store(self.means.numbers, r * self.means.cols + d, mean[0])
+            store(self.means.numbers, r * self.means.cols + d, mean_key(plan, x, at, i0 + r, d))
         barrier()
         left = Operand(self.dr, col=x.warp * _ROWS, transposed=True)
         self.frag.product(acc, plan.SK, left, Operand(self.means), BI)
@@ -132,24 +128,11 @@ class _Connector:
     def _running(self, acc: Any) -> None:
         """Sums of the segment's keys up to a token, times its pull: 16 tokens at a time, those of one warp."""
         plan, x, at = self.plan, self.x, self.at
-        keys = Rows(x.k, plan.number, plan.DK, at.origin, x.H)
-        each = -(-plan.SK // self.threads)
-        total, ahead = registers(each, name="keys_so_far"), registers(_ROWS, name="keys_ahead")
-        for n in range(each):
-            keys_before(plan, x, at, total, n, self.threads, keys, self.BT)
+        keys = RunningKeys(plan, x, at, self.running, self.threads, self.BT)
         with loop(0, self.BT // _ROWS) as turn:
             first = named(at.first + turn * _ROWS, "first_of_turn")
             barrier()
-            for n in range(each):
-                column = x.thread + n * self.threads
-                for j in range(_ROWS):
-                    store(ahead, j, T.float32(0))
-                    with when(T.And(column < plan.DK, first + j < at.stop)):
-                        store(ahead, j, keys.load(first + j, column))
-                for j in range(_ROWS):
-                    add(total, n, ahead[j])
-                    with when(column < plan.SK):
-                        store(self.running.numbers, j * self.running.cols + column, total[n])
+            keys.put(first)
             barrier()
             with when(x.warp == turn):
                 for place, slot, col in self.frag.elements(plan.SK):
@@ -178,7 +161,7 @@ def _descriptor(plan: Plan, x: Any) -> None:
     x.shared.open()
     split, i0 = named(T.truncmod(x.block, x.splits), "split"), named(T.truncdiv(x.block, x.splits) * _ROWS, "i0")
     bh = x.row
-    rows = Rows(x.u, number, plan.DK, T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), x.H)
+    rows = Rows(x.u, number, plan.DK, origin_of(x, bh), x.H)
     acc = frag.accumulators(32)
     frag.clear(acc, 32)
     # Gates that read a segment are those of the tokens from its end to the end of its sequence.
@@ -225,7 +208,7 @@ def pulls(plan: Plan) -> Kernel:
 
 def _pulls(plan: Plan, x: Any) -> None:
     piece, bh = x.block, x.row
-    rows = Rows(x.u, plan.number, plan.DK, T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), x.H)
+    rows = Rows(x.u, plan.number, plan.DK, origin_of(x, bh), x.H)
     total = registers(1, name="total")
     store(total, 0, T.float32(0))
     with when(x.thread < plan.DK), loop(x.begin[piece], x.end[piece], trips="piece 1") as t:

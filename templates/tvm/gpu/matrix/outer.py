@@ -12,7 +12,7 @@ from ..copies import Copy, Rows
 from ..fragments import Fragments, Operand
 from ..instructions import fragments
 from ..kernel import Tile, barrier, loop, named, when
-from ..plan import Plan
+from ..plan import Plan, origin_of
 
 Weight = Callable[[Any], Any]
 """A float32 for a token."""
@@ -44,7 +44,7 @@ class Outer:
         self.which = named(T.truncdiv(x.block, across * down), "which")
         self.above = named(x.warp * self.R, "above")
         self.first_row = named(self.first_key + self.above, "first_row")
-        self.origin = named(T.truncdiv(x.row, x.H) * x.T * x.H + T.truncmod(x.row, x.H), "origin")
+        self.origin = named(origin_of(x, x.row), "origin")
         self.acc = self.frag.accumulators(self.BV)
         self.frag.clear(self.acc, self.BV)
 

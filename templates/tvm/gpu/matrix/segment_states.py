@@ -27,7 +27,7 @@ from ..kernel import (
     store,
     when,
 )
-from ..plan import Plan, plan_of
+from ..plan import Plan, origin_of, plan_of
 from .outer import Outer
 
 _BLOCK = 256
@@ -50,7 +50,7 @@ def decays() -> Kernel:
 def _decays(x: Any) -> None:
     piece, bh = x.block, x.row
     start, stop = named(x.begin[piece], "start"), named(x.end[piece], "stop")
-    origin = named(T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), "origin")
+    origin = named(origin_of(x, bh), "origin")
     carried = registers(1, name="carried")
     store(carried, 0, T.float32(0))
     with loop(start, stop, WARP, trips="piece 32") as first:

@@ -18,15 +18,15 @@ from ..kernel import (
     add,
     barrier,
     kernel,
-    lane_xor,
     loop,
     named,
     pointers,
     registers,
     store,
+    sum_of_lanes,
     when,
 )
-from ..plan import Plan, plan_of
+from ..plan import Plan, origin_of, plan_of, share_of
 from .outer import Outer
 
 _BLOCK = 256
@@ -107,8 +107,7 @@ def _piece(plan: Plan, x: Any) -> None:
     outer.run(outer.rows(x.q, plan.DK), outer.rows(x.dy, plan.DV), x.begin[p], stop, weight, f"piece {outer.BT}")
     share: Any = x.scale
     if plan.flags.averages:
-        s = named(x.segment[p], "s")
-        share = named(x.scale / T.cast(s - x.seg_first[s] + 1, "float32"), "share")
+        share = share_of(x, p, x.scale)
     first = (x.row * x.P + p) * plan.SK
     outer.each(lambda key, value, total: store(x.products, (first + key) * plan.SV + value, total * share))
 
@@ -169,8 +168,7 @@ def _cross(x: Any, plan: Plan, grad: Any, p: Any, enters: Any, place: Any, sums:
     store(part, 0, T.float32(0))
     with when(place < size):
         store(part, 0, grad[0] * x.ends[(bh * x.P + enters) * size + place])
-    for distance in (1, 2, 4, 8, 16):
-        add(part, 0, lane_xor(part[0], distance))
+    sum_of_lanes(part)
     with when(x.lane == 0):
         store(sums.numbers, x.warp, part[0])
     barrier()
@@ -213,7 +211,7 @@ class _Lead:
         self.sums = take(2, _LEAD // WARP, "float32", room=0)
         x.shared.open()
         self.piece, self.bh = x.block, x.row
-        origin = named(T.truncdiv(self.bh, x.H) * x.T * x.H + T.truncmod(self.bh, x.H), "origin")
+        origin = named(origin_of(x, self.bh), "origin")
         number = plan.number
         self.q, self.k = (Rows(array, number, plan.DK, origin, x.H) for array in (x.q, x.k))
         self.v, self.dy = (Rows(array, number, plan.DV, origin, x.H) for array in (x.v, x.dy))
@@ -245,8 +243,7 @@ class _Lead:
         plan, x = self.plan, self.x
         share: Any = x.scale
         if plan.flags.averages:
-            s = named(x.segment[self.piece], "s")
-            share = named(x.scale / T.cast(s - x.seg_first[s] + 1, "float32"), "share")
+            share = share_of(x, self.piece, x.scale)
         with loop(self.start, self.stop, _LEAD, trips=f"piece {_LEAD}") as t0:
             t = named(t0 + x.thread, "t")
             of_key, of_value = registers(1, name="of_key"), registers(1, name="of_value")
@@ -303,8 +300,7 @@ class _Lead:
         with when(x.thread < plan.SV):
             store(x.dv_lead, place * plan.SV + x.thread, strong * dv[0])
         for number, value in enumerate((strength, ended)):
-            for distance in (1, 2, 4, 8, 16):
-                add(value, 0, lane_xor(value[0], distance))
+            sum_of_lanes(value)
             with when(x.lane == 0):
                 store(self.sums.numbers, number * self.sums.cols + x.warp, value[0])
         barrier()

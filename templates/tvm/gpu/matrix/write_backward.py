@@ -28,9 +28,10 @@ from ..kernel import (
     pointers,
     registers,
     store,
+    sum_of_lanes,
     when,
 )
-from ..plan import Place, Plan, place_of, plan_of
+from ..plan import Place, Plan, origin_of, place_of, plan_of, share_of
 
 _TURN = 16
 """Tokens whose pulls are added up at once."""
@@ -290,7 +291,7 @@ def strength(plan: Plan) -> Kernel:
 def _strength(plan: Plan, x: Any) -> None:
     piece, bh = x.block, x.row
     start, stop = named(x.begin[piece], "start"), named(x.end[piece], "stop")
-    line, origin = named(bh * x.T, "line"), named(T.truncdiv(bh, x.H) * x.T * x.H + T.truncmod(bh, x.H), "origin")
+    line, origin = named(bh * x.T, "line"), named(origin_of(x, bh), "origin")
     enters = named(T.And(x.with_lead != 0, x.entering[piece] >= 0), "enters")
     last_cum = named(x.cum[line + stop - 1], "cum_end")
 
@@ -312,14 +313,12 @@ def _strength(plan: Plan, x: Any) -> None:
     with loop(start, stop, WARP, trips=f"piece {WARP}") as first:
         strong, _, ended = of_token(named(first + x.lane, "t"))
         add(last, 0, strong[0] * ended[0])
-    for distance in (1, 2, 4, 8, 16):
-        add(last, 0, lane_of(last[0], T.bitwise_xor(x.lane, distance)))
+    sum_of_lanes(last)
     with when(enters):
         add(last, 0, x.crossing[bh * x.P + piece])
     share: Any = T.float32(1)
     if plan.flags.averages:
-        s = named(x.segment[piece], "s")
-        share = named(T.float32(1) / T.cast(s - x.seg_first[s] + 1, "float32"), "share")
+        share = share_of(x, piece, T.float32(1))
     carried = registers(1, name="carried")
     store(carried, 0, T.float32(0))
     with loop(0, T.truncdiv(stop - start + WARP - 1, WARP), trips=f"piece {WARP}") as n:
