@@ -51,13 +51,7 @@ def _read(plan: Plan, x: Any) -> None:
     if plan.flags.routed:
         _gated(work, q, line)
     else:
-        with when(at.segment > at.oldest):
-            held = work.state.room("past_state")
-            work.fetch(x.past, at.bh * x.N + at.segment, held)
-            work.put(held)
-            work.read_state(work.acc)
-        if plan.flags.averages:
-            work.share()
+        work.read_past()
     work.store(x.dq, x.scale)
 
 
@@ -72,15 +66,8 @@ def _write(work: Reading, array: Any, line: Any, sums: Any) -> None:
 def _gated(work: Reading, q: Any, line: Any) -> None:
     """Cached states with gates of their own, whose gradients are written."""
     x, at, frag, acc = work.x, work.at, work.frag, work.acc
-    row = at.bh * x.N * x.T
-    lse = work.slots("lse", lambda token, _: x.lse[at.bh * x.T + token])
-
-    def gates(i: Any, name: str) -> Any:
-        return work.slots(name, lambda token, slot: T.exp(x.logits[row + i * x.T + token] - lse[slot]))
-
-    own = gates(at.segment, "own_gate")
-    frag.scale(acc, work.BO, lambda slot: own[slot])
-    with work.cached(lambda i: gates(i, "gate")) as (i, gate, above):
+    gates = work.gates()
+    with work.cached(gates) as (i, gate, above):
         part = frag.accumulators(work.BO, "part_of_sum")
         frag.clear(part, work.BO)
         work.read_state(part, above)

@@ -10,9 +10,7 @@ gates each by a product of its own, whose rows are weighed (``per_segment``), or
 
 from typing import Any
 
-from tvm.script import tirx as T
-
-from ..kernel import Kernel, kernel, pointers, when
+from ..kernel import Kernel, kernel, pointers
 from ..plan import Plan, plan_of
 from .reading import READ, Reading
 
@@ -39,23 +37,16 @@ def _read(plan: Plan, x: Any) -> None:
     if plan.flags.routed:
         _gated(work)
     else:
-        _summed(work)
+        work.read_past()
     work.store(x.y, x.scale)
 
 
 def _gated(work: Reading) -> None:
     """Every cached state with a gate of its own."""
-    plan, x, at, frag, acc = work.plan, work.x, work.at, work.frag, work.acc
-    row = at.bh * x.N * x.T
-    lse = work.slots("lse", lambda token, _: x.lse[at.bh * x.T + token])
-
-    def gates(i: Any, name: str) -> Any:
-        return work.slots(name, lambda token, slot: T.exp(x.logits[row + i * x.T + token] - lse[slot]))
-
-    own = gates(at.segment, "own_gate")
-    frag.scale(acc, work.BO, lambda slot: own[slot])
+    plan, frag, acc = work.plan, work.frag, work.acc
+    gates = work.gates()
     held_q = frag.hold(work.left, plan.SK) if plan["formulation"] == "gated" else None
-    with work.cached(lambda i: gates(i, "gate")) as (_, gate, above):
+    with work.cached(gates) as (_, gate, above):
         if held_q is not None:
             work.read_state(acc, above, frag.scale_held(held_q, plan.SK, lambda slot: gate[slot]))
         else:
@@ -63,15 +54,3 @@ def _gated(work: Reading) -> None:
             frag.clear(part, work.BO)
             work.read_state(part, above)
             frag.add(acc, work.BO, part, lambda slot: gate[slot])
-
-
-def _summed(work: Reading) -> None:
-    """All cached states at once, by their sum; gates are equal."""
-    x, at = work.x, work.at
-    with when(at.segment > at.oldest):
-        held = work.state.room("past_state")
-        work.fetch(x.past, at.bh * x.N + at.segment, held)
-        work.put(held)
-        work.read_state(work.acc)
-    if work.plan.flags.averages:
-        work.share()

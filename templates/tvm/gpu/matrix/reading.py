@@ -16,8 +16,9 @@ from tvm.script import tirx as T
 from ..copies import Copy, Rows
 from ..fragments import Fragments, Operand
 from ..instructions import fragments
-from ..kernel import Tile, barrier, choose, landed, loop, named, registers, store, when
+from ..kernel import barrier, choose, landed, loop, named, registers, store, when
 from ..plan import Place, Plan, place_of
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ READ = Roles("q", "k", "v", False)
 GRADIENT = Roles("dy", "v", "k", True)
 
 
-class Reading:
+class Reading(Tokens):
     """A block at work: its tile of tokens, some columns of what is read, its shared memory, and the rows of its warps.
 
     Args:
@@ -77,32 +78,7 @@ class Reading:
         self.state = Copy(self.height, self.across, self.threads, number)
         self.acc = self.frag.accumulators(self.BO)
         self.frag.clear(self.acc, self.BO)
-        self.load(self.a, self.rows(getattr(x, roles.a), self.DI), self.at.first, self.at.stop, 0, self.SI)
-
-    def token(self, slot: int) -> Any:
-        """The token of a thread's row."""
-        return self.at.first + self.above + self.frag.row(slot)
-
-    def slots(self, name: str, value: Any) -> Any:
-        """Registers with ``value(token, slot)`` for each of a thread's rows; 0 beyond the tile."""
-        held = registers(self.frag.slots, "float32", name)
-        for slot in range(self.frag.slots):
-            token = self.token(slot)
-            store(held, slot, T.float32(0))
-            with when(token < self.at.stop):
-                store(held, slot, value(token, slot))
-        return held
-
-    def rows(self, array: Any, width: int) -> Rows:
-        """The rows of the block's head."""
-        return Rows(array, self.plan.number, width, self.at.origin, self.x.H)
-
-    def load(self, tile: Tile, source: Rows, first: Any, stop: Any, column: Any, cols: int) -> None:
-        """Rows into a tile; all threads have part in it, and see them after a barrier."""
-        copy = Copy(tile.rows, cols, self.threads, self.plan.number)
-        held = copy.room("loaded")
-        copy.fetch(self.x.thread, source, first, stop, column, held)
-        copy.put(self.x.thread, held, tile)
+        self.load(self.a, self.rows(getattr(x, roles.a), self.DI), self.at.first, self.at.stop)
 
     # --- states
 
@@ -182,8 +158,8 @@ class Reading:
         with loop(at.start, at.stop, BJ, trips=f"online {self.BT} {BJ}") as first:
             barrier()
             stop = named(T.min(first + BJ, at.stop), "tokens_end")
-            self.load(self.b, inner, first, stop, 0, self.SI)
-            self.load(self.c, outer, first, stop, self.column, self.BO)
+            self.load(self.b, inner, first, stop)
+            self.load(self.c, outer, first, stop, self.column)
             barrier()
             # A warp whose tokens come before all of these has nothing to do.
             with when(first < at.first + self.above + self.R):
@@ -265,11 +241,30 @@ class Reading:
 
     # --- gates and results
 
-    def share(self) -> None:
-        """Gates that are equal and add up to 1."""
-        at = self.at
-        share = named(T.float32(1) / T.cast(at.segment - at.oldest + 1, "float32"), "share")
-        self.frag.scale(self.acc, self.BO, lambda slot: share)
+    def gates(self) -> Callable[[Any], Any]:
+        """What gives the learned gates of a segment, for a thread's rows; ``acc`` is weighed by those of its own."""
+        x, at = self.x, self.at
+        row = at.bh * x.N * x.T
+        lse = self.slots("lse", lambda token, _: x.lse[at.bh * x.T + token])
+
+        def gate(i: Any) -> Any:
+            return self.slots("gate", lambda token, slot: T.exp(x.logits[row + i * x.T + token] - lse[slot]))
+
+        own = gate(at.segment)
+        self.frag.scale(self.acc, self.BO, lambda slot: own[slot])
+        return gate
+
+    def read_past(self) -> None:
+        """All cached states at once, by their sum: gates are equal, and with the mean add up to 1."""
+        x, at = self.x, self.at
+        with when(at.segment > at.oldest):
+            held = self.state.room("past_state")
+            self.fetch(x.past, at.bh * x.N + at.segment, held)
+            self.put(held)
+            self.read_state(self.acc)
+        if self.plan.flags.averages:
+            share = named(T.float32(1) / T.cast(at.segment - at.oldest + 1, "float32"), "share")
+            self.frag.scale(self.acc, self.BO, lambda slot: share)
 
     def store(self, array: Any, scale: Any) -> None:
         """What was read, times ``scale``, in the dtype of the operands."""

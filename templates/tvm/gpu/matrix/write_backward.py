@@ -12,13 +12,12 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from ..copies import Copy, Rows
+from ..copies import Rows
 from ..fragments import Fragments, Operand
 from ..instructions import fragments
 from ..kernel import (
     WARP,
     Kernel,
-    Tile,
     add,
     barrier,
     kernel,
@@ -32,6 +31,7 @@ from ..kernel import (
     when,
 )
 from ..plan import Place, Plan, origin_of, place_of, plan_of, share_of
+from .tokens import Tokens
 
 _TURN = 16
 """Tokens whose pulls are added up at once."""
@@ -58,7 +58,7 @@ def write(plan: Plan) -> Kernel:
     return kernel("write", plan["dkv_warps"], arguments, lambda x: _Write(plan, x).run())
 
 
-class _Write:
+class _Write(Tokens):
     """A block at work: its tile of tokens j, whose rows its warps share out."""
 
     def __init__(self, plan: Plan, x: Any) -> None:
@@ -83,27 +83,6 @@ class _Write:
         self.dk, self.dv = self.frag.accumulators(plan.SK, "dk"), self.frag.accumulators(plan.SV, "dv")
         self.frag.clear(self.dk, plan.SK)
         self.frag.clear(self.dv, plan.SV)
-
-    def rows(self, array: Any, width: int) -> Rows:
-        return Rows(array, self.plan.number, width, self.at.origin, self.x.H)
-
-    def token(self, slot: int) -> Any:
-        return self.at.first + self.above + self.frag.row(slot)
-
-    def load(self, tile: Tile, source: Rows, first: Any, stop: Any) -> None:
-        copy = Copy(tile.rows, tile.width, self.threads, self.plan.number)
-        held = copy.room("loaded")
-        copy.fetch(self.x.thread, source, first, stop, 0, held)
-        copy.put(self.x.thread, held, tile)
-
-    def slots(self, name: str, value: Any, stop: Any) -> Any:
-        """Registers with ``value(token)`` for each of a thread's rows; 0 from ``stop`` on."""
-        held = registers(self.frag.slots, "float32", name)
-        for slot in range(self.frag.slots):
-            store(held, slot, T.float32(0))
-            with when(self.token(slot) < stop):
-                store(held, slot, value(self.token(slot)))
-        return held
 
     def run(self) -> None:
         plan, x, at = self.plan, self.x, self.at
@@ -139,9 +118,9 @@ class _Write:
 
         self._write(x.ending, frag.row_sums("ending_sum", term, plan.SK))
         stop = self.stop
-        cum_next = self.slots("cum_next", lambda j: x.cum[self.line + j + 1], stop - 1)
-        after = self.slots("after_j", lambda j: x.after[self.line + j], stop - 1)
-        now = self.slots("now_j", lambda j: x.now[self.line + j], stop)
+        cum_next = self.slots("cum_next", lambda j, _: x.cum[self.line + j + 1], stop - 1)
+        after = self.slots("after_j", lambda j, _: x.after[self.line + j], stop - 1)
+        now = self.slots("now_j", lambda j, _: x.now[self.line + j], stop)
         last = named(x.cum[self.line + stop - 1], "cum_end")
         left = registers(frag.slots, name="left_j")
         for slot in range(frag.slots):
