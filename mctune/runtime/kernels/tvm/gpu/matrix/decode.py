@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from ....triton.matrix.decode import TritonDecode
-from ..driver import device
-from ..functions import load_parts
-from .parts import make_parts
+from .parts import OfMachineCode
 
 
-class TvmGpuDecode(TritonDecode):
+class TvmGpuDecode(OfMachineCode, TritonDecode):
     """y of n new tokens of every sequence on an NVIDIA GPU, by machine code of one configuration.
 
-    Args:
-        kernel: a file beside the others.
-        record: its entry in the tuned table.
-        functions: the kernels by operation and name, instead of those that ``record["parts"]`` names.
+    Arguments are those of :class:`OfMachineCode`.
     """
-
-    def __init__(
-        self, kernel: Path, record: Mapping[str, Any], functions: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> None:
-        functions = load_parts(kernel.parent, record["parts"]) if functions is None else functions
-        record = {**record, "config": {**record["config"], "decode_TOKENS": 1 << 30}}
-        super().__init__(kernel, record, make_parts(functions, record))
-        self.device = device()
 
 
 LAUNCHER = TvmGpuDecode

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ....triton.matrix.forward import TritonForward
-from ..driver import device
-from ..functions import aligned, load_parts
-from .parts import make_parts, with_tiles
+from ..functions import aligned
+from .parts import OfMachineCode
 
 
-class TvmGpuForward(TritonForward):
+class TvmGpuForward(OfMachineCode, TritonForward):
     """y = memory_caching(q, k, v, u) on an NVIDIA GPU, by machine code of one configuration.
 
-    Args:
-        kernel: a file beside the others.
-        record: its entry in the tuned table.
-        functions: the kernels by operation and name, instead of those that ``record["parts"]`` names.
+    Arguments are those of :class:`OfMachineCode`.
     """
-
-    def __init__(
-        self, kernel: Path, record: Mapping[str, Any], functions: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> None:
-        functions = load_parts(kernel.parent, record["parts"]) if functions is None else functions
-        super().__init__(kernel, with_tiles(record), make_parts(functions, record))
-        self.device = device()
 
     def __call__(self, q: Any, k: Any, v: Any, u: Any, **options: Any) -> Any:
         """As :class:`TritonForward`; what is not aligned is copied."""

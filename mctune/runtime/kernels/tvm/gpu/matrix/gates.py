@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from ....triton.tables import Tables
-from ..functions import Function
 from .arrays import Gates, KeySums
+from .operation import Operation
 
 Tensor = torch.Tensor
 
 
-class LearnedGates:
-    """The operation ``gates`` of one configuration.
-
-    Args:
-        functions: its kernels by name.
-        problem, config: of the entry in the tuned table.
-    """
-
-    def __init__(
-        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> None:
-        self.functions = functions
+class LearnedGates(Operation):
+    """The operation ``gates``."""
 
     def gates(
         self, u: Tensor, k: Tensor, means: Tensor, sums: KeySums | None, *, tables: Tables, tiles: Tensor, top_k: int

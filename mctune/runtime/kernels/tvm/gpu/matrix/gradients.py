@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .....traits import AGGREGATIONS, RECURRENCES
-from ....results import padded
 from ....triton.tables import Tables
-from ..functions import Function, Grid, blocks
+from ..functions import blocks
+from .operation import Operation
 
 Tensor = torch.Tensor
 _BLOCK = 256
@@ -47,32 +46,6 @@ class StateGradients(NamedTuple):
     dk_lead: Tensor | None = None
     dv_lead: Tensor | None = None
     dbefore: Tensor | None = None
-
-
-class Operation:
-    """An operation of one configuration.
-
-    Args:
-        functions: its kernels by name.
-        problem, config: of the entry in the tuned table.
-    """
-
-    def __init__(
-        self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> None:
-        self.functions, self.config = functions, config
-        self.gated = RECURRENCES[problem["recurrence"]].gated
-        self.routed = AGGREGATIONS[problem["aggregation"]].routed
-        self.DK, self.SK, self.SV = problem["Dk"], padded(problem["Dk"]), padded(problem["Dv"])
-
-    def launch(self, kernel: str, grid: Grid, like: Tensor, **values: Any) -> None:
-        """Launch a kernel; ``like`` stands for arrays that it takes and does not touch."""
-        function = self.functions[f"{kernel}_kernel"]
-        function(grid, **{name: like if value is None else value for name, value in values.items()})
-
-    def of_swla(self, decays: Any, *names: str) -> dict[str, Any]:
-        """The decays that a kernel takes, none for linear."""
-        return {name: getattr(decays, name) for name in names} if self.gated else {}
 
 
 class ReadBackward(Operation):

@@ -10,22 +10,18 @@ import torch
 from ....triton.tables import Tables
 from ..functions import Function, blocks
 from .arrays import Decays, Gates, States
+from .operation import Operation
 
 Tensor = torch.Tensor
 
 
-class Read:
-    """The operation ``read_forward`` of one configuration.
-
-    Args:
-        functions: its kernels by name.
-        problem, config: of the entry in the tuned table.
-    """
+class Read(Operation):
+    """The operation ``read_forward``; arguments as of :class:`Operation`."""
 
     def __init__(
         self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        self.functions = functions
+        super().__init__(functions, problem, config)
         self.DV = problem["Dv"]
         self.values = config["read_BV"]
 

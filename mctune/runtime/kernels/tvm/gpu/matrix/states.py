@@ -7,32 +7,23 @@ from typing import Any
 
 import torch
 
-from .....traits import AGGREGATIONS, RECURRENCES
-from ....results import padded
 from ....triton.tables import Tables
 from ..functions import Function, aligned, blocks, check_reach
 from .arrays import Decays, KeySums, States
+from .operation import Operation
 
 Tensor = torch.Tensor
 _BLOCK = 256
 """Elements of a state that a block of ``carry`` has."""
 
 
-class SegmentStates:
-    """The operation ``segment_states`` of one configuration.
-
-    Args:
-        functions: its kernels by name.
-        problem, config: of the entry in the tuned table.
-    """
+class SegmentStates(Operation):
+    """The operation ``segment_states``; arguments as of :class:`Operation`."""
 
     def __init__(
         self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        self.functions = functions
-        self.gated = RECURRENCES[problem["recurrence"]].gated
-        self.routed = AGGREGATIONS[problem["aggregation"]].routed
-        self.SK, self.SV = padded(problem["Dk"]), padded(problem["Dv"])
+        super().__init__(functions, problem, config)
         self.keys = config["states_warps"] * config["states_rows"]
         self.values = min(config["states_BV"], self.SV)
         self.step = config["states_BT"]

@@ -8,27 +8,20 @@ from typing import Any
 import torch
 
 from .....errors import KernelError
-from .....traits import AGGREGATIONS, RECURRENCES
 from ..functions import Function, aligned, blocks
+from .operation import Operation
 
 Tensor = torch.Tensor
 _THREADS = 128
 
 
-class DecodeStep:
-    """The operation ``decode_step`` of one configuration.
-
-    Args:
-        functions: its kernels by name.
-        problem, config: of the entry in the tuned table.
-    """
+class DecodeStep(Operation):
+    """The operation ``decode_step``; arguments as of :class:`Operation`."""
 
     def __init__(
         self, functions: Mapping[str, Function], problem: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        self.functions = functions
-        self.gated = RECURRENCES[problem["recurrence"]].gated
-        self.routed = AGGREGATIONS[problem["aggregation"]].routed
+        super().__init__(functions, problem, config)
         self.independent = problem["state_init"] == "independent"
         self.splits, self.columns = config["decode_splits"], min(config["decode_BV"], _THREADS)
 
