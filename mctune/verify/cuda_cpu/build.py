@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sysconfig
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ FLAGS = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w
 # What a thread has not written is no zero.
 _UNWRITTEN = "-ftrivial-auto-var-init=pattern"
 _LIMIT_S = 300.0
+_SHIM = ("device.h", "device.cpp", "driver.cpp", "again.cpp")
 
 
 def compiler() -> list[str]:
@@ -49,15 +51,7 @@ def library(source: str, folder: Path, level: str = "-O1") -> Path:
     """
     text = on_cpu(source)
     name = digest_of(text, *shim(), level)
-    path = folder / f"cpu_{name}.so"
-    if path.is_file():
-        return path
-    with scratch_in(folder, "cuda") as scratch:
-        code, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
-        code.write_text(text, encoding="utf-8")
-        run([*compiler(), *FLAGS, _UNWRITTEN, level, f"-I{HERE}", "-shared", str(code), "-o", str(made)])
-        made.replace(path)
-    return path
+    return compiled(folder / f"cpu_{name}.so", [*FLAGS, _UNWRITTEN, level, f"-I{HERE}", "-shared"], text)
 
 
 def stand_in(folder: Path) -> Path:
@@ -66,14 +60,25 @@ def stand_in(folder: Path) -> Path:
     Raises:
         DeviceError: if it does not compile.
     """
-    path = folder / f"libcuda_{digest_of(*shim())}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_in(folder, "cuda") as scratch:
-            made = Path(scratch, "libcuda.so")
-            sources = [str(HERE / name) for name in ("device.cpp", "driver.cpp")]
-            run([*compiler(), *FLAGS, "-O2", "-shared", *sources, "-o", str(made), "-ldl"])
-            made.replace(path)
+    sources = [str(HERE / name) for name in ("device.cpp", "driver.cpp")]
+    return compiled(folder / f"libcuda_{digest_of(*shim())}.so", [*FLAGS, "-O2", "-shared", *sources, "-ldl"])
+
+
+def compiled(path: Path, words: Sequence[str], text: str | None = None) -> Path:
+    """What the compiler makes of ``words`` and of C++ ``text``, if any; kept at ``path``, should it be there.
+
+    Raises:
+        DeviceError: if it fails.
+    """
+    if path.is_file():
+        return path
+    with scratch_in(path.parent, "cuda") as scratch:
+        code, made = Path(scratch, "kernels.cpp"), Path(scratch, "made")
+        if text is not None:
+            code.write_text(text, encoding="utf-8")
+        sources = [] if text is None else [str(code)]
+        run([*compiler(), *sources, *words, "-o", str(made)])
+        made.replace(path)
     return path
 
 
@@ -125,7 +130,7 @@ def run(command: list[str]) -> str:
 
 @cache
 def shim() -> tuple[str, ...]:
-    return tuple((HERE / name).read_text(encoding="utf-8") for name in ("device.h", "device.cpp", "driver.cpp"))
+    return tuple((HERE / name).read_text(encoding="utf-8") for name in _SHIM)
 
 
 def digest_of(*texts: str) -> str:

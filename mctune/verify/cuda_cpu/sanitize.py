@@ -20,7 +20,7 @@ import torch
 from mctune.backends.kept import scratch_in
 from mctune.core.errors import DeviceError
 from mctune.runtime.kernels.tvm.gpu.functions import Grid, Signature
-from mctune.verify.cuda_cpu.build import FLAGS, HERE, compiler, digest_of, run, shim
+from mctune.verify.cuda_cpu.build import FLAGS, HERE, compiled, digest_of, shim
 from mctune.verify.cuda_cpu.source import on_cpu
 
 SANITIZERS = {"threads": ("thread", "MCTUNE_THREADS"), "addresses": ("address", "MCTUNE_ADDRESSES")}
@@ -86,31 +86,14 @@ def program(source: str, watch: str, folder: Path) -> Path:
     """
     flag, macro = SANITIZERS[watch]
     text = on_cpu(source)
-    path = folder / f"{watch}_{digest_of(text, *shim())}"
-    if path.is_file():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+    options, known = [*FLAGS, f"-I{HERE}", f"-D{macro}"], digest_of(*shim())
+    objects = []
     # The shim itself is not watched: what it does for a thread, it says.
-    objects = [_of_shim("device.cpp", "-O2", watch, folder), _of_shim("again.cpp", "-O1", watch, folder)]
-    with scratch_in(folder, "cuda") as scratch:
-        code, made = Path(scratch, "kernels.cpp"), Path(scratch, "program")
-        code.write_text(text, encoding="utf-8")
-        command = [*compiler(), *FLAGS, f"-I{HERE}", f"-D{macro}", f"-fsanitize={flag}"]
-        run([*command, "-O1", "-g1", str(code), *map(str, objects), "-o", str(made)])
-        made.replace(path)
-    return path
-
-
-def _of_shim(name: str, level: str, watch: str, folder: Path) -> Path:
-    """A file of the shim, compiled for programs that ``watch``; kept, should it be in ``folder``."""
-    path = folder / f"{Path(name).stem}_{watch}_{digest_of(*shim())}.o"
-    if not path.is_file():
-        with scratch_in(folder, "cuda") as scratch:
-            made = Path(scratch, "shim.o")
-            macro = SANITIZERS[watch][1]
-            run([*compiler(), *FLAGS, f"-I{HERE}", f"-D{macro}", level, "-c", str(HERE / name), "-o", str(made)])
-            made.replace(path)
-    return path
+    for name, level in (("device", "-O2"), ("again", "-O1")):
+        path = folder / f"{name}_{watch}_{known}.o"
+        objects.append(str(compiled(path, [*options, level, "-c", str(HERE / f"{name}.cpp")])))
+    path = folder / f"{watch}_{digest_of(text, known)}"
+    return compiled(path, [*objects, *options, f"-fsanitize={flag}", "-O1", "-g1"], text)
 
 
 def watched(launches: Sequence[Launched], source: str, watch: str, folder: Path, seed: int = 0) -> str:

@@ -5,7 +5,25 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from .._rules import INSTRUCTION, PREFETCH, ahead, instruction, instruction_or_older, stored, tile, unused
+from .._rules import (
+    GATES,
+    INSTRUCTION,
+    INSTRUCTION_RULE,
+    PIECE,
+    PIECE_RULE,
+    STATES,
+    THROUGH_SHARED,
+    ahead,
+    measuring,
+    narrow,
+    read_shared,
+    size_of,
+    stored,
+    sums_of_states,
+    tile,
+    unused,
+    walk,
+)
 
 _REGISTERS = 176
 """32-bit registers of a thread that sums may take; the rest is for addresses and what is loaded."""
@@ -53,15 +71,6 @@ _DEFAULTS = tuple(
 )
 
 
-def _longest(problem: Problem) -> int:
-    """Tokens of the longest segment."""
-    return problem.segment_length or 1 << problem.T.bit_length() - 1
-
-
-def _size(problem: Problem) -> int:
-    return 4 if problem.dtype == "float32" else 2
-
-
 def _sums_of_read(config: Config, problem: Problem, target: Target) -> bool:
     """A thread's sums, a state's part of them, q, and scores."""
     rows, columns = config.integer("dq_rows"), min(config.integer("dq_BK"), stored(problem.Dk))
@@ -76,21 +85,16 @@ def _sums_of_writes(config: Config, problem: Problem, target: Target) -> bool:
 
 def shared_of_read(config: Config, problem: Problem) -> int:
     """Bytes of shared memory of a block of the read's gradient."""
-    size, SV = _size(problem), stored(problem.Dv)
-    BT, BJ = config.integer("dq_warps") * config.integer("dq_rows"), config.integer("dq_BJ")
-    BK = min(config.integer("dq_BK"), stored(problem.Dk))
-    own = tile(BJ, SV, size) + tile(BJ, BK, size)
-    if config["instruction"] in ("simt", "m8n8k4"):
-        own += tile(BT, BJ, size)
-    return tile(BT, SV, size) + max(own, tile(BK * config.integer("dq_stages"), SV, size))
+    SV, BK = stored(problem.Dv), min(config.integer("dq_BK"), stored(problem.Dk))
+    return read_shared(config, problem, "dq", SV, BK, (BK, SV))
 
 
 def shared_of_writes(config: Config, problem: Problem) -> int:
     """Bytes of shared memory of a block of the writes' gradients."""
-    size, SK, SV = _size(problem), stored(problem.Dk), stored(problem.Dv)
+    size, SK, SV = size_of(problem), stored(problem.Dk), stored(problem.Dv)
     BJ, BT = config.integer("dkv_warps") * config.integer("dkv_rows"), config.integer("dkv_BT")
     later = tile(BT, SK, size) + tile(BT, SV, size)
-    if config["instruction"] in ("simt", "m8n8k4"):
+    if config["instruction"] in THROUGH_SHARED:
         later += tile(BJ, BT, size)
     return tile(BJ, SK, size) + tile(BJ, SV, size) + max(tile(SK, SV, size), later, tile(16, SK, 4))
 
@@ -99,52 +103,18 @@ def _fits(config: Config, problem: Problem, target: Target) -> bool:
     return max(shared_of_read(config, problem), shared_of_writes(config, problem)) <= target.shared_bytes
 
 
-def _rows(prefix: str):
-    """No warp without a row of the state."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return config.integer(f"{prefix}_warps") * config.integer(f"{prefix}_rows") <= max(32, stored(problem.Dk))
-
-    return Constraint(f"{prefix} rows", holds, "warps would have no row of the state")
-
-
-def _columns(name: str, width: str):
-    """Tiles no wider than the state, but for the narrowest."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        return config[name] == 32 or config.integer(name) < 2 * stored(getattr(problem, width))
-
-    return Constraint(name, holds, "the tile would be wider than the state")
-
-
-def _block(prefix: str):
-    """A thread's sums of a state."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        columns = min(config.integer(f"{prefix}_BV"), stored(problem.Dv))
-        return config.integer(f"{prefix}_rows") * columns // 32 <= 64
-
-    return Constraint(f"{prefix} registers", holds, "the sums of a state would spill")
-
-
 SPACE = SearchSpace(
     params=(
         INSTRUCTION,
-        Pow2("piece", 64, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
+        PIECE,
         Choice("saved", ("nothing", "states", "gates"), "what the forward keeps: nothing, states, gates as well"),
-        Pow2("states_warps", 2, 8),
-        Int("states_rows", (16, 32), "key columns of a warp"),
-        Pow2("states_BT", 16, 64, "tokens of a step of a state's sum"),
-        Pow2("states_BV", 32, 128, "value columns of a state's tile"),
-        Pow2("gates_warps", 2, 8),
-        Int("gates_rows", (16, 32), "tokens of a warp"),
-        Pow2("gates_BN", 16, 64, "segments of a tile of logits"),
+        *STATES,
+        *GATES,
         Pow2("dq_warps", 2, 8),
         Int("dq_rows", (16, 32), "tokens of a warp"),
         Pow2("dq_BJ", 16, 64, "tokens of a step inside the piece"),
         Pow2("dq_BK", 32, 128, "key columns of a tile"),
-        Int("dq_stages", (1, 2), "states in shared memory: the one that is read, and the next"),
-        Choice("dq_prefetch", PREFETCH, "where the next state is meanwhile"),
+        *walk("dq"),
         Pow2("dgates_warps", 2, 8, "each of 16 tokens"),
         Pow2("dgates_BI", 16, 32, "segments of a tile of gates"),
         Pow2("dgates_splits", 1, 16, "parts of the tokens that a mean key's gradient is added up over"),
@@ -157,20 +127,12 @@ SPACE = SearchSpace(
         Pow2("dkv_BT", 16, 64, "later tokens of a step"),
     ),
     constraints=(
-        Constraint("instruction", instruction, "the GPU has another instruction for this dtype"),
+        INSTRUCTION_RULE,
         Constraint("saved", lambda c, p, t: c["saved"] != "gates" or p.routed, "there are no gates to keep"),
-        Constraint(
-            "piece",
-            lambda c, p, t: c["piece"] == 64 or c.integer("piece") < 2 * _longest(p),
-            "a piece longer than a segment is the segment",
-        ),
-        _rows("states"),
-        _rows("dstates"),
-        _columns("states_BV", "Dv"),
-        _columns("dstates_BV", "Dv"),
-        _columns("dq_BK", "Dk"),
-        _block("states"),
-        _block("dstates"),
+        PIECE_RULE,
+        *sums_of_states("states"),
+        *sums_of_states("dstates"),
+        narrow("dq_BK", "Dk"),
         unused("gates", _FIRST),
         Constraint(
             "dgates_*",
@@ -191,12 +153,4 @@ SPACE = SearchSpace(
     default=_DEFAULTS[0],
     fallbacks=_DEFAULTS[1:],
 )
-MEASURED = SearchSpace(
-    params=SPACE.params,
-    constraints=tuple(
-        Constraint(c.name, instruction_or_older, c.reason) if c.name == "instruction" else c for c in SPACE.constraints
-    ),
-    default=SPACE.default,
-    fallbacks=SPACE.fallbacks,
-)
-"""The space where candidates are measured: newer GPUs run the instructions of older ones."""
+MEASURED = measuring(SPACE)

@@ -3,7 +3,7 @@
 from mctune.core.config import Config
 from mctune.core.space import Constraint, Pow2, SearchSpace
 
-from .._rules import INSTRUCTION, instruction, stored
+from .._rules import INSTRUCTION, INSTRUCTION_RULE, stored
 
 _FIRST = Config.of({"instruction": "m16n8k8", "decode_splits": 8, "decode_BV": 32})
 
@@ -14,7 +14,7 @@ SPACE = SearchSpace(
         Pow2("decode_BV", 16, 128, "value columns of a block; its other threads have other rows of the state"),
     ),
     constraints=(
-        Constraint("instruction", instruction, "the GPU has another instruction for this dtype"),
+        INSTRUCTION_RULE,
         Constraint(
             "decode_BV",
             lambda c, p, t: c["decode_BV"] == 16 or c.integer("decode_BV") < 2 * stored(p.Dv),

@@ -5,7 +5,23 @@ from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
-from .._rules import INSTRUCTION, PREFETCH, ahead, instruction, instruction_or_older, stored, tile, unused
+from .._rules import (
+    GATES,
+    INSTRUCTION,
+    INSTRUCTION_RULE,
+    PIECE,
+    PIECE_RULE,
+    STATES,
+    ahead,
+    measuring,
+    narrow,
+    read_shared,
+    size_of,
+    stored,
+    sums_of_states,
+    unused,
+    walk,
+)
 
 FORMULATIONS = {
     "even": ("summed",),
@@ -45,15 +61,6 @@ _DEFAULTS = tuple(
 )
 
 
-def _longest(problem: Problem) -> int:
-    """Tokens of the longest segment."""
-    return problem.segment_length or 1 << problem.T.bit_length() - 1
-
-
-def _size(problem: Problem) -> int:
-    return 4 if problem.dtype == "float32" else 2
-
-
 def _sums(config: Config, problem: Problem, target: Target) -> bool:
     """A thread's sums, those of a state where products are weighed, and operands that it holds."""
     rows, columns = config.integer("read_rows"), min(config.integer("read_BV"), stored(problem.Dv))
@@ -68,54 +75,33 @@ def _sums(config: Config, problem: Problem, target: Target) -> bool:
 
 def shared_of_read(config: Config, problem: Problem) -> int:
     """Bytes of shared memory of a block of the read."""
-    size, SK = _size(problem), stored(problem.Dk)
-    BT, BJ = config.integer("read_warps") * config.integer("read_rows"), config.integer("read_BJ")
-    BV = min(config.integer("read_BV"), stored(problem.Dv))
-    own = tile(BJ, SK, size) + tile(BJ, BV, size)
-    if config["instruction"] in ("simt", "m8n8k4"):
-        own += tile(BT, BJ, size)
-    return tile(BT, SK, size) + max(own, tile(SK * config.integer("read_stages"), BV, size))
+    SK, BV = stored(problem.Dk), min(config.integer("read_BV"), stored(problem.Dv))
+    return read_shared(config, problem, "read", SK, BV, (SK, BV))
 
 
 def _fetched(config: Config, problem: Problem, target: Target) -> bool:
     """A state that is loaded ahead is in registers meanwhile: 16 bytes take four."""
     if config["read_prefetch"] == "async":
         return True
-    bytes_ = stored(problem.Dk) * min(config.integer("read_BV"), stored(problem.Dv)) * _size(problem)
+    bytes_ = stored(problem.Dk) * min(config.integer("read_BV"), stored(problem.Dv)) * size_of(problem)
     return bytes_ // 4 <= 32 * 32 * config.integer("read_warps")
-
-
-def _wide(name: str, width: str):
-    """Tiles no wider than the state, but for the narrowest."""
-
-    def holds(config: Config, problem: Problem, target: Target) -> bool:
-        narrowest = config.integer(name) == 32
-        return narrowest or config.integer(name) < 2 * stored(getattr(problem, width))
-
-    return holds
 
 
 SPACE = SearchSpace(
     params=(
         INSTRUCTION,
-        Pow2("piece", 64, 512, "tokens that a segment is cut into; products inside a piece grow with its square"),
+        PIECE,
         Choice("formulation", ("summed", "per_segment", "gated"), "of the cached read"),
-        Pow2("states_warps", 2, 8),
-        Int("states_rows", (16, 32), "key columns of a warp"),
-        Pow2("states_BT", 16, 64, "tokens of a step of a state's sum"),
-        Pow2("states_BV", 32, 128, "value columns of a state's tile"),
-        Pow2("gates_warps", 2, 8),
-        Int("gates_rows", (16, 32), "tokens of a warp"),
-        Pow2("gates_BN", 16, 64, "segments of a tile of logits"),
+        *STATES,
+        *GATES,
         Pow2("read_warps", 2, 8),
         Int("read_rows", (16, 32), "tokens of a warp"),
         Pow2("read_BJ", 16, 64, "tokens of a step inside the piece"),
         Pow2("read_BV", 32, 128, "value columns of a tile"),
-        Int("read_stages", (1, 2), "states in shared memory: the one that is read, and the next"),
-        Choice("read_prefetch", PREFETCH, "where the next state is meanwhile"),
+        *walk("read"),
     ),
     constraints=(
-        Constraint("instruction", instruction, "the GPU has another instruction for this dtype"),
+        INSTRUCTION_RULE,
         Constraint(
             "formulation",
             lambda c, p, t: c["formulation"] in FORMULATIONS[p.reads.weights],
@@ -126,24 +112,10 @@ SPACE = SearchSpace(
             lambda c, p, t: c["formulation"] != "gated" or str(c["instruction"]).startswith("m16"),
             "only operands of m16n8 are weighed in registers",
         ),
-        Constraint(
-            "piece",
-            lambda c, p, t: c["piece"] == 64 or c.integer("piece") < 2 * _longest(p),
-            "a piece longer than a segment is the segment",
-        ),
-        Constraint(
-            "states rows",
-            lambda c, p, t: c.integer("states_warps") * c.integer("states_rows") <= max(32, stored(p.Dk)),
-            "warps would have no row of the state",
-        ),
-        Constraint("states_BV", _wide("states_BV", "Dv"), "the tile would be wider than the state"),
-        Constraint(
-            "states registers",
-            lambda c, p, t: c.integer("states_rows") * min(c.integer("states_BV"), stored(p.Dv)) // 32 <= 64,
-            "the sums of a state would spill",
-        ),
+        PIECE_RULE,
+        *sums_of_states("states"),
         unused("gates", _FIRST),
-        Constraint("read_BV", _wide("read_BV", "Dv"), "the tile would be wider than the values"),
+        narrow("read_BV", "Dv", "values"),
         Constraint("read registers", _sums, "sums and operands of the read would spill"),
         Constraint("read registers ahead", _fetched, "a state in registers would spill"),
         *ahead("read"),
@@ -156,12 +128,4 @@ SPACE = SearchSpace(
     default=_DEFAULTS[0],
     fallbacks=(*_DEFAULTS[1:], *(config.replace(states_warps=2, states_BV=32, read_BV=32) for config in _DEFAULTS)),
 )
-MEASURED = SearchSpace(
-    params=SPACE.params,
-    constraints=tuple(
-        Constraint(c.name, instruction_or_older, c.reason) if c.name == "instruction" else c for c in SPACE.constraints
-    ),
-    default=SPACE.default,
-    fallbacks=SPACE.fallbacks,
-)
-"""The space where candidates are measured: newer GPUs run the instructions of older ones."""
+MEASURED = measuring(SPACE)
