@@ -37,6 +37,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import contact_machine as machine  # noqa: E402
+import contact_tvm  # noqa: E402
 from contact_ahead import Claims, Job, compile_all, environment, fresh, predicted, prepared  # noqa: E402
 from contact_diagnose import Search  # noqa: E402
 from contact_guard import Background, Facts, Guard, told  # noqa: E402
@@ -142,25 +143,10 @@ class Contact:
             self.prepare("specialized", 20)
             self.step("specialized", lambda: self.steps.variants("specialized", problem, [configs[0], *special]), 30)
 
-        if self.rehearse:
-            self.step("prepare tvm", self.prepare_tvm, 150)
-        self.step("tvm", lambda: self.tvm("tvm"), 40)
-
-    def prepare_tvm(self) -> None:
-        """What a rehearsal has instead of kernels that were compiled ahead: their CUDA C for the CPU."""
-        import contact_tvm
-
-        contact_tvm.prepare_rehearsal(self.target, self.cuda, self.scratch / "cuda_on_cpu")
-
-    def tvm(self, name: str) -> None:
-        """TVM's kernels."""
-        import contact_tvm
-
-        if self.rehearse:
-            from mctune.verify.cuda_cpu.folder import environment
-
-            os.environ.update(environment(self.scratch / "cuda_on_cpu"))
-        contact_tvm.step(self.steps, name, self.cuda)
+        on_cpu = self.scratch / "cuda_on_cpu" if self.rehearse else None
+        if on_cpu is not None:
+            self.step("prepare tvm", lambda: contact_tvm.prepare_rehearsal(self.target, self.cuda, on_cpu), 150)
+        self.step("tvm", lambda: contact_tvm.step(self.steps, "tvm", self.cuda, on_cpu), 40)
 
     def rest(self) -> None:
         """What takes all the time that is left."""

@@ -122,7 +122,7 @@ class Kernels:
         entries = []
         for problem, config in pairs:
             built = self.built(problem, config)
-            record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
+            record = built.record(problem, config)
             entries.append(Entry(problem.to_dict(), "triton", built.library, record))
         dispatch.TABLE = Table(tuple(entries), self.target.name)
 

@@ -82,10 +82,14 @@ def serve(entries: list[dict[str, Any]], folder: Path, target: str) -> None:
     dispatch.TABLE = Table(found, target)
 
 
-def step(steps: Steps, name: str, folder: Path) -> None:
-    """Each kind: right, equal in repeats, and how long; facts of it."""
+def step(steps: Steps, name: str, folder: Path, on_cpu: Path | None = None) -> None:
+    """Each kind: right, equal in repeats, and how long; facts of it. ``on_cpu``: of :func:`prepare_rehearsal`."""
     import torch
 
+    if on_cpu is not None:
+        from mctune.verify.cuda_cpu.folder import environment
+
+        os.environ.update(environment(on_cpu))
     from mctune.verify.judge import poisoned_memory, tolerance
 
     torch.set_float32_matmul_precision("highest")

@@ -77,7 +77,7 @@ def _built(problem: Problem, target: Target, folder: Path) -> Winner:
     config = space.first_valid(lambda candidate: space.valid(candidate, problem, target))
     assert config is not None
     built, unmeasured = backend.build(problem, config, target, folder), Timed(1.0, 1.0, 1.0, 0, 0.0)
-    return Winner(problem, config, unmeasured, KERNEL, built.library, built.source, None, (), True, {})
+    return Winner(problem, config, unmeasured, KERNEL, "cpu", built.library, built.source, None, (), True, {})
 
 
 def bench(problem: Problem, package: Path | None, rounds: int, folder: Path, beside: bool) -> Found:

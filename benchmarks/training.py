@@ -125,7 +125,7 @@ def kernels(problem: Problem, target: Target, folder: Path) -> Path:
     ):
         built = backend.build(case, config, target, folder / "work")
         unmeasured = Timed(1.0, 1.0, 1.0, 0, 0.0)
-        winners.append(Winner(case, config, unmeasured, "tvm", built.library, built.source, None, (), True, {}))
+        winners.append(Winner(case, config, unmeasured, "tvm", "cpu", built.library, built.source, None, (), True, {}))
     return emit_package(folder / f"bench_{problem.aggregation}", target, winners)
 
 

@@ -23,6 +23,10 @@ class Built:
     parts: tuple[tuple[str, str], ...] = ()
     """(operation, file beside ``library``) of every module of a kernel that has several; ``library`` is one of them."""
 
+    def record(self, problem: Problem, config: Config) -> dict[str, Any]:
+        """What a launcher is told of the candidate, as an entry of a tuned table says it."""
+        return {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(self.parts)}
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -39,10 +39,11 @@ def command(
         return _templates(target_name, seed, record, timeout, as_json)
     if record is not None or timeout is not None:
         raise UsageError("--record and --timeout go with --gpu NAME")
+    from mctune.runtime.kernels.support import runs_instead
     from mctune.verify.package import away, check_defaults, check_package
 
     made_by = away(package) if package is not None else frozenset()
-    if made_by and os.environ.get("MCTUNE_AWAY") != "1":
+    if not all(runs_instead(maker) for maker in made_by):
         arguments = [str(package), "--seed", str(seed), *(["--json"] if as_json else [])]
         return _without_gpu(arguments, made_by)
     if "triton" in made_by:
@@ -72,7 +73,7 @@ def _without_gpu(arguments: list[str], made_by: frozenset[str]) -> int:
     from mctune.backends.triton.versions import check_interpreter
     from mctune.verify.cuda_cpu.folder import environment
 
-    variables = {"MCTUNE_AWAY": "1"}
+    variables: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mctune-") as folder:
         if "triton" in made_by:
             check_interpreter()

@@ -19,7 +19,8 @@ class Winner:
         problem: the problem it was tuned at, segment length included.
         config: its configuration.
         outcome: its time in milliseconds, measured or predicted.
-        backend: ``tvm`` or ``triton``: which one compiled it; device: torch's name of the device kind that it is for.
+        backend: ``tvm`` or ``triton``: which one compiled it.
+        device: torch's name of the device kind that it is for.
         library, source: the kernel that was timed, and what it came from.
         portable: the same source compiled for any x86-64-v3 CPU and verified, not timed; ``None`` without one.
         cpu_flags: instruction sets that ``library`` needs, as /proc/cpuinfo names them.
@@ -32,6 +33,7 @@ class Winner:
     config: Config
     outcome: Timed | Predicted
     backend: str
+    device: str
     library: Path
     source: Path
     portable: Path | None
@@ -39,7 +41,6 @@ class Winner:
     recommended: bool
     verified: dict[str, Any]
     parts: tuple[tuple[str, Path], ...] = ()
-    device: str = "cpu"
 
     @property
     def key(self) -> tuple[str, str]:

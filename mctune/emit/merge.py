@@ -58,6 +58,7 @@ def _winner(out: Path, record: dict[str, Any]) -> Winner:
         config=Config.of(record["config"]),
         outcome=outcome,
         backend=str(record["backend"]),
+        device=str(record.get("device", "cpu" if record["backend"] == "tvm" else "cuda")),
         library=kernels / Path(record["kernel"]).name,
         source=kernels / Path(record["source"]).name,
         portable=kernels / Path(record["portable"]).name if record["portable"] else None,
@@ -65,7 +66,6 @@ def _winner(out: Path, record: dict[str, Any]) -> Winner:
         recommended=bool(record["recommended"]),
         verified=dict(record["verified"]),
         parts=tuple((operation, kernels / Path(file).name) for operation, file in record["parts"].items()),
-        device=str(record.get("device", "cpu" if record["backend"] == "tvm" else "cuda")),
     )
 
 

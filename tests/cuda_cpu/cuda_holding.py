@@ -70,6 +70,5 @@ def with_source(problem: Problem, config: Config, made: Built, operation: str, s
 
 
 def _verified(problem: Problem, config: Config, made: Built, kernels: Any) -> float | Wrong:
-    record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(made.parts)}
-    kernel = LAUNCHERS[problem.writes.family, problem.pass_](made.library, record, kernels)
+    kernel = LAUNCHERS[problem.writes.family, problem.pass_](made.library, made.record(problem, config), kernels)
     return verify(partial(run_kernel, kernel), problem, judge_all(problem, 1))

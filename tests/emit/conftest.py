@@ -48,7 +48,8 @@ def winners(kernel_folder: Path, target: Target) -> tuple[Winner, ...]:
     portable = backend.build(GRM, config, replace(target, arch="x86-64-v3"), folder).library
     constant = Winner(
         problem=GRM, config=config.replace(segment_length=32), outcome=Timed(1.5, 1.4, 1.7, 21, 3e-7), backend="tvm",
-        library=built.library, source=built.source, portable=portable, cpu_flags=needed_flags(target.arch),
+        device="cpu", library=built.library, source=built.source, portable=portable,
+        cpu_flags=needed_flags(target.arch),
         recommended=True, verified={"error": 3e-7, "tolerance": 2e-5, "cases": 3},
     )  # fmt: skip
     logarithmic = GRM.replace(segmentation="logarithmic", segment_length=None)

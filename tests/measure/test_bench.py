@@ -71,7 +71,7 @@ def package(forward: ModuleType, kernel_folder: Path, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("bench")
     config = forward.fitting(forward.DENSE, resolve("cpu")[0]).replace(chunk=32)
     built = TvmBackend().build(TINY, config, TARGET, kernel_folder)
-    winner = Winner(TINY, config, timed(1.0), "tvm", built.library, built.source, None, (), True, {})
+    winner = Winner(TINY, config, timed(1.0), "tvm", "cpu", built.library, built.source, None, (), True, {})
     return emit_package(folder / "mctune_bench_test", TARGET, [winner])
 
 

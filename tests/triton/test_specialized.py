@@ -79,7 +79,7 @@ def test_it_is_no_default_and_no_point_of_a_predicted_search() -> None:
 def test_only_a_search_that_measures_has_it(measure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "present", lambda target: True)
     case = Case(PROBLEM, (256, 512))
-    request = SearchRequest(target=TARGET, cases=(case,), out=tmp_path, trials=9, measure=measure)
+    request = SearchRequest(target=TARGET, cases=(case,), out=tmp_path, backend="triton", trials=9, measure=measure)
     (study,) = run._studies(request)
     assert ("specialized" in study.space().param("formulation").values) == measure
 

@@ -64,8 +64,8 @@ def winner(problem: Problem, changes: dict[str, int | str], folder: Path) -> Win
     built = backend.build(problem, config, TARGET, folder)
     config = Config.of({**config.to_dict(), "segment_length": problem.segment_length or 0})
     return Winner(
-        problem=problem, config=config, outcome=Predicted(1.0, "core"), backend="triton", library=built.library,
-        source=built.source, portable=None, cpu_flags=(), recommended=True, verified={},
+        problem=problem, config=config, outcome=Predicted(1.0, "core"), backend="triton", device="cuda",
+        library=built.library, source=built.source, portable=None, cpu_flags=(), recommended=True, verified={},
         parts=tuple((name, built.library.parent / file) for name, file in built.parts),
     )  # fmt: skip
 

@@ -127,5 +127,4 @@ class TritonBackend:
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The rendered candidate, through the same launcher that an emitted package uses."""
         quicken()
-        record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
-        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record)
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))

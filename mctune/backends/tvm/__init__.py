@@ -149,9 +149,7 @@ class TvmBackend:
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return LAUNCHERS[problem.writes.family, problem.pass_](
-            built.library, {"problem": problem.to_dict(), "config": config.to_dict()}
-        )
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))
 
     def _name(self, problem: Problem, config: Config, target: Target) -> str:
         """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""

@@ -74,7 +74,12 @@ def served(
 
 def runs_on(device: str, row: Served) -> bool:
     """Whether a row's kernels run on a device kind: on their own, or where something runs them on a CPU instead."""
-    return device == row.device or (device == "cpu" and _INSTEAD.get(row.maker, lambda: False)())
+    return device == row.device or (device == "cpu" and runs_instead(row.maker))
+
+
+def runs_instead(maker: str) -> bool:
+    """Whether this process runs a maker's kernels for a GPU on the CPU."""
+    return _INSTEAD.get(maker, lambda: False)()
 
 
 _INSTEAD = {

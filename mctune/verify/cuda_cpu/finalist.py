@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mctune.backends.protocol import Built
 from mctune.backends.tvm.gpu.backend import LAUNCHERS
@@ -38,8 +37,7 @@ def reports(problem: Problem, config: Config, built: Built, folder: Path, seed: 
 def launches_of(problem: Problem, config: Config, built: Built, seed: int) -> Mapping[str, list[Launched]]:
     """What a short call launches, by operation."""
     functions, launches = recorded(load_parts(built.library.parent, dict(built.parts)))
-    record: dict[str, Any] = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
-    kernel = LAUNCHERS[problem.writes.family, problem.pass_](built.library, record, functions)
+    kernel = LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config), functions)
     lengths = {"segment_length": SEGMENT} if problem.segment_length else {}
     case = problem.replace(B=1, H=1, T=TOKENS, **lengths)
     run_kernel(kernel, case, judge(case, seed).inputs)

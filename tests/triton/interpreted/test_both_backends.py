@@ -35,7 +35,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Entry]]:
             config = space.first_valid(lambda c, s=space, p=problem, t=target: s.valid(c, p, t))
             assert config is not None
             built = backend.build(problem, config, target, folder)
-            record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
+            record = built.record(problem, config)
             found[name].append(Entry(problem.to_dict(), name, built.library, record))
     return found
 

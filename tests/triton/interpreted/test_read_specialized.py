@@ -135,7 +135,7 @@ def test_verifying_a_package_that_has_it_takes_a_gpu(tmp_path: Path, capsys: pyt
     built = TritonBackend().build(PROBLEM, config, TARGET, tmp_path / "candidates")
     winner = Winner(
         problem=PROBLEM, config=config, outcome=Timed(1.0, 1.0, 1.0, 9, 1e-3), backend="triton",
-        library=built.library, source=built.source, portable=None, cpu_flags=(), recommended=True,
+        device="cuda", library=built.library, source=built.source, portable=None, cpu_flags=(), recommended=True,
         verified={"error": 1e-3, "tolerance": 1e-2, "cases": [], "by": "run on h100-sxm"},
         parts=tuple((name, built.library.parent / file) for name, file in built.parts),
     )  # fmt: skip

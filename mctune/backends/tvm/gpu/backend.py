@@ -141,10 +141,11 @@ class TvmGpuBackend:
         """What one call launches on the GPU, or why the GPU cannot hold it."""
         launches: list[Launch] = []
         stems = {name: Path(file).stem for name, file in built.parts if "." not in name}
-        record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
         kernels = recorders(built.library.parent, stems, target, launches)
         try:
-            launcher = LAUNCHERS[problem.writes.family, problem.pass_](built.library, record, kernels)
+            launcher = LAUNCHERS[problem.writes.family, problem.pass_](
+                built.library, built.record(problem, config), kernels
+            )
             call_on_meta(problem, launcher)
         except DoesNotFit as error:
             return TooLarge(str(error), error.need, error.limit, error.unit)
@@ -152,5 +153,4 @@ class TvmGpuBackend:
 
     def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        record = {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(built.parts)}
-        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record)
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))
