@@ -16,12 +16,13 @@ SWLA = {"recurrence": "swla", "state_init": "checkpoint"}
 BFLOAT = {"dtype": "bfloat16", "state_init": "checkpoint"}
 CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("backward", "t4", {}, {}),
-    ("backward", "t4", {"piece": 64, "dgates_splits": 2, "saved": "states"}, {**SWLA, "segment_length": 100, "Dk": 40}),
+    ("backward", "t4", {"piece": 64, "dgates_splits": 2, "dkv_BK": 32}, {**SWLA, "segment_length": 100, "Dk": 40}),
     ("backward", "t4", {"dkv_rows": 32, "dq_rows": 32, "dq_BJ": 16}, {"aggregation": "ssc", "top_k": 2, "Dv": 25}),
     ("backward", "t4", {"saved": "states"}, {**SWLA, "aggregation": "mean"}),
-    ("backward", "t4", {}, {"dtype": "float32", "recurrence": "swla", "Dk": 19, "Dv": 33}),
+    ("backward", "t4", {"dkv_BK": 32}, {"dtype": "float32", "recurrence": "swla", "Dk": 70, "Dv": 33}),
     ("backward", "v100", {}, {**SWLA, "aggregation": "soup"}),
-    ("backward", "v100", {"saved": "nothing"}, {"aggregation": "residual", "Dk": 128, "Dv": 16}),
+    ("backward", "v100", {"saved": "nothing", "dkv_BK": 32}, {"aggregation": "residual", "Dk": 128, "Dv": 16}),
+    ("backward", "t4", {}, {"dtype": "float32", "Dk": 128, "Dv": 128, "T": 70}),
     ("backward", "a100", {"dq_stages": 2, "dq_prefetch": "async"}, {**BFLOAT, "segmentation": "packed", "Dk": 48}),
     ("decode", "t4", {}, {}),
     ("decode", "t4", {"decode_splits": 1, "decode_BV": 16}, {**SWLA, "aggregation": "ssc", "top_k": 2, "Dv": 20}),

@@ -1,5 +1,6 @@
 """Parameters and constraints that the spaces of TVM's passes on a GPU share."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from mctune.core.config import Config
@@ -137,6 +138,10 @@ def size_of(problem: Problem) -> int:
     return 4 if problem.dtype == "float32" else 2
 
 
+Shared = Callable[[Config, Problem], int]
+"""Bytes of shared memory of a block of an operation."""
+
+
 def read_shared(config: Config, problem: Problem, prefix: str, inner: int, columns: int, state: tuple[int, int]) -> int:
     """Bytes of shared memory of a block that reads states, or of its gradient.
 
@@ -150,6 +155,41 @@ def read_shared(config: Config, problem: Problem, prefix: str, inner: int, colum
     if config["instruction"] in THROUGH_SHARED:
         own += tile(high, BJ, size)
     return tile(high, inner, size) + max(own, tile(state[0] * config.integer(f"{prefix}_stages"), state[1], size))
+
+
+def states_shared(prefix: str) -> Shared:
+    """Of a block that has part of a sum of outer products."""
+
+    def bytes_(config: Config, problem: Problem) -> int:
+        keys = config.integer(f"{prefix}_warps") * config.integer(f"{prefix}_rows")
+        BT, BV = config.integer(f"{prefix}_BT"), min(config.integer(f"{prefix}_BV"), stored(problem.Dv))
+        return tile(BT, keys, size_of(problem)) + tile(BT, BV, size_of(problem))
+
+    return bytes_
+
+
+def gates_shared(config: Config, problem: Problem) -> int:
+    """Of a block that computes gates; means of keys are two numbers each if keys are of 16 bits."""
+    BT, BN = config.integer("gates_warps") * config.integer("gates_rows"), config.integer("gates_BN")
+    SK, size = stored(problem.Dk), size_of(problem)
+    means = tile(BN, SK, size) * (4 // size)
+    return tile(BT, SK, size) + max(means + tile(BN, BT, 4) + 4 * BT, tile(16, SK, 4))
+
+
+def fits(needed: Mapping[str, Shared]) -> Constraint:
+    """Blocks of every operation have the shared memory that they need."""
+
+    def holds(config: Config, problem: Problem, target: Target) -> bool:
+        return all(bytes_(config, problem) <= target.shared_bytes for bytes_ in needed.values())
+
+    return Constraint("shared memory", holds, "a block of the GPU has less shared memory")
+
+
+def words_ahead(config: Config, problem: Problem, prefix: str, state: tuple[int, int]) -> int:
+    """32-bit registers of a thread that hold its share of the next part of a state, of so many rows and columns."""
+    if config[f"{prefix}_prefetch"] != "registers":
+        return 0
+    return state[0] * state[1] * size_of(problem) // (4 * 32 * config.integer(f"{prefix}_warps"))
 
 
 def unused(prefix: str, default: Config) -> Constraint:

@@ -84,8 +84,10 @@ class Fragments:
         """(place in acc, slot, column) of what a thread holds; of 16 bits two places in a row are two columns."""
         raise NotImplementedError
 
-    def product(self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int) -> None:
-        """acc += A B."""
+    def product(
+        self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int, part: range | None = None
+    ) -> None:
+        """acc += A B; B has all columns of ``acc``, or a part of them: from a multiple of 32 to another, or the last."""
         raise NotImplementedError
 
     # What follows from it.

@@ -45,19 +45,22 @@ class Lanes(Fragments):
             for n in range(wide):
                 yield slot * wide + n, slot, self._col(n, cols)
 
-    def product(self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int) -> None:
+    def product(
+        self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int, part: range | None = None
+    ) -> None:
         assert isinstance(a, Operand), "operands of float32 stay in shared memory"
-        wide = cols // 8
+        part = part or range(cols)
+        first, wide = part.start // 8, len(part) // 8
         left, right = registers(4 * self.slots, name="left"), registers(4 * wide, name="right")
         with loop(0, depth // 4) as step:
             k = named(step * 4, "k")
             for slot in range(self.slots):
                 self._load_left(left, a, slot, k)
-            self._load_right(right, b, cols, k)
+            self._load_right(right, b, cols, part, k)
             for e in range(4):
                 for slot in range(self.slots):
                     for n in range(wide):
-                        place = slot * wide + n
+                        place = slot * (cols // 8) + first + n
                         store(acc, place, acc[place] + left[slot * 4 + e] * right[e * wide + n])
 
     def _load_left(self, left: Any, a: Operand, slot: int, k: Any) -> None:
@@ -71,9 +74,9 @@ class Lanes(Fragments):
         with vector(4) as e:
             store(left, slot * 4 + e, a.tile.numbers[at * 4 + e])
 
-    def _load_right(self, right: Any, b: Operand, cols: int, k: Any) -> None:
-        """right[e, n] = B[k + e, column n]."""
-        wide, run = cols // 8, self._run(cols)
+    def _load_right(self, right: Any, b: Operand, cols: int, part: range, k: Any) -> None:
+        """right[e, n] = B[k + e, column n of the part]."""
+        wide, run = len(part) // 8, self._run(cols)
         if b.transposed:
             for n in range(wide):
                 for e in range(4):
@@ -144,7 +147,10 @@ class Quads(Fragments):
                 self._load(words, (m * depth + k) // 2, a, a.transposed, m * 16 + self._first(), k)
         return Held(words, 2)
 
-    def product(self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int) -> None:
+    def product(
+        self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int, part: range | None = None
+    ) -> None:
+        part = part or range(cols)
         across_a = isinstance(a, Operand) and a.transposed
         name = self._MMA.format("col" if across_a else "row", "col" if b.transposed else "row")
         left = registers(2 * self.high, "uint32", "left") if isinstance(a, Operand) else a.words
@@ -154,8 +160,8 @@ class Quads(Fragments):
                 if isinstance(a, Operand):
                     for m in range(self.high):
                         self._load(left, 2 * m, a, a.transposed, m * 16 + self._first(), begin + k)
-                for c in range(cols // 16):
-                    self._load(right, 0, b, not b.transposed, c * 16 + self._across(), begin + k)
+                for c in range(part.start // 16, part.stop // 16):
+                    self._load(right, 0, b, not b.transposed, c * 16 - part.start + self._across(), begin + k)
                     for m in range(self.high):
                         at = 2 * m if isinstance(a, Operand) else (m * depth + k) // 2
                         base = (m * (cols // 16) + c) * 8
@@ -238,7 +244,10 @@ class Matrices(Fragments):
                 store(words, at, self.number.pair(low * factor, high * factor))
         return Held(words, 4)
 
-    def product(self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int) -> None:
+    def product(
+        self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int, part: range | None = None
+    ) -> None:
+        part = part or range(cols)
         left = registers(4 * self.high, "uint32", "left") if isinstance(a, Operand) else a.words
         right = registers(4, "uint32", "right")
         with steps(a, depth) as (begin, some):
@@ -246,8 +255,8 @@ class Matrices(Fragments):
                 if isinstance(a, Operand):
                     for m in range(self.high):
                         self._load_left(left, 4 * m, a, m, begin + k)
-                for n in range(0, cols, 16):
-                    self._load_right(right, b, n, begin + k)
+                for n in range(part.start, part.stop, 16):
+                    self._load_right(right, b, n - part.start, begin + k)
                     for m in range(self.high):
                         at = 4 * m if isinstance(a, Operand) else (m * depth + k) // 4
                         for side in range(2):

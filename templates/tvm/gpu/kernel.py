@@ -212,6 +212,11 @@ class Tile:
     def bytes(self) -> int:
         return -(-self.rows * self.cols * self.size // 16) * 16
 
+    @property
+    def end(self) -> int:
+        """The byte after it."""
+        return self.begin + self.bytes
+
     def open(self, pool: Any) -> None:
         """Declare it as numbers and as 32-bit words of the pool."""
         for name, dtype in (("numbers", self.dtype), ("words", "uint32")):
@@ -238,7 +243,7 @@ class Shared:
     @property
     def bytes(self) -> int:
         """As many as the block needs."""
-        return max((tile.begin + tile.bytes for tile in self.tiles), default=0)
+        return max((tile.end for tile in self.tiles), default=0)
 
     def open(self) -> None:
         """Allocate it, and declare the tiles."""

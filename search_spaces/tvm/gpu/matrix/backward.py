@@ -14,19 +14,26 @@ from .._rules import (
     STATES,
     THROUGH_SHARED,
     ahead,
+    fits,
+    gates_shared,
     measuring,
     narrow,
     read_shared,
     size_of,
+    states_shared,
     stored,
     sums_of_states,
     tile,
     unused,
     walk,
+    words_ahead,
 )
 
 _REGISTERS = 176
 """32-bit registers of a thread that sums may take; the rest is for addresses and what is loaded."""
+
+_OF_EACH, _OF_GATES = 16, 24
+"""Those of them that a write's gradient needs besides its sums; what gates of writes need is more."""
 
 _FIRST = Config.of(
     {
@@ -56,9 +63,10 @@ _FIRST = Config.of(
         "dkv_warps": 4,
         "dkv_rows": 16,
         "dkv_BT": 32,
+        "dkv_BK": 64,
     }
 )
-_NARROW = {"states_warps": 2, "states_BV": 32, "dstates_warps": 2, "dstates_BV": 32, "dq_BK": 32}
+_NARROW = {"states_warps": 2, "states_BV": 32, "dstates_warps": 2, "dstates_BV": 32, "dq_BK": 32, "dkv_BK": 32}
 _SMALL = {"dq_warps": 2, "dq_BJ": 16, "dkv_warps": 2, "dkv_BT": 16}
 _SMALLEST = _SMALL | {"dkv_warps": 1, "dgates_warps": 2}
 _DEFAULTS = tuple(
@@ -72,15 +80,17 @@ _DEFAULTS = tuple(
 
 
 def _sums_of_read(config: Config, problem: Problem, target: Target) -> bool:
-    """A thread's sums, a state's part of them, q, and scores."""
+    """A thread's sums, a state's part of them, q, and scores; and the next state, where that is in registers."""
     rows, columns = config.integer("dq_rows"), min(config.integer("dq_BK"), stored(problem.Dk))
-    return rows * (3 * columns + config.integer("dq_BJ")) // 32 <= _REGISTERS
+    sums = rows * (3 * columns + config.integer("dq_BJ")) // 32
+    return sums + words_ahead(config, problem, "dq", (columns, stored(problem.Dv))) <= _REGISTERS
 
 
 def _sums_of_writes(config: Config, problem: Problem, target: Target) -> bool:
     """A thread's sums of keys and of values, and two products of pairs of tokens."""
     rows = config.integer("dkv_rows")
-    return rows * (stored(problem.Dk) + stored(problem.Dv) + 2 * config.integer("dkv_BT")) // 32 <= _REGISTERS
+    sums = rows * (stored(problem.Dk) + stored(problem.Dv) + 2 * config.integer("dkv_BT")) // 32
+    return sums <= _REGISTERS - (_OF_GATES if problem.writes.gated else _OF_EACH)
 
 
 def shared_of_read(config: Config, problem: Problem) -> int:
@@ -96,12 +106,18 @@ def shared_of_writes(config: Config, problem: Problem) -> int:
     later = tile(BT, SK, size) + tile(BT, SV, size)
     if config["instruction"] in THROUGH_SHARED:
         later += tile(BJ, BT, size)
-    return tile(BJ, SK, size) + tile(BJ, SV, size) + max(tile(SK, SV, size), later, tile(16, SK, 4))
+    end = tile(min(config.integer("dkv_BK"), SK), SV, size)
+    return tile(BJ, SK, size) + tile(BJ, SV, size) + max(end, later, tile(16, SK, 4))
 
 
-def _fits(config: Config, problem: Problem, target: Target) -> bool:
-    return max(shared_of_read(config, problem), shared_of_writes(config, problem)) <= target.shared_bytes
-
+SHARED = {
+    "segment_states": states_shared("states"),
+    "gates": gates_shared,
+    "read_backward": shared_of_read,
+    "state_backward": states_shared("dstates"),
+    "write_backward": shared_of_writes,
+}
+"""Bytes of shared memory of a block, by operation, but for what fits every GPU."""
 
 SPACE = SearchSpace(
     params=(
@@ -125,6 +141,7 @@ SPACE = SearchSpace(
         Pow2("dkv_warps", 1, 8),
         Int("dkv_rows", (16, 32), "tokens of a warp"),
         Pow2("dkv_BT", 16, 64, "later tokens of a step"),
+        Pow2("dkv_BK", 32, 128, "key columns of the part of a state that is in shared memory"),
     ),
     constraints=(
         INSTRUCTION_RULE,
@@ -133,6 +150,7 @@ SPACE = SearchSpace(
         *sums_of_states("states"),
         *sums_of_states("dstates"),
         narrow("dq_BK", "Dk"),
+        narrow("dkv_BK", "Dk"),
         unused("gates", _FIRST),
         Constraint(
             "dgates_*",
@@ -148,7 +166,7 @@ SPACE = SearchSpace(
         *ahead("dq"),
         Constraint("dq registers", _sums_of_read, "sums of the read's gradient would spill"),
         Constraint("dkv registers", _sums_of_writes, "sums of the writes' gradients would spill"),
-        Constraint("shared memory", _fits, "a block of the GPU has less shared memory"),
+        fits(SHARED),
     ),
     default=_DEFAULTS[0],
     fallbacks=_DEFAULTS[1:],

@@ -13,14 +13,17 @@ from .._rules import (
     PIECE_RULE,
     STATES,
     ahead,
+    fits,
+    gates_shared,
     measuring,
     narrow,
     read_shared,
-    size_of,
+    states_shared,
     stored,
     sums_of_states,
     unused,
     walk,
+    words_ahead,
 )
 
 FORMULATIONS = {
@@ -80,12 +83,17 @@ def shared_of_read(config: Config, problem: Problem) -> int:
 
 
 def _fetched(config: Config, problem: Problem, target: Target) -> bool:
-    """A state that is loaded ahead is in registers meanwhile: 16 bytes take four."""
-    if config["read_prefetch"] == "async":
-        return True
-    bytes_ = stored(problem.Dk) * min(config.integer("read_BV"), stored(problem.Dv)) * size_of(problem)
-    return bytes_ // 4 <= 32 * 32 * config.integer("read_warps")
+    """A state that is loaded ahead is in registers meanwhile."""
+    part = stored(problem.Dk), min(config.integer("read_BV"), stored(problem.Dv))
+    return words_ahead(config, problem, "read", part) <= 32
 
+
+SHARED = {
+    "segment_states": states_shared("states"),
+    "gates": gates_shared,
+    "read_forward": shared_of_read,
+}
+"""Bytes of shared memory of a block, by operation."""
 
 SPACE = SearchSpace(
     params=(
@@ -119,11 +127,7 @@ SPACE = SearchSpace(
         Constraint("read registers", _sums, "sums and operands of the read would spill"),
         Constraint("read registers ahead", _fetched, "a state in registers would spill"),
         *ahead("read"),
-        Constraint(
-            "shared memory",
-            lambda c, p, t: shared_of_read(c, p) <= t.shared_bytes,
-            "a block of the GPU has less shared memory",
-        ),
+        fits(SHARED),
     ),
     default=_DEFAULTS[0],
     fallbacks=(*_DEFAULTS[1:], *(config.replace(states_warps=2, states_BV=32, read_BV=32) for config in _DEFAULTS)),

@@ -69,11 +69,13 @@ class _Write(Tokens):
         take = x.shared.take
         self.k, self.v = (take(self.BJ, width, number.stored) for width in (plan.SK, plan.SV))
         below = x.shared.bytes
-        self.end = take(plan.SK, plan.SV, number.stored)
+        self.BK = min(plan["dkv_BK"], plan.SK)
+        self.end = take(self.BK, plan.SV, number.stored)
+        # Later tokens come when the end state is done with, then what is pulled.
         self.q = take(self.BT, plan.SK, number.stored, at=below)
-        self.dy = take(self.BT, plan.SV, number.stored)
+        self.dy = take(self.BT, plan.SV, number.stored, at=self.q.end)
         self.direct = hasattr(self.frag, "hold_sums")
-        self.weights = None if self.direct else take(self.BJ, self.BT, number.stored)
+        self.weights = None if self.direct else take(self.BJ, self.BT, number.stored, at=self.dy.end)
         self.pulled = take(_TURN, plan.SK, "float32", at=below)
         x.shared.open()
         self.at: Place = place_of(x, x.block, self.BJ)
@@ -88,12 +90,8 @@ class _Write(Tokens):
         plan, x, at = self.plan, self.x, self.at
         self.load(self.k, self.rows(x.k, plan.DK), at.first, at.stop)
         self.load(self.v, self.rows(x.v, plan.DV), at.first, at.stop)
-        state = Rows(x.dends, plan.number, plan.SV, (at.bh * x.P + at.piece) * plan.SK, 1)
-        self.load(self.end, state, 0, plan.SK)
-        barrier()
         left_k, left_v = Operand(self.k, row=self.above), Operand(self.v, row=self.above)
-        self.frag.product(self.dv, plan.SV, left_k, Operand(self.end), plan.SK)
-        self.frag.product(self.dk, plan.SK, left_v, Operand(self.end, transposed=True), plan.SV)
+        self._end(left_v)
         strength = self._ended() if plan.flags.gated else None
         self._later(left_k, left_v, strength)
         if plan.flags.gated:
@@ -102,6 +100,20 @@ class _Write(Tokens):
         if plan.flags.routed:
             self._pulls()
         self._store(x.dk, plan.DK, plan.SK, self.dk)
+
+    def _end(self, left_v: Operand) -> None:
+        """What the piece's end state says of keys and values, some of its rows at a time."""
+        plan, x, at = self.plan, self.x, self.at
+        state = Rows(x.dends, plan.number, plan.SV, (at.bh * x.P + at.piece) * plan.SK, 1)
+        for first in range(0, plan.SK, self.BK):
+            part = range(first, min(first + self.BK, plan.SK))
+            if first:
+                barrier()
+            self.load(self.end, state, first, plan.SK)
+            barrier()
+            left_k = Operand(self.k, row=self.above, col=first)
+            self.frag.product(self.dv, plan.SV, left_k, Operand(self.end), len(part))
+            self.frag.product(self.dk, plan.SK, left_v, Operand(self.end, transposed=True), plan.SV, part)
 
     def _write(self, array: Any, sums: Any) -> None:
         for slot in range(self.frag.slots):
