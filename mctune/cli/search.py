@@ -176,8 +176,10 @@ def _title(study: StudyReport) -> str:
 
 
 def _nothing_valid(report: SearchReport) -> str:
-    told = _told(report.studies)
-    return f"no valid configuration for {report.target.name}: {told}; give more --trials, --timeout or --trial-timeout"
+    told, remedy = _told(report.studies), "give more --trials, --timeout or --trial-timeout"
+    if not any(count for study in report.studies for _, count in study.outcomes):
+        remedy = f"if no configuration is valid, a line above says why, and else {remedy}"
+    return f"no valid configuration for {report.target.name}: {told}; {remedy}"
 
 
 def _told(studies: Sequence[StudyReport]) -> str:

@@ -162,6 +162,10 @@ class SearchSpace:
         """The default, or the first of its fallbacks, that ``ok`` accepts."""
         return next((config for config in (self.default, *self.fallbacks) if ok(config)), None)
 
+    def nearest(self, problem: Problem, target: Target) -> tuple[Constraint, ...]:
+        """The constraints that are not met by that default or fallback which meets most of them."""
+        return min((self.broken(one, problem, target) for one in (self.default, *self.fallbacks)), key=len)
+
     def points(self) -> Iterator[Config]:
         """Every configuration, before constraints, in lexicographic order."""
         for values in itertools.product(*(param.values for param in self.params)):

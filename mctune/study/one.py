@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -82,10 +82,8 @@ class OneStudy:
 
         listener.study_started(self.case, total, len(so_far))
         candidates = _Candidates(workers, self, until, at_most, any(trial.ms is not None for trial in so_far))
-        points = Feasible(space, self.rules())
-        for position, length in enumerate(lengths):
-            if next(points.ordered((len(space.params) - 1, position)), None) is None:
-                listener.note(f"no configuration is valid with segments of {length} tokens")
+        for note in self._without_point(space):
+            listener.note(note)
         result = run_study(
             space,
             self.rules(),
@@ -150,6 +148,17 @@ class OneStudy:
             return lambda config: constraint.holds(config, problem(_length(config)), target)
 
         return tuple(rule(constraint) for constraint in self.backend.space(self.case.problem).constraints)
+
+    def _without_point(self, space: SearchSpace) -> Iterator[str]:
+        """What is to be said of each segment length that no configuration is valid with, or of the problem."""
+        points, fixed = Feasible(space, self.rules()), self.case.segment_lengths or (None,)
+        for position, length in enumerate(fixed):
+            stratum = None if length is None else (len(space.params) - 1, position)
+            if next(points.ordered(stratum), None) is None:
+                with_it = "" if length is None else f" with segments of {length} tokens"
+                broken = space.nearest(self._at_length(length), self.request.target)
+                why = "; ".join(f"{one.name}: {one.reason}" for one in broken)
+                yield f"no configuration is valid{with_it}; the nearest default breaks {why or 'nothing'}"
 
     def problem(self, config: Config) -> Problem:
         """The problem at the configuration's segment length."""

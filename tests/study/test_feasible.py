@@ -281,5 +281,6 @@ def test_a_segment_length_without_a_valid_configuration_is_named(tmp_path: Path)
     request = SearchRequest(cases=(case,), target=CPUS[0], out=tmp_path, trials=4, measure=False)
     study, workers, listener = OneStudy(request, Backend(), case, "sqlite://"), Refusing(), Listener()  # type: ignore[arg-type]
     study.run(workers, listener, None)  # type: ignore[arg-type]
-    assert listener.notes == ("no configuration is valid with segments of 32 tokens",)
+    why = "the nearest default breaks long: 32 tokens are too few"
+    assert listener.notes == (f"no configuration is valid with segments of 32 tokens; {why}",)
     assert workers.tried == 4

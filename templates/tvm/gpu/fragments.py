@@ -87,7 +87,7 @@ class Fragments:
     def product(
         self, acc: Any, cols: int, a: "Operand | Held", b: Operand, depth: int, part: range | None = None
     ) -> None:
-        """acc += A B; B has all columns of ``acc``, or a part of them: from a multiple of 32 to another, or the last."""
+        """acc += A B; B has all columns of ``acc``, or a part: from a multiple of 32 to another, or to the last."""
         raise NotImplementedError
 
     # What follows from it.
