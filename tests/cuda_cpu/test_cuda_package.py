@@ -105,7 +105,7 @@ def test_a_tensor_that_is_not_aligned(cuda_folder: Path) -> None:
     kernel = Loaded(ADD, Module(b"", "add.json", "sm_75"))
     x = torch.zeros(9)[1:]
     with pytest.raises(KernelError, match=r"x begins at an address .* 16 bytes that add_kernel .* pass x.clone\(\)"):
-        kernel((1, 1, 1), x=x, n=1)
+        kernel((1, 1, 1), {"x": x, "n": 1})
     copied = aligned(x)
     assert copied.data_ptr() % 16 == 0 and torch.equal(copied, x) and aligned(copied) is copied
 
@@ -113,13 +113,13 @@ def test_a_tensor_that_is_not_aligned(cuda_folder: Path) -> None:
 def test_a_tensor_of_another_device(cuda_folder: Path) -> None:
     kernel = Loaded(ADD, Module(b"", "add.json", "sm_75"))
     with pytest.raises(KernelError, match="x is on meta, and add_kernel reads tensors of cpu"):
-        kernel((1, 1, 1), x=torch.zeros(4, device="meta"), n=1)
+        kernel((1, 1, 1), {"x": torch.zeros(4, device="meta"), "n": 1})
 
 
 def test_machine_code_that_is_none(cuda_folder: Path) -> None:
     kernel = Loaded(ADD, Module(b"no machine code" * 9, "add.json", "sm_75"))
     with pytest.raises(KernelError, match=r"add\.json does not load: it is no machine code"):
-        kernel((1, 1, 1), x=torch.zeros(4), n=1)
+        kernel((1, 1, 1), {"x": torch.zeros(4), "n": 1})
 
 
 def test_a_gpu_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,13 @@ namespace {
 
 enum { kOk = 0, kInvalid = 1, kDamaged = 200, kNotFound = 500, kFailed = 719 };
 
+// CUlaunchConfig.
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream, *attributes;
+    unsigned attribute_count;
+};
+
 struct Module {
     const device::Entry* entries;
 };
@@ -103,9 +110,11 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     return kOk;
 }
 
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
-                   unsigned shared_bytes, void*, void** arguments, void**) {
+int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void**) {
     auto* kernel = static_cast<Function*>(function);
+    unsigned x = config->grid[0], y = config->grid[1], z = config->grid[2];
+    unsigned shared_bytes = config->shared_bytes;
+    if (config->attribute_count != 0) return failed(kInvalid, "attributes of a launch are unknown here");
     if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535) return failed(kInvalid, "a side of the grid is out of bounds");
     if (shared_bytes > kernel->most_shared) return failed(kInvalid, "more shared memory than was asked for before");
     int grid[] = {static_cast<int>(x), static_cast<int>(y), static_cast<int>(z)};
@@ -115,7 +124,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
         std::lock_guard<std::mutex> lock(guard);
         seed = ++launches;
     }
-    if (mctune_launch(kernel->entry, grid, static_cast<int>(threads), shared_bytes, arguments, seed, said, sizeof said))
+    if (mctune_launch(kernel->entry, grid, static_cast<int>(config->block[0]), shared_bytes, arguments, seed, said, sizeof said))
         return failed(kFailed, said);
     return kOk;
 }

@@ -62,10 +62,10 @@ class Recording:
     function: Any
     into: list[Launched] = field(default_factory=list)
 
-    def __call__(self, grid: Grid, **values: Any) -> None:
+    def __call__(self, grid: Grid, values: Mapping[str, Any]) -> None:
         kept = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
         self.into.append(Launched(self.function.signature, grid, kept))
-        self.function(grid, **values)
+        self.function(grid, values)
 
 
 def recorded(functions: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Recording]], list[Launched]]:

@@ -32,7 +32,7 @@ class Recorder:
     target: Target
     launches: list[Launch]
 
-    def __call__(self, grid: tuple[int, int, int], **values: Any) -> None:
+    def __call__(self, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
         """Record a launch.
 
         Raises:

@@ -1,15 +1,15 @@
-"""Kernels of one module of machine code, called by keyword on torch's tensors."""
+"""Kernels of one module of machine code, called on torch's tensors by the names of their parameters."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import itemgetter, or_
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,13 @@ from . import driver as drivers
 
 _ALIGNED = 16
 """Bytes; kernels access so many at once."""
+_LAUNCH = "7I4xQ16x"
+"""CUlaunchConfig: sides of the grid and of a block, shared bytes a block, the stream, no attributes."""
 _FORMATS = {"int": "i4x", "float": "f4x"}
 _MOST = 2**31 - 1
 _PLACE = torch.Tensor.data_ptr
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+"""The current stream of a device, as a number."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ Grid = tuple[int, int, int]
 class Function(Protocol):
     """A kernel, ready to be launched."""
 
-    def __call__(self, grid: Grid, **values: Any) -> None: ...
+    def __call__(self, grid: Grid, values: Mapping[str, Any]) -> None: ...
 
 
 class Loaded:
@@ -65,32 +69,36 @@ class Loaded:
         numbers = tuple((name, kind) for name, kind in signature.parameters if not kind.endswith("*"))
         self._pointers = pointers
         self._tensors, self._numbers = _getter(pointers), _getter([name for name, _ in numbers])
-        self._packed = struct.Struct("<" + "Q" * len(pointers) + "".join(_FORMATS[kind] for _, kind in numbers))
+        self._block = (signature.threads, 1, 1, signature.shared)
+        formats = "Q" * len(pointers) + "".join(_FORMATS[kind] for _, kind in numbers)
+        self._packed = struct.Struct(f"<{_LAUNCH}{formats}")
         # Tensors are packed before numbers; the driver is told where each parameter is.
         packed = [*pointers, *(name for name, _ in numbers)]
-        self._offsets = [8 * packed.index(name) for name, _ in signature.parameters]
-        self._slots = threading.local()
+        head = struct.calcsize(f"<{_LAUNCH}")
+        self._offsets = [head + 8 * packed.index(name) for name, _ in signature.parameters]
+        self._rooms = threading.local()
         self._ready: dict[int, tuple[Any, ctypes.c_void_p]] = {}
 
-    def __call__(self, grid: Grid, **values: Any) -> None:
+    def __call__(self, grid: Grid, values: Mapping[str, Any]) -> None:
         """Launch on the current stream of the tensors' device.
 
         Raises:
             KernelError: for a tensor of another device or one that is not aligned, or if the driver refuses.
         """
         tensors = self._tensors(values)
-        places = list(map(_PLACE, tensors))
+        places = [*map(_PLACE, tensors)]
         # Whoever calls has made sure that all are on one device.
         index = tensors[0].get_device()
         # A place is 0 where a tensor is empty, or has no memory.
-        if index not in self._ready or 0 in places:
+        if 0 in places or index not in self._ready:
             self._refuse_foreign(tensors)
-        if reduce(or_, places) % _ALIGNED:
+        # 16 divides all of them if it divides their greatest common divisor.
+        if math.gcd(*places) % _ALIGNED:
             raise self._unaligned(places)
         if index < 0:
             self._launch(grid, index, 0, places, values)
             return
-        stream = torch.cuda.current_stream(index).cuda_stream
+        stream = _stream(index)
         if index == torch.cuda.current_device():
             self._launch(grid, index, stream, places, values)
         else:
@@ -100,14 +108,13 @@ class Loaded:
     def _launch(self, grid: Grid, index: int, stream: int, places: list[int], values: Mapping[str, Any]) -> None:
         launch, handle = self._ready.get(index) or self._load(index)
         try:
-            buffer, arguments = self._slots.both
+            buffer, arguments = self._rooms.both
         except AttributeError:
-            buffer, arguments = self._slots.both = self._room()
-        self._packed.pack_into(buffer, 0, *places, *self._numbers(values))
-        signature = self.signature
-        status = launch(handle, *grid, signature.threads, 1, 1, signature.shared, stream, arguments, None)
+            buffer, arguments = self._rooms.both = self._room()
+        self._packed.pack_into(buffer, 0, *grid, *self._block, stream, *places, *self._numbers(values))
+        status = launch(buffer, handle, arguments, None)
         if status:
-            drivers.driver().check(status, f"{signature.symbol} cannot be launched with a grid of {grid}")
+            drivers.driver().check(status, f"{self.signature.symbol} cannot be launched with a grid of {grid}")
 
     def _room(self) -> tuple[Any, Any]:
         """A thread's memory for what is packed, and the addresses of the parameters in it."""

@@ -27,9 +27,8 @@ class LearnedGates(Operation):
         logits = u.new_empty((B * H, N, T), dtype=torch.float32)
         made = Gates(logits, logits.new_empty((B * H, T)))
         pieces, running = (None, None) if sums is None else sums
-        self.functions["gates_kernel"](
-            (tiles.shape[0], B * H, 1), u=u, k=k, means=means, sums=means if pieces is None else pieces,
-            running=means if running is None else running,
+        self.launch(
+            "gates", (tiles.shape[0], B * H, 1), means, u=u, k=k, means=means, sums=pieces, running=running,
             logits=made.logits, lse=made.lse,
             begin=tables.begin, end=tables.end, segment=tables.segment, seg_begin=tables.seg_begin,
             seg_first=tables.seg_first, seg_piece=tables.seg_piece, tiles=tiles,

@@ -31,9 +31,11 @@ class Operation:
         self.DK, self.SK, self.SV = problem["Dk"], padded(problem["Dk"]), padded(problem["Dv"])
 
     def launch(self, kernel: str, grid: Grid, like: Tensor, **values: Any) -> None:
-        """Launch a kernel; ``like`` stands for arrays that it takes and does not touch."""
-        function = self.functions[f"{kernel}_kernel"]
-        function(grid, **{name: like if value is None else value for name, value in values.items()})
+        """Launch a kernel; ``like`` stands for arrays that it takes and does not touch, which are ``None``."""
+        for name, value in values.items():
+            if value is None:
+                values[name] = like
+        self.functions[f"{kernel}_kernel"](grid, values)
 
     def of_swla(self, decays: Any, *names: str) -> dict[str, Any]:
         """The decays that a kernel takes, none for linear."""

@@ -31,12 +31,12 @@ class Read(Operation):
     ) -> Tensor:  # fmt: skip
         """y ``[B, T, H, DV]``, written from q, k ``[B, T, H, DK]`` and v, all of one dtype."""
         T, H, N, P = q.shape[1], q.shape[2], tables.seg_first.shape[0], tables.begin.shape[0]
-        name = "read_summed_kernel" if gates is None else "read_gated_kernel"
+        kernel = "read_summed" if gates is None else "read_gated"
         gamma = {"past": states.past} if gates is None else {"logits": gates.logits, "lse": gates.lse}
-        self.functions[name](
-            (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q=q, k=k, v=v, operand=states.operand, y=y,
-            **({} if decays is None else decays._asdict()), **gamma, begin=tables.begin, end=tables.end,
-            segment=tables.segment, entering=tables.entering, seg_first=tables.seg_first, seg_last=tables.seg_last,
-            tiles=tiles, scale=scale, T=T, H=H, N=N, P=P,
+        self.launch(
+            kernel, (tiles.shape[0] * blocks(self.DV, self.values), heads, 1), q, q=q, k=k, v=v,
+            operand=states.operand, y=y, **({} if decays is None else decays._asdict()), **gamma,
+            begin=tables.begin, end=tables.end, segment=tables.segment, entering=tables.entering,
+            seg_first=tables.seg_first, seg_last=tables.seg_last, tiles=tiles, scale=scale, T=T, H=H, N=N, P=P,
         )  # fmt: skip
         return y

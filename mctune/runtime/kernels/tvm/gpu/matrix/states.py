@@ -35,8 +35,8 @@ class SegmentStates(Operation):
         cum, now, after = (g.new_empty((B * H, T)) for _ in range(3))
         made = Decays(cum, now, after, g.new_empty((B * H, P)))
         g, beta, lam = (aligned(x) for x in (g, beta, lam))
-        self.functions["decays_kernel"](
-            (P, B * H, 1), g=g, beta=beta, lam=lam, **made._asdict(), begin=tables.begin, end=tables.end,
+        self.launch(
+            "decays", (P, B * H, 1), g, g=g, beta=beta, lam=lam, **made._asdict(), begin=tables.begin, end=tables.end,
             entering=tables.entering, T=T, H=H, P=P,
         )  # fmt: skip
         return made
@@ -68,19 +68,17 @@ class SegmentStates(Operation):
         if exact or carries or operand is None:
             ends = k.new_empty((heads, P, self.SK, self.SV), dtype=torch.float32)
         count = blocks(self.SV, self.values) * blocks(self.SK, self.keys) * P
-        # What is not written, some array stands for.
-        self.functions["local_kernel"](
-            (count, heads, 1), k=k, v=v, **self._decays(decayed),
-            **({} if running is None else {"running": running}), operand=means if operand is None else operand,
-            ends=means if ends is None else ends, means=means, sums=means if sums is None else sums,
+        self.launch(
+            "local", (count, heads, 1), means, k=k, v=v, **self._decays(decayed),
+            **({} if running is None else {"running": running}), operand=operand, ends=ends, means=means, sums=sums,
             begin=tables.begin, end=tables.end, entering=tables.entering, to_ends=int(ends is not None),
             to_operand=int(operand is not None and not carries), to_means=int(sums is None),
             to_sums=int(sums is not None), T=T, H=H, P=P,
         )  # fmt: skip
         if sums is not None:
-            self.functions["means_kernel"](
-                (N, heads, 1), sums=sums, means=means, seg_begin=tables.seg_begin, seg_end=tables.seg_end,
-                seg_piece=tables.seg_piece, seg_last=tables.seg_last, N=N, P=P,
+            self.launch(
+                "means", (N, heads, 1), means, sums=sums, means=means, seg_begin=tables.seg_begin,
+                seg_end=tables.seg_end, seg_piece=tables.seg_piece, seg_last=tables.seg_last, N=N, P=P,
             )  # fmt: skip
         if carries:
             assert ends is not None
@@ -109,10 +107,10 @@ class SegmentStates(Operation):
         T: int, to_carried: int, entering: Tensor | None = None,
     ) -> None:  # fmt: skip
         heads, P = ends.shape[:2]
-        self.functions["carry_kernel"](
-            (blocks(self.SK * self.SV, _BLOCK), tables.seq_begin.shape[0], heads),
-            operand=ends if operand is None else operand, past=ends if past is None else past, ends=ends,
-            cum=ends if decayed is None else decayed.cum, end=tables.end, segment=tables.segment,
+        across = blocks(self.SK * self.SV, _BLOCK)
+        self.launch(
+            "carry", (across, tables.seq_begin.shape[0], heads), ends, operand=operand, past=past, ends=ends,
+            cum=None if decayed is None else decayed.cum, end=tables.end, segment=tables.segment,
             entering=tables.entering if entering is None else entering, seg_last=tables.seg_last,
             seq_begin=tables.seq_begin, seq_end=tables.seq_end, to_carried=to_carried,
             to_operand=int(operand is not None), to_past=int(past is not None), T=T,

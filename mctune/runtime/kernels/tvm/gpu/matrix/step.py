@@ -37,8 +37,8 @@ class DecodeStep(Operation):
             KernelError: if there is no kernel for the dtype of the cached states.
         """
         (B, total, H, _), capacity, DV = q.shape, memory.descriptors.shape[2], v.shape[-1]
-        heads, name = B * H, f"decode_read_{str(memory.states.dtype).removeprefix('torch.')}_kernel"
-        if name not in self.functions:
+        heads, kernel = B * H, f"decode_read_{str(memory.states.dtype).removeprefix('torch.')}"
+        if f"{kernel}_kernel" not in self.functions:
             raise KernelError(f"cached states of {memory.states.dtype} have no kernel here; use float32 or float16")
         q, k, v, u = (aligned(x) for x in (q, k, v, u))
         gates = {}
@@ -60,15 +60,16 @@ class DecodeStep(Operation):
         for token in range(first, first + n):
             place["first"] = token
             if self.routed:
-                self.functions["decode_gates_kernel"](
-                    (heads, 1, 1), u=u, k=k, descriptors=memory.descriptors, key_sum=memory.key_sum, weights=weights,
-                    top_k=top_k, **place,
+                self.launch(
+                    "decode_gates", (heads, 1, 1), u, u=u, k=k, descriptors=memory.descriptors, key_sum=memory.key_sum,
+                    weights=weights, top_k=top_k, **place,
                 )  # fmt: skip
-            self.functions[name](
-                grid, q=q, k=k, v=v, states=memory.states, online=memory.online, weights=weights, parts=parts, **last,
-                **gates, scale=scale, splits=self.splits, independent=int(self.independent), **place,
+            self.launch(
+                kernel, grid, q, q=q, k=k, v=v, states=memory.states, online=memory.online, weights=weights,
+                parts=parts, **last, **gates, scale=scale, splits=self.splits, independent=int(self.independent),
+                **place,
             )  # fmt: skip
-            self.functions["decode_combine_kernel"](
-                (heads, 1, 1), k=k, v=v, y=y, parts=parts, descriptors=memory.descriptors, key_sum=memory.key_sum,
-                **last, splits=self.splits, independent=int(self.independent), **place,
+            self.launch(
+                "decode_combine", (heads, 1, 1), k, k=k, v=v, y=y, parts=parts, descriptors=memory.descriptors,
+                key_sum=memory.key_sum, **last, splits=self.splits, independent=int(self.independent), **place,
             )  # fmt: skip
