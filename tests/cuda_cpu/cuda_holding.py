@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mctune.backends.protocol import Built
 from mctune.backends.tvm.gpu.backend import LAUNCHERS, TvmGpuBackend
@@ -14,7 +20,7 @@ from mctune.core.config import Config
 from mctune.core.outcome import Wrong
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
-from mctune.runtime.kernels.tvm.gpu.functions import load_parts
+from mctune.runtime.kernels.tvm.gpu.functions import Grid, Loaded, load_parts
 from mctune.verify.cuda_cpu.build import prepare
 from mctune.verify.cuda_cpu.folder import FOLDERS, prepare_built
 from mctune.verify.cuda_cpu.sanitize import Launched, recorded
@@ -44,8 +50,35 @@ def error_of(problem: Problem, gpu: str, folder: Path, **changed: Any) -> float 
     """The error of a candidate, or what is wrong with it."""
     config, made = built(problem, gpu, folder, **changed)
     prepare_built(made)
-    kernel = BACKEND.load(problem, config, made)
-    return verify(partial(run_kernel, kernel), problem, judge_all(problem, 1))
+    parts = dict(made.parts)
+    apart = {
+        operation: {name: Apart(one, (folder / parts[operation]).with_suffix(".cu")) for name, one in kernels.items()}
+        for operation, kernels in load_parts(folder, parts).items()
+    }
+    return _verified(problem, config, made, apart)
+
+
+@dataclass
+class Apart:
+    """A kernel; of arrays that it takes twice, it may write none, if the compiler was told that there are none."""
+
+    function: Loaded
+    source: Path
+
+    def __call__(self, grid: Grid, values: Mapping[str, Any]) -> None:
+        symbol = self.function.signature.symbol
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor) and x.numel()}
+        places = Counter(x.data_ptr() for x in tensors.values())
+        twice = {name: x.clone() for name, x in tensors.items() if places[x.data_ptr()] > 1}
+        self.function(grid, values)
+        written = [name for name, before in twice.items() if not torch.equal(_bits(before), _bits(tensors[name]))]
+        declared = re.search(rf"\b{symbol}\(([^)]*)\) {{$", self.source.read_text(), re.MULTILINE)
+        assert declared is not None
+        assert not written or "__restrict__" not in declared[1], f"{symbol} writes what it takes twice: {written}"
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 def launches_of(problem: Problem, config: Config, made: Built, operation: str) -> list[Launched]:

@@ -16,7 +16,10 @@ SWLA = {"recurrence": "swla", "state_init": "checkpoint"}
 BFLOAT = {"dtype": "bfloat16", "state_init": "checkpoint"}
 CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("backward", "t4", {}, {}),
-    ("backward", "t4", {"piece": 64, "dgates_splits": 2, "dkv_BK": 32}, {**SWLA, "segment_length": 100, "Dk": 40}),
+    (
+        "backward", "t4", {"piece": 64, "dgates_splits": 2, "saved": "states", "dkv_BK": 32},
+        {**SWLA, "segment_length": 100, "Dk": 40},
+    ),
     ("backward", "t4", {"dkv_rows": 32, "dq_rows": 32, "dq_BJ": 16}, {"aggregation": "ssc", "top_k": 2, "Dv": 25}),
     ("backward", "t4", {"saved": "states"}, {**SWLA, "aggregation": "mean"}),
     ("backward", "t4", {"dkv_BK": 32}, {"dtype": "float32", "recurrence": "swla", "Dk": 70, "Dv": 33}),

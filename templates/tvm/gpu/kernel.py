@@ -41,7 +41,9 @@ class Kernel:
     shared: int
 
 
-def kernel(name: str, warps: int, arguments: dict[str, str], body: Callable[[Values], None]) -> Kernel:
+def kernel(
+    name: str, warps: int, arguments: dict[str, str], body: Callable[[Values], None], noalias: bool = True
+) -> Kernel:
     """The kernel ``name`` of blocks of ``warps`` warps; ``body`` emits its statements.
 
     ``body`` is called with the arguments, and where a thread is: ``block``, ``row``, ``plane`` (of the grid's x, y, z),
@@ -49,6 +51,7 @@ def kernel(name: str, warps: int, arguments: dict[str, str], body: Callable[[Val
 
     Args:
         arguments: types by name: ``*uint16`` is a pointer, ``int32`` a number.
+        noalias: no array that is written is another one too.
     """
 
     def start(**named: Any) -> None:
@@ -65,7 +68,7 @@ def kernel(name: str, warps: int, arguments: dict[str, str], body: Callable[[Val
     source = f"""
 @script.prim_func
 def {name}({", ".join(f"{key}: types[{key!r}]" for key in types)}):
-    script.func_attr({{"global_symbol": {name!r}, "tirx.noalias": True}})
+    script.func_attr({{"global_symbol": {name!r}, "tirx.noalias": {noalias}}})
     block = script.launch_thread("blockIdx.x", grid_x)
     row = script.launch_thread("blockIdx.y", grid_y)
     plane = script.launch_thread("blockIdx.z", grid_z)

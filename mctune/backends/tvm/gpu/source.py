@@ -17,6 +17,8 @@ typedef unsigned long long uint64_t;
 """Instead of TVM's, which includes CUDA's headers: 16-bit floats are kept as bits, so that none is needed."""
 _END_OF_TVMS = "#define ushort unsigned short\n#endif\n"
 _DECLARED = re.compile(r'^extern "C" __global__ void .*?\b(\w+)\(([^)]*)\);\n', re.MULTILINE)
+_DEFINED = re.compile(r'^extern "C" __global__ void .*?\b(\w+)\(([^)]*)\) \{$', re.MULTILINE)
+_NOALIAS = "tirx.noalias"
 _GRID = re.compile(r", int grid_[xyz]\b")
 _THREADS = re.compile(r"__launch_bounds__\((\d+)\)")
 
@@ -51,6 +53,9 @@ def generate(functions: Sequence[Any], arch: str) -> Source:
     rest = _GRID.sub("", rest)
     entries = tuple(_entry(match) for match in _DECLARED.finditer(rest))
     rest = _DECLARED.sub("", rest)
+    # TVM promises the compiler that no array is another one too, whatever a function says of it.
+    shared = {f"{function.attrs['global_symbol']}_kernel" for function in functions if not function.attrs[_NOALIAS]}
+    rest = _DEFINED.sub(lambda found: found[0].replace(" __restrict__", "") if found[1] in shared else found[0], rest)
     return Source(f"{PREAMBLE}\n{rest.strip()}\n", entries)
 
 

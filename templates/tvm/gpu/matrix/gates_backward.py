@@ -42,7 +42,7 @@ def connector(plan: Plan) -> Kernel:
     arguments |= pointers("float32", "gate", "pull")
     arguments |= pointers("int32", "begin", "end", "segment", "seg_begin", "seg_first", "seg_piece", "tiles")
     arguments |= dict.fromkeys(("many", "ahead", "parts", "heads", "T", "H", "N", "P"), "int32")
-    return kernel("connector", plan["dgates_warps"], arguments, lambda x: _Connector(plan, x).run())
+    return kernel("connector", plan["dgates_warps"], arguments, lambda x: _Connector(plan, x).run(), noalias=False)
 
 
 class _Connector:

@@ -113,7 +113,7 @@ class GatesBackward(Operation):
         if P > N:
             pulls = means.new_empty((heads, P, self.SK))
             self.launch(
-                "pulls", (P, heads, 1), means, u=u, pull=made.pull, pulls=pulls, begin=tables.begin, end=tables.end,
+                "pulls", (P, heads, 1), u, u=u, pull=made.pull, pulls=pulls, begin=tables.begin, end=tables.end,
                 T=T, H=H, P=P,
             )  # fmt: skip
         return made._replace(dmeans=parts[0] if splits == 1 else parts.sum(0), pulls=pulls)
@@ -156,8 +156,8 @@ class StateBackward(Operation):
         crossing = dends.new_empty((heads, P, across), dtype=torch.float32) if self.gated and crosses else None
         of_swla = {"ends": ends, "cum": decays.cum, "crossing": crossing} if self.gated else {}
         self.launch(
-            "carry_backward", (across, tables.seq_begin.shape[0], heads), dends, dends=dends, dentered=dentered,
-            products=products, dstates=dstates, **of_swla, end=tables.end, segment=tables.segment,
+            "carry_backward", (across, tables.seq_begin.shape[0], heads), tables.end, dends=dends,
+            dentered=dentered, products=products, dstates=dstates, **of_swla, end=tables.end, segment=tables.segment,
             entering=tables.entering, seg_last=tables.seg_last, seq_begin=tables.seq_begin, seq_end=tables.seq_end,
             with_products=int(products is not None), with_dstates=int(dstates is not None),
             with_entered=int(crosses), blocks=across, T=T, P=P,
@@ -169,7 +169,7 @@ class StateBackward(Operation):
             crossing.new_empty((heads, P, self.SV)), crossing.new_empty((heads, P)),
         )  # fmt: skip
         self.launch(
-            "lead", (P, heads, 1), dends, **rows, k=k, v=v, **made._asdict(), gate=gate, cum=decays.cum,
+            "lead", (P, heads, 1), k, **rows, k=k, v=v, **made._asdict(), gate=gate, cum=decays.cum,
             before=decays.before, begin=tables.begin, end=tables.end, segment=tables.segment,
             entering=tables.entering, seg_first=tables.seg_first,
         )  # fmt: skip
@@ -182,7 +182,7 @@ class StateBackward(Operation):
         q, heads = rows["q"], rows["q"].shape[0] * rows["H"]
         products: Tensor = q.new_empty((heads, rows["P"], self.SK, self.SV), dtype=torch.float32)
         self.launch(
-            "piece", (count, heads, 1), products, **rows, gate=gate, cum=cum, products=products, begin=tables.begin,
+            "piece", (count, heads, 1), q, **rows, gate=gate, cum=cum, products=products, begin=tables.begin,
             end=tables.end, segment=tables.segment, seg_first=tables.seg_first, with_gate=int(gate is not None),
             with_cum=int(cum is not None),
         )  # fmt: skip
@@ -210,7 +210,7 @@ class WriteBackward(Operation):
             more |= {"many": int(gates.pulls is not None)}
         tiles = tables.tiles(self.config["dkv_warps"] * self.config["dkv_rows"])
         self.launch(
-            "write", (tiles.shape[0], heads, 1), own, q=q, k=k, v=v, dy=dy, dends=states.dends, dk=dk, dv=dv, **more,
+            "write", (tiles.shape[0], heads, 1), q, q=q, k=k, v=v, dy=dy, dends=states.dends, dk=dk, dv=dv, **more,
             begin=tables.begin, end=tables.end, segment=tables.segment, entering=tables.entering,
             seg_first=tables.seg_first, seg_last=tables.seg_last, tiles=tiles, scale=scale, T=T, H=H, N=N, P=P,
         )  # fmt: skip
@@ -218,7 +218,7 @@ class WriteBackward(Operation):
             return dk, dv, None, None, None
         found = {name: torch.empty_like(g) for name in ("dg", "dbeta", "dlam")}
         self.launch(
-            "strength", (P, heads, 1), own, gate=None if gates is None else gates.gate, own=own.sum(0), g=g, lam=lam,
+            "strength", (P, heads, 1), g, gate=None if gates is None else gates.gate, own=own.sum(0), g=g, lam=lam,
             **self.of_swla(decays, "cum", "now", "after", "before"), **sums, dbefore=states.dbefore,
             crossing=states.crossing, **found, begin=tables.begin, end=tables.end, segment=tables.segment,
             entering=tables.entering, seg_first=tables.seg_first, with_lead=int(lead), T=T, H=H, P=P,

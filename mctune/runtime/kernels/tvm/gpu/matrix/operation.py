@@ -31,7 +31,7 @@ class Operation:
         self.DK, self.SK, self.SV = problem["Dk"], padded(problem["Dk"]), padded(problem["Dv"])
 
     def launch(self, kernel: str, grid: Grid, like: Tensor, **values: Any) -> None:
-        """Launch a kernel; ``like`` stands for arrays that it takes and does not touch, which are ``None``."""
+        """Launch a kernel; ``like``, which it only reads, stands for arrays that it does not touch: ``None``."""
         for name, value in values.items():
             if value is None:
                 values[name] = like

@@ -69,7 +69,7 @@ class SegmentStates(Operation):
             ends = k.new_empty((heads, P, self.SK, self.SV), dtype=torch.float32)
         count = blocks(self.SV, self.values) * blocks(self.SK, self.keys) * P
         self.launch(
-            "local", (count, heads, 1), means, k=k, v=v, **self._decays(decayed),
+            "local", (count, heads, 1), k, k=k, v=v, **self._decays(decayed),
             **({} if running is None else {"running": running}), operand=operand, ends=ends, means=means, sums=sums,
             begin=tables.begin, end=tables.end, entering=tables.entering, to_ends=int(ends is not None),
             to_operand=int(operand is not None and not carries), to_means=int(sums is None),
@@ -77,7 +77,7 @@ class SegmentStates(Operation):
         )  # fmt: skip
         if sums is not None:
             self.launch(
-                "means", (N, heads, 1), means, sums=sums, means=means, seg_begin=tables.seg_begin,
+                "means", (N, heads, 1), sums, sums=sums, means=means, seg_begin=tables.seg_begin,
                 seg_end=tables.seg_end, seg_piece=tables.seg_piece, seg_last=tables.seg_last, N=N, P=P,
             )  # fmt: skip
         if carries:
@@ -109,7 +109,7 @@ class SegmentStates(Operation):
         heads, P = ends.shape[:2]
         across = blocks(self.SK * self.SV, _BLOCK)
         self.launch(
-            "carry", (across, tables.seq_begin.shape[0], heads), ends, operand=operand, past=past, ends=ends,
+            "carry", (across, tables.seq_begin.shape[0], heads), tables.end, operand=operand, past=past, ends=ends,
             cum=None if decayed is None else decayed.cum, end=tables.end, segment=tables.segment,
             entering=tables.entering if entering is None else entering, seg_last=tables.seg_last,
             seq_begin=tables.seq_begin, seq_end=tables.seq_end, to_carried=to_carried,

@@ -48,11 +48,11 @@ class DecodeStep(Operation):
                 for name, x, absent in (("g", g, 0.0), ("beta", beta, 0.0), ("lam", lam, 1.0))
             }
         parts = memory.online.new_empty((heads, self.splits + 1, DV))
-        weights = memory.online.new_empty((heads, capacity + 1)) if self.routed else parts
+        weights = memory.online.new_empty((heads, capacity + 1)) if self.routed else q
         last = {"last_key": memory.last_key, "last_value": memory.last_value} if self.gated else {}
         uneven = memory.cached is not None
         place: dict[str, Any] = {
-            "cached": memory.cached if uneven else parts, "filled": memory.filled if uneven else parts,
+            "cached": memory.cached if uneven else q, "filled": memory.filled if uneven else q,
             "capacity": capacity, "length": length, "uneven": int(uneven), "cached_all": cached_all,
             "filled_all": filled_all, "total": total, "H": H,
         }  # fmt: skip
