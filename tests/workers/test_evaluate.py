@@ -148,8 +148,8 @@ def test_finalists_are_timed_side_by_side(worker: Worker) -> None:
     assert len(one) == len(other) >= 3 and min(one + other) > 0
     # One that is wrong has no time.
     assert wrong == [] and "wrong: error 1.00e-04" in reply["failures"][0]
-    # The same loop twice.
-    assert 0.2 < statistics.median(one) / statistics.median(other) < 5
+    # The same loop twice; what else the machine does makes some samples longer, none shorter.
+    assert 0.2 < min(one) / min(other) < 5
 
 
 def test_what_ships_is_verified_again(worker: Worker) -> None:
