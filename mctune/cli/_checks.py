@@ -26,7 +26,11 @@ NEEDED = {
     "numpy": "used by torch and optuna",
     "rich": "progress",
 }
-OPTIONAL = {"triton": "kernels for recent GPUs", "libcst": "renders Triton templates"}
+OPTIONAL = {
+    "triton": "kernels for recent GPUs",
+    "libcst": "renders Triton templates",
+    "nvidia-cuda-nvrtc-cu12": "TVM's kernels for GPUs; `pip install 'mctune[cuda-tvm]'`, or of a CUDA toolkit",
+}
 
 TVM, FFI = TVM_PAIR
 TRITON_OF_TORCH = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
@@ -139,7 +143,7 @@ def check_gpus() -> Iterator[Check]:
     if Path("/dev/kfd").exists():
         yield Check("gpu", OK, "an AMD GPU (/dev/kfd)")
     elif not listed:
-        yield Check("gpu", OK, "none seen; --gpu cpu works, and the GPUs of `mctune targets` need their device")
+        yield Check("gpu", OK, "none seen: for those of `mctune targets` kernels are compiled, and times predicted")
 
 
 def nvidia_gpus() -> list[str]:
