@@ -95,22 +95,16 @@ class Loaded:
         # 16 divides all of them if it divides their greatest common divisor.
         if math.gcd(*places) % _ALIGNED:
             raise self._unaligned(places)
-        if index < 0:
-            self._launch(grid, index, 0, places, values)
-            return
-        stream = _stream(index)
-        if index == torch.cuda.current_device():
-            self._launch(grid, index, stream, places, values)
-        else:
+        if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                self._launch(grid, index, stream, places, values)
-
-    def _launch(self, grid: Grid, index: int, stream: int, places: list[int], values: Mapping[str, Any]) -> None:
+                self(grid, values)
+            return
         launch, handle = self._ready.get(index) or self._load(index)
         try:
             buffer, arguments = self._rooms.both
         except AttributeError:
             buffer, arguments = self._rooms.both = self._room()
+        stream = _stream(index) if index >= 0 else 0
         self._packed.pack_into(buffer, 0, *grid, *self._block, stream, *places, *self._numbers(values))
         status = launch(buffer, handle, arguments, None)
         if status:
