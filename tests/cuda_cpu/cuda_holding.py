@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from mctune.backends.protocol import Built
 from mctune.backends.tvm.gpu.backend import LAUNCHERS, TvmGpuBackend
 from mctune.core.config import Config
 from mctune.core.outcome import Wrong
-from mctune.core.problem import Problem
-from mctune.core.target import resolve
+from mctune.core.problem import AGGREGATIONS, Problem
+from mctune.core.target import Target, resolve
 from mctune.runtime.kernels.tvm.gpu.functions import Grid, Loaded, load_parts
 from mctune.verify.cuda_cpu.build import prepare
 from mctune.verify.cuda_cpu.folder import FOLDERS, prepare_built
@@ -27,6 +28,7 @@ from mctune.verify.cuda_cpu.sanitize import Launched, recorded
 from mctune.verify.judge import judge_all, run_kernel, verify
 
 BACKEND = TvmGpuBackend()
+DTYPES = ("float16", "bfloat16", "float32")
 GPUS = {"sm_70": "v100", "sm_75": "t4", "sm_80": "a100-80g"}
 
 
@@ -38,6 +40,29 @@ def config_of(problem: Problem, gpu: str, **changed: Any) -> Config:
     config = config.replace(**changed)
     assert not space.broken(config, problem, target), space.broken(config, problem, target)
     return config
+
+
+def drawn(source: random.Random, pass_: str, target: Target) -> tuple[Problem, Config]:
+    """A problem that there is a template for, and a configuration of its space, a step after the other away from the
+    default."""
+    pick = source.choice
+    while True:
+        aggregation = pick(list(AGGREGATIONS))
+        segmentation = "constant" if pass_ == "decode" else pick(("constant", "constant", "logarithmic", "packed"))
+        problem = Problem(
+            pass_=pass_, recurrence=pick(("linear", "swla")), aggregation=aggregation, dtype=pick(DTYPES),
+            Dk=pick((1, 16, 25, 40, 70, 128)), Dv=pick((1, 16, 25, 40, 70, 128)), T=source.randint(1, 200), H=2,
+            segmentation=segmentation, state_init=pick(("independent", "checkpoint")),
+            segment_length=None if segmentation == "logarithmic" else pick((1, 32, 64, 100)),
+            top_k=pick((1, 2, 3)) if AGGREGATIONS[aggregation].sparse else None,
+        )  # fmt: skip
+        if BACKEND.supports(problem, target):
+            break
+    space, config = BACKEND.space(problem), config_of(problem, target.name)
+    for param in source.sample(space.params, len(space.params)):
+        changed = config.replace(**{param.name: pick(param.values)})
+        config = changed if space.valid(changed, problem, target) else config
+    return problem, config
 
 
 def built(problem: Problem, gpu: str, folder: Path, **changed: Any) -> tuple[Config, Built]:

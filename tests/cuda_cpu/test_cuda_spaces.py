@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import random
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+from cuda_holding import BACKEND, DTYPES, drawn, error_of
 
-from mctune.backends.tvm.gpu.backend import WIDEST, TvmGpuBackend
+from mctune.backends.tvm.gpu.backend import WIDEST
 from mctune.backends.tvm.gpu.operations import build_kernels, operations
-from mctune.core.config import Config
 from mctune.core.problem import PASSES, RECURRENCES, Problem
-from mctune.core.target import Target, resolve, targets
+from mctune.core.target import resolve, targets
+from mctune.verify.judge import tolerance
 
-BACKEND = TvmGpuBackend()
 GPUS = {target.arch: target for target in targets() if target.arch.startswith("sm_")}
-DTYPES = ("float16", "bfloat16", "float32")
 WIDTHS = (1, 16, 25, 33, 64, 100, WIDEST)
-RANDOM = random.Random(17)
-
-
-def drawn(pass_: str, target: Target) -> Problem:
-    """A random problem that there is a template for."""
-    while True:
-        problem = Problem(
-            pass_=pass_, recurrence=RANDOM.choice(("linear", "swla")), aggregation=RANDOM.choice(("grm", "residual")),
-            dtype=RANDOM.choice(DTYPES), Dk=RANDOM.choice(WIDTHS), Dv=RANDOM.choice(WIDTHS), T=RANDOM.randint(1, 900),
-            H=1, segment_length=RANDOM.choice((1, 64, 100, 256)),
-        )  # fmt: skip
-        if BACKEND.supports(problem, target):
-            return problem
-
-
-def drawn_config(problem: Problem, target: Target) -> Config:
-    """A random configuration that the space has, one change after the other away from the default."""
-    space = BACKEND.space(problem)
-    config = space.first_valid(lambda one: space.valid(one, problem, target))
-    assert config is not None
-    for param in RANDOM.sample(space.params, len(space.params)):
-        changed = config.replace(**{param.name: RANDOM.choice(param.values)})
-        config = changed if space.valid(changed, problem, target) else config
-    return config
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -65,12 +41,21 @@ def test_there_is_a_default(arch: str, pass_: str) -> None:
 @pytest.mark.parametrize("gpu", ["v100", "t4", "a100"])
 def test_blocks_have_the_shared_memory_that_the_space_says(gpu: str, pass_: str) -> None:
     target, _ = resolve(gpu)
-    for _ in range(6):
-        problem = drawn(pass_, target)
-        config = drawn_config(problem, target)
+    for seed in range(6):
+        problem, config = drawn(random.Random(seed), pass_, target)
         said = getattr(import_module(f"mctune_spaces.tvm.gpu.matrix.{pass_}"), "SHARED", {})
         for operation in operations(problem):
             taken = max(kernel.shared for kernel in build_kernels(operation, problem, config, target))
             assert taken <= target.shared_bytes, (operation, problem, config)
             if operation in said:
                 assert taken == said[operation](config, problem), (operation, problem, config)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("gpu", ["v100", "t4", "a100"])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(None, marks=pytest.mark.slow, id=f"any-{n}") for n in range(4))])
+def test_a_random_candidate_is_right(seed: int | None, gpu: str, pass_: str, cuda_folder: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    problem, config = drawn(random.Random(seed), pass_, resolve(gpu)[0])
+    error = error_of(problem, gpu, cuda_folder, **config.to_dict())
+    assert isinstance(error, float) and error <= tolerance(problem), (seed, problem, config, error)
