@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import pytest
-from cuda_holding import BACKEND, DTYPES, drawn, error_of
+from cuda_holding import BACKEND, DTYPES, config_of, drawn, error_of
 
 from mctune.backends.tvm.gpu.backend import WIDEST
 from mctune.backends.tvm.gpu.operations import build_kernels, operations
@@ -23,18 +24,13 @@ WIDTHS = (1, 16, 25, 33, 64, 100, WIDEST)
 @pytest.mark.parametrize("arch", GPUS)
 def test_there_is_a_default(arch: str, pass_: str) -> None:
     matrix = [name for name, recurrence in RECURRENCES.items() if recurrence.family == "matrix"]
-    for recurrence in matrix:
-        for dtype in DTYPES:
-            for Dk in WIDTHS:
-                for Dv in WIDTHS:
-                    problem = Problem(
-                        pass_=pass_, recurrence=recurrence, aggregation="grm", dtype=dtype, Dk=Dk, Dv=Dv, T=500, H=1,
-                        segment_length=64,
-                    )  # fmt: skip
-                    if BACKEND.supports(problem, GPUS[arch]):
-                        space = BACKEND.space(problem)
-                        found = space.first_valid(lambda one, s=space, p=problem: s.valid(one, p, GPUS[arch]))
-                        assert found is not None, problem
+    for recurrence, dtype, Dk, Dv in product(matrix, DTYPES, WIDTHS, WIDTHS):
+        problem = Problem(
+            pass_=pass_, recurrence=recurrence, aggregation="grm", dtype=dtype, Dk=Dk, Dv=Dv, T=500, H=1,
+            segment_length=64,
+        )  # fmt: skip
+        if BACKEND.supports(problem, GPUS[arch]):
+            config_of(problem, GPUS[arch].name)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
