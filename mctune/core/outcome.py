@@ -12,19 +12,22 @@ from mctune.core.errors import UsageError
 
 @dataclass(frozen=True)
 class FailedBuild:
-    """The template could not be rendered or compiled."""
+    """The template could not be rendered or compiled; ``operation`` says which, where that is known."""
 
     message: str
+    operation: str = ""
 
 
 @dataclass(frozen=True)
 class TooLarge:
-    """The candidate exceeds the target; ``message`` carries the arithmetic (``need`` and ``limit`` in ``unit``)."""
+    """The candidate exceeds the target; ``message`` carries the arithmetic (``need`` and ``limit`` in ``unit``), and
+    ``operation`` says which of its operations does, where that is known."""
 
     message: str
     need: int
     limit: int
     unit: str
+    operation: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Timed:
     """Measured: median and 20th / 80th percentile in milliseconds over ``repeats``; ``error`` against the oracle.
 
     ``sm_mhz`` and ``celsius`` are a GPU's clock in MHz and its temperature right after, where its driver reports them;
-    ``notes`` is what the compiler reports about its kernels.
+    ``notes`` is what the compiler reports about its kernels. ``parts`` are (operation, median in milliseconds) of each
+    operation of the pass, in order; what the whole takes beyond their sum is the host's, or the memory allocator's.
     """
 
     ms: float
@@ -67,6 +71,7 @@ class Timed:
     sm_mhz: float | None = None
     celsius: float | None = None
     notes: tuple[str, ...] = ()
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ class Predicted:
     """Not measured: the time that the cost model ``model`` predicts, in milliseconds.
 
     ``error`` is against the oracle, ``None`` if it was not verified; ``notes`` is what the compiler reports about its
-    kernels, for example that matrix products are serialized.
+    kernels, for example that matrix products are serialized. ``parts`` are (operation, milliseconds), in order.
     """
 
     ms: float
     model: str
     error: float | None = None
     notes: tuple[str, ...] = ()
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 Outcome = FailedBuild | TooLarge | Crashed | TimedOut | Wrong | Timed | Predicted
@@ -132,10 +138,24 @@ def from_dict(values: Mapping[str, Any]) -> Outcome:
     name = values.get("kind")
     if name not in _KINDS:
         raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
-    fields = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
-    del fields["kind"]
+    fields = {name: _frozen(value) for name, value in values.items() if name != "kind"}
     outcome: Outcome = _KINDS[name](**fields)
     return outcome
+
+
+def _frozen(value: Any) -> Any:
+    """A value read from JSON as the dataclasses hold it."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def parts(outcome: Outcome) -> dict[str, float]:
+    """Milliseconds of each operation, where they are known."""
+    return dict(outcome.parts) if isinstance(outcome, Timed | Predicted) else {}
+
+
+def at_fault(outcome: Outcome) -> str:
+    """The operation that is why a candidate cannot win, or nothing where that is not known."""
+    return outcome.operation if isinstance(outcome, FailedBuild | TooLarge) else ""
 
 
 def cost(outcome: Outcome) -> float | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import UsageError
@@ -61,6 +61,32 @@ class Constraint:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Parameters that only some operations of a pass read: what those take depends on them and on the shared ones.
+
+    Args:
+        name: of the block.
+        operations: the templates whose times are the block's.
+        params: names of its parameters.
+        when: values of shared parameters with which a pass has this block; with any values if there are none.
+
+    Examples:
+        >>> block = Block("read", ("read_forward",), ("rows",), {"parallel": ("head",)})
+        >>> block.active(Config.of({"parallel": "head", "rows": 4}))
+        True
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    params: tuple[str, ...]
+    when: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
+
+    def active(self, config: Config) -> bool:
+        """Whether a pass of this configuration has the block."""
+        return all(config[name] in values for name, values in self.when.items())
+
+
+@dataclass(frozen=True)
 class SearchSpace:
     """Parameters and constraints: the configurations that a template can be built with.
 
@@ -70,9 +96,12 @@ class SearchSpace:
         default: where a search begins.
         fallbacks: take the default's place, in order, where it breaks a constraint (another CPU, other widths).
         before: what a configuration meant that was found before a parameter was added to the space.
+        renamed: what a parameter was called before, by its name now: several may have been one.
+        blocks: the operations of the pass, each with the parameters that are its own. A parameter of no block is
+            shared: it says what crosses from one operation to the next.
 
     Raises:
-        UsageError: if a parameter is named twice.
+        UsageError: if a parameter is named twice, or a block has one that there is not.
 
     Examples:
         >>> space = SearchSpace((Pow2("chunk", 16, 64), Choice("order", ("rows", "columns"))))
@@ -87,11 +116,32 @@ class SearchSpace:
     default: Config = field(default_factory=lambda: Config(()))
     fallbacks: tuple[Config, ...] = ()
     before: Config = field(default_factory=lambda: Config(()))
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
         names = [param.name for param in self.params]
         if len(set(names)) != len(names):
             raise UsageError(f"a search space names a parameter twice: {names}")
+        for block in self.blocks:
+            if absent := [name for name in (*block.params, *block.when) if name not in names]:
+                raise UsageError(f"block {block.name!r} names {absent[0]!r}, which the space does not have")
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the parameters that are no block's own."""
+        owned = {name for block in self.blocks for name in block.params}
+        return tuple(param.name for param in self.params if param.name not in owned)
+
+    def chain(self, config: Config) -> tuple[Block, ...]:
+        """The blocks that a pass of ``config`` has, in order."""
+        return tuple(block for block in self.blocks if block.active(config))
+
+    def seen_by(self, operation: str, config: Config) -> Config:
+        """What an operation sees of a configuration: shared parameters and those of its block."""
+        own = {name for block in self.chain(config) if operation in block.operations for name in block.params}
+        names = own.union(self.shared)
+        return Config(tuple(item for item in config.items if item[0] in names))
 
     @property
     def size(self) -> int:
@@ -123,10 +173,12 @@ class SearchSpace:
         Raises:
             ValueError: if one is missing that was always there, or a constraint is not met.
         """
-        missing = [param.name for param in self.params if param.name not in config]
-        if unknown := [name for name in missing if name not in self.before]:
+        known = config.to_dict()
+        meant = {now: known[name] for now, name in self.renamed.items() if name in known}
+        missing = [param.name for param in self.params if param.name not in known]
+        if unknown := [name for name in missing if name not in meant and name not in self.before]:
             raise ValueError(f"{config} has no {', '.join(unknown)}; search the problem again")
-        config = config.replace(**{name: self.before[name] for name in missing})
+        config = config.replace(**{name: meant[name] if name in meant else self.before[name] for name in missing})
         if broken := self.broken(config, problem, target):
             raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
         return config
@@ -156,7 +208,7 @@ class SearchSpace:
     def with_param(self, param: Param, default: Scalar) -> SearchSpace:
         """A larger space, with one more parameter and its default."""
         first, *others = (config.replace(**{param.name: default}) for config in (self.default, *self.fallbacks))
-        return SearchSpace((*self.params, param), self.constraints, first, tuple(others), self.before)
+        return replace(self, params=(*self.params, param), default=first, fallbacks=tuple(others))
 
     def first_valid(self, ok: Callable[[Config], bool]) -> Config | None:
         """The default, or the first of its fallbacks, that ``ok`` accepts."""
@@ -182,4 +234,4 @@ class SearchSpace:
             if absent:
                 raise UsageError(f"{name}={absent[0]!r} is not in the space; it has {self.param(name).values}")
         params = tuple(Param(p.name, tuple(values.get(p.name, p.values)), p.ordered, p.help) for p in self.params)
-        return SearchSpace(params, self.constraints, self.default, self.fallbacks, self.before)
+        return replace(self, params=params)

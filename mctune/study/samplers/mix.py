@@ -17,7 +17,8 @@ from mctune.core.space import SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
 from mctune.study.samplers.discrete import DiscreteSampler, Tried
-from mctune.study.samplers.surrogate import Array, Distances, GaussianProcess, ParzenRatio
+from mctune.study.samplers.model import Model
+from mctune.study.samplers.surrogate import Array
 from mctune.study.samplers.surrogate import Points as Matrix
 
 START = 24  # points, most of them random, before a model is asked
@@ -26,10 +27,6 @@ _DRAWS = 2048  # most draws to fill it with: most of what is valid may have been
 _ELITES = 3  # best points whose neighbours and relatives join the pool
 _RELATIVES = 20  # points 2 or 3 changes away from each elite
 _CLIMBS = 3
-_REFIT = 10  # candidates between two fits of the Gaussian process's weights
-_MODEL_MOST = 300  # points that a model sees: the cost of a proposal stays bounded in long searches
-_FIT_MOST = 64  # points that the weights are fitted to: the expensive step, and small enough for one BLAS thread
-_CLIP = 0.75  # slower than this quantile is all the same: a model should resolve the fast end
 
 
 class MixSampler(DiscreteSampler):
@@ -63,9 +60,7 @@ class MixSampler(DiscreteSampler):
     ) -> None:
         super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
         self._start = start
-        distances = Distances(self._points.sizes, [param.ordered for param in space.params])
-        self._gp, self._parzen = GaussianProcess(distances), ParzenRatio(distances)
-        self._fitted: tuple[Sequence[Tried], Array] | None = None
+        self._model = Model(self._points.sizes, [param.ordered for param in space.params], start)
 
     def choose(
         self,
@@ -78,8 +73,10 @@ class MixSampler(DiscreteSampler):
         """The model's favourite in a fresh pool, after climbing; no point at the start, or if the pool is empty."""
         if len(history) < self._start:
             return None, {}
-        points, scores = self._learn(history)
-        gain = self._model(history, points, scores, parzen=tried % 2 == 0)
+        points, scores = self._model.learn(*self._tried_so_far(history))
+        gain = self._model.criterion(
+            points, scores, lambda count: self._tried_so_far(history[:count]), len(history), parzen=tried % 2 == 0
+        )
         pool = self._pool(points, scores, seen, rng, stratum)
         if not pool:
             return None, {}
@@ -121,40 +118,9 @@ class MixSampler(DiscreteSampler):
             changed[p] = int(rng.integers(self._points.sizes[p]))
         return tuple(changed)
 
-    def _learn(self, history: Sequence[Tried], most: int = _MODEL_MOST) -> tuple[Matrix, Array]:
-        """Points and scores for the models; a failure scores like the slowest."""
-        raw = self.costs(history)
-        points = np.array([tried.point for tried in history], dtype=np.int64)
-        worst = 0.0 if np.isnan(raw).all() else float(np.nanmax(raw)) + 1e-6
-        scores = np.where(np.isnan(raw), worst, raw)
-        if len(scores) > most:
-            order = np.argsort(scores, kind="stable")
-            half = most // 2
-            spread = np.linspace(half, len(order) - 1, most - half).astype(np.int64)
-            kept = np.sort(np.concatenate([order[:half], order[spread]]))
-            points, scores = points[kept], scores[kept]
-        return points, scores
-
-    def _model(
-        self, history: Sequence[Tried], points: Matrix, scores: Array, *, parzen: bool
-    ) -> Callable[[Matrix], Array]:
-        """The criterion that ranks a pool."""
-        if parzen:
-            self._parzen.condition(points, scores)
-            return self._parzen.gain
-        checkpoint = self._start + (len(history) - self._start) // _REFIT * _REFIT
-        early = list(history[:checkpoint])
-        if self._fitted is None or self._fitted[0] != early:
-            known, targets = self._learn(early, _FIT_MOST)
-            self._fitted = early, self._gp.fit(known, _standard(targets))
-        self._gp.condition(points, _standard(scores), self._fitted[1])
-        return self._gp.gain
-
-
-def _standard(scores: Array) -> Array:
-    """Scores clipped above at a quantile, with mean 0 and variance 1."""
-    clipped = np.minimum(scores, np.quantile(scores, _CLIP))
-    return np.asarray((clipped - clipped.mean()) / (clipped.std() + 1e-12))
+    def _tried_so_far(self, history: Sequence[Tried]) -> tuple[Matrix, Array]:
+        """Points and their costs."""
+        return np.array([tried.point for tried in history], dtype=np.int64), self.costs(history)
 
 
 def _highest(points: list[Point], gain: Callable[[Matrix], Array]) -> tuple[Point, float]:
