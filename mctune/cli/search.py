@@ -35,7 +35,7 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="End after this time, all studies together.  [default: the workload's, or none]")  # fmt: skip
 @click.option("--backend", type=click.Choice(("auto", "triton", "tvm")), default="auto", show_default=True,
               help="What compiles; auto searches all that serve the target, a study each.")  # fmt: skip
-@click.option("--sampler", metavar="NAME", default="mix", show_default=True,
+@click.option("--sampler", metavar="NAME", default="chain", show_default=True,
               help=f"{', '.join(SAMPLERS)}, or module:Class of any other Optuna sampler.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option(

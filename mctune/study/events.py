@@ -14,7 +14,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target
 from mctune.core.workload import Case
 
-SAMPLERS = ("mix", "tpe", "gp", "cmaes", "random", "grid")
+SAMPLERS = ("chain", "mix", "tpe", "gp", "cmaes", "random", "grid")
 """Samplers that have a name; any other is ``module:Class``."""
 
 
@@ -48,7 +48,7 @@ class SearchRequest:
     out: Path
     trials: int
     timeout_s: float | None = None
-    sampler: str = "mix"
+    sampler: str = "chain"
     seed: int = 0
     storage: str | None = None
     max_slowdown: float = 1.10

@@ -31,6 +31,7 @@ from mctune.core.remark import redacted
 from mctune.core.space import SearchSpace
 from mctune.study.rules import Rule
 from mctune.study.samplers import START, DiscreteSampler, sampler_of
+from mctune.study.samplers.discrete import AT_FAULT, PARTS
 from mctune.study.storage import BROKEN, ILLEGIBLE, alone, legible, opened, patiently, reason
 
 _ATTRS = "mctune"
@@ -99,7 +100,7 @@ def run_study(
     *,
     trials: int,
     timeout: float | None = None,
-    sampler: str = "mix",
+    sampler: str = "chain",
     seed: int = 0,
     storage: str | None = None,
     study_name: str = "mctune",
@@ -248,6 +249,10 @@ class _Run:
         with suppress(UpdateFinishedTrialError):  # somebody else has told it
             asked.set_user_attr("seconds", trial.seconds)
             asked.set_user_attr("run", self.name)
+            if parts := outcomes.parts(trial.outcome):
+                asked.set_user_attr(PARTS, parts)
+            if at_fault := outcomes.at_fault(trial.outcome):
+                asked.set_user_attr(AT_FAULT, at_fault)
             asked.set_constraint("failed", 1.0 if trial.ms is None else 0.0)
             asked.set_user_attr("outcome", outcomes.to_json(trial.outcome))
         _tell(self.study, asked.number, trial.outcome)

@@ -80,7 +80,7 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     assert request.target.name == "cpu" and len(request.cases) == 6
     assert request.out == Path("build/mctune_cpu")
     assert (request.trials, request.timeout_s, request.storage) == (32, 210, None)
-    assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("mix", 0, 1.10, 60.0)
+    assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("chain", 0, 1.10, 60.0)
 
 
 def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tmp_path: Path) -> None:

@@ -29,17 +29,24 @@ from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
 from mctune.study.samplers.points import Points
 
+PARTS, AT_FAULT = "parts", "at_fault"
+"""User attributes of a trial: the cost of each operation, by name; the operation why it failed."""
 _NOTES = "sampler:"
 """Prefix of the system attributes in which a sampler keeps what it must know about its trials."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A point and its cost, lower is better; ``None`` where it failed. ``notes`` are the sampler's own."""
+    """A point and its cost, lower is better; ``None`` where it failed. ``notes`` are the sampler's own.
+
+    ``parts`` are the costs of operations, by name; ``at_fault`` is the operation why it failed, where that is known.
+    """
 
     point: Point
     cost: float | None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    at_fault: str = ""
 
 
 class DiscreteSampler(optuna.samplers.BaseSampler):
@@ -234,7 +241,10 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             point = self._point_of(trial) or self._given.get(key)
             if point is None:
                 return None
-            tried = Tried(point, cost_of(trial, study.direction), _notes(trial))
+            said = trial.user_attrs
+            tried = Tried(
+                point, cost_of(trial, study.direction), _notes(trial), said.get(PARTS, {}), said.get(AT_FAULT, "")
+            )
             if trial.state.is_finished():
                 self._finished[key] = tried
         return tried

@@ -15,11 +15,13 @@ from mctune.core.errors import UsageError
 from mctune.core.space import SearchSpace
 from mctune.study.events import check_sampler
 from mctune.study.rules import Rule
+from mctune.study.samplers.chain import ChainSampler
 from mctune.study.samplers.discrete import DiscreteSampler
 from mctune.study.samplers.grid import OrderedSampler
 from mctune.study.samplers.mix import START, MixSampler
 from mctune.study.samplers.wrapped import WrappedSampler
 
+_OWN = {"chain": ChainSampler, "mix": MixSampler}
 _NEEDS = {"gp": ("scipy", "torch"), "cmaes": ("cmaes",)}
 _OPTUNAS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -55,8 +57,8 @@ def sampler_of(
     """
     check(name)
     common: dict[str, Any] = {"seed": seed, "balance": balance, "retry_failed": retry_failed}
-    if name == "mix":
-        return MixSampler(space, rules, start=start, **common)
+    if name in _OWN:
+        return _OWN[name](space, rules, start=start, **common)
     if name == "grid":
         return OrderedSampler(space, rules, **common)
     if name in _OPTUNAS:
