@@ -32,8 +32,12 @@ SAFE: dict[str, dict[str, Scalar]] = {
         "score_rows": 2, "score_lanes": 16, "state_chunk": 32, "state_rows": 2, "state_cols": 16,
     },
     "backward": {
-        "chunk": 16, "rows": 2, "cols": 16, "key_cols": 16, "unroll": 1, "panel": 1, "read_rows": 2, "read_lanes": 16,
-        "score_rows": 2, "score_lanes": 16, "state_chunk": 32, "state_rows": 2, "state_cols": 16, "saved": "states",
+        "chunk": 16, "saved": "states", "state_chunk": 32, "state_rows": 2, "state_cols": 16,
+        "dq_rows": 2, "dq_key_cols": 16, "dq_unroll": 1, "dq_read_rows": 2, "dq_read_lanes": 16, "dq_score_rows": 2,
+        "dq_score_lanes": 16, "dq_state_rows": 2, "dq_state_cols": 16,
+        "dstates_chunk": 32, "dstates_rows": 2, "dstates_cols": 16, "dstates_panel": 1,
+        "dkv_rows": 2, "dkv_cols": 16, "dkv_key_cols": 16, "dkv_unroll": 1, "dkv_score_rows": 2, "dkv_score_lanes": 16,
+        "dkv_state_rows": 2, "dkv_state_cols": 16,
     },
     "decode": {"split": 1, "cols": 16, "rows": 1, "streams": 1, "prefetch": 0},
 }  # fmt: skip

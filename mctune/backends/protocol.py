@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,14 @@ class Built:
     def record(self, problem: Problem, config: Config) -> dict[str, Any]:
         """What a launcher is told of the candidate, as an entry of a tuned table says it."""
         return {"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(self.parts)}
+
+
+class OperationError(Exception):
+    """``operation`` of a pass could not be rendered or compiled; the cause says why."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(operation)
+        self.operation = operation
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,15 @@ Kernel = Any
 """What a launcher of ``mctune.runtime`` is called like, by pass: ``TvmForward``, ``TvmBackward`` or ``TvmDecode``."""
 
 
+Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""``watch(operation, function)`` is what a kernel calls in the place of the function that launches an operation."""
+
+
+def unwatched(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself."""
+    return function
+
+
 class Backend(Protocol):
     """One way to compile templates."""
 
@@ -119,5 +137,5 @@ class Backend(Protocol):
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> tuple[Launch, ...] | TooLarge:
         """What one call launches on the target, present or absent, or why the target cannot hold it."""
 
-    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
-        """The compiled candidate as a function of torch tensors."""
+    def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:
+        """The compiled candidate as a function of torch tensors; its operations are launched through ``watch``."""

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from mctune.backends import get_backend
-from mctune.backends.protocol import Backend, Built, Kernel
+from mctune.backends.protocol import Backend, Built, Kernel, OperationError, Watch, unwatched
 from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
+from mctune.measure.parts import Clock, time_parts
 from mctune.measure.timing import summary, time_rotated
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
@@ -76,19 +77,22 @@ class _Bench:
         """What became of one candidate; a crash or hang takes the process with it, and the parent records it."""
         begun = time.monotonic()
         stage("build")
+        clock = Clock("cpu" if self.target.on_cpu else "cuda")
         try:
-            kernel = self._load(problem, config, prepared.built)
+            kernel = self._load(problem, config, prepared.built, clock.watch)
         except (MctuneError, *MACHINES):
             raise
         except Exception as error:
-            return FailedBuild(first_line(error))
+            return failed_build(error)
         stage(REFERENCE)
         cases = self._at_size(kernel, problem)
         stage("verify")
         samples: list[float] = []
+        parts: tuple[tuple[str, float], ...] = ()
 
         def timed(held: Reruns) -> None:
-            samples[:] = time_rotated([held], rounds=_ROUNDS, warmup=0, limit_s=_TIMING_S, device=kernel.device)[0]
+            nonlocal samples, parts
+            samples, parts = time_parts(held, clock, rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)
             held.repeat(CANDIDATE, time.monotonic() - begun)
 
         try:
@@ -107,7 +111,7 @@ class _Bench:
                 raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
         ms, low, high = summary(samples)
-        return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device))
+        return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device), parts=parts)
 
     def check(
         self, problem: Problem, config: Config, prepared: Prepared, stage: Stage, target: Target | None = None
@@ -191,9 +195,9 @@ class _Bench:
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
 
-    def _load(self, problem: Problem, config: Config, built: Built | None) -> Kernel:
+    def _load(self, problem: Problem, config: Config, built: Built | None, watch: Watch = unwatched) -> Kernel:
         built = built or self.backend.build(problem, config, self.target, self.folder)
-        return self.backend.load(problem, config, built)
+        return self.backend.load(problem, config, built, watch)
 
     def _at_size(self, kernel: Kernel, problem: Problem) -> list[AtSize]:
         return [at_size(kernel, one, self.seed, self.references) for one in sized_problems(problem)]
@@ -316,6 +320,13 @@ def maker_of(payload: dict[str, Any]) -> str | None:
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
     return Problem.from_dict(values["problem"]), Config.of(values["config"])
+
+
+def failed_build(error: Exception) -> FailedBuild:
+    """The outcome of a candidate that does not compile, with the operation that does not where that is known."""
+    if isinstance(error, OperationError) and isinstance(error.__cause__, Exception):
+        return FailedBuild(first_line(error.__cause__), error.operation)
+    return FailedBuild(first_line(error))
 
 
 def first_line(error: Exception) -> str:

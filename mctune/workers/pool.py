@@ -22,11 +22,14 @@ from mctune.core.host import usable_cores
 from mctune.core.outcome import Predicted, Timed, describe, from_json, to_json
 from mctune.core.target import Target
 from mctune.verify.cuda_cpu.folder import environment
+from mctune.workers.turns import Turns
 from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
 _GRACE_S = 10.0
 """A candidate that is under way when the time is over may take so much longer; then its process is killed."""
+_BATCH = 8
+"""Candidates for a CPU that are proposed together: more, and models learn little between them."""
 _LEAST_S = 30.0
 _TRIAL_LIMIT_S = 120.0
 _INTERPRETERS = 8
@@ -38,8 +41,9 @@ class Workers:
     """Workers for a target, started when they are first needed; kernels are built in ``folder``.
 
     A kernel that is timed must have its device to itself, so one process does the timing. Where that device is a GPU,
-    other processes, one on each remaining core, compile and judge the next candidates. For an absent GPU there are only
-    those, and others to verify, since Triton's compiler and its interpreter cannot share a process.
+    other processes, one on each remaining core, compile and judge the next candidates. Where it is this CPU, processes
+    on all cores compile a batch of candidates, and while one is timed they have nothing to do. For an absent GPU there
+    are only those, and others to verify, since Triton's compiler and its interpreter cannot share a process.
     """
 
     def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: Sequence[str] = ()) -> None:
@@ -63,17 +67,18 @@ class Workers:
         if not measure and "tvm.gpu" in self._makers:
             interpreting |= environment(folder / "cuda_on_cpu")
         self._device = Worker(_MEASURED, setup, env=cache) if measure else None
-        compilers = 0 if on_cpu else max(usable_cores() - measure, 1)
-        self._compilers = [Worker(_PREDICTED, setup, env=compiling) for _ in range(compilers)]
+        compilers = usable_cores() if on_cpu else max(usable_cores() - measure, 1)
+        self._on_cpu, self._turns = on_cpu, Turns(apart=on_cpu)
+        self._compilers = [Worker(_PREDICTED, setup, env=own if on_cpu else compiling) for _ in range(compilers)]
         checkers = max(min(compilers, _INTERPRETERS), 1)
         alone = [self._device] if self._device else []
         self._checkers = alone or [Worker(_PREDICTED, setup, env=interpreting) for _ in range(checkers)]
-        self.count = compilers or 1
+        self.count = min(_BATCH, 2 * compilers) if on_cpu else compilers
         """Candidates that are evaluated at once."""
         self.least_s = 1.0 if on_cpu else _LEAST_S
         """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
         self._free, self._free_checkers = _queue(self._compilers), _queue(self._checkers)
-        self._timing, self._trying, self._sound = threading.Lock(), threading.Lock(), False
+        self._trying, self._sound = threading.Lock(), False
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
@@ -100,7 +105,7 @@ class Workers:
         try one, with nothing of what is kept on disk."""
         for maker in self._makers:
             payload = {"try_out": True, "maker": maker}
-            reply = self._compile(payload, limit_s, None) if self._compilers else self._check(payload, limit_s)
+            reply = self._check(payload, limit_s) if self._on_cpu else self._compile(payload, limit_s, None)
             assert reply is not None, "without an end in time there is a reply"
             if isinstance(reply, WorkerDied):
                 return reply.message
@@ -129,15 +134,27 @@ class Workers:
         fresh = {"again_from_scratch": again}
         if self._device is None:
             return self._compile({"evaluate": candidate, **fresh}, limit_s, until)
-        if not self._compilers:
-            return _within(self._device, {"evaluate": candidate, **fresh}, limit_s, until)
+        if self._on_cpu:
+            return self._evaluate_here(candidate, fresh, limit_s, until)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
             reply = self._compile({"prepare": candidate, "into": file.name, "again": False, **fresh}, limit_s, until)
             if not isinstance(reply, dict) or not reply["ready"]:
                 return reply
-            with self._timing:
+            with self._turns.timing():
                 payload = {"evaluate": candidate, "prepared": file.name, "built": reply["built"]}
                 return _noted(_within(self._device, payload, limit_s, until), reply["outcome"])
+
+    def _evaluate_here(
+        self, candidate: dict[str, Any], fresh: dict[str, Any], limit_s: float, until: float | None
+    ) -> Reply | None:
+        """The same on this CPU."""
+        assert self._device is not None
+        with self._turns.compiling():
+            reply = self._compile({"make": candidate, **fresh}, limit_s, until)
+        if not isinstance(reply, dict) or "built" not in reply:
+            return reply
+        with self._turns.timing():
+            return _within(self._device, {"evaluate": candidate, "built": reply["built"]}, limit_s, until)
 
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> Reply:
         """``{"samples"}``: milliseconds of each finalist in each round; none of those that are not right after all.
@@ -145,7 +162,7 @@ class Workers:
         ``"failures"``: what is wrong with those.
         """
         assert self._device is not None, "only a measured search times finalists"
-        if self._compilers:
+        if not self._on_cpu:
             with ThreadPoolExecutor(self.count) as pool:
                 built = list(pool.map(lambda one: self._compile({"build": one}, limit_s, None), candidates))
             if not all(isinstance(reply, dict) for reply in built):
@@ -195,7 +212,7 @@ class Workers:
         """
         fresh = {"again_from_scratch": again}
         payload = {"ship": candidate, "portable_arch": portable_arch, **fresh}
-        if self._device is None or not self._compilers:
+        if self._device is None or self._on_cpu:
             return self._check(payload, limit_s)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
             reply = self._compile({"prepare": candidate, "into": file.name, "again": True, **fresh}, limit_s, None)
@@ -203,7 +220,7 @@ class Workers:
                 return reply or WorkerDied("nothing was answered", "compile")
             if not reply["ready"]:
                 return WorkerDied(describe(from_json(reply["outcome"])), "compile")
-            with self._timing:
+            with self._turns.timing():
                 return self._device.call(payload | {"prepared": file.name, "built": reply["built"]}, limit_s)
 
     def _check(self, payload: dict[str, Any], limit_s: float) -> Reply:

@@ -23,7 +23,17 @@ from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, run_kernel, save_cases, verify
-from mctune.workers.evaluate import Prepared, candidate, first_line, folder_for, maker_of, seed_of, shipment, try_out
+from mctune.workers.evaluate import (
+    Prepared,
+    candidate,
+    failed_build,
+    first_line,
+    folder_for,
+    maker_of,
+    seed_of,
+    shipment,
+    try_out,
+)
 from mctune.workers.worker import MACHINES, Handler, Stage
 
 _BY = {
@@ -49,7 +59,7 @@ class _Predictor:
         except (MctuneError, *MACHINES):
             raise
         except Exception as error:
-            return FailedBuild(first_line(error))
+            return failed_build(error)
         if not isinstance(launches, tuple):
             return launches
         stage("predict")
@@ -78,6 +88,15 @@ class _Predictor:
         stage("judge")
         save_cases(judge_all(problem, seed_of(self.seed, problem, config) + again), into)
         return {"outcome": to_json(outcome), "ready": True, **files}
+
+    def make(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The files of a candidate, or the outcome of one that does not compile."""
+        try:
+            return self.build(problem, config, stage)
+        except (MctuneError, *MACHINES):
+            raise
+        except Exception as error:
+            return {"outcome": to_json(failed_build(error))}
 
     def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
         """The files of a candidate, as :meth:`mctune.workers.evaluate.Prepared.of` takes them."""
@@ -127,11 +146,13 @@ class _Predictor:
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed.
 
-    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
-    "config"}}`` or ``{"verify": ...}``, answered by ``{"outcome"}``; or
-    ``{"prepare": ..., "into": a file}``, answered by ``{"outcome", "ready"}`` and, if it is, ``"built"``; or
-    ``{"build": ...}``, answered by ``{"built"}``; or ``{"ship": ...}``, answered by what
-    :func:`mctune.workers.evaluate.shipment` returns; or ``{"try_out": True}``.
+    A candidate's ``"maker"``, where it has one, is the backend instead. Payloads and what answers them:
+
+    * ``{"evaluate": {"problem", "config"}}``, ``{"verify": ...}``: ``{"outcome"}``;
+    * ``{"prepare": ..., "into": a file}``: ``{"outcome", "ready"}`` and, if it is, ``"built"``;
+    * ``{"make": ...}``: ``{"built"}``, or ``{"outcome"}``; ``{"build": ...}``: ``{"built"}``;
+    * ``{"ship": ...}``: what :func:`mctune.workers.evaluate.shipment` returns;
+    * ``{"try_out": True}``: nothing.
     """
     target, _ = resolve(setup["target"])
     folder, seed = Path(setup["folder"]), setup["seed"]
@@ -146,6 +167,8 @@ def start(setup: dict[str, Any]) -> Handler:
         if "verify" in payload:
             outcome = at_work.verify(*candidate(payload["verify"]), stage, seed)
             return {"outcome": to_json(outcome)}
+        if "make" in payload:
+            return at_work.make(*candidate(payload["make"]), stage)
         if "build" in payload:
             return at_work.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from mctune.backends.kept import scratch_in, write_whole
-from mctune.backends.protocol import Built, Kernel, Launch
+from mctune.backends.protocol import Built, Kernel, Launch, Watch, unwatched
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
@@ -16,6 +16,7 @@ from mctune.backends.triton.device import DoesNotFit, VirtualDevice
 from mctune.backends.triton.interpreter import quicken
 from mctune.backends.triton.templates import digest, operations, write_parts
 from mctune.backends.triton.versions import check_interpreter, check_versions
+from mctune.backends.triton.watched import watched
 from mctune.core.config import Config
 from mctune.core.environment import version
 from mctune.core.outcome import TooLarge
@@ -26,6 +27,7 @@ from mctune.runtime.kernels.support import Support
 from mctune.runtime.kernels.triton.deep.backward import TritonDeepBackward
 from mctune.runtime.kernels.triton.deep.decode import TritonDeepDecode
 from mctune.runtime.kernels.triton.deep.forward import TritonDeepForward
+from mctune.runtime.kernels.triton.loader import load_parts
 from mctune.runtime.kernels.triton.matrix.backward import TritonBackward
 from mctune.runtime.kernels.triton.matrix.decode import TritonDecode
 from mctune.runtime.kernels.triton.matrix.forward import TritonForward
@@ -124,7 +126,9 @@ class TritonBackend:
             return TooLarge(str(error), error.need, error.limit, error.unit)
         return tuple(device.launches)
 
-    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
+    def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:
         """The rendered candidate, through the same launcher that an emitted package uses."""
         quicken()
-        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))
+        record = built.record(problem, config)
+        parts = None if watch is unwatched else watched(load_parts(built.library.parent, record["parts"]), watch)
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record, parts)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from mctune.backends.kept import keep, scratch_in
-from mctune.backends.protocol import Built, Kernel
+from mctune.backends.kept import scratch_in
+from mctune.backends.protocol import Built, Kernel, Watch, unwatched
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.tvm.link import link, try_linking
-from mctune.backends.tvm.templates import render, source_hash
+from mctune.backends.tvm.objects import compiled, linked, llvm, write_object
+from mctune.backends.tvm.templates import OPERATIONS, source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
 from mctune.core.config import Config
 from mctune.core.errors import DeviceError, UsageError
@@ -30,7 +29,6 @@ from mctune.runtime.kernels.tvm.loader import load_library
 from mctune.runtime.kernels.tvm.matrix.backward import TvmBackward
 from mctune.runtime.kernels.tvm.matrix.decode import TvmDecode
 from mctune.runtime.kernels.tvm.matrix.forward import TvmForward
-from mctune.runtime.whole import is_whole
 
 _ADD_ONE = """
 @I.ir_module
@@ -90,8 +88,9 @@ class TvmBackend:
 
         module = tvm.script.from_source(_ADD_ONE)
         with scratch_in(folder, "trial") as scratch:
-            library = Path(scratch, "trial.so")
-            _export(tvm.compile(module, target=_target(target)), library, Path(scratch))
+            object_, library = Path(scratch, "trial.o"), Path(scratch, "trial.so")
+            write_object(tvm.compile(module, target=llvm(target)), object_)
+            link(str(library), [str(object_)])
             x = torch.arange(8, dtype=torch.float32)
             y = torch.full_like(x, torch.nan)
             load_library(library)["add_one"](x, y)
@@ -117,27 +116,13 @@ class TvmBackend:
         Raises:
             DeviceError: if TVM is missing or is a wrong pair.
             ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
-            Exception: whatever TVM raises on a configuration that does not compile.
+            OperationError: with whatever TVM raises on a configuration that does not compile.
         """
         refuse(self.supports(problem))
         config = self.space(problem).checked(config, problem, target)
-        name = self._name(problem, config, target)
-        built = Built(folder / f"{name}.so", folder / f"{name}.py")
-        if is_whole(built.library, built.source):
-            return built
-        check_versions()
-        import tvm
-
-        module = render(self.padded(problem), config, target)
-        compiled = tvm.compile(module, target=_target(target))
-        # Others may compile the same candidate into the same folder at the same time.
-        with scratch_in(folder, "link") as scratch:
-            text, library = Path(scratch, built.source.name), Path(scratch, built.library.name)
-            text.write_text(f"# {problem}\n# {config}\n{module.script()}\n", encoding="utf-8")
-            _export(compiled, library, Path(scratch))
-            keep(library, built.library)
-            keep(text, built.source)
-        return built
+        parts = compiled(self.padded(problem), config, target, folder)
+        stem = f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}"
+        return linked(f"# {problem}\n# {config}\n", stem, parts, folder)
 
     def compile(self, problem: Problem, config: Config, built: Built, target: Target) -> NoReturn:
         """A CPU is always here to be measured.
@@ -147,37 +132,12 @@ class TvmBackend:
         """
         raise UsageError(f"kernels for {target.name} are timed, not predicted; nothing is known of them but their time")
 
-    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
+    def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))
-
-    def _name(self, problem: Problem, config: Config, target: Target) -> str:
-        """What the library depends on: the templates, the static part of the problem, the configuration, the CPU."""
-        compiled = self.padded(problem)
-        widths = (compiled.Dk, compiled.Dv, *((compiled.E,) if compiled.deep else ()))
-        static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init, *widths)
-        values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
-        identity = json.dumps([source_hash(), static, values, target.arch, TVM], sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        return f"{problem.pass_}_{problem.recurrence}_{problem.aggregation}_{problem.state_init}_{digest}"
-
-
-def _target(target: Target) -> Any:
-    import tvm
-
-    return tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mtriple": "x86_64-linux-gnu"})
-
-
-def _export(compiled: Any, library: Path, workspace: Path) -> None:
-    """Link what was compiled into ``library``.
-
-    Raises:
-        DeviceError: for whatever goes wrong: LLVM has accepted the candidate before.
-    """
-    try:
-        compiled.export_library(str(library), fcompile=link, workspace_dir=str(workspace))
-    except DeviceError:
-        raise
-    except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-        raise DeviceError(f"a compiled kernel cannot be written to {workspace}: {said}") from error
+        key = problem.writes.family, problem.pass_
+        kernel = LAUNCHERS[key](built.library, built.record(problem, config))
+        for name in OPERATIONS[key]:
+            function = getattr(kernel, name, None)
+            if function is not None:
+                setattr(kernel, name, watch(name, function))
+        return kernel

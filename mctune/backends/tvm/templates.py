@@ -10,6 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from mctune.backends.spaces import load_space
 from mctune.core.config import Config
 from mctune.core.paths import templates_dir
 from mctune.core.problem import Problem
@@ -29,6 +30,8 @@ OPERATIONS = {
     ("deep", "decode"): ("deep_decode",),
 }
 """The templates of each family and pass; one exported library holds them all."""
+_PREFIXES = {"read_backward": "dq_", "state_backward": "dstates_", "write_backward": "dkv_"}
+"""What the names of an operation's own parameters begin with in a configuration; the template knows them without."""
 
 
 def templates_package() -> ModuleType:
@@ -65,18 +68,38 @@ def check_arguments(operation: str, function: Any) -> None:
         raise TypeError(f"{operation} takes {', '.join(takes)}, and is passed {', '.join(ARGUMENTS[operation])}")
 
 
+def parameters(operation: str, config: Config) -> Config:
+    """What the template of an operation is given of a configuration, which has no more than what it reads."""
+    prefix = _PREFIXES.get(operation)
+    if prefix is None:
+        return config
+    own = {name.removeprefix(prefix): value for name, value in config.items if name.startswith(prefix)}
+    return config.replace(**own)
+
+
+def function_of(operation: str, problem: Problem, config: Config, target: Target) -> Any:
+    """The ``PrimFunc`` of an operation, ``None`` where the configuration fuses it into another one.
+
+    ``problem`` has padded widths, and ``config`` what the operation reads.
+    """
+    # One computation has one kernel, whatever the aggregation is called.
+    problem = problem.replace(aggregation=alike(problem.aggregation, problem.writes.family))
+    templates_package()
+    template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")
+    function = template.build(problem, parameters(operation, config), target)
+    if function is not None:
+        check_arguments(operation, function)
+    return function
+
+
 def render(problem: Problem, config: Config, target: Target) -> Any:
     """The ``tvm.IRModule`` of a pass; ``problem`` has padded widths."""
     import tvm
 
-    # One computation has one kernel, whatever the aggregation is called.
-    problem = problem.replace(aggregation=alike(problem.aggregation, problem.writes.family))
-    templates_package()
+    space = load_space("tvm", problem.writes.family, problem.pass_)
     functions = {}
     for operation in OPERATIONS[problem.writes.family, problem.pass_]:
-        template = importlib.import_module(f"mctune_templates.tvm.{problem.writes.family}.{operation}")
-        function = template.build(problem, config, target)
-        if function is not None:  # an operation that this configuration fuses into another one
-            check_arguments(operation, function)
+        function = function_of(operation, problem, space.seen_by(operation, config), target)
+        if function is not None:
             functions[operation] = function
     return tvm.IRModule(functions)

@@ -57,9 +57,7 @@ class ChainSampler(DiscreteSampler):
     ) -> None:
         super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
         self._start = start
-        self._joint = MixSampler(
-            space, rules, seed=self._seed, balance=balance, retry_failed=retry_failed, start=start
-        )
+        self._joint = MixSampler(space, rules, seed=self._seed, balance=balance, retry_failed=retry_failed, start=start)
         self._joint._points = self._points
         self._models: dict[tuple[str, ...], Model] = {}
         self._then: tuple[list[Tried], Parts] | None = None

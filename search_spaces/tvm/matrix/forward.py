@@ -2,7 +2,7 @@
 
 from mctune.core.config import Config
 from mctune.core.problem import Problem
-from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.space import Block, Choice, Constraint, Int, Pow2, SearchSpace
 from mctune.core.target import Target
 
 FORMULATIONS = {
@@ -46,6 +46,9 @@ _WIDE = Config.of(
         "state_cols": 32,
     }
 )
+
+_STATES = ("state_chunk", "state_rows", "state_cols")
+_READ = ("rows", "cols", "unroll", "panel", "loop_order", "score_rows", "score_lanes")
 
 SPACE = SearchSpace(
     params=(
@@ -113,5 +116,10 @@ SPACE = SearchSpace(
         _WIDE.replace(cols=32),
         _WIDE.replace(cols=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16),
         _WIDE.replace(chunk=16, cols=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16),
+    ),
+    blocks=(
+        Block("states", ("segment_states",), _STATES, {"parallel": ("segment",)}),
+        Block("read", ("read_forward",), _READ, {"parallel": ("segment",)}),
+        Block("head", ("read_forward",), (*_STATES, *_READ), {"parallel": ("head",)}),
     ),
 )

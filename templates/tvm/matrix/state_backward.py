@@ -20,7 +20,7 @@ class Plan:
 
     def __init__(self, problem, config) -> None:
         self.Dk, self.Dv = problem.Dk, problem.Dv
-        self.ST, self.SR, self.SC = config["state_chunk"], config["state_rows"], config["state_cols"]
+        self.ST, self.SR, self.SC = config["chunk"], config["rows"], config["cols"]
         self.formulation, self.panel = config["formulation"], config["panel"]
         self.flags = flags_of(problem)
 

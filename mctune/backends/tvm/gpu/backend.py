@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mctune.backends.kept import write_whole
-from mctune.backends.protocol import Built, Kernel, Launch
+from mctune.backends.protocol import Built, Kernel, Launch, Watch, unwatched
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
@@ -26,6 +26,7 @@ from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
 from mctune.core.target import Target
 from mctune.runtime.kernels.support import Support
+from mctune.runtime.kernels.tvm.gpu.functions import load_parts
 from mctune.runtime.kernels.tvm.gpu.matrix.backward import TvmGpuBackward
 from mctune.runtime.kernels.tvm.gpu.matrix.decode import TvmGpuDecode
 from mctune.runtime.kernels.tvm.gpu.matrix.forward import TvmGpuForward
@@ -151,6 +152,12 @@ class TvmGpuBackend:
             return TooLarge(str(error), error.need, error.limit, error.unit)
         return tuple(launches)
 
-    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
+    def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:
         """The compiled candidate, through the same launcher that an emitted package uses."""
-        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, built.record(problem, config))
+        record, functions = built.record(problem, config), None
+        if watch is not unwatched:
+            functions = {
+                operation: {name: watch(operation, kernel) for name, kernel in kernels.items()}
+                for operation, kernels in load_parts(built.library.parent, record["parts"]).items()
+            }
+        return LAUNCHERS[problem.writes.family, problem.pass_](built.library, record, functions)

@@ -17,6 +17,11 @@ from ..loader import load_library, runnable
 from ..matrix.forward import check_reach, flat_rows
 from .sizes import Shape, flat_arguments
 
+_OPERATIONS = (
+    *("deep_write", "deep_gates", "deep_mix_backward", "deep_read_backward", "deep_write_backward"),
+    "deep_gates_backward",
+)
+
 
 class TvmDeepBackward:
     """The gradients of y = memory_caching(q, k, v, u) of a deep memory on the CPU, by the kernels of one library.
@@ -37,7 +42,9 @@ class TvmDeepBackward:
     """What the tensors that it reads are on and in."""
 
     def __init__(self, library: Path, record: Mapping[str, Any]) -> None:
-        self.module = load_library(runnable(library, record))
+        module = load_library(runnable(library, record))
+        for name in _OPERATIONS:  # gates, and what mixes parameters, are in some libraries only
+            setattr(self, name, module[name] if module.implements_function(name) else None)
         self.problem = record["problem"]
         self.wants = wanted("cpu", self.problem, record["config"])
         self.groups: int = record["config"]["groups"]
@@ -92,7 +99,7 @@ class TvmDeepBackward:
         return self._gradients(s, x, q, v, W_up, groups)
 
     def _launch(self, kernel: str, x: Mapping[str, Any]) -> None:
-        launch(kernel, self.module[kernel], x)
+        launch(kernel, getattr(self, kernel), x)
 
     def _again(self, s: Shape, x: dict[str, Any], kept: Mapping[str, torch.Tensor]) -> None:
         """What the forward has left: what it kept, and the rest computed again where it is needed."""
