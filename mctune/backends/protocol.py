@@ -53,6 +53,7 @@ class Launch:
         binary: the cubin, or the hsaco.
         arguments: (parameter, type) as Triton spells it, ``*bf16`` or ``i32``: those that the code has a use for.
         values: (parameter, value) of every number, flag and string among the arguments, compile-time ones included.
+        operation: the template whose kernel it is, where that is known.
         notes: what the assembler says of its performance: a number and a text, for example ``C7515 wgmma.mma_async
             instructions are serialized due to ..``.
     """
@@ -70,6 +71,7 @@ class Launch:
     arguments: tuple[tuple[str, str], ...]
     values: tuple[tuple[str, int | float | bool | str], ...]
     notes: tuple[str, ...] = ()
+    operation: str = ""
 
     @property
     def serialized(self) -> bool:

@@ -223,6 +223,18 @@ class SearchSpace:
         for values in itertools.product(*(param.values for param in self.params)):
             yield Config.of(dict(zip((param.name for param in self.params), values, strict=True)))
 
+    def chained(self, operations: Mapping[str, tuple[str, ...]], shared: Sequence[str] = ()) -> SearchSpace:
+        """The same space in blocks, one for each prefix of parameters' names, but for the ``shared`` ones.
+
+        ``operations``: by prefix, the templates whose times are the block's.
+        """
+        names = [param.name for param in self.params if param.name not in shared]
+        blocks = (
+            Block(prefix, own, tuple(name for name in names if name.startswith(f"{prefix}_")))
+            for prefix, own in operations.items()
+        )
+        return replace(self, blocks=tuple(blocks))
+
     def fixed(self, **values: Sequence[Scalar]) -> SearchSpace:
         """A smaller space: each named parameter keeps only the given values.
 

@@ -6,7 +6,7 @@ Triton chooses its interpreter when it is imported: one process compiles (``eval
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mctune.backends.protocol import Backend
 from mctune.backends.triton.cost.predict import predict
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Wrong, describe, to_json
+from mctune.core.outcome import Crashed, Outcome, Predicted, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.verify.cuda_cpu.finalist import reports
@@ -82,7 +82,8 @@ class _Predictor:
             try:
                 launches = self.backend.compile(case, config, built, self.target)
             except Exception as error:
-                return {"outcome": to_json(FailedBuild(f"{first_line(error)} on {case}")), "ready": False}
+                failed = failed_build(error)
+                return {"outcome": to_json(replace(failed, message=f"{failed.message} on {case}")), "ready": False}
             if not isinstance(launches, tuple):
                 return {"outcome": to_json(launches), "ready": False}
         stage("judge")

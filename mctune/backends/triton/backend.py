@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from mctune.backends.kept import scratch_in, write_whole
-from mctune.backends.protocol import Built, Kernel, Launch, Watch, unwatched
+from mctune.backends.protocol import Built, Kernel, Launch, OperationError, Watch, unwatched
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
@@ -19,6 +19,7 @@ from mctune.backends.triton.versions import check_interpreter, check_versions
 from mctune.backends.triton.watched import watched
 from mctune.core.config import Config
 from mctune.core.environment import version
+from mctune.core.errors import MctuneError
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
@@ -117,13 +118,18 @@ class TritonBackend:
         """What one call launches on the GPU, present or absent, or why the GPU cannot hold it.
 
         Raises:
-            Exception: whatever Triton raises on a kernel that does not compile.
+            OperationError: with whatever Triton raises on a kernel that does not compile.
         """
+        device = VirtualDevice(target)
         try:
-            with VirtualDevice(target) as device:
-                call_on_meta(problem, self.load(problem, config, built))
+            with device:
+                call_on_meta(problem, self.load(problem, config, built, device.watch))
         except DoesNotFit as error:
-            return TooLarge(str(error), error.need, error.limit, error.unit)
+            return TooLarge(str(error), error.need, error.limit, error.unit, device.operation)
+        except (MctuneError, OSError):
+            raise
+        except Exception as error:
+            raise OperationError(device.operation) from error
         return tuple(device.launches)
 
     def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:

@@ -35,6 +35,12 @@ class DoesNotFit(MctuneError):
     def __init__(self, what: str, need: int, limit: int, unit: str, whose: str = "a block") -> None:
         super().__init__(f"{what} needs {need} {unit}, {whose} has {limit}")
         self.need, self.limit, self.unit = need, limit, unit
+        self.operation = ""
+
+    def at(self, operation: str) -> DoesNotFit:
+        """The same, of this operation."""
+        self.operation = operation
+        return self
 
     @classmethod
     def of_ptxas(cls, message: str) -> DoesNotFit | None:
@@ -72,6 +78,7 @@ class VirtualDevice:
     Attributes:
         launches: what was launched so far, in order.
         compiled: names of the kernels that were compiled, not found in Triton's cache on disk.
+        operation: the one at work, of those that :meth:`watch` watches.
 
     Raises:
         DeviceError: on entering, in a process whose Triton interprets.
@@ -83,6 +90,7 @@ class VirtualDevice:
         self.target = target
         self.launches: list[Launch] = []
         self.compiled: list[str] = []
+        self.operation = ""
         self.utils = _Utils(self)
         self.metadata: Any = None
         self._group: Mapping[str, str] = {}
@@ -118,6 +126,15 @@ class VirtualDevice:
         refused = DoesNotFit.of_ptxas(str(error)) if isinstance(error, PTXASError) else None
         if refused is not None:
             raise refused from None
+
+    def watch(self, operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose launches are of ``operation``; it stays at work when it fails."""
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            self.operation = operation
+            return function(*arguments, **named)
+
+        return watched
 
     # --- what Triton asks of a driver
 
@@ -242,6 +259,7 @@ class _Recorder:
                 ),
                 values=tuple(_numbers(given)),
                 notes=function.notes,
+                operation=device.operation,
             )
         )
 

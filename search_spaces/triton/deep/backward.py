@@ -182,4 +182,14 @@ SPACE = SearchSpace(
         for tier in _TIERS
         for tile, warps in ((64, 4), (64, 8), (16, 8))
     ),
+).chained(
+    {
+        "replay": ("deep_replay",),
+        "gates": ("gates",),
+        "online": ("deep_online_backward",),
+        "dq": ("deep_read_backward",),
+        "dgates": ("gates_backward",),
+        "dstates": ("deep_state_backward",),
+        "dkv": ("deep_write_backward",),
+    },
 )

@@ -240,4 +240,22 @@ SPACE = SearchSpace(
         dict.fromkeys((*_defaults(_READS)[1:], *_float32("tf32x3"), *_defaults(_SHORT), *_float32("ieee")))
     ),
     before=Config.of({name: _WIDE[name] for name in _ADDED}),
+).chained(
+    {
+        "write": (
+            "deep_write",
+            "deep_write_lanes",
+            "deep_write_rows",
+        ),
+        "rows": (
+            "deep_rows",
+            "deep_row_output",
+        ),
+        "gates": ("gates",),
+        "read": (
+            "deep_read",
+            "deep_mix",
+        ),
+    },
+    shared=("write_FORM",),
 )

@@ -373,4 +373,17 @@ SPACE = SearchSpace(
         for saved in ("gates", "states", "nothing")
         for config in _FLOAT32
     ),
+).chained(
+    {
+        "states": ("segment_states",),
+        "gates": ("gates",),
+        "dgroup": (
+            "pair_order",
+            "grouped_backward",
+        ),
+        "dq": ("read_backward",),
+        "dgates": ("gates_backward",),
+        "dstates": ("state_backward",),
+        "dkv": ("write_backward",),
+    },
 )

@@ -1,5 +1,7 @@
 """Search space of the forward pass on a GPU: segment states, gates and the read, searched together."""
 
+from dataclasses import replace
+
 from mctune.core.config import Config
 from mctune.core.problem import Problem
 from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
@@ -207,6 +209,19 @@ SPACE = SearchSpace(
     ),
     default=_DEFAULTS[0],
     fallbacks=(*_DEFAULTS[1:], *(config.replace(read_num_stages=1) for config in _DEFAULTS), *_FLOAT32),
+).chained(
+    {
+        "states": ("segment_states",),
+        "gates": ("gates",),
+        "group": (
+            "pair_order",
+            "grouped_read",
+        ),
+        "read": (
+            "read_forward",
+            "read_specialized",
+        ),
+    },
 )
 
 
@@ -232,7 +247,8 @@ def _or_specialized(constraint: Constraint) -> Constraint:
     return Constraint(constraint.name, holds, constraint.reason)
 
 
-MEASURED = SearchSpace(
+MEASURED = replace(
+    SPACE,
     params=tuple(
         Choice(p.name, (*map(str, p.values), "specialized"), p.help) if p.name == "formulation" else p
         for p in SPACE.params
@@ -247,8 +263,6 @@ MEASURED = SearchSpace(
         Constraint("read_num_stages", _ring, "keys and values of specialised warps are in the ring together"),
         Constraint("read_*", _fixed, "specialised warps read tiles of one size"),
     ),
-    default=SPACE.default,
-    fallbacks=SPACE.fallbacks,
 )
 """The space where candidates are measured. What only a device verifies, since Triton's interpreter has no Gluon, is a
 point of it and never a default: no prediction, and no package that a GPU has not verified, has it."""

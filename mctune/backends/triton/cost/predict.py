@@ -81,7 +81,10 @@ def predict(launches: Sequence[Launch], problem: Problem, config: Config, target
         return Predicted(math.inf, str(error))
     parts = estimate(asked, target, parameters)
     notes = dict.fromkeys(f"{launch.name}: {note}" for launch in launches for note in launch.notes)
-    return Predicted(sum(part.us for part in parts) / 1e3, _in_words(parts, calibrated), notes=tuple(notes))
+    apart: dict[str, float] = {}
+    for launch, part in zip(launches, parts, strict=True):
+        apart[launch.operation] = apart.get(launch.operation, 0.0) + part.us / 1e3
+    return Predicted(sum(apart.values()), _in_words(parts, calibrated), notes=tuple(notes), parts=tuple(apart.items()))
 
 
 def demands(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mctune.backends.kept import write_whole
-from mctune.backends.protocol import Built, Kernel, Launch, Watch, unwatched
+from mctune.backends.protocol import Built, Kernel, Launch, OperationError, Watch, unwatched
 from mctune.backends.registry import computes, refuse
 from mctune.backends.spaces import load_space
 from mctune.backends.triton.calls import call_on_meta
@@ -20,7 +20,7 @@ from mctune.backends.tvm.gpu.source import generate
 from mctune.backends.tvm.templates import source_hash
 from mctune.backends.tvm.versions import TVM, check_versions
 from mctune.core.config import Config
-from mctune.core.errors import DeviceError
+from mctune.core.errors import DeviceError, MctuneError
 from mctune.core.outcome import TooLarge
 from mctune.core.problem import Problem
 from mctune.core.space import SearchSpace
@@ -105,7 +105,7 @@ class TvmGpuBackend:
         Raises:
             DeviceError: if TVM or NVRTC is missing.
             ValueError: if the configuration breaks a constraint of the space; it could compile and be wrong.
-            Exception: whatever TVM or NVRTC says of a configuration that does not compile.
+            OperationError: with whatever TVM or NVRTC says of a configuration that does not compile.
         """
         refuse(self.supports(problem, target))
         config = self.measuring().space(problem).checked(config, problem, target)
@@ -114,7 +114,12 @@ class TvmGpuBackend:
         parts: list[tuple[str, str]] = []
         source = folder
         for operation in operations(problem):
-            artefact = self._compiled(operation, problem, config, target, folder)
+            try:
+                artefact = self._compiled(operation, problem, config, target, folder)
+            except (MctuneError, OSError):
+                raise
+            except Exception as error:
+                raise OperationError(operation) from error
             parts += artefact.parts(operation)
             source = artefact.path(".cu")
         index = json.dumps({"problem": problem.to_dict(), "config": config.to_dict(), "parts": dict(parts)}, indent=1)
@@ -149,7 +154,7 @@ class TvmGpuBackend:
             )
             call_on_meta(problem, launcher)
         except DoesNotFit as error:
-            return TooLarge(str(error), error.need, error.limit, error.unit)
+            return TooLarge(str(error), error.need, error.limit, error.unit, error.operation)
         return tuple(launches)
 
     def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:

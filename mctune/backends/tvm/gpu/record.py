@@ -31,6 +31,7 @@ class Recorder:
     binary: bytes
     target: Target
     launches: list[Launch]
+    operation: str = ""
 
     def __call__(self, grid: tuple[int, int, int], values: Mapping[str, Any]) -> None:
         """Record a launch.
@@ -41,9 +42,9 @@ class Recorder:
         threads, shared = self.signature.threads, self.signature.shared
         what = f"{self.signature.symbol} with {threads // 32} warps"
         if shared > self.target.shared_bytes:
-            raise DoesNotFit(what, shared, self.target.shared_bytes, "B of shared memory")
+            raise DoesNotFit(what, shared, self.target.shared_bytes, "B of shared memory").at(self.operation)
         if self.registers * threads > REGISTERS_PER_BLOCK:
-            raise DoesNotFit(what, self.registers * threads, REGISTERS_PER_BLOCK, "registers")
+            raise DoesNotFit(what, self.registers * threads, REGISTERS_PER_BLOCK, "registers").at(self.operation)
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         self.launches.append(
             Launch(
@@ -59,6 +60,7 @@ class Recorder:
                 binary=self.binary,
                 arguments=tuple(self._arguments(numbers)),
                 values=tuple((name, value) for name, value in numbers.items()),
+                operation=self.operation,
             )
         )
 
@@ -87,6 +89,7 @@ def recorders(
                 binary,
                 target,
                 launches,
+                operation,
             )
             for kernel in artefact.record()["kernels"]
         }

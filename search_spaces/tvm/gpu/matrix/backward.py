@@ -170,5 +170,15 @@ SPACE = SearchSpace(
     ),
     default=_DEFAULTS[0],
     fallbacks=_DEFAULTS[1:],
+).chained(
+    {
+        "states": ("segment_states",),
+        "gates": ("gates",),
+        "dq": ("read_backward",),
+        "dgates": ("gates_backward",),
+        "dstates": ("state_backward",),
+        "dkv": ("write_backward",),
+    },
+    shared=("states_BT",),
 )
 MEASURED = measuring(SPACE)

@@ -131,5 +131,12 @@ SPACE = SearchSpace(
     ),
     default=_DEFAULTS[0],
     fallbacks=(*_DEFAULTS[1:], *(config.replace(states_warps=2, states_BV=32, read_BV=32) for config in _DEFAULTS)),
+).chained(
+    {
+        "states": ("segment_states",),
+        "gates": ("gates",),
+        "read": ("read_forward",),
+    },
+    shared=("states_BT",),
 )
 MEASURED = measuring(SPACE)
