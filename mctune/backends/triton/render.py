@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
@@ -28,18 +29,38 @@ def render(source: str, values: Mapping[str, Value]) -> str:
     Raises:
         CannotFold: naming the function and the expression, where a flag is used in any other way.
     """
-    module = _parse(source)
-    flags: dict[str, Flag] = {name: value for name, value in values.items() if isinstance(value, bool | str)}
+    flags = tuple((name, value) for name, value in values.items() if isinstance(value, bool | str))
+    module, unbound, given = _folded(source, flags, frozenset(values))
+    for one in given:
+        one.check(values)
+    constants = {name: value for name, value in values.items() if name in unbound}
+    rendered = _with_constants(module, constants).code
+    ast.parse(rendered)
+    return rendered
+
+
+@cache
+def _folded(
+    source: str, flagged: tuple[tuple[str, Flag], ...], values: frozenset[str]
+) -> tuple[cst.Module, set[str], list[_Given]]:
+    """The module with its flags folded, without what goes; which of ``values`` it needs as constants; what is given.
+
+    Configurations that differ in sizes alone share it.
+    """
+    module, flags = _parse(source), dict(flagged)
     functions = {f.name: f for f in (_function(x, flags) for x in module.body if isinstance(x, cst.FunctionDef))}
     for function in functions.values():
-        for name in sorted(values.keys() & set(function.params) & _assigned(function.node)):
+        for name in sorted(values & set(function.params) & _assigned(function.node)):
             raise CannotFold(f"{function.name}: {name} is a constexpr with a value, and is assigned")
         function.gone = {name for name in function.params if name in (values if function.public else flags)}
     _find_dead(functions)
     used = _reachable(module, functions)
-    for function in functions.values():
-        if function.name in used:
-            _check_calls(function, functions, values)
+    given = [
+        one
+        for function in functions.values()
+        if function.name in used
+        for one in _given(function, functions, values, flags)
+    ]
 
     signatures = {name: Signature(list(function.params), function.gone) for name, function in functions.items()}
     body: list[cst.CSTNode] = []
@@ -50,10 +71,7 @@ def render(source: str, values: Mapping[str, Value]) -> str:
             statement = without(function.node, signatures)
             unbound |= function.gone & names(statement.body)
         body.append(statement)
-    constants = {name: value for name, value in values.items() if name in unbound}
-    rendered = _with_constants(_prune(module.with_changes(body=body)), constants).code
-    ast.parse(rendered)
-    return rendered
+    return _prune(module.with_changes(body=body)), unbound, given
 
 
 @cache
@@ -186,26 +204,51 @@ def _find_dead(functions: Mapping[str, _Function]) -> None:
             function.gone |= {param for param in function.params if (name, param) not in alive}
 
 
-def _check_calls(function: _Function, functions: Mapping[str, _Function], values: Mapping[str, Value]) -> None:
-    """Every call gives a parameter that has a value, and goes, just that value."""
+@dataclass(frozen=True)
+class _Given:
+    """What a call gives a parameter that goes: nothing but that parameter's value will do.
+
+    ``constant``: whether it is one, and which.
+    """
+
+    function: str
+    call: _Call
+    name: str
+    text: str
+    constant: tuple[bool, object]
+
+    def check(self, values: Mapping[str, Value]) -> None:
+        """Refuse another value.
+
+        Raises:
+            CannotFold: with both.
+        """
+        if self.call.starred or self.constant != (True, values[self.name]):
+            raise CannotFold(
+                f"{self.function}: `{self.call.text}` gives {self.name} = {self.text}, and "
+                f"{self.call.callee.name} is rendered for {values[self.name]!r}"
+            )
+
+
+def _given(
+    function: _Function, functions: Mapping[str, _Function], values: AbstractSet[str], flags: Mapping[str, Flag]
+) -> Iterator[_Given]:
+    """What the calls of a function give parameters that have a value, and go, unless it is the function's own."""
     found = _calls(function, functions)
     for name in found.elsewhere & functions.keys():
-        lost = sorted(functions[name].gone & values.keys())
+        lost = sorted(functions[name].gone & values)
         if lost:
             raise CannotFold(f"{function.name}: {name} is used without a call, and its {', '.join(lost)} would go")
     for call in found.calls:
-        for name in sorted(call.callee.gone & values.keys()):
+        for name in sorted(call.callee.gone & values):
+            if call.callee.jit and name not in flags:
+                continue  # a tile size that the kernel no longer uses
             arg = call.args.get(name)
             given = call.callee.params[name] if arg is None else arg.value
-            same = given is not None and constant(given) == (True, values[name])
             own = isinstance(given, cst.Name) and given.value == name and name in function.params
-            if call.callee.jit and not isinstance(values[name], bool | str):
-                continue  # a tile size that the kernel no longer uses
-            if call.starred or not (same or own):
-                raise CannotFold(
-                    f"{function.name}: `{call.text}` gives {name} = {code(given) if given else 'nothing'}, and "
-                    f"{call.callee.name} is rendered for {values[name]!r}"
-                )
+            if call.starred or not own:
+                text, same = ("nothing", (False, None)) if given is None else (code(given), constant(given))
+                yield _Given(function.name, call, name, text, same)
 
 
 def _reachable(module: cst.Module, functions: Mapping[str, _Function]) -> set[str]:
