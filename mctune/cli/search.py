@@ -16,7 +16,7 @@ from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
 from mctune.core.advice import advice
 from mctune.core.errors import MctuneError, NoValidConfigError
-from mctune.core.outcome import Predicted
+from mctune.core.outcome import Predicted, where
 from mctune.core.target import resolve
 from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
 
@@ -163,9 +163,15 @@ def _study_text(study: StudyReport) -> str:
     how = "predicted ms" if isinstance(study.frontier[0].outcome, Predicted) else "ms"
     ties = f"\n{len(study.ties)} within noise of the recommended one" if study.ties else ""
     notes = study.recommended.outcome.notes if study.recommended else ()
+    share = where(study.recommended.outcome) if study.recommended else ""
+    spent = f"\nwhere the time of the recommended one goes: {share}" if share else ""
     said = "".join(f"\nthe compiler on the recommended one: {note}" for note in notes)
     return (
-        f"{_title(study)}\n" + text_table(("segment", "states", "cache", how, "", "configuration"), lines) + ties + said
+        f"{_title(study)}\n"
+        + text_table(("segment", "states", "cache", how, "", "configuration"), lines)
+        + ties
+        + spent
+        + said
     )
 
 

@@ -28,6 +28,8 @@ from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.study.rules import Rule
 from mctune.study.samplers import START
+from mctune.study.samplers.chain import APART
+from mctune.study.samplers.parts import sums
 from mctune.study.study import CutShort, Trial, load_study, run_study
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
@@ -105,6 +107,8 @@ class OneStudy:
             listener.note(f"the time limit ended the study after {len(result.trials)} of {total} trials")
         if result.stopped == "exhausted":
             listener.note(f"no further valid configuration: {len(result.trials)} were tried")
+        if note := self._sums(space, result.trials):
+            listener.note(note)
         if result.interrupted:
             return self.report(result.trials), True
         decide_ = self._time_again if self.request.measure else self._verify_fastest
@@ -116,6 +120,14 @@ class OneStudy:
             return self.report(result.trials), True
         except MctuneError as error:
             raise CutShort(error, result.trials) from error
+
+    def _sums(self, space: SearchSpace, trials: Sequence[Trial]) -> str:
+        """Whether the times of operations added up, where configurations were put together from their best."""
+        misses = sums(space, [(trial.config, trial.outcome) for trial in trials])
+        if misses is None or self.request.sampler != "chain":
+            return ""
+        off = f"the times of the operations miss the time of the whole by {misses:.1%}".replace("%", " %")
+        return off if misses <= APART else f"{off}: not searched one by one any more, but all together"
 
     def stored(self) -> StudyReport:
         """The report of what the storage holds, without timing anything.

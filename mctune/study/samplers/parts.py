@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mctune.core.config import Config
+from mctune.core.outcome import Outcome, at_fault, cost, parts
 from mctune.core.space import Block, SearchSpace
 from mctune.study.feasible import Point
 from mctune.study.samplers.discrete import Tried
@@ -137,6 +139,16 @@ class Parts:
                 one.failed += 1
             else:
                 one.doubtful += 1
+
+
+def sums(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> float | None:
+    """By what share of the whole the sums of blocks were off in a study's trials; ``None`` if too few say."""
+    if len(space.blocks) < 2:
+        return None
+    history = [
+        Tried(space.indices(config), cost(outcome), {}, parts(outcome), at_fault(outcome)) for config, outcome in trials
+    ]
+    return Parts(space, history).misses
 
 
 def _times(blocks: Sequence[Block], parts: Mapping[str, float]) -> Iterator[float]:
