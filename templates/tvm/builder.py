@@ -42,7 +42,7 @@ class Builder:
             with T.If(condition):
                 yield Branch(taken=True, otherwise=True, frames=True)
         else:
-            raise TypeError(f"a condition is a bool or known at run time, not {condition!r}")
+            raise _no_condition(condition)
 
     def store(self, array: Any, value: Any, index: Any) -> None:
         T.buffer_store(array, value, index)
@@ -89,6 +89,8 @@ class Builder:
     def choose(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
         if isinstance(condition, bool):
             return yes() if condition else no()
+        if not _at_run_time(condition):
+            raise _no_condition(condition)
         return if_then_else(condition, yes(), no())
 
 
@@ -107,3 +109,7 @@ class Branch:
 
 def _at_run_time(condition: Any) -> bool:
     return is_prim_expr(condition) or isinstance(condition, ExprOp)
+
+
+def _no_condition(value: Any) -> TypeError:
+    return TypeError(f"a condition is a bool or known at run time, not {value!r}")

@@ -1,7 +1,7 @@
 """The TVMScript of templates, made into Python once: a function that calls TVM's builder, and is run at every use.
 
-TVM's own parser reads the text of a function wherever it is used, and compiles every expression in it by itself; that
-took longer than LLVM. Here ``for``, ``if``, stores and bindings become calls of :class:`builder.Builder`, and what is closed
+TVM's own parser reads the text of a function wherever it is used, and compiles every expression in it by itself: twenty
+times the work. Here ``for``, ``if``, stores and bindings become calls of :class:`builder.Builder`, and what is closed
 over stays closed over. Lines are those of the template, so Python's tracebacks tell where an error is:
 
     for r in T.parallel(x.R):           with _build.loop(T.parallel(x.R), 'r') as r:
@@ -176,8 +176,7 @@ class _Translator(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if not isinstance(node, _AS_THEY_ARE):
             raise self._error(node, f"has no {type(node).__name__}")
-        found = super().generic_visit(node)
-        return found
+        return super().generic_visit(node)
 
     def visit(self, node: ast.AST) -> ast.AST:
         found = super().visit(node)
