@@ -16,6 +16,7 @@ each other.
 """
 
 import ast
+import copy
 import linecache
 from collections.abc import Callable
 from functools import cache
@@ -86,8 +87,10 @@ class _Translator(ast.NodeTransformer):
     def function(self, node: ast.FunctionDef) -> ast.FunctionDef:
         arguments = node.args
         self.bound = {one.arg for one in (*arguments.args, *arguments.kwonlyargs)}
-        made = ast.FunctionDef(node.name, arguments, self._block(node.body), [])
-        return ast.copy_location(made, node)
+        # A copy: fields differ from one Python to the next, and what fails halfway can be tried again.
+        made = copy.deepcopy(node)
+        made.body, made.decorator_list = self._block(made.body), []
+        return made
 
     # --- statements
 
