@@ -1,7 +1,7 @@
 """How a template is put together: arguments as one ordered table, values by name, steps as functions.
 
 A step is a Python function that takes the plan (sizes and flags that are known when the kernel is compiled) and the
-kernel's values, and adds statements to the kernel at work: ``@emit`` parses a function of TVMScript there and then. So
+kernel's values, and adds statements to the kernel at work: ``@emit`` takes a function of TVMScript there and then. So
 TVMScript calls steps by keyword, and no function is longer than a screen:
 
     def scale_rows(plan, x, *, factor):
@@ -18,18 +18,19 @@ custom ``plan`` is what is known at compile time, ``x`` the kernel's arguments a
 adds to them: its scratch arrays, and the head and segment where it is at work.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-from tvm.script import from_source
+from tvm.ir import IRModule
+from tvm.s_tir.analysis import verify_well_formed
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
-from tvm.script.parser._core import scan_macro, utils
 from tvm.tirx import PrimFunc, Var
-from tvm.tirx.script.parser.entry import TIRInline
+from tvm.tirx.analysis import verify_tirx_well_formed
+from tvm.tirx.script.builder import prim_func as frame_of
+
+from .script import translated
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,51 +79,46 @@ def prim_func(
 
     ``body`` is called with the arguments and the sizes ``run_time`` as values.
     """
-
-    def start(**named: Any) -> None:
-        body(Values(**vars(run_time) | named))
-
-    types = {
-        key: T.Buffer(a.shape, a.dtype, align=a.align) if isinstance(a, Array) else a for key, a in arguments.items()
-    }
-    source = f"""
-@T.prim_func(s_tir=True)
-def {name}({", ".join(f"{key}: types[{key!r}]" for key in arguments)}):
-    T.func_attr({{"global_symbol": {name!r}, "tirx.noalias": True}})
-    start({", ".join(f"{key}={key}" for key in arguments)})
-"""
-    return from_source(source, extra_vars={"T": T, "types": types, "start": start})
+    types = {key: _typed(kind) for key, kind in arguments.items()}
+    return built(name, types, lambda named: body(Values(**vars(run_time) | named)), schedulable=True)
 
 
-class _Inline(TIRInline):
-    """``T.inline``, which finds the parser at work without ``inspect.getouterframes``.
+def _typed(kind: Any) -> Any:
+    if isinstance(kind, Array):
+        return T.Buffer(kind.shape, kind.dtype, align=kind.align)
+    return kind if isinstance(kind, Var) else kind()  # T.float32
 
-    That one looks up the source of every frame on the stack: most of the time of a build.
+
+def built(
+    name: str, types: dict[str, Any], body: Callable[[dict[str, Any]], None], schedulable: bool, noalias: bool = True
+) -> PrimFunc:
+    """The PrimFunc ``name`` of arguments of ``types``, in order; ``body`` is called with them, by name.
+
+    Args:
+        schedulable: of ``s_tir``, TVM's dialect for CPUs here; else of ``tirx``.
+        noalias: no array that is written is another one too.
     """
-
-    def _find_parser_def(self) -> Any:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            if self.parser_object_name in frame.f_globals:
-                return frame.f_globals[self.parser_object_name]
-            frame = frame.f_back
-        raise RuntimeError(f"{self.func.__name__} is TVMScript, and no kernel is at work")
+    with IRBuilder() as builder:
+        with frame_of(s_tir=schedulable):
+            T.func_name(name)
+            named = {key: T.arg(key, kind) for key, kind in types.items()}
+            T.func_attr({"global_symbol": name, "tirx.noalias": noalias})
+            body(named)
+    function = builder.get()
+    verify_well_formed(IRModule.from_expr(function))
+    if not schedulable:
+        verify_tirx_well_formed(function)
+    return function
 
 
 def inline(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator: TVMScript that is parsed wherever it is called, with its parameters and what it closes over."""
-    source, closed_over = scan_macro(function, utils.inspect_function_capture(function))
-    found = _Inline(source, closed_over, function)
-
-    def call(*arguments: Any, **named: Any) -> None:
-        found(*arguments, **named)
-
-    return call
+    """Decorator: TVMScript that is emitted wherever it is called, with its parameters and what it closes over."""
+    return translated(function)
 
 
 def emit(function: Callable[[], None]) -> None:
-    """Decorator: parse the TVMScript of ``function``, at once, into the kernel at work."""
-    inline(function)()
+    """Decorator: add the TVMScript of ``function``, at once, to the kernel at work."""
+    translated(function)()
 
 
 def scratch(**arrays: Array) -> Values:

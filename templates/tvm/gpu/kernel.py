@@ -12,16 +12,15 @@ Kernels are compiled by TVM's ``tirx`` pipeline, which neither adds nor moves a 
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script import from_source
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc, Var
 
-from ..kernel import Values
+from ..kernel import Values, built
 
 WARP = 32
 """Threads that go on together."""
@@ -54,28 +53,23 @@ def kernel(
         noalias: no array that is written is another one too.
     """
 
-    def start(**named: Any) -> None:
-        thread = named["thread"]
-        place = {"warp": T.truncdiv(thread, WARP), "lane": T.truncmod(thread, WARP)}
-        body(Values(**named, **place, shared=shared))
-
     shared = Shared()
     types: dict[str, Any] = {}
     for key, kind in arguments.items():
         types[key] = T.Buffer((_MANY,), kind[1:]) if kind[0] == "*" else Var(key, kind)
     # How many blocks there are, no kernel asks: sources are generated without these.
     types |= {f"grid_{axis}": Var(f"grid_{axis}", "int32") for axis in "xyz"}
-    source = f"""
-@script.prim_func
-def {name}({", ".join(f"{key}: types[{key!r}]" for key in types)}):
-    script.func_attr({{"global_symbol": {name!r}, "tirx.noalias": {noalias}}})
-    block = script.launch_thread("blockIdx.x", grid_x)
-    row = script.launch_thread("blockIdx.y", grid_y)
-    plane = script.launch_thread("blockIdx.z", grid_z)
-    thread = script.launch_thread("threadIdx.x", {warps * WARP})
-    start(block=block, row=row, plane=plane, thread=thread, {", ".join(f"{key}={key}" for key in arguments)})
-"""
-    return Kernel(from_source(source, extra_vars={"script": T, "types": types, "start": start}), shared.bytes)
+
+    def start(named: dict[str, Any]) -> None:
+        grid = {f"blockIdx.{axis}": named.pop(f"grid_{axis}") for axis in "xyz"} | {"threadIdx.x": warps * WARP}
+        with ExitStack() as scopes:
+            for (tag, count), value in zip(grid.items(), ("block", "row", "plane", "thread"), strict=True):
+                named[value] = IRBuilder.name(value, scopes.enter_context(T.launch_thread(tag, count)))
+            thread = named["thread"]
+            place = {"warp": T.truncdiv(thread, WARP), "lane": T.truncmod(thread, WARP)}
+            body(Values(**named, **place, shared=shared))
+
+    return Kernel(built(name, types, start, schedulable=False, noalias=noalias), shared.bytes)
 
 
 def infinity() -> Any:

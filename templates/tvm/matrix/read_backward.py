@@ -214,7 +214,8 @@ def read_chosen(plan: Plan, at: Values) -> None:
                 MT=f32(Dv, Dk), parts=f32(MR, LANES),
             )
         )  # fmt: skip
-        where, parts = T.meta_var(w.where), T.meta_var(w.parts)
+        where = T.meta_var(w.where)
+        parts = T.meta_var(w.parts)
         sort_by_segment(at.chosen, at.value, at.picks, length, past, where, w.tokens_of, w.gates_of)
         for x in range(past * length):
             gamma[saved + x] = T.float32(0)
