@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mctune.core.config import Config
+from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.target import KINDS, Target
 
@@ -56,3 +57,13 @@ class Known:
     problem: Problem | None = None
     machine: Machine | None = None
     backend: str = ""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a table of tuned kernels says of one: ``backend`` (``tvm`` or ``triton``) compiled it."""
+
+    problem: Problem
+    config: Config
+    backend: str
+    outcome: Timed | Predicted

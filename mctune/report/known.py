@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mctune.core import outcome
+from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.known import Known, Machine
+from mctune.core.known import Known, Machine, Tuned
+from mctune.core.outcome import Predicted, Timed
+from mctune.core.problem import Problem
 from mctune.report.write import Document, read_document
 
 
@@ -29,6 +33,24 @@ def _of_document(source: str, document: Document) -> tuple[Known, ...]:
         Known(row.config, row.ms, row.how == "measured", source, row.problem, machine, row.backend)
         for row in document.rows
     )
+
+
+def tuned_entries(path: Path) -> tuple[dict[str, Any], tuple[Tuned, ...]]:
+    """The target that a tuned table describes, and every entry of it that has a time.
+
+    Raises:
+        UsageError: the file is absent, or no tuned table.
+    """
+    tuned = read_document(path).tuned
+    if tuned is None:
+        raise UsageError(f"{path} is no tuned table; give a tuned.json, of a package or of results")
+    entries = []
+    for one in tuned["entries"]:
+        timed = outcome.from_dict(one["outcome"])
+        if isinstance(timed, Timed | Predicted):
+            problem, config = Problem.from_dict(one["problem"]), Config.of(one["config"])
+            entries.append(Tuned(problem, config, str(one["backend"]), timed))
+    return dict(tuned["target"]), tuple(entries)
 
 
 def machine_of(target: dict[str, Any]) -> Machine:
