@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from mctune.core.errors import UsageError
 from mctune.core.known import Known, Machine, Tuned
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
+from mctune.report.cachefile import known_of_cache
+from mctune.report.t4 import from_t4, known_of_t4
 from mctune.report.write import Document, read_document
 
 
@@ -18,12 +22,32 @@ def read_known(path: Path) -> tuple[Known, ...]:
     """What a file, or a package's folder, says of configurations and their times.
 
     Args:
-        path: a package or its ``tuned.json``, of ``results`` too, or the output of ``mctune bench --json``.
+        path: a package or its ``tuned.json``, of ``results`` too, the output of ``mctune bench --json``, a file of T4
+            results, or one of kernel_tuner's cache; the last two may be gzipped.
 
     Raises:
         UsageError: the file is absent, or is none of these.
     """
+    values = _exchanged(path)
+    if values is not None:
+        try:
+            if "cache" in values:
+                return known_of_cache(str(path), values)
+            return known_of_t4(str(path), from_t4(values))
+        except (UsageError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} {error}") from error
     return _of_document(str(path), read_document(path))
+
+
+def _exchanged(path: Path) -> dict[str, Any] | None:
+    """The document of a file in a format that others write too; ``None`` for every other file."""
+    try:
+        data = path.read_bytes()
+        values = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+    except (OSError, EOFError, ValueError, RecursionError):
+        return None  # the reader of tables says what is the matter
+    known = isinstance(values, dict) and ("results" in values or {"cache", "tune_params_keys"} <= set(values))
+    return values if known else None
 
 
 def _of_document(source: str, document: Document) -> tuple[Known, ...]:

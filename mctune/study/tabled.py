@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mctune.backends.registry import device_of, get_backend, makers
+from mctune.backends.registry import get_backend, maker_of, makers
 from mctune.core.errors import UsageError
 from mctune.core.known import Tuned
 from mctune.core.outcome import Timed
 from mctune.core.target import Target
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.core.workload import Case
-from mctune.runtime.kernels.support import served
 from mctune.study.events import FrontierPoint, SearchReport, StudyReport
 from mctune.study.frontier import recommend
 
@@ -44,15 +43,10 @@ def _unfit(target: Target, entry: Tuned) -> str | None:
         of_backend = makers(target, entry.backend)
     except UsageError as error:
         return str(error)
-    maker = _maker(target, entry)
+    maker = maker_of(target, entry.problem, entry.backend)
     if maker is None or maker not in of_backend:
         return f"{entry.backend} has no templates for it on {target.name}"
     return get_backend(maker).supports(entry.problem, target).reason
-
-
-def _maker(target: Target, entry: Tuned) -> str | None:
-    rows = served(device_of(target), entry.problem.writes.family, entry.backend)
-    return rows[0].maker if rows else None
 
 
 def _study(target: Target, group: Sequence[Tuned], max_slowdown: float) -> StudyReport:
@@ -65,4 +59,5 @@ def _study(target: Target, group: Sequence[Tuned], max_slowdown: float) -> Study
     )
     lengths = tuple(length for point in points if (length := point.problem.segment_length) is not None)
     case = Case(points[0].problem, lengths)
-    return StudyReport(case, (), points, recommend(points, max_slowdown), maker=_maker(target, group[0]) or "")
+    maker = maker_of(target, case.problem, group[0].backend) or ""
+    return StudyReport(case, (), points, recommend(points, max_slowdown), maker=maker)
