@@ -63,6 +63,12 @@ def makers(target: Target, backend: str = "auto") -> tuple[str, ...]:
     raise UsageError((reasons or [f"{target.name} is a {target.kind} device, which no backend serves"])[0])
 
 
+def maker_of(target: Target, problem: Problem, backend: str) -> str | None:
+    """What compiles a problem for a target under the name of a backend: a name for :func:`get_backend`, if anything."""
+    rows = served(device_of(target), problem.writes.family, backend)
+    return rows[0].maker if rows else None
+
+
 def backend_for(target: Target) -> str:
     """What compiles for a target first of all: a name for :func:`get_backend`.
 

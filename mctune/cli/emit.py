@@ -1,18 +1,21 @@
-"""``mctune emit``: the package again, from studies that were searched before."""
+"""``mctune emit``: the package again, from studies that were searched before, or from a table of what was tuned."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._output import json_option, print_json, say
 from mctune.cli.search import report_text
-from mctune.core.errors import NoValidConfigError
+from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.target import resolve
-from mctune.study.events import SearchRequest
+from mctune.study.events import SearchReport, SearchRequest
+
+_OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storage")
 
 
 @click.command()
@@ -29,34 +32,44 @@ from mctune.study.events import SearchRequest
               help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
+@click.option("--from", "table", type=click.Path(path_type=Path), metavar="TABLE",
+              help="Emit what this tuned.json, or package, holds; no study is needed.")  # fmt: skip
 @replace_option
 @click.option("--sign", "key", type=click.Path(path_type=Path, dir_okay=False), metavar="KEY",
               help="Sign the package with the Ed25519 private key in this PEM file.")  # fmt: skip
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
-    inner_chunks: str | None, storage: str | None, out: Path | None, max_slowdown: float, replace: bool,
-    key: Path | None, as_json: bool,
+    inner_chunks: str | None, storage: str | None, out: Path | None, max_slowdown: float, table: Path | None,
+    replace: bool, key: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Emit the package of a search again: from its studies as far as they went, without searching or timing.
 
     Give the options that the search was given. Every kernel is built and verified again; the times are the trials' own.
     A package for the same target that is in DIR already is added to: of two kernels for a problem the better one stays.
+
+    With --from the problems and configurations are those of a published table, and so is the target.
     """
     from mctune.emit import Signer, check_out
-    from mctune.study.run import stored
 
-    target, note = resolve(target_name)
-    if note:
-        say(note)
-    cases, trials, _ = cases_of(target, workload, problem, segment_lengths, inner_chunks)
-    request = SearchRequest(
-        target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
-        max_slowdown=max_slowdown, measure=measured(target, False),
-    )  # fmt: skip
     signer = Signer.of(key) if key else None
-    check_out(request.out, target, replace=replace)
-    report = stored(request)
+    report: SearchReport | None = None
+    if table is not None:
+        request, report = _of_table(table, target_name, out, max_slowdown)
+    else:
+        target, note = resolve(target_name)
+        if note:
+            say(note)
+        cases, trials, _ = cases_of(target, workload, problem, segment_lengths, inner_chunks)
+        request = SearchRequest(
+            target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
+            max_slowdown=max_slowdown, measure=measured(target, False),
+        )  # fmt: skip
+    check_out(request.out, request.target, replace=replace)
+    if report is None:
+        from mctune.study.run import stored
+
+        report = stored(request)
     package = emit_report(request, report, replace, signer)
     if package is None:
         raise NoValidConfigError("no study holds a candidate that was verified and timed; search on: `mctune search`")
@@ -66,3 +79,48 @@ def command(
         click.echo(report_text(report))
     say(f"emitted {package}")
     return 0
+
+
+def _of_table(
+    table: Path, target_name: str, out: Path | None, max_slowdown: float
+) -> tuple[SearchRequest, SearchReport]:
+    """What a tuned table holds, as a search would have found it."""
+    from mctune.backends.registry import get_backend
+    from mctune.report.known import machine_of, tuned_entries
+    from mctune.study.tabled import tabled
+
+    given = _given()
+    if unfit := [name for name in _OF_STUDIES if name in given]:
+        raise UsageError(f"--from and --{unfit[0].replace('_', '-')} exclude each other: a table says what it is about")
+    described, entries = tuned_entries(table)
+    machine = machine_of(described)
+    target, _ = resolve(target_name if "target_name" in given else machine.name)
+    if target.name != machine.name:
+        raise UsageError(
+            f"{table} was tuned for {machine.name}, not {target.name}: "
+            f"`mctune search --gpu {target.name} --from {table}` begins with it"
+        )
+    if target.on_cpu and (target.title, target.arch) != (machine.title, machine.arch):
+        say(
+            f"the times are of {machine.title} ({machine.arch}), and this is {target.title} ({target.arch}): what does "
+            f"not fit here is left out; `mctune search --from {table}` tunes for this machine, beginning with it"
+        )
+    report, left_out = tabled(target, out or default_out(target), entries, max_slowdown)
+    for text in left_out:
+        say(text)
+    if not report.studies:
+        raise NoValidConfigError(f"nothing in {table} can be built for {target.name}")
+    measure = measured(target, False)
+    for maker in dict.fromkeys(study.maker for study in report.studies):
+        get_backend(maker).ready(here=measure)
+    request = SearchRequest(
+        target=target, cases=tuple(study.case for study in report.studies), out=report.out, trials=1,
+        max_slowdown=max_slowdown, measure=measure,
+    )  # fmt: skip
+    return request, report
+
+
+def _given() -> set[str]:
+    """The options that the user has given."""
+    context = click.get_current_context()
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}

@@ -15,8 +15,10 @@ from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
 from mctune.core.advice import advice
-from mctune.core.errors import MctuneError, NoValidConfigError
+from mctune.core.errors import MctuneError, NoValidConfigError, UsageError
+from mctune.core.known import Known
 from mctune.core.outcome import Predicted, where
+from mctune.core.paths import results_dir
 from mctune.core.target import resolve
 from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
 
@@ -47,14 +49,18 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--trial-timeout", type=float, default=60.0, show_default=True, metavar="SECONDS",
               help="Kill a candidate after this time; the last check of what may ship, after ten times.")  # fmt: skip
+@click.option("--from", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Begin with what did best there: a package, tuned.json, T4 or cache file; repeatable.")  # fmt: skip
+@click.option("--no-warm-start", "cold", is_flag=True,
+              help="Begin with the defaults alone, whatever is known of similar problems.")  # fmt: skip
 @replace_option
 @click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
     inner_chunks: str | None, trials: int | None, timeout: float | None, backend: str, sampler: str, seed: int,
-    storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, replace: bool, measure: bool,
-    as_json: bool,
+    storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, files: tuple[Path, ...],
+    cold: bool, replace: bool, measure: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
@@ -62,6 +68,9 @@ def command(
     not on this machine each is compiled, and its time predicted by a cost model; the fastest are verified. The same
     command again goes on where an interrupted one stopped. A package for the same target that is in DIR already is
     added to: of two kernels for a problem the better one stays.
+
+    A new study begins with up to five configurations that are known to do well on similar problems: of the other
+    studies in its storage, of published results, and of --from.
     """
     target, note = resolve(target_name)
     if note:
@@ -82,6 +91,8 @@ def command(
         trial_timeout_s=trial_timeout,
         measure=measured(target, measure),
         backend=backend,
+        warm=not cold,
+        known=_known(files, cold),
     )
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -115,6 +126,17 @@ def command(
     if not any(study.recommended for study in report.studies):
         raise NoValidConfigError(_nothing_valid(report))
     return 0
+
+
+def _known(files: Sequence[Path], cold: bool) -> tuple[Known, ...]:
+    """What is known besides the storage's studies: of the files, and of published results."""
+    if cold and files:
+        raise UsageError("--from and --no-warm-start exclude each other; give one")
+    from mctune.report.known import published, read_known
+
+    if cold:
+        return ()
+    return (*(known for path in files for known in read_known(path)), *published(results_dir()))
 
 
 def report_text(report: SearchReport) -> str:

@@ -31,6 +31,12 @@ def search_spaces_dir() -> Path:
     return _data_dir("search_spaces", _PACKAGE)
 
 
+def results_dir() -> Path | None:
+    """The folder of published results beside the package, which a checkout has and a wheel has not."""
+    folder = _PACKAGE.parent / "results"
+    return folder if folder.is_dir() else None
+
+
 def _data_dir(name: str, package: Path) -> Path:
     """``package/_data/name`` (a wheel), else the sibling of ``package`` (a checkout)."""
     packaged, beside = package / "_data" / name, package.parent / name

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
+from mctune.core.known import Known
 from mctune.core.outcome import Outcome, Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.target import Target
@@ -41,6 +42,8 @@ class SearchRequest:
         trial_timeout_s: seconds after which a candidate is killed; those that may ship have ``holding_s``.
         backend: ``tvm`` or ``triton``; ``auto`` is all that serve the target, a study each.
         measure: whether candidates are timed on the target, which must be here, or compiled for it and predicted.
+        warm: whether a new study begins with what is known of problems and machines like its own.
+        known: that, besides what the other studies of its storage hold.
     """
 
     target: Target
@@ -55,6 +58,8 @@ class SearchRequest:
     trial_timeout_s: float = 60.0
     measure: bool = True
     backend: str = "auto"
+    warm: bool = True
+    known: tuple[Known, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cases:

@@ -11,7 +11,7 @@ points only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -67,6 +67,26 @@ class Feasible:
         Parameters that most rules read are decided first. The repair of an evenly drawn point is drawn evenly too: each
         parameter among the values that those before it leave. Rules without a tree are not looked at.
         """
+        return self._repaired(point, stratum, lambda p, values: values[int(rng.integers(len(values)))])
+
+    def nearest(self, point: Point, stratum: Stratum | None = None) -> Point | None:
+        """``point``, with the nearest other value where its own leaves no valid point; ``None`` if there is none.
+
+        Nearest is by position where the parameter is ordered, else the first that is left. Nothing is drawn.
+        """
+
+        def choose(p: int, values: Sequence[int]) -> int:
+            if not self._space.params[p].ordered:
+                return values[0]
+            return min(values, key=lambda value: (abs(value - point[p]), value))
+
+        found = self._repaired(point, stratum, choose)
+        return found if found is not None and self._meets_whole(found) else None
+
+    def _repaired(
+        self, point: Point, stratum: Stratum | None, choose: Callable[[int, Sequence[int]], int]
+    ) -> Point | None:
+        """``point``, with what is chosen (of a parameter, among these values) where its own value leaves nothing."""
         if stratum not in self._begun:
             self._begun[stratum] = self._groups(self._within(stratum))
         groups = self._begun[stratum]
@@ -77,7 +97,7 @@ class Feasible:
         while left:
             p, values = self._settle(left.pop())
             if changed[p] not in values:
-                changed[p] = list(values)[int(rng.integers(len(values)))]
+                changed[p] = choose(p, list(values))
             left += values[changed[p]]
         return None if groups is None else tuple(changed)
 

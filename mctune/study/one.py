@@ -16,6 +16,7 @@ from mctune.backends.protocol import Backend
 from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.interrupt import held
+from mctune.core.known import Machine
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, cost, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
@@ -26,6 +27,7 @@ from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyRep
 from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
+from mctune.study.known import Home, recorded, seeds, told
 from mctune.study.rules import Rule
 from mctune.study.samplers import START
 from mctune.study.samplers.chain import APART
@@ -100,6 +102,7 @@ class OneStudy:
             on_trial=on_trial,
             balance=SEGMENT_LENGTH if lengths else None,
             start=min(START, max(_LEAST_START, total // 5)),
+            first=() if so_far else self._known_already(space, listener),
             at_once=workers.count,
             guard=False,
         )
@@ -160,6 +163,18 @@ class OneStudy:
             return lambda config: constraint.holds(config, problem(_length(config)), target)
 
         return tuple(rule(constraint) for constraint in self.backend.space(self.case.problem).constraints)
+
+    def _known_already(self, space: SearchSpace, listener: Listener) -> tuple[Config, ...]:
+        """What a study that has no trial yet begins with, besides its defaults; ``listener`` is told."""
+        request = self.request
+        if not request.warm:
+            return ()
+        machine, rules = Machine.of(request.target), self.rules()
+        home = Home(self.case, machine, self.backend.identity()["name"], request.measure, space, rules)
+        found = seeds(home, (*recorded(self.storage, self.name, home), *request.known))
+        if found:
+            listener.note(told(found))
+        return tuple(seed.config for seed in found)
 
     def _without_point(self, space: SearchSpace) -> Iterator[str]:
         """What is to be said of each segment length that no configuration is valid with, or of the problem."""

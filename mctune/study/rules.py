@@ -133,6 +133,34 @@ class Trees:
             self._cut[node, p, value] = left
         return left
 
+    def expression(self, node: int) -> str:
+        """A tree as a Python expression over the parameters' names: true where the rule says yes.
+
+        Examples:
+            >>> from mctune.core.space import Choice, Pow2
+            >>> trees = Trees(SearchSpace((Pow2("rows", 1, 4), Choice("form", ("plain", "split")))))
+            >>> rule = trees.of(lambda config: config["form"] == "plain" or config.integer("rows") > 1)
+            >>> trees.expression(rule)
+            "form == 'plain' or form == 'split' and rows in (2, 4)"
+        """
+        if node <= YES:
+            return str(node == YES)
+        p, branches = self._forks[node]
+        name, values = self._params[p].name, self._params[p].values
+        ways = []
+        for branch in dict.fromkeys(branches):
+            if branch == NO:
+                continue
+            found = [value for value, other in zip(values, branches, strict=True) if other == branch]
+            test = f"{name} == {found[0]!r}" if len(found) == 1 else f"{name} in {tuple(found)!r}"
+            rest = self.expression(branch) if branch != YES else ""
+            ways.append(test + (f" and ({rest})" if " or " in rest else f" and {rest}" if rest else ""))
+        return " or ".join(ways)
+
+    def names(self, node: int) -> tuple[str, ...]:
+        """The names of the parameters that a tree looks at."""
+        return tuple(param.name for p, param in enumerate(self._params) if self._reads[node] >> p & 1)
+
     def answer(self, node: int, point: tuple[int, ...]) -> bool:
         """What the rule says of a point."""
         while node > YES:

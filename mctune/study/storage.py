@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import optuna
@@ -24,6 +24,8 @@ BROKEN = (StorageInternalError, SQLAlchemyError)
 """What Optuna raises when a storage can no longer be read or written."""
 ILLEGIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What Optuna raises where single rows of a study are damaged."""
+ABOUT = "mctune"
+"""The attribute of a study that says what it is about."""
 _FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
 _Result = TypeVar("_Result")
 
@@ -114,6 +116,20 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         if "locked" in why:
             remedy = "another process holds it: wait until that has ended, or give another --storage"
         raise UsageError(f"cannot open the storage {redacted_url(str(url))}: {why}; {remedy}") from error
+
+
+def studies_in(url: str, patience_s: float) -> dict[str, dict[str, Any]]:
+    """What every study of mctune in a storage is about, by the studies' names; no trial is read.
+
+    Raises:
+        UsageError: if the storage cannot be opened or read.
+    """
+    try:
+        with legible(url):
+            found = {one.study_name: one.user_attrs.get(ABOUT) for one in opened(url, patience_s).get_all_studies()}
+    except BROKEN as error:
+        raise UsageError(f"the studies in {redacted_url(url)} cannot be read: {reason(error)}") from error
+    return {name: dict(about["attrs"]) for name, about in found.items() if isinstance(about, dict) and "attrs" in about}
 
 
 def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Result:

@@ -32,9 +32,9 @@ from mctune.core.space import SearchSpace
 from mctune.study.rules import Rule
 from mctune.study.samplers import START, DiscreteSampler, sampler_of
 from mctune.study.samplers.discrete import AT_FAULT, PARTS
-from mctune.study.storage import BROKEN, ILLEGIBLE, alone, legible, opened, patiently, reason
+from mctune.study.storage import ABOUT, BROKEN, ILLEGIBLE, alone, legible, opened, patiently, reason
 
-_ATTRS = "mctune"
+_FIRST = "mctune_first"
 _UNPROVEN = (FailedBuild, Crashed, TimedOut)
 """What a machine may do to any candidate."""
 _Result = TypeVar("_Result")
@@ -108,6 +108,7 @@ def run_study(
     on_trial: Callable[[Trial], None] | None = None,
     balance: str | None = None,
     start: int = START,
+    first: Sequence[Config] = (),
     at_once: int = 1,
     guard: bool = True,
 ) -> StudyResult:
@@ -129,6 +130,8 @@ def run_study(
         study_name: name of the study in its storage.
         attrs: what the study is about (problem, target, versions), JSON-able; must be equal on every resumption.
         on_trial: called after each candidate has been recorded.
+        first: what is tried right after the space's defaults, as far as it is valid. A study keeps those that it was
+            begun with: on a resumption they are read from it.
         at_once: candidates that are proposed together and evaluated side by side, in threads; only for evaluations
             that do not disturb each other. The second is proposed as if the first were of middling speed.
         guard: whether to keep other processes from a SQLite file meanwhile; without it the caller does.
@@ -145,7 +148,7 @@ def run_study(
     chooser = sampler_of(sampler, space, rules, seed=seed, balance=balance, retry_failed=True, start=start)
     with held() as ctrl_c, alone(storage if guard else None):
         with _failing(storage), legible(storage):
-            study = _open(storage, study_name, chooser, _about(space, attrs or {}))
+            study = _open(storage, study_name, chooser, _about(space, attrs or {}), first)
         run = _Run(space, evaluate, study, chooser, on_trial, ctrl_c, storage)
         try:
             with _failing(storage):
@@ -286,7 +289,7 @@ def load_study(storage: str, study_name: str = "mctune") -> tuple[dict[str, Any]
             study = optuna.load_study(study_name=study_name, storage=opened(storage, PATIENCE_S))
         except KeyError:
             raise UsageError(f"{redacted(storage)} holds no study {study_name!r}; run mctune search first") from None
-        about: dict[str, Any] = study.user_attrs.get(_ATTRS, {})
+        about: dict[str, Any] = study.user_attrs.get(ABOUT, {})
         recorded = _recorded(study)
         doubtful = _doubtful(recorded)
         return dict(about.get("attrs", {})), tuple(trial for trial, _ in recorded if trial.number not in doubtful)
@@ -299,21 +302,25 @@ def _about(space: SearchSpace, attrs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _open(storage: str | None, name: str, sampler: DiscreteSampler, about: dict[str, Any]) -> optuna.Study:
-    """Create the study or find it, and refuse one that is about something else."""
+def _open(
+    storage: str | None, name: str, sampler: DiscreteSampler, about: dict[str, Any], first: Sequence[Config]
+) -> optuna.Study:
+    """Create the study or find it, and refuse one that is about something else. Its sampler begins as it began."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the caller reports progress, through on_trial
     study = optuna.create_study(
         storage=opened(storage, PATIENCE_S), study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
     )
-    found = study.user_attrs.get(_ATTRS)
+    found = study.user_attrs.get(ABOUT)
     if found is None and not study.get_trials(deepcopy=False):
-        study.set_user_attr(_ATTRS, about)
+        study.set_user_attr(_FIRST, [config.to_dict() for config in first])
+        study.set_user_attr(ABOUT, about)
     elif found != about:
         raise UsageError(
             f"the study {name!r} in {redacted(str(storage))} is about something else "
             f"({_difference(found or {}, about)}); a study never mixes problems, targets or spaces: give another study "
             "name, storage or output directory"
         )
+    sampler.begin_with([Config.of(values) for values in study.user_attrs.get(_FIRST, ())])
     return study
 
 

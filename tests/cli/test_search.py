@@ -83,7 +83,10 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("chain", 0, 1.10, 60.0)
 
 
-def test_options_reach_the_request(run: Callable[..., Any], planted: Planted, tmp_path: Path) -> None:
+def test_options_reach_the_request(
+    run: Callable[..., Any], planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mctune.cli.search.results_dir", lambda: None)
     ran = run(
         "search", "--gpu", "h100", "--problem", FIELDS, "--segment-lengths", "64,32", "--trials", "7", "--timeout", "9",
         "--sampler", "random", "--seed", "3", "--storage", "sqlite:///x.db", "--out", str(tmp_path / "tuned_here"),
@@ -328,3 +331,44 @@ def test_inner_chunks_that_cannot_be(
 ) -> None:
     ran = run("search", "--problem", f"{FIELDS}{fields}", "--inner-chunks", chunks)
     assert ran.code == 2 and said in ran.err and planted.request is None
+
+
+def test_what_is_known_already_reaches_the_request(
+    run: Callable[..., Any], planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mctune.cli.search.results_dir", lambda: None)
+    assert run("search", "--problem", FIELDS).code == 0
+    assert planted.request is not None and planted.request.warm and planted.request.known == ()
+    table = Path(__file__).resolve().parents[2] / "results" / "cpu" / "tuned.json"
+    assert run("search", "--problem", FIELDS, "--from", str(table), "--from", str(table)).code == 0
+    entries = json.loads(table.read_text())["entries"]
+    assert len(planted.request.known) == 2 * len(entries)
+    first = planted.request.known[0]
+    assert first.config.to_dict() == entries[0]["config"] and first.ms == entries[0]["outcome"]["ms"]
+    assert first.problem == Problem.from_dict(entries[0]["problem"])
+    assert (first.backend, first.measured) == ("tvm", True)
+    assert first.machine is not None and first.machine.arch == "x86-64-v4" and first.source == str(table)
+    # Without any option: the published tables, and one that cannot be read is not asked for.
+    monkeypatch.setattr("mctune.cli.search.results_dir", lambda: table.parents[1])
+    assert run("search", "--problem", FIELDS).code == 0
+    assert {known.config for known in planted.request.known} >= {first.config}
+    assert run("search", "--problem", FIELDS, "--no-warm-start").code == 0
+    assert not planted.request.warm and planted.request.known == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--from", "absent.json"), "absent.json does not exist"),
+        (("--from", "other.json"), "other.json is neither"),
+        (("--from", "broken.json"), "broken.json is not JSON"),
+        (("--from", "other.json", "--no-warm-start"), "exclude each other"),
+    ],
+)
+def test_files_that_know_nothing(
+    run: Callable[..., Any], planted: Planted, arguments: tuple[str, ...], message: str
+) -> None:
+    Path("other.json").write_text("{}")
+    Path("broken.json").write_text("{")
+    ran = run("search", "--problem", FIELDS, *arguments)
+    assert ran.code == 2 and message in ran.err and ran.err.count("\n") == 1 and planted.request is None

@@ -89,6 +89,14 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self._disregarded = numbers
         self._points.rewind()
 
+    def begin_with(self, configs: Sequence[Config]) -> None:
+        """Try these right after the defaults, as far as they are valid: what is known from elsewhere.
+
+        What is proposed depends on them too, so whoever goes on with a study gives the same ones again.
+        """
+        self._points.begin_with(configs)
+        self._last = None
+
     @abstractmethod
     def choose(
         self,

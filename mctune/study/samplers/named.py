@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 
+from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.space import SearchSpace
 from mctune.study.events import check_sampler
@@ -45,18 +46,26 @@ def sampler_of(
     balance: str | None = None,
     retry_failed: bool = False,
     start: int = START,
+    first: Sequence[Config] = (),
 ) -> DiscreteSampler:
     """The sampler of that name over ``space``; the other arguments are :class:`MixSampler`'s.
 
     Args:
         name: one of :data:`mctune.study.events.SAMPLERS`, or ``module:Class`` for any other ``BaseSampler``. That is
             constructed with ``seed=`` if it takes one, else with nothing.
+        first: configurations to try after the defaults; see :meth:`DiscreteSampler.begin_with`.
 
     Raises:
         UsageError: if there is no such sampler, or something that it needs is not installed.
     """
     check(name)
     common: dict[str, Any] = {"seed": seed, "balance": balance, "retry_failed": retry_failed}
+    sampler = _made(name, space, rules, start, common)
+    sampler.begin_with(first)
+    return sampler
+
+
+def _made(name: str, space: SearchSpace, rules: Sequence[Rule], start: int, common: dict[str, Any]) -> DiscreteSampler:
     if name in _OWN:
         return _OWN[name](space, rules, start=start, **common)
     if name == "grid":

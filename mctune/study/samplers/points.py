@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
+from mctune.core.config import Config
 from mctune.core.space import SearchSpace
 from mctune.study.feasible import Feasible, Point, Stratum
 from mctune.study.rules import Rule
@@ -31,8 +32,15 @@ class Points:
         self.sizes = tuple(len(param.values) for param in space.params)
         self.balance = None if balance is None else space.params.index(space.param(balance))
         self.defaults = tuple(self._defaults())
+        """What a search begins with."""
         self._rest: dict[Stratum | None, Iterator[Point]] = {}
         self._head: dict[Stratum | None, Point | None] = {}
+
+    def begin_with(self, configs: Sequence[Config]) -> None:
+        """Have these follow the defaults: those that are valid points, in their order, none twice."""
+        points = (self.space.indices(config) for config in configs if config in self.space)
+        valid = (point for point in points if point in self.feasible)
+        self.defaults = tuple(dict.fromkeys((*self.defaults, *valid)))
 
     def strata(self, tried: Sequence[Point]) -> list[tuple[Stratum | None, int]]:
         """Every value of the balanced parameter with how often it was tried, the least tried first."""
