@@ -61,6 +61,16 @@ def url_of(storage: str) -> str:
     return storage if "://" in storage else sqlite_url(Path(storage))
 
 
+def shared(url: str | None) -> bool:
+    """Whether several processes may search the studies of a storage at the same time.
+
+    Examples:
+        >>> shared("postgresql://host/mctune"), shared("sqlite:////tmp/search.db"), shared(None)
+        (True, False, False)
+    """
+    return url is not None and not url.startswith("sqlite")
+
+
 @contextmanager
 def alone(url: str | None) -> Iterator[None]:
     """Keep other processes from searching the studies of a SQLite file; another storage is not looked after.

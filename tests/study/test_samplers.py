@@ -60,7 +60,7 @@ def quiet() -> Any:
 
 
 def configs(study: optuna.Study, space: SearchSpace) -> list[Config]:
-    return [space.at([trial.params[param.name] for param in space.params]) for trial in study.trials]
+    return [Config.of(trial.params) for trial in study.trials]
 
 
 def searched(sampler: DiscreteSampler, trials: int, value: Callable[[Config], float] = cost) -> list[Config]:
