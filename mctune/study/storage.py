@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import optuna
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held
@@ -25,6 +36,8 @@ BROKEN = (StorageInternalError, SQLAlchemyError)
 ILLEGIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What Optuna raises where single rows of a study are damaged."""
 _FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
+_RACED = ("already exists", "duplicate key", "Duplicate entry")
+_RACES = 20
 _Result = TypeVar("_Result")
 
 
@@ -98,8 +111,8 @@ def _take(lock: int, path: Path | None) -> None:
     except BlockingIOError:
         who = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
         raise UsageError(
-            f"the studies in {path} are being searched by process {who}; wait for it to end, or give another --storage "
-            "or --out"
+            f"the studies in {path} are being searched by process {who}; wait for it to end, give another --storage or "
+            "--out, or share a server among workers: --storage postgresql://..., with --workers on one machine"
         ) from None
     except OSError:
         return  # a file system without locks
@@ -117,13 +130,27 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         if url is None or "://" not in url or url.startswith("redis"):
             return optuna.storages.get_storage(url)
         options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
+        return optuna.storages.get_storage(_created(url, options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
         why = _without(url, reason(error))
         remedy = "give an Optuna URL such as sqlite:///search.db, and install the driver that it needs"
         if "locked" in why:
             remedy = "another process holds it: wait until that has ended, or give another --storage"
         raise UsageError(f"cannot open the storage {redacted_url(str(url))}: {why}; {remedy}") from error
+
+
+def _created(url: str, options: dict[str, Any]) -> optuna.storages.RDBStorage:
+    """The storage with its tables; several workers may be about to create them."""
+    if url.startswith("postgresql://") and find_spec("psycopg") is not None:
+        url = url.replace("://", "+psycopg://", 1)  # SQLAlchemy 2.0 would take an older driver
+    for _ in range(_RACES):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if not any(words in str(error) for words in _RACED):
+                raise
+        time.sleep(random.uniform(0.05, 0.2))
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
 def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Result:
@@ -171,6 +198,6 @@ def _without(url: str | None, text: str) -> str:
 def _may_pass(error: BaseException) -> bool:
     """Whether an error is a server's restart or another program's lock, not a file that is damaged or a full disk."""
     cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-    return isinstance(cause, OperationalError | InterfaceError | InternalError) and not any(
+    return isinstance(cause, OperationalError | InterfaceError | InternalError | PendingRollbackError) and not any(
         words in str(cause) for words in _FOR_GOOD
     )
