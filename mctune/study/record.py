@@ -84,6 +84,7 @@ class Records:
     evaluated: dict[int, tuple[Trial, str]] = field(default_factory=dict)
     _proven: set[str] = field(default_factory=set)
     _failing: set[str] = field(default_factory=set)
+    _configs: set[Config] = field(default_factory=set)
     _finished: int = 0  # leading trials that never change any more
 
     def look(self) -> Look:
@@ -95,6 +96,7 @@ class Records:
             if trial.number not in self.evaluated and (found := evaluated(trial)) is not None:
                 self.evaluated[trial.number] = found
                 news.append(found[0])
+                self._configs.add(found[0].config)
                 proves = found[1] and not isinstance(found[0].outcome, _UNPROVEN)
                 (self._proven if proves else self._failing).add(found[1])
         for trial in since:
@@ -105,7 +107,7 @@ class Records:
 
     def doubtful(self, over: Callable[[str], bool] = lambda run: True) -> frozenset[int]:
         """See :func:`doubtful`; at no cost where every run has built something."""
-        if not self._failing - self._proven:
+        if not self._failing - self._proven and len(self._configs) == len(self.evaluated):
             return frozenset()
         return doubtful([self.evaluated[number] for number in sorted(self.evaluated)], over)
 
@@ -126,13 +128,18 @@ def doubtful(recorded: Sequence[tuple[Trial, str]], over: Callable[[str], bool] 
     """Trials whose failures say nothing: of a run in which nothing was built and run, whatever was tried, or of one
     that did not look whether anything could be. Who fails in a second such run has failed.
 
-    ``over`` says of a run whether it has ended: one that goes on may still build something.
+    ``over`` says of a run whether it has ended: one that goes on may still build something. Where one that seemed to
+    have ended goes on after all, what was tried again meanwhile counts once.
     """
+    last = {trial.config: trial.number for trial, _ in recorded}
     proven = {run for trial, run in recorded if run and not isinstance(trial.outcome, _UNPROVEN)}
     doubted: dict[Config, str] = {}
     numbers = set()
     for trial, run in recorded:
-        if isinstance(trial.outcome, _UNPROVEN) and run not in proven and doubted.get(trial.config, run) == run:
+        if isinstance(trial.outcome, _UNPROVEN) and last[trial.config] != trial.number:
+            numbers.add(trial.number)
+            doubted.setdefault(trial.config, run)
+        elif isinstance(trial.outcome, _UNPROVEN) and run not in proven and doubted.get(trial.config, run) == run:
             if run and not over(run):
                 continue
             doubted[trial.config] = run
