@@ -112,7 +112,7 @@ def _take(lock: int, path: Path | None) -> None:
         who = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
         raise UsageError(
             f"the studies in {path} are being searched by process {who}; wait for it to end, give another --storage or "
-            "--out, or share a server among workers: --storage postgresql://..., with --workers on one machine"
+            "--out, or share the study: every worker with the same --storage postgresql://..."
         ) from None
     except OSError:
         return  # a file system without locks
