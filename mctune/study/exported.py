@@ -20,9 +20,10 @@ from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
 from mctune.study.events import SearchRequest
 from mctune.study.one import OneStudy
+from mctune.study.record import Trial
 from mctune.study.rules import Rule, Trees
 from mctune.study.storage import ABOUT, BROKEN, legible, opened, reason, studies_in
-from mctune.study.study import PATIENCE_S, Trial, load_study
+from mctune.study.study import PATIENCE_S, load_study
 
 
 @dataclass(frozen=True)

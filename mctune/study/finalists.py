@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mctune.core.config import Config
 from mctune.core.errors import NoValidConfigError
-from mctune.study.study import Trial
+from mctune.study.record import Trial
 
 _DOUBT = 0.05
 

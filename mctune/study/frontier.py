@@ -10,7 +10,7 @@ from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.study.events import FrontierPoint
-from mctune.study.study import Trial
+from mctune.study.record import Trial
 
 SEGMENT_LENGTH = "segment_length"
 

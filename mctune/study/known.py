@@ -22,10 +22,11 @@ from mctune.core.workload import Case
 from mctune.study.feasible import Point, Stratum
 from mctune.study.frontier import SEGMENT_LENGTH
 from mctune.study.nearness import between, distance, doublings
+from mctune.study.record import Trial
 from mctune.study.rules import Rule
 from mctune.study.samplers.points import Points, within
 from mctune.study.storage import studies_in
-from mctune.study.study import PATIENCE_S, Trial, load_study
+from mctune.study.study import PATIENCE_S, load_study
 
 MOST = 5
 """Configurations that a study begins with besides the defaults."""

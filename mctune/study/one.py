@@ -28,11 +28,12 @@ from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.study.known import Home, recorded, seeds, told
+from mctune.study.record import Trial
 from mctune.study.rules import Rule
 from mctune.study.samplers import START
 from mctune.study.samplers.chain import APART
 from mctune.study.samplers.parts import sums
-from mctune.study.study import CutShort, Trial, load_study, run_study
+from mctune.study.study import CutShort, load_study, run_study
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
@@ -14,7 +16,16 @@ from urllib.parse import quote, unquote_to_bytes
 import optuna
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held
@@ -27,6 +38,8 @@ ILLEGIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, Recur
 ABOUT = "mctune"
 """The attribute of a study that says what it is about."""
 _FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
+_RACED = ("already exists", "duplicate key", "Duplicate entry")
+_RACES = 20
 _Result = TypeVar("_Result")
 
 
@@ -63,6 +76,16 @@ def url_of(storage: str) -> str:
     return storage if "://" in storage else sqlite_url(Path(storage))
 
 
+def shared(url: str | None) -> bool:
+    """Whether several processes may search the studies of a storage at the same time.
+
+    Examples:
+        >>> shared("postgresql://host/mctune"), shared("sqlite:////tmp/search.db"), shared(None)
+        (True, False, False)
+    """
+    return url is not None and not url.startswith("sqlite")
+
+
 @contextmanager
 def alone(url: str | None) -> Iterator[None]:
     """Keep other processes from searching the studies of a SQLite file; another storage is not looked after.
@@ -90,8 +113,8 @@ def _take(lock: int, path: Path | None) -> None:
     except BlockingIOError:
         who = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
         raise UsageError(
-            f"the studies in {path} are being searched by process {who}; wait for it to end, or give another --storage "
-            "or --out"
+            f"the studies in {path} are being searched by process {who}; wait for it to end, give another --storage or "
+            "--out, or share the study: every worker with the same --storage postgresql://..."
         ) from None
     except OSError:
         return  # a file system without locks
@@ -109,7 +132,7 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         if url is None or "://" not in url or url.startswith("redis"):
             return optuna.storages.get_storage(url)
         options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
+        return optuna.storages.get_storage(_created(url, options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
         why = _without(url, reason(error))
         remedy = "give an Optuna URL such as sqlite:///search.db, and install the driver that it needs"
@@ -130,6 +153,20 @@ def studies_in(url: str, patience_s: float) -> dict[str, dict[str, Any]]:
     except BROKEN as error:
         raise UsageError(f"the studies in {redacted_url(url)} cannot be read: {reason(error)}") from error
     return {name: dict(about["attrs"]) for name, about in found.items() if isinstance(about, dict) and "attrs" in about}
+
+
+def _created(url: str, options: dict[str, Any]) -> optuna.storages.RDBStorage:
+    """The storage with its tables; several workers may be about to create them."""
+    if url.startswith("postgresql://") and find_spec("psycopg") is not None:
+        url = url.replace("://", "+psycopg://", 1)  # SQLAlchemy 2.0 would take an older driver
+    for _ in range(_RACES):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if not any(words in str(error) for words in _RACED):
+                raise
+        time.sleep(random.uniform(0.05, 0.2))
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
 def patiently(do: Callable[[], _Result], ctrl_c: Held, patience_s: float) -> _Result:
@@ -177,6 +214,6 @@ def _without(url: str | None, text: str) -> str:
 def _may_pass(error: BaseException) -> bool:
     """Whether an error is a server's restart or another program's lock, not a file that is damaged or a full disk."""
     cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-    return isinstance(cause, OperationalError | InterfaceError | InternalError) and not any(
+    return isinstance(cause, OperationalError | InterfaceError | InternalError | PendingRollbackError) and not any(
         words in str(cause) for words in _FOR_GOOD
     )

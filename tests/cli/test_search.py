@@ -202,7 +202,7 @@ def test_an_interrupted_search_prints_what_it_has_and_exits_130(run: Callable[..
         (("--problem", "{"), "not JSON"),
         (("--problem", FIELDS, "--segment-lengths", "a"), "not a list of integers"),
         (("--trials", "0"), "0 is not in the range"),
-        (("--sampler", "magic"), "'magic' is not one of mix, tpe, gp, cmaes, random, grid, nor module:Class"),
+        (("--sampler", "magic"), "'magic' is not one of chain, mix, tpe, gp, cmaes, random, grid, nor module:Class"),
         (("--sampler", "optuna.samplers:"), "'optuna.samplers:' is not one of"),
         (("--max-slowdown", "0.9"), "max_slowdown=0.9"),
         (("--max-slowdown", "nan"), "max_slowdown=nan"),

@@ -11,7 +11,7 @@ from mctune.core.config import Config
 from mctune.core.errors import NoValidConfigError
 from mctune.core.outcome import Crashed
 from mctune.study.finalists import Rounds, decide, shortlist
-from mctune.study.study import Trial
+from mctune.study.record import Trial
 from tests.study.spaces import timed
 
 A, B, C = (Config.of({"BT": bt}) for bt in (1, 2, 3))

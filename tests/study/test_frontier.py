@@ -9,7 +9,7 @@ from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.outcome import Crashed, Outcome
 from mctune.core.problem import Problem
 from mctune.study.frontier import frontier, recommend
-from mctune.study.study import Trial
+from mctune.study.record import Trial
 from tests.study.spaces import timed
 
 PROBLEM = Problem(T=1000, H=2, Dk=16, Dv=32, segment_length=256)

@@ -21,8 +21,8 @@ from mctune.core.workload import Case
 from mctune.study import run as module
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.one import OneStudy
+from mctune.study.record import Trial
 from mctune.study.run import search, ship
-from mctune.study.study import Trial
 from mctune.workers.worker import WorkerDied
 from tests.study.spaces import timed
 

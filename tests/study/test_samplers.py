@@ -60,7 +60,7 @@ def quiet() -> Any:
 
 
 def configs(study: optuna.Study, space: SearchSpace) -> list[Config]:
-    return [space.at([trial.params[param.name] for param in space.params]) for trial in study.trials]
+    return [Config.of(trial.params) for trial in study.trials]
 
 
 def searched(sampler: DiscreteSampler, trials: int, value: Callable[[Config], float] = cost) -> list[Config]:
@@ -279,7 +279,7 @@ def test_a_class_of_somebody_else_is_told_how_trials_end() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("annealing", "'annealing' is not one of mix, tpe, gp, cmaes, random, grid, nor module:Class"),
+        ("annealing", "'annealing' is not one of chain, mix, tpe, gp, cmaes, random, grid, nor module:Class"),
         ("no.such.module:Sampler", "No module named 'no'.*installed"),
         ("optuna.samplers:Nothing", "optuna.samplers has no 'Nothing'"),
         ("mctune.core.config:Config", "is no optuna.samplers.BaseSampler"),

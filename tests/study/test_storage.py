@@ -15,13 +15,17 @@ import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from mctune.core.child import command, search_path
+from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
+from mctune.core.outcome import to_json
 from mctune.core.remark import redacted, redacted_url
 from mctune.core.space import Int, SearchSpace
 from mctune.study.feasible import _ASKED_MOST, Feasible
-from mctune.study.storage import sqlite_path, sqlite_url, url_of
+from mctune.study.record import about
+from mctune.study.storage import ABOUT, sqlite_path, sqlite_url, url_of
 from mctune.study.study import load_study, run_study
 from tests.study.spaces import SPACE, evaluate, timed, valid
 
@@ -65,6 +69,39 @@ def test_what_others_put_into_a_study_is_not_counted(tmp_path: Path) -> None:
     study = optuna.load_study(study_name="mctune", storage=url)
     study.tell(study.ask(), 0.5)
     assert len(run_study(SPACE, [valid], evaluate, trials=5, storage=url).trials) == 5
+
+
+def test_a_study_of_an_earlier_version_is_read_and_goes_on(tmp_path: Path) -> None:
+    """It stored positions, a parameter at a time; what is proposed does not depend on the form."""
+    url, whole = sqlite_url(tmp_path / "search.db"), run_study(SPACE, [valid], evaluate, trials=40, seed=3)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(storage=url, study_name="mctune")
+    study.set_user_attr(ABOUT, about(SPACE, {}))
+    for trial in whole.trials[:30]:
+        asked = study.ask()
+        for param, position in zip(SPACE.params, SPACE.indices(trial.config), strict=True):
+            study._storage.set_trial_param(
+                asked._trial_id, param.name, position, IntDistribution(0, len(param.values) - 1)
+            )
+        asked.set_user_attr("config", trial.config.to_json())
+        asked.set_user_attr("seconds", trial.seconds)
+        asked.set_user_attr("run", "earlier")
+        asked.set_constraint("failed", float(trial.ms is None))
+        asked.set_user_attr("outcome", to_json(trial.outcome))
+        study.tell(asked, float("inf") if trial.ms is None else trial.ms)
+    assert [trial.config for trial in load_study(url)[1]] == [trial.config for trial in whole.trials[:30]]
+    result = run_study(SPACE, [valid], evaluate, trials=40, seed=3, storage=url)
+    assert [trial.config for trial in result.trials] == [trial.config for trial in whole.trials]
+
+
+def test_what_is_stored_are_values_that_a_person_knows(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "search.db")
+    result = run_study(SPACE, [valid], evaluate, trials=5, storage=url)
+    stored = optuna.load_study(study_name="mctune", storage=url).trials
+    assert [Config.of(trial.params) for trial in stored] == [trial.config for trial in result.trials]
+    for trial in stored:
+        for param in SPACE.params:
+            assert trial.distributions[param.name] == CategoricalDistribution(param.values)
 
 
 @pytest.mark.parametrize("damage", (b"", b"not a database, and long enough to be looked at as one" * 40))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
@@ -33,8 +33,10 @@ from mctune.core.outcome import (
     from_json,
 )
 from mctune.core.space import Choice, Int, SearchSpace
+from mctune.study import record
 from mctune.study.events import SAMPLERS
-from mctune.study.study import StudyResult, Trial, load_study, run_study
+from mctune.study.record import Trial
+from mctune.study.study import StudyResult, load_study, run_study
 from tests.study.spaces import SPACE, evaluate, timed, valid
 
 LINE = SearchSpace((Int("x", range(8)),))
@@ -116,7 +118,7 @@ def test_every_kind_of_outcome_is_recorded_as_a_complete_trial(url: str) -> None
     assert stored.best_value == 2.0
     for trial in stored.trials:
         outcome = from_json(trial.user_attrs["outcome"])
-        assert Config.from_json(trial.user_attrs["config"]) == LINE.at([trial.params["x"]])
+        assert Config.from_json(trial.user_attrs["config"]) == Config.of(trial.params)
         assert trial.user_attrs["seconds"] >= 0
         assert trial.constraints == {"failed": float(cost(outcome) is None)}
 
@@ -153,15 +155,15 @@ def test_kill_9_loses_no_finished_trial_and_repeats_none(url: str, tmp_path: Pat
 
 
 def test_a_trial_cut_off_between_its_outcome_and_the_end_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = optuna.Study.tell
+    end = record.finish
 
-    def cut_off(self: optuna.Study, trial: int, *args: object, **kwargs: object) -> object:
-        if trial == 3:
+    def cut_off(study: optuna.Study, running: FrozenTrial, outcome: Outcome | None) -> bool:
+        if running.number == 3:
             raise RuntimeError("power cut")
-        return tell(self, trial, *args, **kwargs)  # type: ignore[arg-type]
+        return end(study, running, outcome)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(optuna.Study, "tell", cut_off)
+        patch.setattr(record, "finish", cut_off)
         run_study(SPACE, [valid], evaluate, trials=10, storage=url)
     evaluated: list[Config] = []
 

@@ -19,11 +19,12 @@ import numpy as np
 from mctune.core.space import Block, SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
-from mctune.study.samplers.discrete import DiscreteSampler, Tried
+from mctune.study.samplers.discrete import DiscreteSampler
 from mctune.study.samplers.mix import START, MixSampler
 from mctune.study.samplers.model import Model
 from mctune.study.samplers.parts import Parts, Setting
 from mctune.study.samplers.points import within
+from mctune.study.samplers.reading import Tried
 from mctune.study.samplers.surrogate import Array
 from mctune.study.samplers.surrogate import Points as Matrix
 

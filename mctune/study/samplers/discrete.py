@@ -13,40 +13,34 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.space import Param, SearchSpace
+from mctune.core.space import SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
 from mctune.study.samplers.points import Points
-
-PARTS, AT_FAULT = "parts", "at_fault"
-"""User attributes of a trial: the cost of each operation, by name; the operation why it failed."""
-_NOTES = "sampler:"
-"""Prefix of the system attributes in which a sampler keeps what it must know about its trials."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A point and its cost, lower is better; ``None`` where it failed. ``notes`` are the sampler's own.
-
-    ``parts`` are the costs of operations, by name; ``at_fault`` is the operation why it failed, where that is known.
-    """
-
-    point: Point
-    cost: float | None
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    parts: Mapping[str, float] = field(default_factory=dict)
-    at_fault: str = ""
+from mctune.study.samplers.reading import (
+    AT_FAULT,
+    GAVE_WAY,
+    NOTES,
+    PARTS,
+    Read,
+    Tried,
+    cost_of,
+    notes_of,
+    point_of,
+    stored_as,
+    values_of,
+)
 
 
 class DiscreteSampler(optuna.samplers.BaseSampler):
@@ -80,14 +74,16 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self._retry, self._scanned = retry_failed, ("", 0)
         self._disregarded: frozenset[int] = frozenset()
         self._given: dict[tuple[str, int], Point | None] = {}
-        self._finished: dict[tuple[str, int], Tried] = {}
-        self._last: tuple[list[Tried], Point | None, Mapping[str, Any]] | None = None
+        self._read: dict[str, Read] = {}
+        self._last: tuple[list[Tried], int, Point | None, Mapping[str, Any]] | None = None
         self._one_at_a_time = threading.Lock()
 
     def disregard(self, numbers: frozenset[int]) -> None:
         """Take no notice of the trials of these numbers: what they say is in doubt, and their points may come again."""
-        self._disregarded = numbers
-        self._points.rewind()
+        if numbers != self._disregarded:
+            self._disregarded = numbers
+            self._points.rewind()
+            self._read.clear()
 
     def begin_with(self, configs: Sequence[Config]) -> None:
         """Try these right after the defaults, as far as they are valid: what is known from elsewhere.
@@ -111,20 +107,24 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         No point stands for a random one.
         """
 
-    def propose(self, history: Sequence[Tried]) -> Point | None:
-        """A valid point that ``history`` has not, or ``None`` when there is none, or none to be found."""
-        if self._last is None or self._last[0] != history:
-            self._last = (list(history), *self._propose(history))
-        return self._last[1]
+    def propose(self, history: Sequence[Tried], salt: int = 0) -> Point | None:
+        """A valid point that ``history`` has not, or ``None`` when there is none, or none to be found.
 
-    def _propose(self, history: Sequence[Tried]) -> tuple[Point | None, Mapping[str, Any]]:
+        Those who ask with one history and another ``salt`` get other random choices, so that workers who ask at the
+        same moment seldom get the same point.
+        """
+        if self._last is None or self._last[1] != salt or self._last[0] != history:
+            self._last = (list(history), salt, *self._propose(history, salt))
+        return self._last[2]
+
+    def _propose(self, history: Sequence[Tried], salt: int = 0) -> tuple[Point | None, Mapping[str, Any]]:
         seen = {tried.point for tried in history}
         for default in self._points.defaults:
             if default not in seen:
                 return default, {}
         for stratum, count in self._points.strata([tried.point for tried in history]):
             # Drawn for each stratum by itself: one that has no more points changes nothing for the next.
-            rng = np.random.default_rng([self._seed, len(history), *(stratum or ())])
+            rng = np.random.default_rng([self._seed, len(history), *(stratum or ()), *([salt] if salt else ())])
             point, notes = self.choose(history, seen, rng, stratum, count)
             if point is None:
                 point = next(iter(self._points.random(rng, seen, stratum)), None)
@@ -147,29 +147,51 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
                     raw[same] -= np.nanmin(raw[same])
         return raw
 
-    def history(self, study: optuna.Study, but: int | None = None) -> list[Tried]:
+    def history(
+        self, study: optuna.Study, but: int | None = None, trials: Sequence[FrozenTrial] | None = None
+    ) -> list[Tried]:
         """What was tried in ``study``, in order, without trial number ``but``; running trials have the median cost.
+
+        ``trials`` are the study's, all of them, where the caller has just read them.
 
         Raises:
             UsageError: if the study has several objectives.
         """
         if len(study.directions) != 1:
             raise UsageError(f"{type(self).__name__} minimizes or maximizes one value, not {len(study.directions)}")
-        found: list[tuple[Tried, bool]] = []
-        retried = 0
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.FAIL and self._retry:
-                retried += 1
-            elif trial.number in self._disregarded:
-                continue
-            elif trial.number != but and (tried := self._tried(study, trial)) is not None:
-                found.append((tried, trial.state == TrialState.RUNNING))
-        if (study.study_name, retried) != self._scanned:
-            self._scanned = study.study_name, retried
+        trials = study.get_trials(deepcopy=False) if trials is None else trials
+        read = self._reading(study, trials)
+        found, freed, running = list(read.tried), read.freed, []
+        for trial in trials[read.done :]:
+            tried = None if trial.number == but else self._tried(study, trial)
+            freed += self._frees(trial)
+            if tried is not None:
+                if trial.state == TrialState.RUNNING:
+                    running.append(len(found))
+                found.append(tried)
+        if (study.study_name, freed) != self._scanned:
+            self._scanned = study.study_name, freed
             self._points.rewind()
-        known = sorted(tried.cost for tried, _ in found if tried.cost is not None)
-        middling = known[len(known) // 2] if known else None
-        return [replace(tried, cost=middling) if running else tried for tried, running in found]
+        if running:
+            known = sorted(tried.cost for tried in found if tried.cost is not None)
+            middling = known[len(known) // 2] if known else None
+            for at in running:
+                found[at] = replace(found[at], cost=middling)
+        return found
+
+    def _reading(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> Read:
+        """What was read of the study before, and of its trials that have finished since, up to the first that runs."""
+        read = self._read.setdefault(study.study_name, Read())
+        if read.done > len(trials):  # another study of that name
+            read = self._read[study.study_name] = Read()
+        while read.done < len(trials) and trials[read.done].state.is_finished():
+            trial = trials[read.done]
+            if (tried := self._tried(study, trial)) is not None:
+                read.tried.append(tried)
+            read.freed += self._frees(trial)
+            read.done += 1
+        stored_as(self.space, trials, read.ranges)
+        return read
 
     def left(self, study: optuna.Study) -> bool:
         """Whether there is a valid point that ``study`` has not tried, nor is trying."""
@@ -178,23 +200,59 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         return self._points.next_in_order({tried.point for tried in self.history(study)}) is not None
 
     def suggest(self, trial: optuna.Trial) -> Config:
-        """The configuration that a trial is about, suggested as positions in the parameters' lists of values.
+        """The configuration that a trial is about, suggested as categories: see :func:`stored_as`.
 
         Raises:
             optuna.TrialPruned: if no valid point is left.
         """
         self._point(trial.study, trial.number)
-        params = self.space.params
-        return self.space.at([trial.suggest_int(param.name, 0, len(param.values) - 1) for param in params])
+        ranges = self._reading(trial.study, trial.study.get_trials(deepcopy=False)).ranges
+        found = []
+        for param in self.space.params:
+            match ranges[param.name]:
+                case IntDistribution(low=low, high=high, step=step) as kept:
+                    value: Any = trial.suggest_int(param.name, low, high, step=step)
+                case kept:
+                    value = trial.suggest_categorical(param.name, param.values)
+            found.append((values_of(param, kept) or param.values).index(value))
+        return self.space.at(found)
+
+    def trial(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial], point: Point, user_attrs: Mapping[str, Any]
+    ) -> FrozenTrial:
+        """A running trial about the point that was proposed last, to be created in ``study``, which has ``trials``.
+
+        One transaction creates it with all that it says; with ``ask`` and ``suggest`` each parameter is one.
+        """
+        known = self._reading(study, trials).ranges
+        ranges = {
+            param.name: known.get(param.name) or CategoricalDistribution(param.values) for param in self.space.params
+        }
+        stored = [values_of(param, ranges[param.name]) or param.values for param in self.space.params]
+        notes = self._last[3] if self._last else {}
+        return create_trial(
+            state=TrialState.RUNNING,
+            params={name: values[at] for name, values, at in zip(ranges, stored, point, strict=True)},
+            distributions=ranges,
+            user_attrs=dict(user_attrs),
+            system_attrs={NOTES + key: value for key, value in notes.items()},
+        )
+
+    def begun(self, study: optuna.Study, number: int, point: Point) -> None:
+        """Take notice that ``point`` has become trial ``number``."""
+        self._given[study.study_name, number] = point
+
+    def told(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """How a trial ended, for samplers that keep state."""
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Choose the trial's point."""
         with self._one_at_a_time:
             point = self.propose(self.history(study, trial.number))
             self._given[study.study_name, trial.number] = point
-            notes = self._last[2] if self._last else {}
+            notes = self._last[3] if self._last else {}
             for key, value in notes.items():
-                study._storage.set_trial_system_attr(trial._trial_id, _NOTES + key, value)
+                study._storage.set_trial_system_attr(trial._trial_id, NOTES + key, value)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Nothing: every parameter is handed out by :meth:`sample_independent`, however it is suggested."""
@@ -217,7 +275,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         """
         point = self._point(study, trial.number)
         param = self.space.param(param_name)
-        values = _suggested(param, param_distribution)
+        values = values_of(param, param_distribution)
         if values is None:
             raise UsageError(
                 f"parameter {param_name!r} is suggested with other values than the space has: use "
@@ -235,6 +293,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """End ``optimize`` when nothing is left."""
+        self.told(study, trial, state, values)
         with self._one_at_a_time:
             done = not (state == TrialState.FAIL and self._retry) and not self.left(study)
         if done:
@@ -242,53 +301,16 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
                 study.stop()
 
     def _tried(self, study: optuna.Study, trial: FrozenTrial) -> Tried | None:
-        """What a trial, of whatever sampler, says; ``None`` if it has no point in this space."""
-        key = study.study_name, trial.number
-        tried = self._finished.get(key)
-        if tried is None:
-            point = self._point_of(trial) or self._given.get(key)
-            if point is None:
-                return None
-            said = trial.user_attrs
-            tried = Tried(
-                point, cost_of(trial, study.direction), _notes(trial), said.get(PARTS, {}), said.get(AT_FAULT, "")
-            )
-            if trial.state.is_finished():
-                self._finished[key] = tried
-        return tried
+        """What a trial, of whatever sampler, says; ``None`` if it has no point in this space, or may be tried again."""
+        if (trial.state == TrialState.FAIL and self._retry) or trial.number in self._disregarded:
+            return None
+        point = point_of(self.space, trial) or self._given.get((study.study_name, trial.number))
+        if point is None:
+            return None
+        said = trial.user_attrs
+        cost, parts, at_fault = cost_of(trial, study.direction), said.get(PARTS, {}), said.get(AT_FAULT, "")
+        return Tried(point, cost, notes_of(trial), parts, at_fault)
 
-    def _point_of(self, trial: FrozenTrial) -> Point | None:
-        """The point that a trial's parameters make, if they do."""
-        point = []
-        for param in self.space.params:
-            values = _suggested(param, trial.distributions.get(param.name))
-            if values is None or trial.params[param.name] not in values:
-                return None
-            point.append(values.index(trial.params[param.name]))
-        return tuple(point)
-
-
-def _suggested(param: Param, distribution: BaseDistribution | None) -> Sequence[Any] | None:
-    """What stands for a parameter's values in a distribution: their positions, or themselves; ``None`` if neither."""
-    match distribution:
-        case IntDistribution(low=0, step=1) if distribution.high == len(param.values) - 1:
-            return range(len(param.values))
-        case IntDistribution():
-            values = tuple(range(distribution.low, distribution.high + 1, distribution.step))
-            return param.values if values == param.values else None
-        case CategoricalDistribution():
-            return param.values if set(distribution.choices) == set(param.values) else None
-    return None
-
-
-def cost_of(trial: FrozenTrial, direction: optuna.study.StudyDirection) -> float | None:
-    """What a finished trial counts as, lower is better."""
-    if trial.state != TrialState.COMPLETE or any(value > 0 for value in trial.constraints.values()):
-        return None
-    if trial.value is None or not math.isfinite(trial.value):
-        return None
-    return -trial.value if direction == optuna.study.StudyDirection.MAXIMIZE else trial.value
-
-
-def _notes(trial: FrozenTrial) -> dict[str, Any]:
-    return {key.removeprefix(_NOTES): value for key, value in trial.system_attrs.items() if key.startswith(_NOTES)}
+    def _frees(self, trial: FrozenTrial) -> bool:
+        """Whether a trial's point may come again."""
+        return trial.state == TrialState.FAIL and self._retry and GAVE_WAY not in trial.system_attrs

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mctune.study.feasible import Point, Stratum
-from mctune.study.samplers.discrete import DiscreteSampler, Tried
+from mctune.study.samplers.discrete import DiscreteSampler
+from mctune.study.samplers.reading import Tried
 
 
 class OrderedSampler(DiscreteSampler):
@@ -18,7 +19,7 @@ class OrderedSampler(DiscreteSampler):
     Optuna's ``GridSampler`` lists the whole product of the values first, which no memory holds for the spaces here.
     """
 
-    def _propose(self, history: Sequence[Tried]) -> tuple[Point | None, Mapping[str, Any]]:
+    def _propose(self, history: Sequence[Tried], salt: int = 0) -> tuple[Point | None, Mapping[str, Any]]:
         return self._points.next_in_order({tried.point for tried in history}), {}
 
     def choose(

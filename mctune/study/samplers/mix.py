@@ -16,8 +16,9 @@ import numpy as np
 from mctune.core.space import SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
-from mctune.study.samplers.discrete import DiscreteSampler, Tried
+from mctune.study.samplers.discrete import DiscreteSampler
 from mctune.study.samplers.model import Model
+from mctune.study.samplers.reading import Tried
 from mctune.study.samplers.surrogate import Array
 from mctune.study.samplers.surrogate import Points as Matrix
 

@@ -16,7 +16,7 @@ from mctune.core.config import Config
 from mctune.core.outcome import Outcome, at_fault, cost, parts
 from mctune.core.space import Block, SearchSpace
 from mctune.study.feasible import Point
-from mctune.study.samplers.discrete import Tried
+from mctune.study.samplers.reading import Tried
 
 _LEAST_SUMS = 3
 """Fewer compositions say too little about whether operations add up."""

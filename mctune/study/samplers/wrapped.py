@@ -27,7 +27,8 @@ from mctune.core.errors import MctuneError
 from mctune.core.space import SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
-from mctune.study.samplers.discrete import DiscreteSampler, Tried, cost_of
+from mctune.study.samplers.discrete import DiscreteSampler
+from mctune.study.samplers.reading import Tried, cost_of
 
 _NOT_KEPT = ("constraints", "relative_params")  # in the names of notes that Optuna's samplers leave
 
@@ -122,11 +123,8 @@ class WrappedSampler(DiscreteSampler):
         with suppress(RuntimeError):  # some end the loop when they have seen everything; there is none
             study.tell(asked, cost, state=TrialState.FAIL if cost is None else None)
 
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def told(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Let a sampler that keeps state know, too."""
-        super().after_trial(study, trial, state, values)
         point = self._given.get((study.study_name, trial.number))
         if point in self._to_tell:
             finished = copy(trial)

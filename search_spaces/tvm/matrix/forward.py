@@ -47,7 +47,6 @@ _WIDE = Config.of(
     }
 )
 
-_STATES = ("state_chunk", "state_rows", "state_cols")
 _READ = ("rows", "cols", "unroll", "panel", "loop_order", "score_rows", "score_lanes")
 
 SPACE = SearchSpace(
@@ -118,8 +117,9 @@ SPACE = SearchSpace(
         _WIDE.replace(chunk=16, cols=16, score_rows=4, score_lanes=16, state_rows=4, state_cols=16),
     ),
     blocks=(
-        Block("states", ("segment_states",), _STATES, {"parallel": ("segment",)}),
+        # The read advances the state that it is in by the same tiles: those are shared.
+        Block("states", ("segment_states",), ("state_chunk",), {"parallel": ("segment",)}),
         Block("read", ("read_forward",), _READ, {"parallel": ("segment",)}),
-        Block("head", ("read_forward",), (*_STATES, *_READ), {"parallel": ("head",)}),
+        Block("head", ("read_forward",), ("state_chunk", *_READ), {"parallel": ("head",)}),
     ),
 )

@@ -18,10 +18,9 @@ class Plan:
         self.Dk, self.Dv = problem.Dk, problem.Dv
         self.BT, self.MR, self.NR, self.unroll = config["chunk"], config["rows"], config["cols"], config["unroll"]
         self.JR, self.TL = config["score_rows"], config["score_lanes"]
+        self.SR, self.SC = config["state_rows"], config["state_cols"]
         self.formulation, self.panel = config["formulation"], config["panel"]
         self.by_head = config["parallel"] == "head"
-        if self.by_head:  # states come from the read's own chunks
-            self.SR, self.SC = config["state_rows"], config["state_cols"]
         self.rows_outer = config["loop_order"] == "rows_outer"
         self.flags = flags_of(problem)
         self.lead = 1 if self.flags.gated else 0  # a chunk of gated writes starts with the row before it
