@@ -57,7 +57,8 @@ def stored_as(space: SearchSpace, trials: Sequence[FrozenTrial], known: dict[str
     """Fill ``known`` with the distribution of each parameter: the one that the study has already, else its values.
 
     All are categorical, the ordered ones too: a range of integers would promise values that no kernel can be built
-    with, and a plot shows the categories evenly spaced in their order, as a logarithmic axis shows powers of two.
+    with. Optuna's dashboard has them evenly spaced and in order in its slices, as a logarithmic axis has powers of two
+    (its contours sort them as words).
     Optuna allows one distribution a name and study, so one that an earlier version began goes on with positions.
     """
     missing = {param.name: param for param in space.params if param.name not in known}
