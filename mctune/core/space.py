@@ -168,7 +168,7 @@ class SearchSpace:
         return all(c.holds(config, problem, target) for c in self.constraints)
 
     def checked(self, config: Config, problem: Problem, target: Target) -> Config:
-        """``config`` with every parameter of the space, those that were added later as it meant them.
+        """``config`` with every parameter of the space, those that were added or renamed later as it meant them.
 
         Raises:
             ValueError: if one is missing that was always there, or a constraint is not met.
@@ -178,7 +178,9 @@ class SearchSpace:
         missing = [param.name for param in self.params if param.name not in known]
         if unknown := [name for name in missing if name not in meant and name not in self.before]:
             raise ValueError(f"{config} has no {', '.join(unknown)}; search the problem again")
-        config = config.replace(**{name: meant[name] if name in meant else self.before[name] for name in missing})
+        gone = set(self.renamed.values()).difference(param.name for param in self.params)
+        added = {name: meant[name] if name in meant else self.before[name] for name in missing}
+        config = Config.of({name: value for name, value in (known | added).items() if name not in gone})
         if broken := self.broken(config, problem, target):
             raise ValueError(f"{broken[0].name}: {broken[0].reason} ({config})")
         return config
