@@ -202,13 +202,15 @@ class _Run:
             if deadline is not None and time.monotonic() >= deadline:
                 return "timeout"
             asked: list[_Asked] = []
+            alone = not self.look().running
             while len(asked) < at_once and (claimed := self.ask(trials)) is not None:
                 asked.append(claimed)
             if asked:
                 if self.round(asked) < len(asked):
                     return "timeout"
             elif len(self.found) < trials:
-                if not self.look().running:
+                # Without others at work before and after, there was no other reason why nothing could be claimed.
+                if alone and not self.look().running and len(self.found) < trials:
                     return "exhausted"
                 with self.ctrl_c.let_in():  # others evaluate what is left; should they die, it comes free again
                     time.sleep(min(_PAUSE_S, self.claims.timing.beat_s / 5))
@@ -249,7 +251,8 @@ class _Run:
             if len(self.found) + len(before.running) >= trials:
                 return None
             others = any(not self.claims.is_mine(trial) for trial in before.running)
-            history = self.sampler.history(self.study, trials=before.trials)
+            with legible(self.storage):
+                history = self.sampler.history(self.study, trials=before.trials)
             with self.ctrl_c.let_in():  # it may think for seconds, and keeps what it proposed
                 point = self.sampler.propose(history, int(self.claims.run, 16) if others else 0)
             if point is None:

@@ -77,7 +77,7 @@ class _Bench:
         """What became of one candidate; a crash or hang takes the process with it, and the parent records it."""
         begun = time.monotonic()
         stage("build")
-        clock = Clock("cpu" if self.target.on_cpu else "cuda")
+        clock = Clock("cuda" if torch.cuda.is_available() and not self.target.on_cpu else "cpu")
         try:
             kernel = self._load(problem, config, prepared.built, clock.watch)
         except (MctuneError, *MACHINES):

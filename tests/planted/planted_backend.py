@@ -8,7 +8,7 @@ from typing import Any
 
 from faults import HARMFUL, SEGMENT, TIMED_T, WRONG, Run
 
-from mctune.backends.protocol import Built, Kernel
+from mctune.backends.protocol import Built, Kernel, Watch, unwatched
 from mctune.backends.tvm import TvmBackend
 from mctune.core.config import Config
 from mctune.core.problem import Problem
@@ -29,8 +29,8 @@ class PlantedBackend(TvmBackend):
         assert real is not None
         return super().build(problem, real.replace(**fixed), target, folder)
 
-    def load(self, problem: Problem, config: Config, built: Built) -> Kernel:
-        kernel = super().load(problem, config, built)
+    def load(self, problem: Problem, config: Config, built: Built, watch: Watch = unwatched) -> Kernel:
+        kernel = super().load(problem, config, built, watch)
         fault, seed = str(config["fault"]), int(config["draw"])  # type: ignore[arg-type]
         plant = {**WRONG, **HARMFUL}[fault]
         right, chance = kernel.read_forward, random.Random(seed)
