@@ -1,4 +1,4 @@
-"""The default: a random start, then a Parzen ratio and a Gaussian process by turns.
+"""All parameters together: a random start, then a Parzen ratio and a Gaussian process by turns.
 
 The Parzen ratio is the criterion of TPE over whole points; the Gaussian process ranks by expected improvement. Both
 judge the same pool (random valid points, and the neighbours of the best ones) and then climb from the pool's best to
