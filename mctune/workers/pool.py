@@ -29,7 +29,7 @@ Reply = dict[str, Any] | WorkerDied | WorkerTimedOut
 _GRACE_S = 10.0
 """A candidate that is under way when the time is over may take so much longer; then its process is killed."""
 _BATCH = 8
-"""Candidates for a CPU that are proposed together: more, and models learn little between them."""
+"""Candidates for a CPU that are proposed together, at most: more, and models learn little between them."""
 _LEAST_S = 30.0
 _TRIAL_LIMIT_S = 120.0
 _INTERPRETERS = 8
@@ -73,7 +73,7 @@ class Workers:
         checkers = max(min(compilers, _INTERPRETERS), 1)
         alone = [self._device] if self._device else []
         self._checkers = alone or [Worker(_PREDICTED, setup, env=interpreting) for _ in range(checkers)]
-        self.count = min(_BATCH, 2 * compilers) if on_cpu else compilers
+        self.count = min(_BATCH, compilers) if on_cpu else compilers
         """Candidates that are evaluated at once."""
         self.least_s = 1.0 if on_cpu else _LEAST_S
         """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
