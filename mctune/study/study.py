@@ -202,7 +202,7 @@ class _Run:
             if deadline is not None and time.monotonic() >= deadline:
                 return "timeout"
             asked: list[_Asked] = []
-            alone = not self.look().running
+            alone = not (self.claims.shared and self.look().running)
             while len(asked) < at_once and (claimed := self.ask(trials)) is not None:
                 asked.append(claimed)
             if asked:

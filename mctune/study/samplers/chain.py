@@ -19,8 +19,7 @@ import numpy as np
 from mctune.core.space import Block, SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
-from mctune.study.samplers.discrete import DiscreteSampler
-from mctune.study.samplers.mix import START, MixSampler
+from mctune.study.samplers.mix import MixSampler
 from mctune.study.samplers.model import Model
 from mctune.study.samplers.parts import Parts, Setting
 from mctune.study.samplers.points import within
@@ -38,28 +37,15 @@ _POOL, _DRAWS, _RELATIVES = 48, 256, 12
 _RECENT, _FAILURES = 10, 2
 
 
-class ChainSampler(DiscreteSampler):
+class ChainSampler(MixSampler):
     """Blocks by themselves, as :class:`mctune.core.space.SearchSpace` says what they are; without any, all together.
 
     Args:
-        start: trials before a model is asked.
-        space, rules, seed, balance, retry_failed: see :class:`DiscreteSampler`.
+        space, rules, options: see :class:`MixSampler`.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        rules: Sequence[Rule] = (),
-        *,
-        seed: int | None = None,
-        balance: str | None = None,
-        retry_failed: bool = False,
-        start: int = START,
-    ) -> None:
-        super().__init__(space, rules, seed=seed, balance=balance, retry_failed=retry_failed)
-        self._start = start
-        self._joint = MixSampler(space, rules, seed=self._seed, balance=balance, retry_failed=retry_failed, start=start)
-        self._joint._points = self._points
+    def __init__(self, space: SearchSpace, rules: Sequence[Rule] = (), **options: Any) -> None:
+        super().__init__(space, rules, **options)
         self._models: dict[tuple[str, ...], Model] = {}
         self._then: tuple[list[Tried], Parts] | None = None
 
@@ -73,12 +59,12 @@ class ChainSampler(DiscreteSampler):
     ) -> tuple[Point | None, Mapping[str, Any]]:
         """The best of all blocks, or other values of some of them; no point at the start."""
         if len(self.space.blocks) < 2:
-            return self._joint.choose(history, seen, rng, stratum, tried)
+            return super().choose(history, seen, rng, stratum, tried)
         if len(history) < self._start:
             return None, {}
         parts = Parts(self.space, history)
         if parts.misses is not None and parts.misses > APART:
-            return self._joint.choose(history, seen, rng, stratum, tried)
+            return super().choose(history, seen, rng, stratum, tried)
         ranked = self._ranked(parts, stratum)
         if not ranked:
             return None, {}
@@ -124,7 +110,7 @@ class ChainSampler(DiscreteSampler):
         if len(ranked) >= _EXPLORE:
             known = np.array([parts.shared(setting.point) for setting in ranked], dtype=np.int64)
             costs = np.array([math.log(max(setting.composed(), 1e-9)) for setting in ranked])
-            model = self._model(self.space.shared)
+            model = self._model_of(self.space.shared)
             gain = model.criterion(*model.learn(known, costs), lambda count: (known, costs), 0, parzen=True)
             chosen = int(np.argmax(gain(np.array(keys, dtype=np.int64))))
         return parts.setting(new[keys[chosen]])
@@ -134,11 +120,7 @@ class ChainSampler(DiscreteSampler):
         parts, rng = proposal.parts, proposal.rng
         base = self._composed(parts, setting)
         if not setting.rest:  # nothing is known of it: what is best elsewhere is where to begin
-            moved = list(best)
-            for name in self.space.shared:
-                place = self.space.params.index(self.space.param(name))
-                moved[place] = setting.point[place]
-            repaired = self._points.feasible.repair(tuple(moved), rng)
+            repaired = self._points.feasible.repair(parts.moved(best, setting), rng)
             if repaired is None or parts.shared(repaired) != parts.shared(setting.point):
                 repaired = setting.point
             return repaired
@@ -165,11 +147,8 @@ class ChainSampler(DiscreteSampler):
     def _others(self, parts: Parts, setting: Setting, rng: np.random.Generator) -> list[Point]:
         """Random valid points of a setting."""
         key, found = parts.shared(setting.point), []
-        places = [self.space.params.index(self.space.param(name)) for name in self.space.shared]
         for drawn in rng.integers(0, self._points.sizes, size=(_POOL, len(self._points.sizes))).tolist():
-            for place, value in zip(places, key, strict=True):
-                drawn[place] = value
-            repaired = self._points.feasible.repair(tuple(drawn), rng)
+            repaired = self._points.feasible.repair(parts.moved(drawn, setting), rng)
             if repaired is not None and parts.shared(repaired) == key:
                 found.append(repaired)
         return found
@@ -187,7 +166,7 @@ class ChainSampler(DiscreteSampler):
         if not pool:
             return None
         key = parts.shared(setting.point)
-        model = self._model((*self.space.shared, *block.params))
+        model = self._model_of((*self.space.shared, *block.params))
         points, costs = self._data(parts, block)
         if len(points) < 2 or np.isnan(costs).all():
             return next(iter(pool))
@@ -228,13 +207,9 @@ class ChainSampler(DiscreteSampler):
             for own, known in setting.points[index].items()
             if known.times or known.failed
         ]
-        costs = np.array([math.nan if known.cost is None else math.log(max(known.cost, 1e-9)) for *_, known in rows])
-        if self._points.balance is not None and rows:
-            strata = np.array([setting.point[self._points.balance] for setting, *_ in rows])
-            for value in np.unique(strata):
-                same = strata == value
-                if not np.isnan(costs[same]).all():
-                    costs[same] -= np.nanmin(costs[same])
+        costs = self.costs(
+            [Tried(one.point, None if known.cost is None else max(known.cost, 1e-9)) for one, _, known in rows]
+        )
         width = len(self.space.shared) + len(block.params)
         return np.array([row for _, row, _ in rows], dtype=np.int64).reshape(len(rows), width), costs
 
@@ -246,7 +221,7 @@ class ChainSampler(DiscreteSampler):
         points, costs = self._data(self._then[1], block)
         return (points, costs) if len(points) else self._data(proposal.parts, block)
 
-    def _model(self, names: tuple[str, ...]) -> Model:
+    def _model_of(self, names: tuple[str, ...]) -> Model:
         """The model over parameters of these names."""
         if names not in self._models:
             params = [self.space.param(name) for name in names]

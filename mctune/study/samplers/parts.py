@@ -94,10 +94,11 @@ class Parts:
 
     def placed(self, point: Point, block: Block, own: Point) -> Point:
         """A point with other values of a block."""
-        changed = list(point)
-        for place, value in zip(self.places(block), own, strict=True):
-            changed[place] = value
-        return tuple(changed)
+        return _with(point, self.places(block), own)
+
+    def moved(self, point: Sequence[int], setting: Setting) -> Point:
+        """A point with a setting's values of the shared parameters."""
+        return _with(point, self._shared, self.shared(setting.point))
 
     def setting(self, point: Point) -> Setting:
         """The setting that a point is in, an empty one if nothing of it was tried."""
@@ -149,6 +150,13 @@ def sums(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> float 
         Tried(space.indices(config), cost(outcome), {}, parts(outcome), at_fault(outcome)) for config, outcome in trials
     ]
     return Parts(space, history).misses
+
+
+def _with(point: Sequence[int], places: Sequence[int], values: Sequence[int]) -> Point:
+    changed = list(point)
+    for place, value in zip(places, values, strict=True):
+        changed[place] = value
+    return tuple(changed)
 
 
 def _times(blocks: Sequence[Block], parts: Mapping[str, float]) -> Iterator[float]:
