@@ -30,11 +30,11 @@ def test_tvm(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Problem] = []
     template = SimpleNamespace(build=lambda problem, config, target: given.append(problem))
     monkeypatch.setattr(templates, "importlib", SimpleNamespace(import_module=lambda name: template, util=util))
-    backend, config = TvmBackend(), Config.of({})
+    backend = TvmBackend()
     for recurrence, state_init in product(drawn.RECURRENCES, STATE_INITS):
-        grm = next(one.problem for one in drawn.wanted(pass_) if one.combination == (recurrence, "grm", state_init))
-        for problem in (grm, grm.replace(aggregation="soup")):
-            templates.render(backend.padded(problem), config, drawn.host())
+        grm = next(one for one in drawn.wanted(pass_) if one.combination == (recurrence, "grm", state_init))
+        for problem in (grm.problem, grm.problem.replace(aggregation="soup")):
+            templates.render(backend.padded(problem), grm.config, drawn.host())
         asked, got = given[: len(given) // 2], given[len(given) // 2 :]
         assert len(given) == 2 * len(templates.OPERATIONS["matrix", pass_]) and asked == got
         assert {problem.aggregation for problem in given} == {"grm"}
