@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -100,6 +103,23 @@ def load_cases(file: str) -> list[Judged]:
         Judged(Problem.from_dict(one["problem"]), Inputs(**one["inputs"]), one["wanted"])
         for one in torch.load(file, weights_only=True)
     ]
+
+
+def kept_cases(problem: Problem, seed: int, folder: Path) -> list[Judged]:
+    """The odd relatives of ``problem``, judged; from a file in ``folder`` if they are there.
+
+    The oracle takes longer for them than most kernels take for everything. To be called before a candidate has run in
+    this process: the file serves those that follow.
+    """
+    file = folder / f"judged_{hashlib.sha256(f'{seed} {problem.key}'.encode()).hexdigest()[:16]}.pt"
+    if file.is_file():
+        return load_cases(str(file))
+    cases = list(judge_all(problem, seed))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    save_cases(cases, str(scratch))
+    scratch.replace(file)
+    return cases
 
 
 def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:

@@ -22,10 +22,11 @@ from mctune.core.target import Target, resolve
 from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
-from mctune.verify.judge import judge_all, run_kernel, save_cases, verify
+from mctune.verify.judge import judge_all, kept_cases, run_kernel, save_cases, verify
 from mctune.workers.evaluate import (
     Prepared,
     candidate,
+    draw_of,
     failed_build,
     first_line,
     folder_for,
@@ -87,7 +88,10 @@ class _Predictor:
             if not isinstance(launches, tuple):
                 return {"outcome": to_json(launches), "ready": False}
         stage("judge")
-        save_cases(judge_all(problem, seed_of(self.seed, problem, config) + again), into)
+        if again:
+            save_cases(judge_all(problem, seed_of(self.seed, problem, config) + 1), into)
+        else:
+            save_cases(kept_cases(problem, draw_of(self.seed, problem, config), self.folder / "references"), into)
         return {"outcome": to_json(outcome), "ready": True, **files}
 
     def make(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:

@@ -27,6 +27,10 @@ from mctune.core.target import Target
 from mctune.runtime.whole import is_whole
 
 _MODULE = "class Module:\n"
+_LOWERING = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
+"""A third of the compile time (docs/performance.md): checks of each argument, which launchers make and
+:func:`templates.check_arguments` holds them to, are 40 % of an operation's machine code; LLVM finds common
+subexpressions by itself."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def _compiled(operation: str, problem: Problem, config: Config, target: Target, 
     if function is None:
         return None
     module = tvm.IRModule({operation: function})
-    library = tvm.compile(module, target=llvm(target))
+    with tvm.transform.PassContext(config=_LOWERING):
+        library = tvm.compile(module, target=llvm(target))
     # Others may compile the same operation into the same folder at the same time.
     with scratch_in(folder, "compile") as scratch:
         text, object_ = Path(scratch, found.source.name), Path(scratch, found.object.name)
@@ -88,7 +93,7 @@ def _digest(operation: str, problem: Problem, config: Config, target: Target) ->
     widths = (problem.Dk, problem.Dv, *((problem.E,) if problem.deep else ()))
     static = (problem.pass_, problem.recurrence, problem.aggregation, problem.state_init, *widths)
     values = {name: value for name, value in config.to_dict().items() if name != "segment_length"}
-    identity = json.dumps([operation, source_hash(), static, values, target.arch, TVM], sort_keys=True)
+    identity = json.dumps([operation, source_hash(), static, values, target.arch, TVM, _LOWERING], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
