@@ -10,6 +10,10 @@ A file is one space: {"tune_params_keys": [names], "tune_params": {name: [values
 or the name of a failure, "times": [ms, ...]}}}, plain or gzipped. A configuration that is not in the cache breaks the
 space's constraints. One whose time is a string is a recorded failure and counts as an evaluation. Prints best found /
 optimum (1 = optimum) at several budgets of unique evaluations, over seeds.
+
+A file with {"blocks": {name: {"operations": [names], "params": [names]}}}, whose records have "parts" by operation, is
+a pass whose operations were measured, and the space is all that their values make together: a configuration's time is
+the sum of what its blocks took, and of what none did. FILE#BLOCK is the space of one block alone.
 """
 
 from __future__ import annotations
@@ -23,37 +27,67 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any
 
 from mctune.core.config import Config, Scalar
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
-from mctune.core.space import Choice, Int, Param, SearchSpace
+from mctune.core.space import Block, Choice, Int, Param, SearchSpace
 from mctune.study.events import SAMPLERS, check_sampler
 from mctune.study.study import run_study
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A space with every configuration's outcome; ``optimum`` in milliseconds."""
+    """A space with every configuration's outcome, and rules that those meet; ``optimum`` in milliseconds."""
 
     name: str
     space: SearchSpace
     outcomes: Mapping[Config, Outcome]
     optimum: float
+    rules: tuple[Callable[[Config], bool], ...] = ()
 
 
-def load(path: Path) -> Measured:
-    """Read one space.
+class Composed(Mapping[Config, Outcome]):
+    """The outcomes of a pass whose blocks were measured: sums of ``times``, by block and its values, and ``rest``."""
+
+    def __init__(self, blocks: Sequence[Block], times: Mapping[str, Mapping[Config, float]], rest: float) -> None:
+        self.blocks, self.times, self.rest = blocks, times, rest
+
+    def own(self, block: Block, config: Config) -> Config:
+        """A block's values in a configuration."""
+        return Config.of({name: config[name] for name in block.params})
+
+    def rule(self, block: Block) -> Callable[[Config], bool]:
+        """That a block's values were measured."""
+        return lambda config: self.own(block, config) in self.times[block.name]
+
+    def __getitem__(self, config: Config) -> Outcome:
+        parts = tuple((block.operations[0], self.times[block.name][self.own(block, config)]) for block in self.blocks)
+        ms = self.rest + sum(one for _, one in parts)
+        return Timed(ms, ms, ms, 1, 0.0, parts=parts)
+
+    def __iter__(self) -> Iterator[Config]:
+        for owns in product(*(self.times[block.name] for block in self.blocks)):
+            yield Config.of(dict(chain.from_iterable(own.items for own in owns)))
+
+    def __len__(self) -> int:
+        return math.prod(len(self.times[block.name]) for block in self.blocks)
+
+
+def load(path: Path | str) -> Measured:
+    """Read one space, or of a pass in blocks the composed one; or the one that ``#`` names.
 
     Raises:
         UsageError: if the file is missing or is not such a space.
     """
+    file, _, chosen = str(path).partition("#")
+    path = Path(file)
     try:
         text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         document = json.loads(text)
@@ -68,10 +102,49 @@ def load(path: Path) -> Measured:
     for key, record in cache.items():
         parts = dict(zip(names, key.split(","), strict=True))
         outcomes[Config.of({name: spelled[name][part] for name, part in parts.items()})] = _outcome(record)
+    if "blocks" in document:
+        return _composed(path, chosen, space, document["blocks"], outcomes)
     times = [outcome.ms for outcome in outcomes.values() if isinstance(outcome, Timed)]
     if not times:
         raise UsageError(f"{path}: no configuration has a time")
-    return Measured(path.name.removesuffix(".gz").removesuffix(".json"), space, outcomes, min(times))
+    return Measured(_name(path), space, outcomes, min(times), (outcomes.__contains__,))
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".json")
+
+
+def _composed(
+    path: Path, chosen: str, space: SearchSpace, told: Mapping[str, Any], outcomes: Mapping[Config, Outcome]
+) -> Measured:
+    """A pass whose operations were measured: all of it, or one of its blocks."""
+    blocks = [Block(name, tuple(one["operations"]), tuple(one["params"])) for name, one in told.items()]
+    found: dict[str, dict[Config, list[float]]] = {block.name: {} for block in blocks}
+    rest = []
+    for config, outcome in outcomes.items():
+        if isinstance(outcome, Timed):
+            taken = dict(outcome.parts)
+            for block in blocks:
+                own = Config.of({name: config[name] for name in block.params})
+                found[block.name].setdefault(own, []).append(sum(taken.get(one, 0.0) for one in block.operations))
+            rest.append(outcome.ms - sum(taken.values()))
+    times = {name: {own: statistics.median(each) for own, each in one.items()} for name, one in found.items()}
+    if chosen:
+        if chosen not in times:
+            raise UsageError(f"{path} has no block {chosen!r}; it has {', '.join(times)}")
+        alone = SearchSpace(
+            tuple(space.param(name) for block in blocks if block.name == chosen for name in block.params)
+        )
+        single = {own: Timed(ms, ms, ms, 1, 0.0) for own, ms in times[chosen].items()}
+        optimum = min(times[chosen].values())
+        return Measured(f"{_name(path)}#{chosen}", alone, single, optimum, (single.__contains__,))
+    params = tuple(space.param(name) for block in blocks for name in block.params)
+    composed = Composed(blocks, times, statistics.median(rest))
+    default = next(iter(outcomes))
+    own_default = Config.of({param.name: default[param.name] for param in params})
+    optimum = composed.rest + sum(min(one.values()) for one in times.values())
+    whole = SearchSpace(params, default=own_default, blocks=tuple(blocks))
+    return Measured(_name(path), whole, composed, optimum, tuple(composed.rule(block) for block in blocks))
 
 
 def _scalar(value: Any) -> Scalar:
@@ -93,7 +166,7 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         return FailedBuild(measured) if "Compil" in measured else Crashed(measured)
     samples = sorted(record.get("times") or [measured])
     low, high = samples[len(samples) // 5], samples[-1 - len(samples) // 5]
-    return Timed(float(measured), low, high, len(samples), 0.0)
+    return Timed(float(measured), low, high, len(samples), 0.0, parts=tuple(record.get("parts", {}).items()))
 
 
 @dataclass(frozen=True)
@@ -146,7 +219,7 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
     started = time.process_time()
     result = run_study(
         measured.space,
-        [measured.outcomes.__contains__],
+        measured.rules,
         measured.outcomes.__getitem__,
         trials=trials,
         sampler=sampler,
@@ -322,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = None if arguments.out is None else arguments.out / "runs.jsonl"
     try:
         entrants = [Entrant.of(text, arguments.budgets[-1], seeds) for text in arguments.samplers]
-        done = replays([load(Path(file)) for file in arguments.files], entrants, kept, arguments.kept)
+        done = replays([load(file) for file in arguments.files], entrants, kept, arguments.kept)
     except MctuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code

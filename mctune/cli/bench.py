@@ -9,6 +9,7 @@ import click
 
 from mctune.cli._output import json_option, print_json, say, text_table
 from mctune.core.errors import UsageError
+from mctune.core.outcome import shares_text
 
 _HEADER = ("problem", "backend", "ms (20% to 80%)", "best baseline", "speedup", "of the bound")
 
@@ -60,6 +61,9 @@ def command(
         print_json(data)
     else:
         click.echo(text_table(_HEADER, [_line(row) for row in data["rows"]]))
+        for result in results:
+            if len(result.shares) > 1:
+                click.echo(f"where the time of {result.problem} goes, by its search: {shares_text(result.shares)}")
     measured = data["environment"]
     say(f"torch's sgemm {measured['matrix_gflops']:.0f} GFLOP/s, copy {measured['copy_gbs']:.1f} GB/s, "
         f"{measured['threads']} threads")  # fmt: skip

@@ -14,6 +14,7 @@ from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report, replace_option
 from mctune.cli._main import INTERRUPTED
 from mctune.cli._output import json_option, print_json, say, size, text_table
+from mctune.cli._workers import check_workers, joined
 from mctune.core.advice import advice
 from mctune.core.errors import MctuneError, NoValidConfigError, UsageError
 from mctune.core.known import Known
@@ -55,12 +56,16 @@ from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyRepo
               help="Begin with the defaults alone, whatever is known of similar problems.")  # fmt: skip
 @replace_option
 @click.option("--measure", is_flag=True, help="Insist on measuring: fail if the target is not on this machine.")
+@click.option("--workers", "count", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="So many processes, each with a GPU of its own, or a share of the cores where times are predicted. "
+                   "They share --storage, which is a server's; the same command elsewhere joins them.")  # fmt: skip
+@click.option("--join", is_flag=True, help="Only help others with their search: leave no package.")
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
     inner_chunks: str | None, trials: int | None, timeout: float | None, backend: str, sampler: str, seed: int,
     storage: str | None, out: Path | None, max_slowdown: float, trial_timeout: float, files: tuple[Path, ...],
-    cold: bool, replace: bool, measure: bool, as_json: bool,
+    cold: bool, replace: bool, measure: bool, count: int, join: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Search kernels for every problem of a workload and leave a package that a model can import.
 
@@ -93,7 +98,9 @@ def command(
         backend=backend,
         warm=not cold,
         known=_known(files, cold),
+        decide=not join,
     )
+    check_workers(count, target, request.measure, storage)
     # The sampler's matrices are small: a second numpy thread would only contend with the kernels being timed.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mctune.cli._progress import SearchProgress
@@ -101,8 +108,10 @@ def command(
     from mctune.study.run import search
 
     check_out(request.out, target, replace=replace)
-    with SearchProgress() as progress:
+    with joined(count, request.measure, request.out / "search"), SearchProgress() as progress:
         report = search(request, progress)
+    if join:
+        return _helped(report)
     try:
         if as_json:
             print_json(report.to_dict())
@@ -126,6 +135,15 @@ def command(
     if not any(study.recommended for study in report.studies):
         raise NoValidConfigError(_nothing_valid(report))
     return 0
+
+
+def _helped(report: SearchReport) -> int:
+    """What a worker says that leaves the rest to others."""
+    for study in report.studies:
+        say(f"{study.case}: {study.trials} trials in all")
+    if report.failure is not None:
+        raise report.failure
+    return INTERRUPTED if report.interrupted else 0
 
 
 def _known(files: Sequence[Path], cold: bool) -> tuple[Known, ...]:

@@ -160,16 +160,23 @@ def where(outcome: Outcome) -> str:
         >>> where(Timed(4.0, 4.0, 4.0, 7, 0.0, parts=(("segment_states", 1.0), ("read_forward", 2.5))))
         'read_forward 62 %, segment_states 25 %, the rest 12 %'
     """
-    found = parts(outcome)
+    return shares_text(shares(outcome))
+
+
+def shares(outcome: Outcome) -> dict[str, float]:
+    """The share of each operation in the time, in order; empty where they are not known."""
     total = cost(outcome)
-    if not found or not total:
+    return {name: ms / total for name, ms in parts(outcome).items()} if total else {}
+
+
+def shares_text(found: Mapping[str, float]) -> str:
+    """Shares in words, the largest first, and what is none's at the end."""
+    if not found:
         return ""
-    shares = sorted(found.items(), key=lambda one: -one[1])
-    rest = total - sum(found.values())
+    ordered = sorted(found.items(), key=lambda one: -one[1])
+    rest = 1.0 - sum(found.values())
     return ", ".join(
-        f"{name} {ms / total:.0%}".replace("%", " %")
-        for name, ms in (*shares, ("the rest", rest))
-        if ms > 0.005 * total
+        f"{name} {share:.0%}".replace("%", " %") for name, share in (*ordered, ("the rest", rest)) if share > 0.005
     )
 
 

@@ -7,9 +7,9 @@ as a training step, forward and backward through autograd, as a model runs it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from mctune.core.config import Config
 from mctune.core.environment import environment
 from mctune.core.errors import MctuneError
-from mctune.core.outcome import Timed
+from mctune.core.outcome import Timed, from_dict, shares
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.core.work import bound, work
@@ -84,6 +84,8 @@ class Result:
     timed: Timed
     baselines: dict[str, Timed]
     rates: Rates
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of each operation in the time of the pass, as the search timed it."""
 
     @property
     def fraction_of_bound(self) -> float:
@@ -169,7 +171,8 @@ def bench_package(path: Path, *, rounds: int, note: Note) -> tuple[Target, list[
                 continue
             note(f"{number + 1}/{len(entries)} {problem}")
             kernel = Contender(name, problem, run_of(package.memory_caching, name))
-            results.append(_compare(kernel, Config.of(entry["config"]), baselines(problem), rounds, note))
+            result = _compare(kernel, Config.of(entry["config"]), baselines(problem), rounds, note)
+            results.append(replace(result, shares=shares(from_dict(entry["outcome"]))))
     return target, results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
     """What `mctune report` reads: rows and their environment; the rates that go with each row stand beside them."""
     made_with = versions()
     rows = [
-        Row.of(
-            target.name,
-            result.problem,
-            result.backend,
-            result.config,
-            result.timed,
-            baselines={name: timed.ms for name, timed in result.baselines.items()},
-            fraction_of_bound=result.fraction_of_bound,
-            versions=made_with,
+        replace(
+            Row.of(
+                target.name,
+                result.problem,
+                result.backend,
+                result.config,
+                result.timed,
+                baselines={name: timed.ms for name, timed in result.baselines.items()},
+                fraction_of_bound=result.fraction_of_bound,
+                versions=made_with,
+            ),
+            # Of a training step they are shares of its backward, and none of the time in the row.
+            shares=() if result.problem.pass_ == "backward" else tuple(result.shares.items()),
         )
         for result in results
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Predicted, Timed
+from mctune.core.outcome import Predicted, Timed, shares
 from mctune.core.problem import Problem
 
 HOW = ("measured", "predicted")
@@ -29,9 +29,9 @@ _LABEL = re.compile(r"[\w(\[][ -~]{0,199}", re.ASCII)
 _LARGEST, _SEGMENTS = 1 << 31, 1 << 20
 COLUMNS = (
     "target", *_PROBLEM, "backend", "config", "how", "ms", "low", "high", "repeats", "error", "best_baseline",
-    "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "baselines", "versions",
+    "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "baselines", "shares", "versions",
 )  # fmt: skip
-"""The columns of ``rows.csv``; ``config``, ``baselines`` and ``versions`` hold JSON objects."""
+"""The columns of ``rows.csv``; ``config``, ``baselines``, ``shares`` and ``versions`` hold JSON objects."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Row:
         fraction_of_bound: the time that no kernel can beat on this target, over ``ms``.
         sm_mhz, celsius: a GPU's clock and temperature right after it was timed.
         versions: of the packages that took part.
+        shares: of each operation in the time of the pass, by name, in their order, where a search timed them.
     """
 
     target: str
@@ -63,6 +64,7 @@ class Row:
     sm_mhz: float | None = None
     celsius: float | None = None
     versions: tuple[tuple[str, str], ...] = ()
+    shares: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.how not in HOW:
@@ -81,6 +83,9 @@ class Row:
         for name, ms in self.baselines:
             if not _LABEL.fullmatch(name) or not _is_number(ms) or not ms > 0:
                 raise UsageError(f"baseline {name!r:.60}={ms!r:.60} is not a name and a positive time in milliseconds")
+        for name, share in self.shares:
+            if not _LABEL.fullmatch(name) or not _is_number(share) or not share >= 0:
+                raise UsageError(f"shares: {name!r:.60}={share!r:.60} is not an operation and a share of the time")
         for name, version in self.versions:
             if not isinstance(version, str) or len(name) + len(version) > 200:
                 raise UsageError(f"versions: {name!r:.60}={version!r:.60} is not the version of a package")
@@ -118,6 +123,7 @@ class Row:
             baselines=tuple(sorted((baselines or {}).items())),
             fraction_of_bound=fraction_of_bound,
             versions=tuple(sorted((versions or {}).items())),
+            shares=tuple(shares(outcome).items()),
             **spread,
         )
 
@@ -151,6 +157,7 @@ class Row:
             "sm_mhz": self.sm_mhz,
             "celsius": self.celsius,
             "versions": dict(self.versions),
+            "shares": dict(self.shares),
         }
 
     @classmethod
@@ -164,6 +171,7 @@ class Row:
         fields["problem"] = _problem(tuple(values["problem"].items()))
         fields["config"] = _config(values["config"])
         fields["baselines"] = tuple(sorted(values.get("baselines", {}).items()))
+        fields["shares"] = tuple(values.get("shares", {}).items())
         fields["versions"] = _shared(tuple(sorted(values.get("versions", {}).items())))
         return cls(**fields)
 
@@ -230,6 +238,7 @@ def _to_record(row: Row) -> tuple[str, ...]:
         row.how, row.ms, row.low, row.high, row.repeats, row.error, *(best or (None, None)), row.speedup,
         row.fraction_of_bound, row.sm_mhz, row.celsius,
         _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}) if row.baselines else "{}",
+        json.dumps({name: round(share, 4) for name, share in row.shares}, separators=(",", ":")),
     )  # fmt: skip
     told = row.target, *_columns(row.problem), row.backend, row.config.to_json()
     return (*told, *map(_text, values), _versions(row.versions))
@@ -259,6 +268,7 @@ def _from_record(record: dict[str, str]) -> Row:
             "ms": float(record["ms"]),
             "repeats": int(record["repeats"]) if record["repeats"] else None,
             "baselines": json.loads(record["baselines"]),
+            "shares": json.loads(record.get("shares") or "{}"),
             "versions": json.loads(record["versions"]),
         }
     )

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from mctune.core.outcome import shares_text
 from mctune.core.problem import Problem
 from mctune.report.accuracy import accuracy_section, shown
 from mctune.report.markdown import markdown_table as markdown_table
@@ -36,9 +37,25 @@ def results_readme(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         parts.append(f"**{predicted} of {len(ordered)} rows are predicted by a cost model, not measured.**\n")
     for operation, group in itertools.groupby(ordered, key=lambda row: _operation(row.problem)):
         parts += [f"## {operation}\n", markdown_table(_HEADER, [_line(row) for row in group])]
+    parts += _shares_section(ordered)
     parts += accuracy_section(known)
     parts += ["## Environment\n", markdown_table(("what", "value"), _environment_lines(environment))]
     return "\n".join(parts)
+
+
+def _shares_section(rows: Iterable[Row]) -> list[str]:
+    """Where the time of each pass goes that has several operations; the fastest kernel of a problem stands for it."""
+    fastest: dict[Problem, Row] = {}
+    for row in rows:
+        if len(row.shares) > 1 and row.ms <= fastest.get(row.problem, row).ms:
+            fastest[row.problem] = row
+    if not fastest:
+        return []
+    lines = [
+        (_operation(row.problem), *_line(row)[:2], shares_text(dict(row.shares)), row.how) for row in fastest.values()
+    ]
+    told = "The share of each operation in the time of a pass, of its fastest kernel, as the search timed them apart.\n"
+    return ["## Where the time goes\n", told, markdown_table(("pass", "shape", "segment", "shares", "how"), lines)]
 
 
 def _operation(problem: Problem) -> str:

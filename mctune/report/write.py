@@ -129,7 +129,7 @@ def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
     """Write ``results/<target>/`` for every target in ``documents``, replacing what was there; returns the folders.
 
     Where two documents have a row for the same kernel on the same problem, both measured or both predicted, one with
-    baselines wins, then the later.
+    baselines wins, then the later; the shares of its operations come from either.
 
     Raises:
         UsageError: if a target has no row, two documents are of different machines of its name, or its folder cannot be
@@ -197,6 +197,8 @@ def _merge(rows: Sequence[Row]) -> list[Row]:
     kept: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
         key = (row.problem.key, row.backend, row.config.to_json(), row.how)
+        shares = row.shares or (kept[key].shares if key in kept else ())
         if key not in kept or row.baselines or not kept[key].baselines:
             kept[key] = row
+        kept[key] = replace(kept[key], shares=shares)
     return list(kept.values())

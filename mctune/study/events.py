@@ -44,6 +44,7 @@ class SearchRequest:
         measure: whether candidates are timed on the target, which must be here, or compiled for it and predicted.
         warm: whether a new study begins with what is known of problems and machines like its own.
         known: that, besides what the other studies of its storage hold.
+        decide: whether the best are decided between; a worker that joins others leaves that to them.
     """
 
     target: Target
@@ -60,6 +61,7 @@ class SearchRequest:
     backend: str = "auto"
     warm: bool = True
     known: tuple[Known, ...] = ()
+    decide: bool = True
 
     def __post_init__(self) -> None:
         if not self.cases:

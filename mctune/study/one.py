@@ -113,8 +113,8 @@ class OneStudy:
             listener.note(f"no further valid configuration: {len(result.trials)} were tried")
         if note := self._sums(space, result.trials):
             listener.note(note)
-        if result.interrupted:
-            return self.report(result.trials), True
+        if result.interrupted or not self.request.decide:
+            return self.report(result.trials), result.interrupted
         decide_ = self._time_again if self.request.measure else self._verify_fastest
         try:
             with held() as ctrl_c, ctrl_c.let_in():

@@ -6,15 +6,16 @@ import fcntl
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -31,7 +32,18 @@ from mctune.core.errors import MctuneError, UsageError
 from mctune.core.interrupt import Held
 from mctune.core.remark import redacted, redacted_url
 
-BROKEN = (StorageInternalError, SQLAlchemyError)
+try:
+    import grpc
+
+    _Rpc: type[Exception] = grpc.RpcError
+except ImportError:
+
+    class _NoRpc(Exception):
+        """What no storage raises where there is no gRPC."""
+
+    _Rpc = _NoRpc
+
+BROKEN = (StorageInternalError, SQLAlchemyError, _Rpc)
 """What Optuna raises when a storage can no longer be read or written."""
 ILLEGIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What Optuna raises where single rows of a study are damaged."""
@@ -40,6 +52,7 @@ ABOUT = "mctune"
 _FOR_GOOD = ("malformed", "not a database", "no such", "has no column", "is full", "readonly", "unable to open")
 _RACED = ("already exists", "duplicate key", "Duplicate entry")
 _RACES = 20
+_GRPC, _GRPC_PORT = "grpc://", 13000
 _Result = TypeVar("_Result")
 
 
@@ -114,7 +127,7 @@ def _take(lock: int, path: Path | None) -> None:
         who = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
         raise UsageError(
             f"the studies in {path} are being searched by process {who}; wait for it to end, give another --storage or "
-            "--out, or share the study: every worker with the same --storage postgresql://..."
+            "--out, or share the study: --workers N, or the same command elsewhere, with --storage postgresql://..."
         ) from None
     except OSError:
         return  # a file system without locks
@@ -129,6 +142,8 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         UsageError: if it cannot be opened: no such driver or server, no SQLite file, tables of another version.
     """
     try:
+        if url is not None and url.startswith(_GRPC):
+            return _proxy(url, patience_s)
         if url is None or "://" not in url or url.startswith("redis"):
             return optuna.storages.get_storage(url)
         options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
@@ -139,6 +154,18 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         if "locked" in why:
             remedy = "another process holds it: wait until that has ended, or give another --storage"
         raise UsageError(f"cannot open the storage {redacted_url(str(url))}: {why}; {remedy}") from error
+
+
+def _proxy(url: str, patience_s: float) -> optuna.storages.GrpcStorageProxy:
+    """Optuna's proxy at ``grpc://HOST:PORT``, which stands in front of a server that many workers share."""
+    if find_spec("grpc") is None:
+        raise ImportError("No module named 'grpc'")
+    parts = urlsplit(url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or _GRPC_PORT)
+    proxy.wait_server_ready(timeout=patience_s)
+    return proxy
 
 
 def studies_in(url: str, patience_s: float) -> dict[str, dict[str, Any]]:
@@ -203,8 +230,16 @@ def legible(url: str | None) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """One line that says why a storage failed, without any password."""
+    if isinstance(error, _Rpc):
+        error = RuntimeError(_details(error))
     lines = str(error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error).splitlines()
     return redacted(lines[0]) if lines else type(error).__name__
+
+
+def _details(error: BaseException) -> str:
+    """What a proxy says of a call that failed."""
+    details = getattr(error, "details", None)
+    return str(details() if details is not None else error)
 
 
 def _without(url: str | None, text: str) -> str:
@@ -213,6 +248,9 @@ def _without(url: str | None, text: str) -> str:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether an error is a server's restart or another program's lock, not a file that is damaged or a full disk."""
+    if isinstance(error, _Rpc):  # the proxy is not there, or what it stands in front of
+        code = getattr(error, "code", lambda: None)()
+        return getattr(code, "name", "") in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or "Operational" in _details(error)
     cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
     return isinstance(cause, OperationalError | InterfaceError | InternalError | PendingRollbackError) and not any(
         words in str(cause) for words in _FOR_GOOD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from mctune.core.outcome import FailedBuild, Outcome
 from mctune.core.space import Choice, Int, SearchSpace
 from mctune.study.claim import Timing
 from mctune.study.record import Trial
+from mctune.study.storage import opened
 from mctune.study.study import load_study, run_study
 from tests.study.postgres import Postgres, postgres
 from tests.study.spaces import timed
@@ -76,8 +78,8 @@ def worker(server: Postgres, name: str, tmp_path: Path) -> Iterator[Callable[...
     begun: list[subprocess.Popen[str]] = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-    def start(which: int, trials: int = 1000) -> subprocess.Popen[str]:
-        code = f"from tests.study.test_postgres import work; work({server.url!r}, {name!r}, 'log{which}', {trials})"
+    def start(which: int, trials: int = 1000, url: str = server.url) -> subprocess.Popen[str]:
+        code = f"from tests.study.test_postgres import work; work({url!r}, {name!r}, 'log{which}', {trials})"
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -224,3 +226,43 @@ def test_failures_of_a_run_that_goes_on_are_not_doubted(server: Postgres, name: 
     result = run_study(SMALL, [fits], fails, trials=21, storage=server.url, study_name=name)
     assert len(beside) == 15 and not set(beside) & set(tried[:4])
     assert len({trial.config for trial in result.trials}) == len(result.trials) == 21
+
+
+@pytest.mark.alone
+def test_workers_over_optunas_proxy_which_is_started_again(
+    server: Postgres, name: str, worker: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Neither of them knows the server. 10 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "from optuna.storages import RDBStorage, run_grpc_proxy_server\n"
+        f"run_grpc_proxy_server(RDBStorage({driver(server)!r}), host='127.0.0.1', port={port})"
+    )
+
+    def proxy() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    before = proxy()
+    try:
+        workers = [worker(which, url=f"grpc://127.0.0.1:{port}") for which in range(2)]
+        wait_for(lambda: len(finished(server.url, name)) >= 20)
+    finally:
+        before.kill()
+        before.wait()
+    after = proxy()
+    try:
+        for process in workers:
+            out, err = process.communicate(timeout=120)
+            assert (process.returncode, out.split()) == (0, ["exhausted", str(len(VALID))]), err
+    finally:
+        after.kill()
+        after.wait()
+    trials = finished(server.url, name)
+    assert Counter(trial.config for trial in trials) == Counter(VALID)
+
+
+def test_a_proxy_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UsageError, match=r"cannot open the storage grpc://127\.0\.0\.1:1: .*; give an Optuna URL"):
+        opened("grpc://127.0.0.1:1", 0.5)
