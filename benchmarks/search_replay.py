@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate, chain, product
@@ -39,6 +40,7 @@ from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed
 from mctune.core.space import Block, Choice, Int, Param, SearchSpace
 from mctune.study.events import SAMPLERS, check_sampler
+from mctune.study.samplers import start_of
 from mctune.study.study import run_study
 
 
@@ -64,8 +66,22 @@ class Composed(Mapping[Config, Outcome]):
         return Config.of({name: config[name] for name in block.params})
 
     def rule(self, block: Block) -> Callable[[Config], bool]:
-        """That a block's values were measured."""
-        return lambda config: self.own(block, config) in self.times[block.name]
+        """That a block's values were measured; it answers as soon as the first few of them say that they were not."""
+        known = {
+            tuple(own[name] for name in block.params[:count])
+            for own in self.times[block.name]
+            for count in range(len(block.params) + 1)
+        }
+
+        def holds(config: Config) -> bool:
+            values: tuple[Scalar, ...] = ()
+            for name in block.params:
+                values += (config[name],)
+                if values not in known:
+                    return False
+            return True
+
+        return holds
 
     def __getitem__(self, config: Config) -> Outcome:
         parts = tuple((block.operations[0], self.times[block.name][self.own(block, config)]) for block in self.blocks)
@@ -103,7 +119,8 @@ def load(path: Path | str) -> Measured:
         parts = dict(zip(names, key.split(","), strict=True))
         outcomes[Config.of({name: spelled[name][part] for name, part in parts.items()})] = _outcome(record)
     if "blocks" in document:
-        return _composed(path, chosen, space, document["blocks"], outcomes)
+        again = {config for config, record in zip(outcomes, cache.values(), strict=True) if record.get("again")}
+        return _composed(path, chosen, space, document["blocks"], outcomes, again)
     times = [outcome.ms for outcome in outcomes.values() if isinstance(outcome, Timed)]
     if not times:
         raise UsageError(f"{path}: no configuration has a time")
@@ -115,20 +132,29 @@ def _name(path: Path) -> str:
 
 
 def _composed(
-    path: Path, chosen: str, space: SearchSpace, told: Mapping[str, Any], outcomes: Mapping[Config, Outcome]
+    path: Path,
+    chosen: str,
+    space: SearchSpace,
+    told: Mapping[str, Any],
+    outcomes: Mapping[Config, Outcome],
+    again: AbstractSet[Config],
 ) -> Measured:
-    """A pass whose operations were measured: all of it, or one of its blocks."""
+    """A pass whose operations were measured: all of it, or one of its blocks; what was timed ``again`` counts alone."""
     blocks = [Block(name, tuple(one["operations"]), tuple(one["params"])) for name, one in told.items()]
-    found: dict[str, dict[Config, list[float]]] = {block.name: {} for block in blocks}
+    found: dict[str, dict[Config, dict[bool, list[float]]]] = {block.name: {} for block in blocks}
     rest = []
     for config, outcome in outcomes.items():
         if isinstance(outcome, Timed):
             taken = dict(outcome.parts)
             for block in blocks:
                 own = Config.of({name: config[name] for name in block.params})
-                found[block.name].setdefault(own, []).append(sum(taken.get(one, 0.0) for one in block.operations))
+                times_of = found[block.name].setdefault(own, {True: [], False: []})
+                times_of[config in again].append(sum(taken.get(one, 0.0) for one in block.operations))
             rest.append(outcome.ms - sum(taken.values()))
-    times = {name: {own: statistics.median(each) for own, each in one.items()} for name, one in found.items()}
+    times = {
+        name: {own: statistics.median(each[True] or each[False]) for own, each in one.items()}
+        for name, one in found.items()
+    }
     if chosen:
         if chosen not in times:
             raise UsageError(f"{path} has no block {chosen!r}; it has {', '.join(times)}")
@@ -224,6 +250,7 @@ def replay(measured: Measured, sampler: str, seed: int, trials: int) -> Replay:
         trials=trials,
         sampler=sampler,
         seed=seed,
+        start=start_of(trials),
     )
     seconds = time.process_time() - started
     if len({trial.config for trial in result.trials}) != len(result.trials):

@@ -66,7 +66,8 @@ class Block:
 
     Args:
         name: of the block.
-        operations: the templates whose times are the block's.
+        operations: the templates whose times are the block's. One that is in several reads the parameters of all, and
+            its time is the first one's.
         params: names of its parameters.
         when: values of shared parameters with which a pass has this block; with any values if there are none.
 

@@ -29,17 +29,19 @@ def checked(workers: Workers) -> None:
         raise DeviceError(_blameless(why))
 
 
-def evaluated(workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None) -> Outcome | None:
-    """What became of a candidate; ``None`` if it was not done by ``until``.
+def evaluated(
+    workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None, *, measure: bool
+) -> Outcome | None:
+    """What became of a candidate, timed or predicted; ``None`` if it was not done by ``until``.
 
     Raises:
         DeviceError: where that says nothing of the candidate: the machine fails whatever it is given.
     """
-    reply = workers.evaluate(candidate, limit_s, until)
+    reply = workers.evaluate(candidate, limit_s, until, measure=measure)
     tries = 0
     while reply is not None and tries < _AGAIN.get(_fault(reply), 0):
         tries += 1
-        reply = workers.evaluate(candidate, limit_s, until, again=True)
+        reply = workers.evaluate(candidate, limit_s, until, measure=measure, again=True)
     if reply is None:
         return None
     if isinstance(reply, WorkerDied) and reply.fault == "machine":

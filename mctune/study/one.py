@@ -27,17 +27,17 @@ from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyRep
 from mctune.study.feasible import Feasible
 from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
-from mctune.study.known import Home, recorded, seeds, told
+from mctune.study.known import Home, recorded, seeds
+from mctune.study.known import told as told_of_known
 from mctune.study.record import Trial
 from mctune.study.rules import Rule
-from mctune.study.samplers import START
+from mctune.study.samplers import start_of
 from mctune.study.samplers.chain import APART
-from mctune.study.samplers.parts import sums
+from mctune.study.samplers.parts import told
 from mctune.study.study import CutShort, load_study, run_study
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
 
-_LEAST_START = 8
 _ALIKE = 12  # candidates that all fail in one way, none before them having got further, are not what is wrong
 _FINALISTS = 3  # for each segment length
 _SPARE = 2  # for each segment length: they ship where the best turns out wrong
@@ -102,7 +102,7 @@ class OneStudy:
             attrs=self._about(),
             on_trial=on_trial,
             balance=SEGMENT_LENGTH if lengths else None,
-            start=min(START, max(_LEAST_START, total // 5)),
+            start=start_of(total),
             first=() if so_far else self._known_already(space, listener),
             at_once=workers.count,
             guard=False,
@@ -126,12 +126,15 @@ class OneStudy:
             raise CutShort(error, result.trials) from error
 
     def _sums(self, space: SearchSpace, trials: Sequence[Trial]) -> str:
-        """Whether the times of operations added up, where configurations were put together from their best."""
-        misses = sums(space, [(trial.config, trial.outcome) for trial in trials])
-        if misses is None or self.request.sampler != "chain":
+        """What was judged one by one, and whether the times of operations added up."""
+        found = told(space, [(trial.config, trial.outcome) for trial in trials])
+        if found is None or self.request.sampler != "chain" or not trials:
             return ""
-        off = f"the times of the operations miss the time of the whole by {misses:.1%}".replace("%", " %")
-        return off if misses <= APART else f"{off}: not searched one by one any more, but all together"
+        judged = f"{len(trials)} trials judged {found.variants} variants of operations"
+        if found.misses is None:
+            return judged
+        off = f"{judged}; their times miss the time of the whole by {found.misses:.1%}".replace("%", " %")
+        return off if found.misses <= APART else f"{off}: not searched one by one any more, but all together"
 
     def stored(self) -> StudyReport:
         """The report of what the storage holds, without timing anything.
@@ -174,7 +177,7 @@ class OneStudy:
         home = Home(self.case, machine, self.backend.identity()["name"], request.measure, space, rules)
         found = seeds(home, (*recorded(self.storage, self.name, home), *request.known))
         if found:
-            listener.note(told(found))
+            listener.note(told_of_known(found))
         return tuple(seed.config for seed in found)
 
     def _without_point(self, space: SearchSpace) -> Iterator[str]:
@@ -337,7 +340,8 @@ class _Candidates:
         """
         limit_s = self.study.request.trial_timeout_s
         until = self.until if self.got_one else self.at_most
-        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, until)
+        measure = self.study.request.measure
+        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, until, measure=measure)
         self.got_one = self.got_one or (outcome is not None and cost(outcome) is not None)
         if outcome is None or self.alike < 0:
             return outcome

@@ -20,6 +20,7 @@ from mctune.core.workload import Case
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.frontier import recommend
 from mctune.study.one import OneStudy
+from mctune.study.prior import judged, predict_first
 from mctune.study.samplers.named import check
 from mctune.study.storage import alone, sqlite_url, url_of
 from mctune.study.study import CutShort
@@ -55,6 +56,7 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
     deciding = 0.0
     failure: MctuneError | None = None
+    on_gpu = request.measure and not request.target.on_cpu
     with held() as ctrl_c, alone(_storage(request)), _workers(request) as workers:
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
@@ -66,7 +68,11 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
                 share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
                 at_most = (share + left) / 2
             try:
-                reports[turn], interrupted = study.run(workers, listener, share, at_most)
+                spent = predict_first(study, workers, listener, share) if on_gpu else 0.0
+                rest = None if share is None else max(share - spent, 0.0)
+                reports[turn], interrupted = study.run(workers, listener, rest, at_most)
+                if on_gpu and (told := judged(study)):
+                    listener.note(told)
             except CutShort as error:
                 reports[turn], failure = study.report(error.trials), error
             if share is not None:
@@ -83,10 +89,11 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
 
 
 def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) -> list[int]:
-    """Which study comes when: in their order, but those that got least so far first if there is no time for all."""
-    turns = list(range(len(studies)))
+    """Which study comes when: those with the fewest parameters first, whose candidates take least, so that what they
+    leave of their shares is the others'; but those that got least so far first, if there is no time for all."""
+    turns = sorted(range(len(studies)), key=lambda turn: len(studies[turn].space().params))
     if request.timeout_s is not None and request.timeout_s < len(studies) * least_s:
-        turns.sort(key=lambda turn: len(studies[turn].so_far()))
+        turns = sorted(range(len(studies)), key=lambda turn: len(studies[turn].so_far()))
     return turns
 
 

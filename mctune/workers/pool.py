@@ -121,18 +121,25 @@ class Workers:
         return why
 
     def evaluate(
-        self, candidate: dict[str, Any], limit_s: float, until: float | None = None, *, again: bool = False
+        self,
+        candidate: dict[str, Any],
+        limit_s: float,
+        until: float | None = None,
+        *,
+        measure: bool = True,
+        again: bool = False,
     ) -> Reply | None:
         """``{"outcome"}`` of one candidate; ``limit_s`` for what each process does of it.
 
-        ``None`` if it was not done by ``until``, of ``time.monotonic``. ``again``: with nothing that is kept on disk.
+        ``None`` if it was not done by ``until``, of ``time.monotonic``. It is timed where there is a device, unless not
+        to ``measure`` is asked for. ``again``: with nothing that is kept on disk.
         """
         if until is not None and time.monotonic() >= until:
             return None
         if why := self._unsound():
             return WorkerDied(why, "try out", fault="machine")
         fresh = {"again_from_scratch": again}
-        if self._device is None:
+        if self._device is None or not measure:
             return self._compile({"evaluate": candidate, **fresh}, limit_s, until)
         if self._on_cpu:
             return self._evaluate_here(candidate, fresh, limit_s, until)

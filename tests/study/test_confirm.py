@@ -32,7 +32,9 @@ class Planted:
     def __init__(self, *replies: Reply, trial: str = "") -> None:
         self.replies, self.trial, self.again = list(replies), trial, list[bool]()
 
-    def evaluate(self, candidate: object, limit_s: float, until: float | None = None, *, again: bool = False) -> Reply:
+    def evaluate(
+        self, candidate: object, limit_s: float, until: float | None = None, *, measure: bool, again: bool = False
+    ) -> Reply:
         self.again.append(again)
         return self.replies.pop(0)
 

@@ -249,7 +249,9 @@ class Refusing:
 
     count, tried = 2, 0
 
-    def evaluate(self, candidate: dict[str, object], limit_s: float, until: float | None) -> dict[str, object]:
+    def evaluate(
+        self, candidate: dict[str, object], limit_s: float, until: float | None, *, measure: bool
+    ) -> dict[str, object]:
         self.tried += 1
         return {"outcome": to_json(TooLarge("needs 2 B", 2, 1, "B"))}
 

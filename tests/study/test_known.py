@@ -214,7 +214,7 @@ def searched(
     """The configurations that a study of mctune's own forward space tries, planted times, and what it says."""
     notes: list[str] = []
 
-    def planted(workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None) -> Timed:
+    def planted(workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None, **_: bool) -> Timed:
         return timed(1.0 + candidate["config"]["rows"] / 64 + candidate["config"]["chunk"] / 1024)
 
     monkeypatch.setattr("mctune.study.one.evaluated", planted)

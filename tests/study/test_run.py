@@ -16,6 +16,7 @@ from mctune.core.config import Config
 from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Predicted, Wrong, to_json
 from mctune.core.problem import Problem
+from mctune.core.space import Int, SearchSpace
 from mctune.core.target import Target, resolve
 from mctune.core.workload import Case
 from mctune.study import run as module
@@ -72,8 +73,9 @@ class Clock:
 class Study:
     """Stands in for a study that had ``done`` candidates before; it takes its whole share and ``over`` seconds more."""
 
-    def __init__(self, clock: Clock, done: int, over: float = 0.0) -> None:
+    def __init__(self, clock: Clock, done: int, over: float = 0.0, params: int = 5) -> None:
         self.case, self.clock, self.done, self.over, self.shares = CASE, clock, done, over, list[float]()
+        self.params = params
 
     def run(
         self, workers: object, listener: object, share: float | None, left: float | None
@@ -82,6 +84,9 @@ class Study:
         self.shares.append(share)
         self.clock.now += share + self.over
         return self.report([0] * (self.done + 10)), False
+
+    def space(self) -> SearchSpace:
+        return SearchSpace(tuple(Int(f"p{number}", (1, 2)) for number in range(self.params)))
 
     def so_far(self) -> Sequence[int]:
         return [0] * self.done
@@ -110,6 +115,8 @@ def searched(
     listener: Any = SimpleNamespace(note=notes.append, study_done=lambda report: None)
     heard: Listener = listener
     monkeypatch.setattr(module, "_studies", lambda request: studies)
+    monkeypatch.setattr(module, "predict_first", lambda *about: 0.0)
+    monkeypatch.setattr(module, "judged", lambda study: "")
     return search(request, heard), notes
 
 
@@ -122,6 +129,14 @@ def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: 
         [pytest.approx(100 / 3)], [pytest.approx(left / 2 - 10)], [pytest.approx(left / 2 + 10)]
     ]  # fmt: skip
     assert report.seconds == pytest.approx(100) and not notes
+
+
+def test_what_takes_least_comes_first(request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate of a wide space takes longer; the report keeps the request's order."""
+    wide, narrow = Study(clock, 1, params=9), Study(clock, 2, over=-40.0, params=3)
+    report, _ = searched(request_, [wide, narrow], monkeypatch)
+    assert (narrow.shares, wide.shares) == ([50.0], [90.0])
+    assert [study.trials for study in report.studies] == [11, 12]
 
 
 def test_a_sampler_that_cannot_be_had_ends_a_search_before_it_begins(request_: SearchRequest) -> None:
@@ -159,7 +174,7 @@ class Slow:
     def __init__(self, wrong: int) -> None:
         self.wrong, self.had = wrong, list[float]()
 
-    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float) -> dict[str, Any]:
+    def evaluate(self, candidate: dict[str, Any], limit_s: float, until: float, *, measure: bool) -> dict[str, Any]:
         self.had.append(until - time.monotonic())
         wrong = len(self.had) <= self.wrong
         return {"outcome": to_json(Wrong(1.0, 1e-5, "T=1") if wrong else Predicted(1.0, "nothing"))}

@@ -104,3 +104,32 @@ def test_an_unknown_sampler_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "annealing" in done.stderr
     done = run(space_file(tmp_path / "tiny.json.gz"), "--samplers", "mix@many")
     assert done.returncode == 2 and "'mix@many': write NAME, NAME@EVALUATIONS" in done.stderr
+
+
+def pass_file(path: Path) -> Path:
+    """Two operations with 16 points each that were measured side by side; the best of both were never together."""
+    values: dict[str, list[Any]] = {
+        name: [1, 2, 4, 8] for name in ("read_rows", "read_cols", "write_rows", "write_cols")
+    }
+    points = list(itertools.product([1, 2, 4, 8], repeat=2))
+    cache: dict[str, Any] = {}
+    for (a, b), (c, d) in zip(points, points[5:] + points[:5], strict=True):
+        parts = {"read": 1.0 + abs(a - 4) + abs(b - 2), "write": 2.0 + abs(c - 2) + abs(d - 8)}
+        cache[f"{a},{b},{c},{d}"] = {"time": sum(parts.values()) + 0.5, "parts": parts}
+    blocks = {name: {"operations": [name], "params": [f"{name}_rows", f"{name}_cols"]} for name in ("read", "write")}
+    document = {"tune_params_keys": list(values), "tune_params": values, "cache": cache, "blocks": blocks}
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    return path
+
+
+def test_a_pass_that_was_measured_by_operation_is_all_that_they_make_together(tmp_path: Path) -> None:
+    file = pass_file(tmp_path / "pass.json.gz")
+    done = run(file, f"{file}#write", "--seeds", 2, "--budgets", "12,16", "--samplers", "chain,mix", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["space"], row["sampler"], row["budget"]): row for row in json.loads(done.stdout)["rows"]}
+    assert {space for space, _, _ in rows} == {"pass", "pass#write"}
+    # 256 points, of which 16 were measured: the optimum is 3.5 ms.
+    assert all(row["worst"] < 4 for row in rows.values())
+    assert rows["pass", "chain", 16]["mean"] <= rows["pass", "mix", 16]["mean"]
+    assert rows["pass#write", "mix", 16]["optimum_found"] == 2
+    assert "has no block 'gone'; it has read, write" in run(f"{file}#gone", "--seeds", 1).stderr

@@ -28,9 +28,9 @@ from mctune.runtime.whole import is_whole
 
 _MODULE = "class Module:\n"
 _LOWERING = {"tirx.disable_assert": True, "tirx.disable_cse_tir": True}
-"""A third of the compile time (docs/performance.md): checks of each argument, which launchers make and
-:func:`templates.check_arguments` holds them to, are 40 % of an operation's machine code; LLVM finds common
-subexpressions by itself."""
+"""Without these a third of the compile time: checks of arguments are 40 % of an operation's machine code, and launchers
+alone pass them, in the order that :func:`templates.check_arguments` holds them to; LLVM finds common subexpressions by
+itself."""
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,22 @@ from mctune.study.samplers.surrogate import Array
 from mctune.study.samplers.surrogate import Points as Matrix
 
 START = 24  # points, most of them random, before a model is asked
+_LEAST_START, _START_SHARE = 8, 5
 _POOL = 300  # random valid points in a pool
 _DRAWS = 2048  # most draws to fill it with: most of what is valid may have been tried
 _ELITES = 3  # best points whose neighbours and relatives join the pool
 _RELATIVES = 20  # points 2 or 3 changes away from each elite
 _CLIMBS = 3
+
+
+def start_of(trials: int) -> int:
+    """How many points a search of so many trials begins with before a model is asked.
+
+    Examples:
+        >>> start_of(16), start_of(60), start_of(1000)
+        (8, 12, 24)
+    """
+    return min(START, max(_LEAST_START, trials // _START_SHARE))
 
 
 class MixSampler(DiscreteSampler):

@@ -142,14 +142,28 @@ class Parts:
                 one.doubtful += 1
 
 
-def sums(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> float | None:
-    """By what share of the whole the sums of blocks were off in a study's trials; ``None`` if too few say."""
+@dataclass(frozen=True)
+class Told:
+    """What a study's trials say of a pass as a chain of operations.
+
+    Attributes:
+        variants: so many different ones of any operation were judged, one setting's apart from another's.
+        misses: by what share of the whole the sums of blocks were off; ``None`` if too few say.
+    """
+
+    variants: int
+    misses: float | None
+
+
+def told(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> Told | None:
+    """The same of a study's trials; ``None`` of a pass that is no chain."""
     if len(space.blocks) < 2:
         return None
     history = [
         Tried(space.indices(config), cost(outcome), {}, parts(outcome), at_fault(outcome)) for config, outcome in trials
     ]
-    return Parts(space, history).misses
+    known = Parts(space, history)
+    return Told(sum(len(points) for setting in known.settings.values() for points in setting.points), known.misses)
 
 
 def _with(point: Sequence[int], places: Sequence[int], values: Sequence[int]) -> Point:
@@ -160,5 +174,7 @@ def _with(point: Sequence[int], places: Sequence[int], values: Sequence[int]) ->
 
 
 def _times(blocks: Sequence[Block], parts: Mapping[str, float]) -> Iterator[float]:
+    """The time of each block; an operation of several counts for the first of them."""
+    left = dict(parts)
     for block in blocks:
-        yield sum(parts.get(operation, 0.0) for operation in block.operations)
+        yield sum(left.pop(operation, 0.0) for operation in block.operations)

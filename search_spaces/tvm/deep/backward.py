@@ -1,7 +1,7 @@
 """Search space of the backward pass of deep memories on a CPU."""
 
 from mctune.core.config import Config
-from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.space import Block, Choice, Constraint, Int, Pow2, SearchSpace
 
 from ._rules import covers, divides, fits_registers
 
@@ -68,4 +68,10 @@ SPACE = SearchSpace(
     ),
     default=_WIDE,
     fallbacks=tuple(one.replace(saved=saved) for saved in ("states", "mixture", "nothing") for one in _EACH),
+    # The mixture's backward, where parameters are mixed, walks as the writes do and reads as the reads do.
+    blocks=(
+        Block("writes", ("deep_write", "deep_mix_backward", "deep_write_backward"), ("walk_rows", "walk_cols")),
+        Block("reads", ("deep_mix_backward", "deep_read_backward"), ("rows", "cols", "groups")),
+        Block("gates", ("deep_gates",), ("score_rows", "score_lanes")),
+    ),
 )

@@ -1,7 +1,7 @@
 """Search space of the forward pass of deep memories on a CPU: ``deep_write`` and ``deep_read``."""
 
 from mctune.core.config import Config
-from mctune.core.space import Constraint, Int, Pow2, SearchSpace
+from mctune.core.space import Block, Constraint, Int, Pow2, SearchSpace
 
 from ._rules import covers, divides, fits_registers
 
@@ -75,5 +75,13 @@ SPACE = SearchSpace(
             _HALF.replace(chunk=16, block=16),
         )
         for more in ({}, {"block": 16, "hid_rows": 2})
+    ),
+    blocks=(
+        Block("write", ("deep_write",), ("walk_rows", "walk_cols")),
+        Block(
+            "read",
+            ("deep_read",),
+            ("chunk", "block", "hid_rows", "hid_lanes", "rows", "cols", "score_rows", "score_lanes"),
+        ),
     ),
 )

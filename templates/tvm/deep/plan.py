@@ -59,12 +59,25 @@ def across_rows(rows, cols):
 
 
 class Plan:
-    """Sizes and flags of the kernels of one pass."""
+    """Sizes and flags of an operation's kernel, and those parameters by their names that the operation has."""
 
     def __init__(self, problem, config) -> None:
         self.Dk, self.Dv, self.E = wide(problem.Dk), wide(problem.Dv), wide(problem.E)
         self.flags = flags_of(problem)
         self.both = min(self.Dk, self.Dv)  # equal wherever a memory adds its input
-        self.WR, self.WC, self.unroll = config["walk_rows"], config["walk_cols"], config["unroll"]
-        self.AR = across_rows(self.WR, self.WC)
         vars(self).update(config.to_dict())
+
+    @property
+    def WR(self):
+        """Rows of a tile of the writes."""
+        return self.walk_rows
+
+    @property
+    def WC(self):
+        """Columns of that tile."""
+        return self.walk_cols
+
+    @property
+    def AR(self):
+        """Rows of a tile with LANES tokens in its columns, beside it."""
+        return across_rows(self.WR, self.WC)
