@@ -30,7 +30,7 @@ def checked(workers: Workers) -> None:
 
 
 def evaluated(
-    workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None, *, measure: bool
+    workers: Workers, candidate: dict[str, Any], limit_s: float, until: float | None, *, measure: bool = True
 ) -> Outcome | None:
     """What became of a candidate, timed or predicted; ``None`` if it was not done by ``until``.
 

@@ -284,5 +284,5 @@ def test_a_segment_length_without_a_valid_configuration_is_named(tmp_path: Path)
     study, workers, listener = OneStudy(request, Backend(), case, "sqlite://"), Refusing(), Listener()  # type: ignore[arg-type]
     study.run(workers, listener, None)  # type: ignore[arg-type]
     why = "the nearest default breaks long: 32 tokens are too few"
-    assert listener.notes == (f"no configuration is valid with segments of 32 tokens; {why}",)
+    assert listener.notes[0] == f"no configuration is valid with segments of 32 tokens; {why}"
     assert workers.tried == 4

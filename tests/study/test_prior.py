@@ -46,7 +46,12 @@ class Model:
 @pytest.mark.parametrize("warm", [True, False])
 def test_what_the_model_ranks_best_is_timed_first(warm: bool, tmp_path: Path) -> None:
     request = SearchRequest(
-        target=resolve("h100-sxm")[0], cases=(Case(PROBLEM, ()),), out=tmp_path, trials=16, warm=warm, backend="triton"
+        target=resolve("h100-sxm")[0],
+        cases=(Case(PROBLEM, (256,)),),
+        out=tmp_path,
+        trials=16,
+        warm=warm,
+        backend="triton",
     )
     study = OneStudy(request, get_backend("triton").measuring(), request.cases[0], sqlite_url(tmp_path / "s.db"))
     notes: list[str] = []
@@ -74,5 +79,5 @@ def test_what_the_model_ranks_best_is_timed_first(warm: bool, tmp_path: Path) ->
 
 
 def test_too_little_says_nothing_of_the_model(tmp_path: Path) -> None:
-    request = SearchRequest(target=resolve("t4")[0], cases=(Case(PROBLEM, ()),), out=tmp_path, trials=4)
+    request = SearchRequest(target=resolve("t4")[0], cases=(Case(PROBLEM, (256,)),), out=tmp_path, trials=4)
     assert judged(OneStudy(request, get_backend("triton"), request.cases[0], sqlite_url(tmp_path / "s.db"))) == ""
