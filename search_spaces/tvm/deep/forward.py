@@ -76,12 +76,13 @@ SPACE = SearchSpace(
         )
         for more in ({}, {"block": 16, "hid_rows": 2})
     ),
+    # Where parameters are mixed, a read walks as the writes do.
     blocks=(
-        Block("write", ("deep_write",), ("walk_rows", "walk_cols")),
         Block(
             "read",
             ("deep_read",),
             ("chunk", "block", "hid_rows", "hid_lanes", "rows", "cols", "score_rows", "score_lanes"),
         ),
+        Block("write", ("deep_write", "deep_read"), ("walk_rows", "walk_cols")),
     ),
 )
