@@ -81,6 +81,8 @@ def command(
     if note:
         say(note)
     cases, default_trials, default_timeout = cases_of(target, workload, problem, segment_lengths, inner_chunks)
+    if trials is not None:
+        cases = tuple(replace_(case, trials=None) for case in cases)
     for line in advice(cases):
         say(line)
     request = SearchRequest(

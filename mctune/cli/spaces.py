@@ -12,7 +12,7 @@ from mctune.core.errors import UsageError
 from mctune.core.paths import search_spaces_dir
 from mctune.core.problem import FAMILIES
 from mctune.core.space import SearchSpace
-from mctune.core.workload import Workload, load_workload, workload_names
+from mctune.core.workload import Case, Workload, load_workload, workload_names
 
 
 @click.command()
@@ -84,7 +84,11 @@ def _workload_json(workload: Workload) -> dict[str, Any]:
         "trials": workload.trials,
         "timeout_s": workload.timeout_s,
         "cases": [
-            {"problem": case.problem.to_dict(), "segment_lengths": list(case.segment_lengths)}
+            {
+                "problem": case.problem.to_dict(),
+                "segment_lengths": list(case.segment_lengths),
+                "trials": case.trials or workload.trials,
+            }
             for case in workload.cases
         ],
     }
@@ -108,4 +112,8 @@ def _space_text(space: SearchSpace) -> str:
 def _workload_text(workload: Workload) -> str:
     limit = f", {workload.timeout_s:g} s for all of them" if workload.timeout_s else ""
     head = f"{workload.name}: {workload.description}\n{workload.trials} trials a study{limit}\n"
-    return head + "\n".join(f"  {case}" for case in workload.cases)
+    return head + "\n".join(f"  {case}{_own_trials(case)}" for case in workload.cases)
+
+
+def _own_trials(case: Case) -> str:
+    return f", {case.trials} trials" if case.trials else ""

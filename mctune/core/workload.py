@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,13 @@ _KEYS = tuple(_TYPES)
 class Case:
     """One study: a problem, and the segment lengths it may be computed with, in increasing order.
 
-    ``problem.segment_length`` is the first of them. Both are absent under logarithmic segmentation.
+    ``problem.segment_length`` is the first of them. Both are absent under logarithmic segmentation. ``trials`` is how
+    many candidates it has, if not as many as all others.
     """
 
     problem: Problem
     segment_lengths: tuple[int, ...]
+    trials: int | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, fields: dict[str, Any], segment_lengths: tuple[int, ...]) -> Case:
@@ -79,7 +81,7 @@ class Workload:
 
     Attributes:
         name, description: as ``mctune spaces`` lists it.
-        trials: candidates for each case.
+        trials: candidates for each case that does not say how many it has.
         timeout_s: seconds for all cases together; ``None`` is no limit.
         cases: each is one study.
     """
@@ -147,7 +149,7 @@ def read_workload(path: Path, gpu: bool = False, dtype: str = "bfloat16") -> Wor
         raise UsageError(f"{path.name}: timeout_s = {own_timeout!r} is not a number of seconds over 0")
     try:
         entries = [on_gpu(entry, dtype) | replaced if gpu else entry for entry in values["problems"]]
-        cases = tuple(Case.of(fields, lengths) for entry in entries for fields in _expand(entry))
+        cases = tuple(_case(fields, lengths) for entry in entries for fields in _expand(entry))
     except UsageError as error:
         raise UsageError(f"{path.name}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -157,6 +159,19 @@ def read_workload(path: Path, gpu: bool = False, dtype: str = "bfloat16") -> Wor
     return Workload(
         path.stem, values["description"], values["trials"], own_timeout if gpu else values.get("timeout_s"), cases
     )
+
+
+def _case(fields: dict[str, Any], segment_lengths: tuple[int, ...]) -> Case:
+    """The case of a file's problem, which may say how many trials it has.
+
+    Raises:
+        UsageError: if it cannot be one.
+    """
+    fields = dict(fields)
+    trials = fields.pop("trials", None)
+    if trials is not None and not _count(trials):
+        raise UsageError(f"trials = {trials!r} is not a number of at least 1")
+    return replace(Case.of(fields, segment_lengths), trials=trials)
 
 
 def on_gpu(fields: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:

@@ -74,7 +74,7 @@ class OneStudy:
         Raises:
             CutShort: with what was found, if the machine or the storage fails.
         """
-        space, lengths, total = self.space(), self.case.segment_lengths, self.request.trials
+        space, lengths, total = self.space(), self.case.segment_lengths, self.trials
         started, so_far = time.monotonic(), self.so_far()
         until = None if timeout_s is None else started + timeout_s
         at_most = None if at_most_s is None else started + at_most_s
@@ -124,6 +124,11 @@ class OneStudy:
             return self.report(result.trials), True
         except MctuneError as error:
             raise CutShort(error, result.trials) from error
+
+    @property
+    def trials(self) -> int:
+        """Candidates of this study in all."""
+        return self.case.trials or self.request.trials
 
     def _sums(self, space: SearchSpace, trials: Sequence[Trial]) -> str:
         """What was judged one by one, and whether the times of operations added up."""

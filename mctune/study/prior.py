@@ -44,10 +44,11 @@ class _Quiet:
 def predicted(study: OneStudy) -> OneStudy:
     """The study of the same candidates, predicted; its winners are not decided between."""
     request = study.request
-    trials = min(TRIALS, request.trials)
+    trials = min(TRIALS, study.trials)
     return replace(
         study,
-        request=replace(request, measure=False, decide=False, trials=trials),
+        case=replace(study.case, trials=trials),
+        request=replace(request, measure=False, decide=False),
         backend=get_backend(study.backend.maker),
     )
 
@@ -61,7 +62,7 @@ def predict_first(study: OneStudy, workers: Workers, listener: Listener, share_s
     if not study.request.warm or study.so_far():
         return 0.0
     begun, beside = time.monotonic(), predicted(study)
-    listener.note(f"predicting {beside.request.trials} candidates before any is timed")
+    listener.note(f"predicting {beside.trials} candidates before any is timed")
     beside.run(workers, _Quiet(listener), None if share_s is None else SHARE * share_s)
     return time.monotonic() - begun
 
