@@ -366,7 +366,8 @@ def _length(config: Config) -> int | None:
 
 
 def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:
-    """The trial with the times of the last round; the error against the oracle is its own."""
+    """The trial with the times of the last round; its error, and the shares of its operations, are what they were."""
     assert isinstance(trial.outcome, Timed)
     ms, low, high = summary(samples)
-    return replace(trial, outcome=replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples)))
+    parts = tuple((name, part * ms / trial.outcome.ms) for name, part in trial.outcome.parts)
+    return replace(trial, outcome=replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples), parts=parts))

@@ -53,7 +53,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     prepared = _studies(request)
     reports: dict[int, StudyReport] = {}
     interrupted = False
-    # How long the last study took beyond its share to decide between its finalists: the next one will need as much.
+    # How long the last study took beyond its share to decide between its finalists, for each segment length: the next
+    # one will need as much.
     deciding = 0.0
     failure: MctuneError | None = None
     on_gpu = request.measure and not request.target.on_cpu
@@ -65,7 +66,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
                 left = request.timeout_s - (begun - started)
                 if left < min(workers.least_s, request.timeout_s / 2):
                     break
-                share = min(left, max(workers.least_s, left / (len(turns) - number) - deciding))
+                needed = deciding * max(len(study.case.segment_lengths), 1)
+                share = min(left, max(workers.least_s, left / (len(turns) - number) - needed))
                 at_most = (share + left) / 2
             try:
                 spent = predict_first(study, workers, listener, share) if on_gpu else 0.0
@@ -76,7 +78,7 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
             except CutShort as error:
                 reports[turn], failure = study.report(error.trials), error
             if share is not None:
-                deciding = max(0.0, time.monotonic() - begun - share)
+                deciding = max(0.0, time.monotonic() - begun - share) / max(len(study.case.segment_lengths), 1)
             listener.study_done(reports[turn])
             interrupted = interrupted or ctrl_c.taken()
             if interrupted or failure:
