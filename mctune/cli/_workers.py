@@ -14,7 +14,6 @@ from mctune.cli._output import say
 from mctune.core.errors import UsageError
 from mctune.core.host import usable_cores
 from mctune.core.target import Target
-from mctune.study.storage import shared, url_of
 
 _JOIN = ("--workers", "1", "--join")
 """What a worker's command has besides this one's: search alone, and leave what was found to others."""
@@ -31,6 +30,8 @@ def check_workers(count: int, target: Target, measure: bool, storage: str | None
     """
     if count == 1:
         return
+    from mctune.study.storage import shared, url_of
+
     if not shared(storage and url_of(storage)):
         raise UsageError(
             f"--workers {count}: a SQLite file is searched by one process; give a server that all of them reach, "

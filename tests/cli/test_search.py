@@ -79,7 +79,8 @@ def test_by_default_it_searches_the_quick_workload_for_the_cpu(run: Callable[...
     assert ran.code == 0 and request is not None
     assert request.target.name == "cpu" and len(request.cases) == 6
     assert request.out == Path("build/mctune_cpu")
-    assert (request.trials, request.timeout_s, request.storage) == (32, 210, None)
+    assert (request.trials, request.timeout_s, request.storage) == (12, 480, None)
+    assert [case.trials for case in request.cases] == [20, None, None, None, None, None]
     assert (request.sampler, request.seed, request.max_slowdown, request.trial_timeout_s) == ("chain", 0, 1.10, 60.0)
 
 
