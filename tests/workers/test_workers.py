@@ -67,7 +67,7 @@ def test_what_compiles_is_timed_on_what_was_judged(workers: Workers, monkeypatch
     died = workers._device.call(
         {"evaluate": {"problem": PROBLEM.to_dict(), "config": CONFIG.to_dict()}, "prepared": "/nowhere.pt"}, LIMIT_S
     )
-    assert isinstance(died, dict) and "No such file" in died["outcome"]
+    assert isinstance(died, WorkerDied) and "No such file" in died.message and died.fault == "machine"
 
 
 def test_what_the_compiler_says_stays_with_a_measured_candidate(
