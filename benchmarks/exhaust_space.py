@@ -62,6 +62,13 @@ BEST = 7
 """One in so many is timed again."""
 
 
+def side_by_side(default: Config, found: Sequence[Sequence[Mapping[str, Scalar]]]) -> list[Config]:
+    """As few configurations as have all values of each block, which begin again where others have more."""
+    count = max(map(len, found))
+    rows = (itertools.islice(itertools.cycle(own), count) for own in found)
+    return [default.replace(**{name: own[name] for own in row for name in own}) for row in zip(*rows, strict=True)]
+
+
 @dataclass(frozen=True)
 class Whole:
     """What is measured: a problem, and the values to which its space is cut down."""
@@ -89,9 +96,7 @@ class Whole:
             own = [config for config in changed if space.valid(config, self.problem, target)]
             random.Random(block.name).shuffle(own)
             found.append([{name: config[name] for name in block.params} for config in own])
-        count = max(map(len, found))
-        rows = (itertools.islice(itertools.cycle(own), count) for own in found)
-        composed = [default.replace(**dict(itertools.chain(*map(dict.items, row)))) for row in zip(*rows, strict=True)]
+        composed = side_by_side(default, found)
         return [default, *(config for config in composed if space.valid(config, self.problem, target))]
 
     @property
@@ -158,8 +163,7 @@ def best(space: SearchSpace, records: Mapping[Config, Mapping[str, Any]]) -> lis
             times[own] = min(taken, times.get(own, math.inf))
         ranked = sorted(times, key=lambda own: times[own])[: -(-len(times) // BEST)]
         found.append([dict(zip(block.params, own, strict=True)) for own in ranked])
-    rows = (itertools.islice(itertools.cycle(own), max(map(len, found))) for own in found)
-    return [default.replace(**dict(itertools.chain(*map(dict.items, row)))) for row in zip(*rows, strict=True)]
+    return side_by_side(default, found)
 
 
 def main() -> None:

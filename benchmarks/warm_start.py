@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exhaust_space import EXHAUSTED, PROBLEM
-from search_replay import load
+from measured_spaces import load
 
 from mctune.backends import get_backend
 from mctune.core import outcome as outcomes

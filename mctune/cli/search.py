@@ -112,8 +112,11 @@ def command(
     check_out(request.out, target, replace=replace)
     with joined(count, request.measure, request.out / "search"), SearchProgress() as progress:
         report = search(request, progress)
-    if join:
-        return _helped(report)
+    return _helped(report) if join else _left(request, report, replace, as_json)
+
+
+def _left(request: SearchRequest, report: SearchReport, replace: bool, as_json: bool) -> int:
+    """Print what was found and leave its package; the exit code."""
     try:
         if as_json:
             print_json(report.to_dict())
@@ -126,7 +129,7 @@ def command(
         except MctuneError as error:
             raise report.failure or error from error
     if not request.measure:
-        say(f"{target.name} is not on this machine: every time above is predicted, none is measured")
+        say(f"{request.target.name} is not on this machine: every time above is predicted, none is measured")
     if package is not None:
         say(f"{package} is a package: `from {package.name} import memory_caching` with {package.parent} on PYTHONPATH")
     if report.failure is not None:
