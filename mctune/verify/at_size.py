@@ -8,7 +8,6 @@ and kept in a file.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from mctune.runtime.memory import LayerMemory
 from mctune.verify.decided import DRAWS, decided, gaps, means_of
 from mctune.verify.guard import POSITIONAL, Arguments
 from mctune.verify.inputs import Inputs, call_of, make_inputs
+from mctune.verify.judge import written_whole
 from mctune.verify.kept import rows_by, segments_of
 from mctune.verify.passes import Results, empty_memory, gradients, gradients_of, left, options, wants
 
@@ -249,10 +249,8 @@ def _after(problem: Problem, memory: LayerMemory) -> dict[str, Tensor]:
 
 
 def _save(case: AtSize, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({"inputs": case.inputs.to_dict(), "given": case.given, "wanted": case.wanted}, scratch)
-    scratch.replace(file)
+    with written_whole(file) as scratch:
+        torch.save({"inputs": case.inputs.to_dict(), "given": case.given, "wanted": case.wanted}, scratch)
 
 
 def _load(problem: Problem, file: Path) -> AtSize:

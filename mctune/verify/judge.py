@@ -115,11 +115,18 @@ def kept_cases(problem: Problem, seed: int, folder: Path) -> list[Judged]:
     if file.is_file():
         return load_cases(str(file))
     cases = list(judge_all(problem, seed))
+    with written_whole(file) as scratch:
+        save_cases(cases, str(scratch))
+    return cases
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Where to write what becomes ``file``, in a folder that is made, once it is all there; others may do the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
-    save_cases(cases, str(scratch))
+    yield scratch
     scratch.replace(file)
-    return cases
 
 
 def run_kernel(kernel: Kernel, problem: Problem, inputs: Inputs) -> Results:
