@@ -14,7 +14,7 @@ from mctune.verify.spread import Drawn, walk
 from mctune.workers import hold as module
 from mctune.workers.hold import Held, hold
 from mctune.workers.worker import WorkerDied, WorkerTimedOut
-from tests.workers.test_workers import PROBLEM
+from tests.workers.test_side_by_side import PROBLEM
 
 TARGET = resolve("h200")[0]
 CONFIG = walk(random.Random(0), PROBLEM, TARGET)
