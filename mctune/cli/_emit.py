@@ -21,6 +21,7 @@ from mctune.study.events import FrontierPoint, SearchReport, SearchRequest, Stud
 if TYPE_CHECKING:
     from mctune.core.winner import Winner
     from mctune.emit import Signer
+    from mctune.workers.pool import Workers
 
 _replace = click.option(
     "--replace", is_flag=True, help="Write over the package in DIR. Without it, what that holds is kept where better."
@@ -32,7 +33,9 @@ def replace_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return _replace(command)
 
 
-def emit_report(request: SearchRequest, report: SearchReport, over: bool, signer: Signer | None = None) -> Path | None:
+def emit_report(
+    request: SearchRequest, report: SearchReport, workers: Workers, over: bool, signer: Signer | None = None
+) -> Path | None:
     """Write the package of every point of every frontier into ``request.out``; ``None`` if there is none.
 
     It is the better, for each problem, of that and of the package that is there, unless it is written ``over``.
@@ -51,7 +54,7 @@ def emit_report(request: SearchRequest, report: SearchReport, over: bool, signer
             return None
         before = Before() if over else package_before(request.out, say)
         again = tuple(_study(winner) for winner in before.stale if winner.key not in found)
-        winners = ship(request, replace(report, studies=(*report.studies, *again)), say)
+        winners = ship(request, replace(report, studies=(*report.studies, *again)), say, workers)
         if not winners:
             return None
         rule: Callable[[Sequence[Winner]], Winner] = partial(recommend, max_slowdown=request.max_slowdown)

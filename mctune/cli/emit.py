@@ -70,7 +70,10 @@ def command(
         from mctune.study.run import stored
 
         report = stored(request)
-    package = emit_report(request, report, replace, signer)
+    from mctune.study.run import at_work
+
+    with at_work(request) as workers:
+        package = emit_report(request, report, workers, replace, signer)
     if package is None:
         raise NoValidConfigError("no study holds a candidate that was verified and timed; search on: `mctune search`")
     if as_json:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace as replace_
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +23,9 @@ from mctune.core.outcome import Predicted, where
 from mctune.core.paths import results_dir
 from mctune.core.target import resolve
 from mctune.study.events import SAMPLERS, SearchReport, SearchRequest, StudyReport
+
+if TYPE_CHECKING:
+    from mctune.workers.pool import Workers
 
 
 @click.command()
@@ -107,15 +111,16 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mctune.cli._progress import SearchProgress
     from mctune.emit import check_out
-    from mctune.study.run import search
+    from mctune.study.run import at_work, search
 
     check_out(request.out, target, replace=replace)
-    with joined(count, request.measure, request.out / "search"), SearchProgress() as progress:
-        report = search(request, progress)
-    return _helped(report) if join else _left(request, report, replace, as_json)
+    with at_work(request) as workers:
+        with joined(count, request.measure, request.out / "search"), SearchProgress() as progress:
+            report = search(request, progress, workers)
+        return _helped(report) if join else _left(request, report, workers, replace, as_json)
 
 
-def _left(request: SearchRequest, report: SearchReport, replace: bool, as_json: bool) -> int:
+def _left(request: SearchRequest, report: SearchReport, workers: Workers, replace: bool, as_json: bool) -> int:
     """Print what was found and leave its package; the exit code."""
     try:
         if as_json:
@@ -125,7 +130,7 @@ def _left(request: SearchRequest, report: SearchReport, replace: bool, as_json: 
     finally:
         # What was found is not lost with whoever reads the output.
         try:
-            package = emit_report(request, report, replace)
+            package = emit_report(request, report, workers, replace)
         except MctuneError as error:
             raise report.failure or error from error
     if not request.measure:

@@ -7,9 +7,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from mctune.backends.protocol import Backend
@@ -17,18 +16,17 @@ from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.interrupt import held
 from mctune.core.known import Machine
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, cost, describe, kind
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, TimedOut, cost, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
-from mctune.measure.timing import summary
-from mctune.study.confirm import evaluated, outcome_of
+from mctune.study.confirm import evaluated
 from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyReport
 from mctune.study.feasible import Feasible
-from mctune.study.finalists import decide, shortlist
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
 from mctune.study.known import Home, recorded, seeds
 from mctune.study.known import told as told_of_known
+from mctune.study.leaders import Deciding, Leader
 from mctune.study.record import Trial
 from mctune.study.rules import Rule
 from mctune.study.samplers import start_of
@@ -36,20 +34,9 @@ from mctune.study.samplers.chain import APART
 from mctune.study.samplers.parts import told
 from mctune.study.study import CutShort, load_study, run_study
 from mctune.workers.pool import Workers
-from mctune.workers.worker import WorkerDied
 
 _ALIKE = 12  # candidates that all fail in one way, none before them having got further, are not what is wrong
-_FINALISTS = 3  # for each segment length
 _SPARE = 2  # for each segment length: they ship where the best turns out wrong
-_VERIFIED = 5  # predicted candidates for each segment length that may turn out wrong before it gets none
-
-
-@dataclass(frozen=True)
-class Leader:
-    """The candidate that stands for a segment length, and those that are as fast within noise."""
-
-    trial: Trial
-    ties: tuple[Config, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,10 +102,11 @@ class OneStudy:
             listener.note(note)
         if result.interrupted or not self.request.decide:
             return self.report(result.trials), result.interrupted
-        decide_ = self._time_again if self.request.measure else self._verify_fastest
+        deciding = Deciding(workers, listener, self.candidate, self.request.holding_s)
+        decide = deciding.time_again if self.request.measure else deciding.verify_fastest
         try:
             with held() as ctrl_c, ctrl_c.let_in():
-                leaders = decide_(workers, listener, result.trials)
+                leaders = decide(self._groups(result.trials))
             return self.report(result.trials, leaders), False
         except KeyboardInterrupt:
             return self.report(result.trials), True
@@ -225,63 +213,6 @@ class OneStudy:
         problem = self.problem(config).to_dict()
         return {"problem": problem, "config": config.to_dict(), "maker": self.backend.maker}
 
-    def _verify_fastest(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader]:
-        """The fastest candidate of every segment length that is right; where none is, there is no leader."""
-        groups = self._groups(trials)
-        pool = ThreadPoolExecutor(workers.count)
-        try:
-            found = dict(zip(groups, pool.map(partial(self._fastest_right, workers), groups.values()), strict=True))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for _, notes in found.values():
-            for text in notes:
-                listener.note(text)
-        return {length: leader for length, (leader, _) in found.items() if leader is not None}
-
-    def _fastest_right(self, workers: Workers, group: Sequence[Trial]) -> tuple[Leader | None, list[str]]:
-        """The fastest of some candidates that is right, and what is wrong with those before it."""
-        notes: list[str] = []
-        for trial in sorted(group, key=lambda trial: (trial.ms, trial.number))[:_VERIFIED]:
-            outcome = outcome_of(workers.verify(self.candidate(trial.config), self.request.holding_s))
-            if isinstance(outcome, Predicted):
-                assert isinstance(trial.outcome, Predicted)
-                return Leader(replace(trial, outcome=replace(trial.outcome, error=outcome.error))), notes
-            more = "; --trial-timeout gives more" if isinstance(outcome, TimedOut) else ""
-            notes.append(f"{describe(outcome)}{more}  [{trial.config}]")
-        return None, notes
-
-    def _time_again(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> dict[int, Leader] | None:
-        """The best of every segment length, after rounds of rotated order in one process; without what turns out wrong.
-
-        ``None`` if they could not be timed.
-        """
-        groups = {length: shortlist(group, most=_FINALISTS) for length, group in self._groups(trials).items()}
-        finalists = [config for group in groups.values() for config in group]
-        if not finalists:
-            return {}
-        listener.note(f"timing {len(finalists)} finalists against each other")
-        reply = workers.compare([self.candidate(config) for config in finalists], self.request.holding_s)
-        if not isinstance(reply, dict):
-            what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
-            listener.note(f"the finalists could not be timed again ({what}); the trials' own times decide")
-            return None
-        for failure in reply["failures"]:
-            listener.note(f"a finalist is not right after all: {failure}")
-        samples = dict(zip(finalists, reply["samples"], strict=True))
-        by_config = {trial.config: trial for trial in trials}
-        leaders: dict[int, Leader] = {}
-        for length, group in groups.items():
-            if not any(samples[config] for config in group):
-                # The next best have their turn, without those.
-                left = [trial for trial in trials if trial.config not in samples]
-                leaders |= self._time_again(workers, listener, [t for t in left if self._at(t) == length]) or {}
-                continue
-            decision = decide(group, lambda configs: [samples[config] for config in configs])
-            chosen = decision.winner.config
-            ties = tuple(f.config for f in decision.finalists if f.tied and f.config != chosen)
-            leaders[length] = Leader(_retimed(by_config[chosen], samples[chosen]), ties)
-        return leaders
-
     def _groups(self, trials: Sequence[Trial]) -> dict[int, list[Trial]]:
         """Trials that have a time, by segment length, shortest first."""
         groups: dict[int, list[Trial]] = {}
@@ -363,11 +294,3 @@ class _Candidates:
 
 def _length(config: Config) -> int | None:
     return config.integer(SEGMENT_LENGTH) if SEGMENT_LENGTH in config else None
-
-
-def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:
-    """The trial with the times of the last round; its error, and the shares of its operations, are what they were."""
-    assert isinstance(trial.outcome, Timed)
-    ms, low, high = summary(samples)
-    parts = tuple((name, part * ms / trial.outcome.ms) for name, part in trial.outcome.parts)
-    return replace(trial, outcome=replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples), parts=parts))

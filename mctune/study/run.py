@@ -24,7 +24,6 @@ from mctune.study.prior import judged, predict_first
 from mctune.study.samplers.named import check
 from mctune.study.storage import alone, sqlite_url, url_of
 from mctune.study.study import CutShort
-from mctune.verify.judge import tolerance
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
 
@@ -34,7 +33,17 @@ _Shipped = tuple[FrontierPoint, dict[str, Any]]
 """A point, and the worker's reply about it."""
 
 
-def search(request: SearchRequest, listener: Listener) -> SearchReport:
+def at_work(request: SearchRequest) -> Workers:
+    """The processes that a request's kernels are compiled, timed and verified in, of :func:`search` and :func:`ship`.
+
+    To be entered. Nothing is started or written before it is needed.
+    """
+    folder = request.out / "search" / "kernels"
+    made_by = makers(request.target, request.backend)
+    return Workers(request.target, folder, seed=request.seed, measure=request.measure, made_by=made_by)
+
+
+def search(request: SearchRequest, listener: Listener, workers: Workers) -> SearchReport:
     """Run every study of ``request``, or go on with them; the default storage is ``<out>/search/study.db``.
 
     Each has an equal share of the time that is left; one that has no time of any candidate by the end of its share lets
@@ -58,7 +67,8 @@ def search(request: SearchRequest, listener: Listener) -> SearchReport:
     deciding = 0.0
     failure: MctuneError | None = None
     on_gpu = request.measure and not request.target.on_cpu
-    with held() as ctrl_c, alone(_storage(request)), _workers(request) as workers:
+    with held() as ctrl_c, alone(_storage(request)):
+        workers.start()
         turns = _turns(request, prepared, workers.least_s)
         for number, turn in enumerate(turns):
             study, begun, share, at_most = prepared[turn], time.monotonic(), None, None
@@ -108,8 +118,10 @@ def stored(request: SearchRequest) -> SearchReport:
     return SearchReport(request.target, request.out, tuple(study.stored() for study in _studies(request)), 0.0)
 
 
-def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], None]) -> list[Winner]:
-    """Every point of every frontier, built and verified once more; on a CPU that can be x86-64-v3 also for all of them.
+def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], None], workers: Workers) -> list[Winner]:
+    """Every point of every frontier, built and verified; on a CPU that can be x86-64-v3 also for all of them.
+
+    What ``workers`` have held to everything before, when the study was decided, is not verified again.
 
     What is not right gives way to the next best at its segment length, or is left out, and ``note`` is told. The
     recommended points come first: Ctrl-C leaves out those that are not verified by then.
@@ -125,7 +137,8 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     interpreted = not request.measure  # and takes minutes
     if interpreted and points:
         note(f"verifying {len(points)} kernels once more, on other inputs; Ctrl-C ships those that are done")
-    with held() as ctrl_c, _workers(request) as workers:
+    with held() as ctrl_c:
+        workers.prepare()
         pool = ThreadPoolExecutor(workers.count)
         futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
         for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
@@ -193,31 +206,25 @@ def _winners(request: SearchRequest, maker: str, shipped: Sequence[_Shipped]) ->
             source=Path(reply["source"]),
             portable=Path(reply["portable"]) if reply["portable"] else None,
             cpu_flags=needed_flags(request.target.arch) if request.target.on_cpu else (),
-            verified=_verified(reply, tolerance(point.problem)),
+            verified=_verified(reply),
             parts=tuple((name, Path(path)) for name, path in reply["parts"].items()),
         )
         for point, reply in shipped
     ]
 
 
-def _verified(reply: dict[str, Any], tolerance: float) -> dict[str, Any]:
+def _verified(reply: dict[str, Any]) -> dict[str, Any]:
     error, *portable_error = reply["errors"]
     return {
         "against": "mctune.reference: token by token, float64",
         "inputs": "random, drawn for this check; memory that a kernel does not write holds NaN",
         "measure": "RMS(difference) / RMS(reference)",
         "by": reply["by"],
-        "tolerance": tolerance,
+        "tolerance": reply["tolerance"],
         "error": error,
         "portable_error": portable_error[0] if portable_error else None,
         "cases": reply["cases"],
     }
-
-
-def _workers(request: SearchRequest) -> Workers:
-    folder = request.out / "search" / "kernels"
-    made_by = makers(request.target, request.backend)
-    return Workers(request.target, folder, seed=request.seed, measure=request.measure, made_by=made_by)
 
 
 def _studies(request: SearchRequest) -> list[OneStudy]:

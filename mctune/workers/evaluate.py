@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,10 +16,10 @@ from typing import Any
 import torch
 
 from mctune.backends import get_backend
-from mctune.backends.protocol import Backend, Built, Kernel, OperationError, Watch, unwatched
+from mctune.backends.protocol import Backend, Built, Kernel, Watch, unwatched
 from mctune.core.config import Config
-from mctune.core.errors import DeviceError, MctuneError
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, Wrong, describe, to_json
+from mctune.core.errors import MctuneError
+from mctune.core.outcome import Crashed, Outcome, Predicted, Timed, Wrong, describe, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
@@ -30,12 +27,12 @@ from mctune.measure.parts import Clock, time_parts
 from mctune.measure.timing import summary, time_rotated
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
-from mctune.verify.judge import Judged, judge_all, kept_cases, load_cases, run_kernel, verify
+from mctune.verify.judge import Judged, judge_all, kept_cases, load_cases, run_kernel, tolerance, verify
 from mctune.verify.rerun import CANDIDATE, FINALIST, Effort, Miss, Reruns
+from mctune.workers.payload import candidate, failed_build, first_line, folder_for, maker_of, try_out
 from mctune.workers.watch import REFERENCE
 from mctune.workers.worker import MACHINES, Handler, Stage
 
-_ALWAYS_COMPILE = os.environ.get("TRITON_ALWAYS_COMPILE", "0")
 _DRAWS = 4
 """What the oracle says of one takes a second of a backward; what may ship meets inputs that no candidate has met."""
 _ROUNDS = 7
@@ -170,14 +167,25 @@ class _Bench:
         return [[] for _ in held], failures
 
     def ship(
-        self, problem: Problem, config: Config, portable_arch: str | None, prepared: Prepared, stage: Stage
+        self,
+        problem: Problem,
+        config: Config,
+        portable_arch: str | None,
+        prepared: Prepared,
+        held: dict[str, float],
+        stage: Stage,
     ) -> dict[str, Any]:
-        """The winner's files, and the same source for every CPU of ``portable_arch`` if that is given, all verified."""
-        built, error = self._checked(problem, config, self.target, prepared, stage)
+        """The winner's files, and the same source for every CPU of ``portable_arch`` if that is given, all verified.
+
+        ``held``: the errors of those that were checked already in this search, by :func:`fingerprint`.
+        """
+        built, error = self._checked(problem, config, self.target, prepared, held, stage)
         reply = shipment(problem, built, error, f"run on {self.target.name}")
         if portable_arch is not None:
+            # What was just checked need not be again where the portable form is that of this CPU.
+            known = {**held, fingerprint(built): error}
             portable, error = self._checked(
-                problem, config, replace(self.target, arch=portable_arch), Prepared(), stage
+                problem, config, replace(self.target, arch=portable_arch), Prepared(), known, stage
             )
             reply["portable"] = str(portable.library)
             reply["errors"].append(error)
@@ -185,14 +193,19 @@ class _Bench:
         return reply
 
     def _checked(
-        self, problem: Problem, config: Config, target: Target, prepared: Prepared, stage: Stage
+        self, problem: Problem, config: Config, target: Target, prepared: Prepared, held: dict[str, float], stage: Stage
     ) -> tuple[Built, float]:
-        """Build for ``target`` and check.
+        """Build for ``target`` and check, unless just these files are ``held``.
 
         Raises:
             MctuneError: if the result is wrong.
         """
-        built, error = self.check(problem, config, prepared, stage, target)
+        stage("build")
+        built = prepared.built or self.backend.build(problem, config, target, self.folder)
+        known = held.get(fingerprint(built))
+        if known is not None:
+            return built, known
+        built, error = self.check(problem, config, replace(prepared, built=built), stage, target)
         if isinstance(error, Wrong):
             raise MctuneError(f"{problem} [{config}] built for {target.arch} is {describe(error)}")
         return built, error
@@ -233,10 +246,13 @@ class _Handler:
         bench = replace(self.bench, backend=backend, folder=folder_for(payload, self.bench.folder))
         prepared = Prepared.of(payload)
         if "ship" in payload:
-            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], prepared, stage)
+            held = payload.get("held", {})
+            return bench.ship(*candidate(payload["ship"]), payload["portable_arch"], prepared, held, stage)
         if "check" in payload:
-            _, error = bench.check(*candidate(payload["check"]), prepared, stage)
-            return {"outcome": to_json(error if isinstance(error, Wrong) else Predicted(0.0, "", error))}
+            built, error = bench.check(*candidate(payload["check"]), prepared, stage)
+            if isinstance(error, Wrong):
+                return {"outcome": to_json(error)}
+            return {"outcome": to_json(Predicted(0.0, "", error)), "held": {fingerprint(built): error}}
         if "compare" in payload:
             finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
             samples, failures = bench.compare(finalists, stage)
@@ -248,11 +264,11 @@ def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
     A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
-    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time, or ``{"ship": {"problem",
-    "config"}, "portable_arch": a string or None}``, answered by what ``_Bench.ship`` returns, all with what another
-    process has left, ``"prepared"`` and ``"built"``, or without; or ``{"compare": [{"problem", "config"}, ...]}``, each
-    with its ``"built"`` or without, answered by ``{"samples", "failures"}``; or ``{"try_out": True}``, see
-    :func:`try_out`.
+    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time and, if it is right, by what
+    its files are ``"held"`` as, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None, "held": what
+    was checked before}``, answered by what ``_Bench.ship`` returns, all with what another process has left,
+    ``"prepared"`` and ``"built"``, or without; or ``{"compare": [{"problem", "config"}, ...]}``, each with its
+    ``"built"`` or without, answered by ``{"samples", "failures"}``; or ``{"try_out": True}``, see :func:`try_out`.
 
     On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """
@@ -280,9 +296,19 @@ def draw_of(seed: int, problem: Problem, config: Config) -> int:
     return (seed * _DRAWS + seed_of(seed, problem, config) % _DRAWS) % 2**32
 
 
+def fingerprint(built: Built) -> str:
+    """A digest of all files that are run of a candidate."""
+    files = (built.library, *(built.library.parent / file for _, file in built.parts))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str, Any]:
     """What a worker answers about a winner; ``by`` says where it was verified."""
     return {
+        "tolerance": tolerance(problem),
         "library": str(built.library),
         "source": str(built.source),
         "parts": {name: str(built.library.parent / file) for name, file in built.parts},
@@ -291,57 +317,3 @@ def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str,
         "by": by,
         "cases": [str(case) for case in odd_problems(problem)],
     }
-
-
-def folder_for(payload: dict[str, Any], folder: Path) -> Path:
-    """Where a request's kernels are built: one that is made ``"again"`` uses nothing of what is kept on disk."""
-    again = bool(payload.get("again_from_scratch"))
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1" if again else _ALWAYS_COMPILE
-    if not again:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"again-{os.getpid()}-", dir=folder))
-
-
-def try_out(backend: Backend, target: Target, folder: Path, stage: Stage) -> dict[str, Any]:
-    """Build, load and run a kernel that anything can: what fails then is not a candidate's fault.
-
-    Raises:
-        DeviceError: with the reason.
-    """
-    stage("try out")
-    try:
-        backend.try_out(target, folder)
-    except DeviceError:
-        raise
-    except Exception as error:
-        raise DeviceError(f"a trial kernel failed: {first_line(error)}") from error
-    return {}
-
-
-def maker_of(payload: dict[str, Any]) -> str | None:
-    """What compiles the candidate of a payload, if it says so: a name of :func:`mctune.backends.registry.makers`."""
-    about = [payload, *(value for value in payload.values() if isinstance(value, dict)), *payload.get("compare", ())]
-    return next((one["maker"] for one in about if "maker" in one), None)
-
-
-def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
-    return Problem.from_dict(values["problem"]), Config.of(values["config"])
-
-
-def failed_build(error: Exception) -> FailedBuild:
-    """The outcome of a candidate that does not compile, with the operation that does not where that is known."""
-    if isinstance(error, OperationError) and isinstance(error.__cause__, Exception):
-        return FailedBuild(first_line(error.__cause__), error.operation)
-    return FailedBuild(first_line(error))
-
-
-def first_line(error: Exception) -> str:
-    """An exception's type and the line that tells most, for an outcome: the last, but of torch's CUDA errors the first.
-
-    Those end in advice; an assembler's end in how to call it again, and say before what is wrong.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    refused = [line for line in lines if re.match(r"ptxas\b.*\b(error|fatal)\b", line)]
-    line = refused[0] if refused else lines[0 if "CUDA error" in lines[0] else -1] if lines else ""
-    return f"{type(error).__name__}: {line[:300]}".rstrip(": ")

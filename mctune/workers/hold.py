@@ -32,7 +32,7 @@ from mctune.verify.spread import (
     draw_specialized,
     odd_cases,
 )
-from mctune.workers.evaluate import candidate, first_line
+from mctune.workers.payload import candidate, first_line
 from mctune.workers.worker import Handler, Stage, Worker, WorkerDied
 
 LIMIT_S, GRACE_S = 240.0, 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import shutil
@@ -35,6 +36,7 @@ _TRIAL_LIMIT_S = 120.0
 _INTERPRETERS = 8
 """Processes that interpret kernels side by side; each may take 2 GB."""
 _MEASURED, _PREDICTED = "mctune.workers.evaluate:start", "mctune.workers.predicted:start"
+_MAKING = "mctune.workers.making:start"
 
 
 class Workers:
@@ -69,7 +71,8 @@ class Workers:
         self._device = Worker(_MEASURED, setup, env=cache) if measure else None
         compilers = usable_cores() if on_cpu else max(usable_cores() - measure, 1)
         self._on_cpu, self._turns = on_cpu, Turns(apart=on_cpu)
-        self._compilers = [Worker(_PREDICTED, setup, env=own if on_cpu else compiling) for _ in range(compilers)]
+        entry, env = (_MAKING, own) if on_cpu else (_PREDICTED, compiling)
+        self._compilers = [Worker(entry, setup, env=env) for _ in range(compilers)]
         checkers = max(min(compilers, _INTERPRETERS), 1)
         alone = [self._device] if self._device else []
         self._checkers = alone or [Worker(_PREDICTED, setup, env=interpreting) for _ in range(checkers)]
@@ -79,16 +82,11 @@ class Workers:
         """Seconds in which a study gets somewhere: compiling for a GPU takes most of them."""
         self._free, self._free_checkers = _queue(self._compilers), _queue(self._checkers)
         self._trying, self._sound = threading.Lock(), False
+        self._held: dict[str, dict[str, float]] = {}
+        """By candidate, what was held to everything: the errors of its files."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Workers:
-        try:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-            sweep(self._folder)
-        except OSError as error:
-            raise DeviceError(
-                f"kernels cannot be written to {self._folder}: {error.strerror}; give another --out"
-            ) from error
         for worker in (*self._compilers, *self._checkers):
             self._stack.enter_context(worker)
         return self
@@ -97,8 +95,32 @@ class Workers:
         for worker in (*self._compilers, *self._checkers):
             worker.halt()
         self._stack.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        sweep(self._folder, but="again")
+        if self._scratch.is_dir():
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            sweep(self._folder, but="again")
+
+    def start(self) -> None:
+        """Start the processes that time and compile, all at once, without waiting for them: each takes seconds.
+
+        What keeps one from starting is told where it is needed.
+        """
+        self.prepare()
+        for worker in (*([self._device] if self._device else []), *self._compilers):
+            threading.Thread(target=worker.start, daemon=True).start()
+
+    def prepare(self) -> None:
+        """Make the folder that they work in; to be called before anything is asked of them.
+
+        Raises:
+            DeviceError: where that cannot be.
+        """
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            sweep(self._folder)
+        except OSError as error:
+            raise DeviceError(
+                f"kernels cannot be written to {self._folder}: {error.strerror}; give another --out"
+            ) from error
 
     def try_out(self, limit_s: float) -> str:
         """Why the machine cannot build and run any kernel; empty if it can. The processes that candidates go through
@@ -175,33 +197,25 @@ class Workers:
             if not all(isinstance(reply, dict) for reply in built):
                 return next(reply for reply in built if isinstance(reply, WorkerDied | WorkerTimedOut))
             candidates = [one | reply for one, reply in zip(candidates, built, strict=True) if isinstance(reply, dict)]
-        failures = {}
-        for number, one in enumerate(candidates):
-            wrong = self._wrong(one, limit_s)
-            if wrong is not None:
-                failures[number] = wrong
-        left = [one for number, one in enumerate(candidates) if number not in failures]
-        reply = self._device.call({"compare": left}, limit_s) if left else {"samples": [], "failures": []}
-        if not isinstance(reply, dict):
-            return reply
-        samples = iter(reply["samples"])
-        return {
-            "samples": [[] if number in failures else next(samples) for number in range(len(candidates))],
-            "failures": [*failures.values(), *reply["failures"]],
-        }
+        return self._device.call({"compare": candidates}, limit_s)
 
-    def _wrong(self, candidate: dict[str, Any], limit_s: float) -> str | None:
-        """What is wrong with a finalist, which is held to everything once more by itself."""
-        assert self._device is not None
-        payload = {"check": candidate} | ({"built": candidate["built"]} if "built" in candidate else {})
-        match self._device.call(payload, limit_s):
-            case WorkerDied(message, stage):
-                return f"crashed: {message} ({stage})"
-            case WorkerTimedOut(seconds, stage):
-                return f"timed out: {stage} took longer than {seconds:g} s"
-            case reply:
-                outcome = from_json(reply["outcome"])
-                return None if isinstance(outcome, Predicted) else describe(outcome)
+    def hold(self, candidate: dict[str, Any], limit_s: float, *, again: bool = False) -> Reply:
+        """Hold one that is to ship to everything once more: an outcome without a time, ``Predicted`` if it is right.
+
+        Then :meth:`ship` takes it as it is. ``again``: with nothing of what is kept on disk.
+        """
+        assert self._device is not None, "for an absent device there is verify"
+        payload = {"check": candidate, "again_from_scratch": again}
+        if not self._on_cpu:
+            built = self._compile({"build": candidate, "again_from_scratch": again}, limit_s, None)
+            if not isinstance(built, dict):
+                return built or WorkerDied("nothing was answered", "build")
+            payload |= built
+        with self._turns.timing():
+            reply = self._device.call(payload, limit_s)
+        if isinstance(reply, dict):
+            self._held.setdefault(_about(candidate), {}).update(reply.get("held", {}))
+        return reply
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
         """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right.
@@ -218,9 +232,16 @@ class Workers:
         ``again``: with nothing of what is kept on disk.
         """
         fresh = {"again_from_scratch": again}
-        payload = {"ship": candidate, "portable_arch": portable_arch, **fresh}
+        held = self._held.get(_about(candidate), {})
+        payload = {"ship": candidate, "portable_arch": portable_arch, "held": held, **fresh}
         if self._device is None or self._on_cpu:
             return self._check(payload, limit_s)
+        if held:
+            built = self._compile({"build": candidate, **fresh}, limit_s, None)
+            if not isinstance(built, dict):
+                return built or WorkerDied("nothing was answered", "compile")
+            with self._turns.timing():
+                return self._device.call(payload | built, limit_s)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
             reply = self._compile({"prepare": candidate, "into": file.name, "again": True, **fresh}, limit_s, None)
             if not isinstance(reply, dict):
@@ -245,6 +266,10 @@ class Workers:
             return _within(worker, payload, limit_s, until)
         finally:
             self._free.put(worker)
+
+
+def _about(candidate: dict[str, Any]) -> str:
+    return json.dumps(candidate, sort_keys=True)
 
 
 def _queue(workers: Iterable[Worker]) -> queue.SimpleQueue[Worker]:

@@ -23,18 +23,9 @@ from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, kept_cases, run_kernel, save_cases, verify
-from mctune.workers.evaluate import (
-    Prepared,
-    candidate,
-    draw_of,
-    failed_build,
-    first_line,
-    folder_for,
-    maker_of,
-    seed_of,
-    shipment,
-    try_out,
-)
+from mctune.workers.evaluate import Prepared, draw_of, seed_of, shipment
+from mctune.workers.making import files_of
+from mctune.workers.payload import candidate, failed_build, first_line, folder_for, maker_of, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
 
 _BY = {
@@ -94,20 +85,11 @@ class _Predictor:
             save_cases(kept_cases(problem, draw_of(self.seed, problem, config), self.folder / "references"), into)
         return {"outcome": to_json(outcome), "ready": True, **files}
 
-    def make(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
-        """The files of a candidate, or the outcome of one that does not compile."""
-        try:
-            return self.build(problem, config, stage)
-        except (MctuneError, *MACHINES):
-            raise
-        except Exception as error:
-            return {"outcome": to_json(failed_build(error))}
-
     def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
         """The files of a candidate, as :meth:`mctune.workers.evaluate.Prepared.of` takes them."""
         stage("build")
         built = self.backend.build(problem, config, self.target, self.folder)
-        return {"built": {"library": str(built.library), "source": str(built.source), "parts": built.parts}}
+        return files_of(built)
 
     def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
@@ -155,7 +137,7 @@ def start(setup: dict[str, Any]) -> Handler:
 
     * ``{"evaluate": {"problem", "config"}}``, ``{"verify": ...}``: ``{"outcome"}``;
     * ``{"prepare": ..., "into": a file}``: ``{"outcome", "ready"}`` and, if it is, ``"built"``;
-    * ``{"make": ...}``: ``{"built"}``, or ``{"outcome"}``; ``{"build": ...}``: ``{"built"}``;
+    * ``{"build": ...}``: ``{"built"}``;
     * ``{"ship": ...}``: what :func:`mctune.workers.evaluate.shipment` returns;
     * ``{"try_out": True}``: nothing.
     """
@@ -172,8 +154,6 @@ def start(setup: dict[str, Any]) -> Handler:
         if "verify" in payload:
             outcome = at_work.verify(*candidate(payload["verify"]), stage, seed)
             return {"outcome": to_json(outcome)}
-        if "make" in payload:
-            return at_work.make(*candidate(payload["make"]), stage)
         if "build" in payload:
             return at_work.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:

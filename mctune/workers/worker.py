@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -112,6 +113,12 @@ class Worker:
                 # A child that died, hung or was interrupted half-way through an answer cannot be used again.
                 if self._child is not None and not self._child.in_step:
                     self.close()
+
+    def start(self) -> None:
+        """Start the child before there is anything to call it with; a failure is left to the first call."""
+        with suppress(DeviceError), self._busy:
+            if not self._halted:
+                self._ready_child()
 
     def close(self) -> None:
         """Kill the child, if there is one; a call that another thread is in ends first."""

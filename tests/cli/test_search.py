@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,7 +51,7 @@ class Planted:
         self.request: SearchRequest | None = None
         self.valid, self.interrupted = True, False
 
-    def search(self, request: SearchRequest, listener: Listener) -> SearchReport:
+    def search(self, request: SearchRequest, listener: Listener, workers: object) -> SearchReport:
         self.request = request
         studies = []
         for case in request.cases:
@@ -68,7 +69,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Planted
     monkeypatch.chdir(tmp_path)
     stand_in, module = Planted(), ModuleType("mctune.study.run")
     module.search = stand_in.search  # type: ignore[attr-defined]
-    module.ship = lambda request, report, note: []  # type: ignore[attr-defined]
+    module.ship = lambda request, report, note, workers: []  # type: ignore[attr-defined]
+    module.at_work = nullcontext  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mctune.study.run", module)
     yield stand_in
 

@@ -42,6 +42,9 @@ class Model:
     def compare(self, candidates: list[dict[str, Any]], limit_s: float) -> dict[str, Any]:
         return {"samples": [[1.0] * 7 for _ in candidates], "failures": []}
 
+    def hold(self, candidate: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        return {"outcome": to_json(Predicted(0.0, "", 1e-4))}
+
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_what_the_model_ranks_best_is_timed_first(warm: bool, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from mctune.core.errors import MctuneError, UsageError
 from mctune.core.outcome import Predicted, Wrong, to_json
 from mctune.core.problem import Problem
 from mctune.core.space import Int, SearchSpace
-from mctune.core.target import Target, resolve
+from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.study import run as module
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
 from mctune.study.one import OneStudy
 from mctune.study.record import Trial
 from mctune.study.run import search, ship
+from mctune.workers import pool
 from mctune.workers.worker import WorkerDied
 from tests.study.spaces import timed
 
@@ -39,14 +40,10 @@ class Workers:
     interrupt = -1
     portable_archs: ClassVar[set[str | None]] = set()
 
-    def __init__(self, target: Target, folder: Path, *, seed: int, measure: bool, made_by: tuple[str, ...]) -> None:
-        self.asked: list[int] = []
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def prepare(self) -> None:
         pass
+
+    start = prepare
 
     def ship(self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float) -> Any:
         number = candidate["config"]["n"]
@@ -57,7 +54,10 @@ class Workers:
         if number in self.wrong:
             return WorkerDied(f"{number} is wrong", "verify")
         return {"library": f"{number}.json", "source": f"{number}.py", "portable": None, "errors": [1e-3], "by": "test",
-                "cases": [], "parts": {}}  # fmt: skip
+                "tolerance": 1e-2, "cases": [], "parts": {}}  # fmt: skip
+
+
+WORKERS = cast(pool.Workers, Workers())
 
 
 class Clock:
@@ -96,8 +96,7 @@ class Study:
 
 
 @pytest.fixture
-def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchRequest:
-    monkeypatch.setattr(module, "Workers", Workers)
+def request_(tmp_path: Path) -> SearchRequest:
     return SearchRequest(target=resolve("h200")[0], cases=(CASE,), out=tmp_path, trials=9, timeout_s=100.0)
 
 
@@ -117,7 +116,7 @@ def searched(
     monkeypatch.setattr(module, "_studies", lambda request: studies)
     monkeypatch.setattr(module, "predict_first", lambda *about: 0.0)
     monkeypatch.setattr(module, "judged", lambda study: "")
-    return search(request, heard), notes
+    return search(request, heard, WORKERS), notes
 
 
 def test_the_time_is_shared(request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_what_takes_least_comes_first(request_: SearchRequest, clock: Clock, mon
 
 def test_a_sampler_that_cannot_be_had_ends_a_search_before_it_begins(request_: SearchRequest) -> None:
     with pytest.raises(UsageError, match=r"'nothing.there:Sampler': No module named 'nothing'"):
-        search(replace(request_, sampler="nothing.there:Sampler"), cast(Listener, None))
+        search(replace(request_, sampler="nothing.there:Sampler"), cast(Listener, None), WORKERS)
     assert not request_.out.exists() or not list(request_.out.iterdir())
 
 
@@ -221,7 +220,7 @@ def test_the_next_best_at_every_segment_length_stand_by(request_: SearchRequest,
 
 def shipped(request: SearchRequest, note: Callable[[str], None] = lambda _: None) -> list[tuple[int, bool]]:
     report = SearchReport(request.target, request.out, (REPORT, replace(REPORT)), 1.0)
-    winners = ship(request, report, note)
+    winners = ship(request, report, note, WORKERS)
     assert len(winners) % 2 == 0 and winners[: len(winners) // 2] == winners[len(winners) // 2 :]
     return [(winner.config.integer("n"), winner.recommended) for winner in winners[: len(winners) // 2]]
 

@@ -17,7 +17,7 @@ import torch
 from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.errors import UsageError
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, Wrong, from_json
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, Wrong, from_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.measure import timing
@@ -27,7 +27,7 @@ from mctune.verify import judge as verify
 from mctune.verify.decided import choice_gap
 from mctune.verify.inputs import Inputs, make_inputs, odd_problems
 from mctune.verify.judge import judge, poisoned_memory
-from mctune.workers.evaluate import first_line
+from mctune.workers.payload import first_line
 from mctune.workers.worker import Worker, WorkerDied, WorkerTimedOut
 
 PLANTED = Path(__file__).parent.parent / "planted"
@@ -162,6 +162,21 @@ def test_what_ships_is_verified_again(worker: Worker) -> None:
     died = worker.call({"ship": candidate("forgets"), "portable_arch": "x86-64-v3"}, LIMIT_S)
     assert isinstance(died, WorkerDied) and died.stage == "verify"
     assert "wrong: error" in died.message and "fault=forgets" in died.message
+
+
+def test_what_was_held_to_everything_ships_as_it_is(worker: Worker) -> None:
+    """Just those files: a verdict on others, here of the same name, is none on these."""
+    checked = worker.call({"check": candidate("none")}, LIMIT_S)
+    assert isinstance(checked, dict) and isinstance(from_json(checked["outcome"]), Predicted)
+    ((digest, error),) = checked["held"].items()
+    known = {digest: error + 1.0}
+    reply = worker.call({"ship": candidate("none"), "portable_arch": None, "held": known}, LIMIT_S)
+    assert isinstance(reply, dict) and reply["errors"] == [error + 1.0]
+    other = digest[::-1]
+    reply = worker.call({"ship": candidate("none"), "portable_arch": None, "held": {other: 1.0}}, LIMIT_S)
+    assert isinstance(reply, dict) and reply["errors"] == [error]
+    wrong = worker.call({"check": candidate("forgets")}, LIMIT_S)
+    assert isinstance(wrong, dict) and isinstance(from_json(wrong["outcome"]), Wrong) and "held" not in wrong
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.study.events import SearchRequest
-from mctune.study.run import _workers
+from mctune.study.run import at_work
 from mctune.verify.spread import walk
 from mctune.workers import pool as module
 from mctune.workers.pool import Workers
@@ -38,7 +38,8 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
-    with _workers(request) as running:
+    with at_work(request) as running:
+        running.prepare()
         yield running
 
 
@@ -101,8 +102,6 @@ def test_finalists_are_rendered_beside(workers: Workers, monkeypatch: pytest.Mon
     asked: list[dict[str, Any]] = []
 
     def call(payload: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        if "check" in payload:
-            return {"outcome": to_json(Predicted(0.0, "", 0.0))}
         asked.append(payload)
         return {"samples": [[1.0], [2.0]], "failures": []}
 
@@ -138,9 +137,9 @@ def test_triton_keeps_what_it_compiles_where_it_is_told(tmp_path: Path, monkeypa
     request = SearchRequest(target=TARGET, cases=(Case(PROBLEM, (32,)),), out=tmp_path, trials=1, measure=True)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     own = str((tmp_path / "search" / "triton").resolve())
-    assert {worker._env["TRITON_CACHE_DIR"] for worker in _workers(request)._compilers} == {own}
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in at_work(request)._compilers} == {own}
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    assert {worker._env["TRITON_CACHE_DIR"] for worker in _workers(request)._compilers} == {"/elsewhere"}
+    assert {worker._env["TRITON_CACHE_DIR"] for worker in at_work(request)._compilers} == {"/elsewhere"}
 
 
 @pytest.mark.parametrize(
