@@ -15,7 +15,7 @@ from mctune.core.workload import Case, load_workload, read_workload, workload_na
 def test_the_shipped_workloads() -> None:
     assert workload_names() == ("decisive", "decode", "deep", "paper", "quick", "train")
     quick = load_workload("quick")
-    assert quick.timeout_s is not None and quick.timeout_s <= 300
+    assert quick.timeout_s is not None and quick.timeout_s <= 480
     assert load_workload("quick", gpu=True).timeout_s == 420
     assert {(c.problem.pass_, c.problem.aggregation, c.problem.top_k) for c in quick.cases} == {
         (pass_, *read) for pass_ in PASSES for read in (("grm", None), ("ssc", 4))
