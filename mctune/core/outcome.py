@@ -61,6 +61,9 @@ class Timed:
     ``sm_mhz`` and ``celsius`` are a GPU's clock in MHz and its temperature right after, where its driver reports them;
     ``notes`` is what the compiler reports about its kernels. ``parts`` are (operation, median in milliseconds) of each
     operation of the pass, in order; what the whole takes beyond their sum is the host's, or the memory allocator's.
+
+    ``pace`` is how many times as long as at first another candidate of the study took, timed in between: what the
+    machine did to both. ``ms`` and ``parts`` are as they were measured; a search compares them over ``pace``.
     """
 
     ms: float
@@ -72,6 +75,7 @@ class Timed:
     celsius: float | None = None
     notes: tuple[str, ...] = ()
     parts: tuple[tuple[str, float], ...] = ()
+    pace: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,13 @@ def _frozen(value: Any) -> Any:
 
 
 def parts(outcome: Outcome) -> dict[str, float]:
-    """Milliseconds of each operation, where they are known."""
-    return dict(outcome.parts) if isinstance(outcome, Timed | Predicted) else {}
+    """What :func:`cost` has of each operation, where that is known."""
+    match outcome:
+        case Timed(parts=known, pace=pace):
+            return {name: ms / pace for name, ms in known}
+        case Predicted(parts=known):
+            return dict(known)
+    return {}
 
 
 def where(outcome: Outcome) -> str:
@@ -191,9 +200,13 @@ def cost(outcome: Outcome) -> float | None:
     Examples:
         >>> cost(Predicted(1.5, "roofline")), cost(Crashed("segmentation fault"))
         (1.5, None)
+        >>> cost(Timed(3.0, 2.9, 3.2, 7, 1e-7, pace=1.5))  # on a machine that was busy with something else
+        2.0
     """
     match outcome:
-        case Timed(ms=ms) | Predicted(ms=ms):
+        case Timed(ms=ms, pace=pace):
+            return ms / pace
+        case Predicted(ms=ms):
             return ms
         case FailedBuild() | TooLarge() | Crashed() | TimedOut() | Wrong():
             return None

@@ -118,16 +118,16 @@ class Apart:
 
 
 def time_parts(
-    timed: Timed, clock: Clock, *, rounds: int, limit_s: float, device: str
-) -> tuple[list[float], tuple[tuple[str, float], ...]]:
-    """Milliseconds of a whole in each round, and the medians of its operations.
+    timed: Timed, clock: Clock, *, rounds: int, limit_s: float, device: str, beside: Sequence[Timed] = ()
+) -> tuple[list[list[float]], tuple[tuple[str, float], ...]]:
+    """Milliseconds of a whole in each round, then of those ``beside`` it; and the medians of its operations.
 
     On a CPU both are of the same runs. On a GPU readings are work for the device, and have a few runs of their own.
     """
     apart = Apart(timed, clock)
     if device == "cpu":
-        samples = time_rotated([apart], rounds=rounds, warmup=0, limit_s=limit_s, device=device)[0]
+        samples = time_rotated([apart, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device)
     else:
-        samples = time_rotated([timed], rounds=rounds, warmup=0, limit_s=limit_s, device=device)[0]
+        samples = time_rotated([timed, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device)
         time_rotated([apart], rounds=3, warmup=0, limit_s=limit_s, device=device)
     return samples, clock.medians(apart.runs)

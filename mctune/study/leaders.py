@@ -142,4 +142,5 @@ def _retimed(trial: Trial, samples: Sequence[float]) -> Trial:
     assert isinstance(trial.outcome, Timed)
     ms, low, high = summary(samples)
     parts = tuple((name, part * ms / trial.outcome.ms) for name, part in trial.outcome.parts)
-    return replace(trial, outcome=replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples), parts=parts))
+    timed = replace(trial.outcome, ms=ms, low=low, high=high, repeats=len(samples), parts=parts, pace=1.0)
+    return replace(trial, outcome=timed)

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from mctune.core.config import Config
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.interrupt import held
 from mctune.core.known import Machine
-from mctune.core.outcome import Crashed, FailedBuild, Outcome, TimedOut, cost, describe, kind
+from mctune.core.outcome import Crashed, FailedBuild, Outcome, Timed, TimedOut, cost, describe, kind
 from mctune.core.problem import Problem
 from mctune.core.space import Constraint, Int, SearchSpace
 from mctune.core.workload import Case
@@ -33,6 +33,7 @@ from mctune.study.samplers import start_of
 from mctune.study.samplers.chain import APART
 from mctune.study.samplers.parts import told
 from mctune.study.study import CutShort, load_study, run_study
+from mctune.workers.payload import Beside
 from mctune.workers.pool import Workers
 
 _ALIKE = 12  # candidates that all fail in one way, none before them having got further, are not what is wrong
@@ -74,6 +75,7 @@ class OneStudy:
 
         listener.study_started(self.case, total, len(so_far))
         candidates = _Candidates(workers, self, until, at_most, any(trial.ms is not None for trial in so_far))
+        candidates.go_on_from(so_far)
         for note in self._without_point(space):
             listener.note(note)
         result = run_study(
@@ -264,9 +266,18 @@ class _Candidates:
     at_most: float | None
     """What takes the place of ``until`` as long as no candidate has a time."""
     got_one: bool
+    first_timed: dict[int | None, Beside] = field(default_factory=dict)
+    """By segment length, what all later candidates are timed beside: the first that has a time."""
     alike: int = 0
     """Failures of one kind since the run began; negative once there was anything else."""
     first: str = ""
+
+    def go_on_from(self, trials: Sequence[Trial]) -> None:
+        """Take up what earlier runs have timed first."""
+        for trial in trials:
+            if isinstance(trial.outcome, Timed):
+                ms = trial.outcome.ms / trial.outcome.pace
+                self.first_timed.setdefault(_length(trial.config), Beside(trial.config, ms))
 
     def evaluate(self, config: Config) -> Outcome | None:
         """What became of one; ``None`` if there was no time for it.
@@ -277,7 +288,9 @@ class _Candidates:
         limit_s = self.study.request.trial_timeout_s
         until = self.until if self.got_one else self.at_most
         measure = self.study.request.measure
-        outcome = evaluated(self.workers, self.study.candidate(config), limit_s, until, measure=measure)
+        outcome = evaluated(self.workers, self._beside(config), limit_s, until, measure=measure)
+        if isinstance(outcome, Timed):
+            self.first_timed.setdefault(_length(config), Beside(config, outcome.ms / outcome.pace))
         self.got_one = self.got_one or (outcome is not None and cost(outcome) is not None)
         if outcome is None or self.alike < 0:
             return outcome
@@ -290,6 +303,12 @@ class _Candidates:
                 "the same command tries them again"
             )
         return outcome
+
+    def _beside(self, config: Config) -> dict[str, Any]:
+        """What workers take for a candidate, with what it is timed beside: on a CPU, where others may be at work."""
+        found = self.study.candidate(config)
+        beside = self.first_timed.get(_length(config)) if self.study.request.target.on_cpu else None
+        return found if beside is None or beside.config == config else found | {"beside": beside.to_dict()}
 
 
 def _length(config: Config) -> int | None:

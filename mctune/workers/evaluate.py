@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
 from mctune.verify.judge import Judged, judge_all, kept_cases, load_cases, run_kernel, tolerance, verify
 from mctune.verify.rerun import CANDIDATE, FINALIST, Effort, Miss, Reruns
-from mctune.workers.payload import candidate, failed_build, first_line, folder_for, maker_of, try_out
+from mctune.workers.payload import Beside, candidate, failed_build, first_line, folder_for, maker_of, try_out
 from mctune.workers.watch import REFERENCE
 from mctune.workers.worker import MACHINES, Handler, Stage
 
@@ -72,8 +73,13 @@ class _Bench:
     """Where the cases at size are kept."""
     seed: int
 
-    def evaluate(self, problem: Problem, config: Config, prepared: Prepared, stage: Stage) -> Outcome:
-        """What became of one candidate; a crash or hang takes the process with it, and the parent records it."""
+    def evaluate(
+        self, problem: Problem, config: Config, prepared: Prepared, stage: Stage, beside: Beside | None = None
+    ) -> Outcome:
+        """What became of one candidate; a crash or hang takes the process with it, and the parent records it.
+
+        With another one ``beside`` it, the outcome says at what pace the machine was.
+        """
         begun = time.monotonic()
         stage("build")
         clock = Clock("cuda" if torch.cuda.is_available() and not self.target.on_cpu else "cpu")
@@ -83,16 +89,20 @@ class _Bench:
             raise
         except Exception as error:
             return failed_build(error)
+        others = [] if beside is None else [self._load(problem, beside.config, None)]
         stage(REFERENCE)
         cases = self._at_size(kernel, problem)
         judged = prepared.judged() or kept_cases(problem, draw_of(self.seed, problem, config), self.references)
         stage("verify")
-        samples: list[float] = []
+        samples: list[list[float]] = []
         parts: tuple[tuple[str, float], ...] = ()
 
         def timed(held: Reruns) -> None:
             nonlocal samples, parts
-            samples, parts = time_parts(held, clock, rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device)
+            rest = [Reruns(other, cases[0], held) for other in others]
+            samples, parts = time_parts(
+                held, clock, rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device, beside=rest
+            )
             held.repeat(CANDIDATE, time.monotonic() - begun)
 
         try:
@@ -109,8 +119,9 @@ class _Bench:
             if kernel.device != "cpu":
                 raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
-        ms, low, high = summary(samples)
-        return Timed(ms, low, high, len(samples), error_, *clock_and_heat(kernel.device), parts=parts)
+        ms, low, high = summary(samples[0])
+        pace = statistics.median(samples[1]) / beside.ms if beside else 1.0
+        return Timed(ms, low, high, len(samples[0]), error_, *clock_and_heat(kernel.device), parts=parts, pace=pace)
 
     def check(
         self, problem: Problem, config: Config, prepared: Prepared, stage: Stage, target: Target | None = None
@@ -257,18 +268,23 @@ class _Handler:
             finalists = [(*candidate(values), Prepared.of(values).built) for values in payload["compare"]]
             samples, failures = bench.compare(finalists, stage)
             return {"samples": samples, "failures": failures}
-        return {"outcome": to_json(bench.evaluate(*candidate(payload["evaluate"]), prepared, stage))}
+        asked = payload["evaluate"]
+        return {"outcome": to_json(bench.evaluate(*candidate(asked), prepared, stage, Beside.of(asked)))}
 
 
 def start(setup: dict[str, Any]) -> Handler:
     """The worker's handler. ``setup``: backend, target, folder, seed, threads, and bytes of memory for a candidate.
 
-    A candidate's ``"maker"``, where it has one, is the backend instead. A payload is ``{"evaluate": {"problem",
-    "config"}}``, answered by ``{"outcome"}``, ``{"check": ...}``, by one without a time and, if it is right, by what
-    its files are ``"held"`` as, or ``{"ship": {"problem", "config"}, "portable_arch": a string or None, "held": what
-    was checked before}``, answered by what ``_Bench.ship`` returns, all with what another process has left,
-    ``"prepared"`` and ``"built"``, or without; or ``{"compare": [{"problem", "config"}, ...]}``, each with its
-    ``"built"`` or without, answered by ``{"samples", "failures"}``; or ``{"try_out": True}``, see :func:`try_out`.
+    A candidate's ``"maker"``, where it has one, is the backend instead. Payloads and what answers them:
+
+    * ``{"evaluate": {"problem", "config"}}``, perhaps with another one ``"beside"`` it: ``{"outcome"}``;
+    * ``{"check": ...}``: ``{"outcome"}`` without a time and, if it is right, ``"held"``, its error by fingerprint;
+    * ``{"ship": ..., "portable_arch": a string or None, "held": what was checked before}``: what ``_Bench.ship``
+      returns;
+    * ``{"compare": [{"problem", "config"}, ...]}``, each with its ``"built"`` or without: ``{"samples", "failures"}``;
+    * ``{"try_out": True}``: see :func:`try_out`.
+
+    The first three may have what another process has left: ``"prepared"`` and ``"built"``.
 
     On a CPU every payload has a process of its own, a fork of this one. A GPU cannot be used in a fork.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def maker_of(payload: dict[str, Any]) -> str | None:
 
 def candidate(values: dict[str, Any]) -> tuple[Problem, Config]:
     return Problem.from_dict(values["problem"]), Config.of(values["config"])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A candidate that is timed beside another: its configuration, and the milliseconds that it took at first."""
+
+    config: Config
+    ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"config": self.config.to_dict(), "ms": self.ms}
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Beside | None:
+        """That of a candidate, its ``"beside"``; ``None`` where it has none."""
+        found = values.get("beside")
+        return None if found is None else cls(Config.of(found["config"]), found["ms"])
 
 
 def failed_build(error: Exception) -> FailedBuild:

@@ -152,6 +152,18 @@ def test_finalists_are_timed_side_by_side(worker: Worker) -> None:
     assert 0.2 < min(one) / min(other) < 5
 
 
+def test_what_is_timed_beside_another_says_at_what_pace_the_machine_was(worker: Worker) -> None:
+    """Of what took a millionth of its time at first: no machine is that busy."""
+    beside = {"config": {"fault": "none"}, "ms": 1e-9}
+    reply = worker.call({"evaluate": candidate("none") | {"beside": beside}}, LIMIT_S)
+    assert isinstance(reply, dict)
+    outcome = from_json(reply["outcome"])
+    assert isinstance(outcome, Timed) and outcome.repeats >= 3
+    assert outcome.pace > 1e4 and outcome.ms > 1e-4
+    alone = evaluate(worker, "none")
+    assert isinstance(alone, Timed) and alone.pace == 1.0
+
+
 def test_what_ships_is_verified_again(worker: Worker) -> None:
     reply = worker.call({"ship": candidate("none"), "portable_arch": "x86-64-v3"}, LIMIT_S)
     assert isinstance(reply, dict)
