@@ -91,7 +91,8 @@ class SearchProgress:
     def study_done(self, report: StudyReport) -> None:
         outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.outcomes)
         best = report.recommended
-        result = f"recommended {_how(best.outcome)}{best.outcome.ms:.3f} ms" if best else "no valid configuration"
+        found = "best" if best and best.outcome.error is None else "recommended"  # until it is verified
+        result = f"{found} {_how(best.outcome)}{best.outcome.ms:.3f} ms" if best else "no valid configuration"
         self._print(f"  done: {result}; {report.trials} trials: {outcomes or 'none'}")
 
     def _print(self, text: str) -> None:

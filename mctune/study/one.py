@@ -52,12 +52,13 @@ class OneStudy:
     def run(
         self, workers: Workers, listener: Listener, timeout_s: float | None, at_most_s: float | None = None
     ) -> tuple[StudyReport, bool]:
-        """Search, then decide between the best; and whether Ctrl-C ended it (nothing is decided then).
+        """Search, then decide between the best that were measured, by :meth:`decided`; and whether Ctrl-C ended it
+        (nothing is decided then).
 
         After ``timeout_s`` no candidate is started, and those under way are cut off; where none has a time yet, they
         have until ``at_most_s``.
 
-        Measured candidates are timed against each other. Predicted ones are verified, the fastest first.
+        Measured candidates are timed against each other. Predicted ones are to be verified, when all studies are over.
 
         Raises:
             CutShort: with what was found, if the machine or the storage fails.
@@ -102,18 +103,25 @@ class OneStudy:
             listener.note(f"no further valid configuration: {len(result.trials)} were tried")
         if note := self._sums(space, result.trials):
             listener.note(note)
-        if result.interrupted or not self.request.decide:
+        if result.interrupted or not (self.request.decide and self.request.measure):
             return self.report(result.trials), result.interrupted
-        deciding = Deciding(workers, listener, self.candidate, self.request.holding_s)
-        decide = deciding.time_again if self.request.measure else deciding.verify_fastest
         try:
             with held() as ctrl_c, ctrl_c.let_in():
-                leaders = decide(self._groups(result.trials))
-            return self.report(result.trials, leaders), False
+                return self.decided(workers, listener, result.trials), False
         except KeyboardInterrupt:
             return self.report(result.trials), True
         except MctuneError as error:
             raise CutShort(error, result.trials) from error
+
+    def decided(self, workers: Workers, listener: Listener, trials: Sequence[Trial]) -> StudyReport:
+        """The report once the best of ``trials`` are decided between: what is recommended has been held to everything.
+
+        Raises:
+            MctuneError: if the machine fails.
+        """
+        deciding = Deciding(workers, listener, self.candidate, self.request.holding_s)
+        decide = deciding.time_again if self.request.measure else deciding.verify_fastest
+        return self.report(trials, decide(self._groups(trials)))
 
     @property
     def trials(self) -> int:

@@ -14,7 +14,7 @@ from mctune.backends.protocol import Backend
 from mctune.backends.registry import device_of, refuse
 from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.host import needed_flags
-from mctune.core.interrupt import held
+from mctune.core.interrupt import Held, held
 from mctune.core.winner import Winner
 from mctune.core.workload import Case
 from mctune.study.events import FrontierPoint, Listener, SearchReport, SearchRequest, StudyReport
@@ -93,11 +93,49 @@ def search(request: SearchRequest, listener: Listener, workers: Workers) -> Sear
             interrupted = interrupted or ctrl_c.taken()
             if interrupted or failure:
                 break
+        if not (request.measure or interrupted or failure) and request.decide:
+            try:
+                interrupted = _verified_side_by_side(prepared, reports, workers, listener, ctrl_c)
+            except MctuneError as error:
+                failure = error
     for turn in sorted(set(turns) - set(reports)) if failure is None else ():
         reports[turn] = prepared[turn].report(prepared[turn].so_far())
         listener.note(f"not reached: {prepared[turn].case}, {reports[turn].trials} trials of earlier runs")
     found = tuple(reports[turn] for turn in sorted(reports))
     return SearchReport(request.target, request.out, found, time.monotonic() - started, interrupted, failure)
+
+
+def _verified_side_by_side(
+    studies: Sequence[OneStudy],
+    reports: dict[int, StudyReport],
+    workers: Workers,
+    listener: Listener,
+    ctrl_c: Held,
+) -> bool:
+    """Decide between the predicted candidates of all studies, which are interpreted, slowly; whether Ctrl-C ended it.
+
+    What was not verified by then is before it ships.
+
+    Raises:
+        MctuneError: if the machine fails.
+    """
+    waiting = [turn for turn, report in reports.items() if report.frontier]
+    if waiting:
+        listener.note(f"verifying the fastest of {len(waiting)} studies, side by side")
+    pool = ThreadPoolExecutor(workers.count)
+    futures = {pool.submit(studies[turn].decided, workers, listener, studies[turn].so_far()): turn for turn in waiting}
+    done = as_completed(futures)
+    try:
+        for number in range(len(futures)):
+            with ctrl_c.let_in():
+                future = next(done)
+            reports[futures[future]] = future.result()
+            listener.note(f"  {number + 1}/{len(futures)} verified")
+    except KeyboardInterrupt:
+        return True
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return False
 
 
 def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) -> list[int]:
@@ -134,9 +172,9 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
     portable_arch = PORTABLE_ARCH if runs_here else None
     shipped: dict[int, _Shipped] = {}
     failures: list[str] = []
-    interpreted = not request.measure  # and takes minutes
-    if interpreted and points:
-        note(f"verifying {len(points)} kernels once more, on other inputs; Ctrl-C ships those that are done")
+    left = 0 if request.measure else sum(not workers.holds(_candidate(study, point)) for study, point in points)
+    if left:  # they are interpreted, which takes minutes
+        note(f"verifying {left} kernels; Ctrl-C ships those that are done")
     with held() as ctrl_c:
         workers.prepare()
         pool = ThreadPoolExecutor(workers.count)
@@ -155,12 +193,12 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
                     note(text)
                 if found is not None:
                     shipped[futures[future]] = found
-                    if interpreted:
+                    if left:
                         note(f"  {len(shipped)}/{len(points)} verified")
         except KeyboardInterrupt:
             if not shipped:
                 raise
-            note(f"interrupted: {len(shipped)} of {len(points)} kernels were verified once more and ship")
+            note(f"interrupted: {len(shipped)} of {len(points)} kernels were verified and ship")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     if points and not shipped:
@@ -178,7 +216,7 @@ def _ship_one(
     """The point, or what stands in for it, with what its worker says; and what failed before it."""
     failures: list[str] = []
     for choice in (point, *(spare for spare in study.spare if spare.problem == point.problem)):
-        candidate = {"problem": choice.problem.to_dict(), "config": choice.config.to_dict(), "maker": study.maker}
+        candidate = _candidate(study, choice)
         reply = workers.ship(candidate, portable_arch, limit_s)
         if isinstance(reply, WorkerDied) and reply.fault:
             reply = workers.ship(candidate, portable_arch, limit_s, again=True)
@@ -187,6 +225,11 @@ def _ship_one(
         what = reply.message if isinstance(reply, WorkerDied) else f"no answer in {reply.seconds:g} s"
         failures.append(f"cannot ship {choice.problem} [{choice.config}]: {what}")
     return None, failures
+
+
+def _candidate(study: StudyReport, point: FrontierPoint) -> dict[str, Any]:
+    """What workers take for a point."""
+    return {"problem": point.problem.to_dict(), "config": point.config.to_dict(), "maker": study.maker}
 
 
 def _winners(request: SearchRequest, maker: str, shipped: Sequence[_Shipped]) -> list[Winner]:

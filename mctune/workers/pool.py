@@ -212,17 +212,23 @@ class Workers:
                 return built or WorkerDied("nothing was answered", "build")
             payload |= built
         with self._turns.timing():
-            reply = self._device.call(payload, limit_s)
-        if isinstance(reply, dict):
-            self._held.setdefault(_about(candidate), {}).update(reply.get("held", {}))
-        return reply
+            return self._remembered(candidate, self._device.call(payload, limit_s))
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
         """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right.
 
-        For an absent GPU that is called side by side.
+        For an absent GPU that is called side by side. Then :meth:`ship` takes it as it is.
         """
-        return self._check({"verify": candidate}, limit_s)
+        return self._remembered(candidate, self._check({"verify": candidate}, limit_s))
+
+    def holds(self, candidate: dict[str, Any]) -> bool:
+        """Whether one was held to everything, by these workers, and was right."""
+        return _about(candidate) in self._held
+
+    def _remembered(self, candidate: dict[str, Any], reply: Reply) -> Reply:
+        if isinstance(reply, dict) and (held := reply.get("held")):
+            self._held.setdefault(_about(candidate), {}).update(held)
+        return reply
 
     def ship(
         self, candidate: dict[str, Any], portable_arch: str | None, limit_s: float, *, again: bool = False

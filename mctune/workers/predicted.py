@@ -23,7 +23,7 @@ from mctune.verify.cuda_cpu.finalist import reports
 from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, kept_cases, run_kernel, save_cases, verify
-from mctune.workers.evaluate import Prepared, draw_of, seed_of, shipment
+from mctune.workers.evaluate import Prepared, draw_of, fingerprint, seed_of, shipment
 from mctune.workers.making import files_of
 from mctune.workers.payload import candidate, failed_build, first_line, folder_for, maker_of, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
@@ -91,7 +91,7 @@ class _Predictor:
         built = self.backend.build(problem, config, self.target, self.folder)
         return files_of(built)
 
-    def verify(self, problem: Problem, config: Config, stage: Stage, seed: int) -> Outcome:
+    def verify(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
         stage("verify")
         try:
@@ -101,7 +101,7 @@ class _Predictor:
                 prepare_built(built)
                 stage("verify")
             kernel = self.backend.load(problem, config, built)
-            cases = judge_all(self._judged(problem), seed_of(seed, problem, config))
+            cases = judge_all(self._judged(problem), seed_of(self.seed, problem, config))
             error = verify(partial(run_kernel, kernel), self._judged(problem), cases)
         except (MctuneError, *MACHINES):
             raise
@@ -109,21 +109,33 @@ class _Predictor:
             return Crashed(first_line(error_))
         return error if isinstance(error, Wrong) else Predicted(0.0, "", error)
 
-    def ship(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
-        """The winner's files, verified once more, on other inputs.
+    def held(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
+        """The same as a worker's answer."""
+        outcome = self.verify(problem, config, stage)
+        if not isinstance(outcome, Predicted) or outcome.error is None:
+            return {"outcome": to_json(outcome)}
+        built = self.backend.build(problem, config, self.target, self.folder)
+        return {"outcome": to_json(outcome), "held": {fingerprint(built): outcome.error}}
+
+    def ship(self, problem: Problem, config: Config, held: dict[str, float], stage: Stage) -> dict[str, Any]:
+        """The winner's files, verified, unless just these are ``held``.
 
         Raises:
             MctuneError: if the result is wrong.
         """
-        outcome = self.verify(problem, config, stage, self.seed + 1)
-        if not isinstance(outcome, Predicted) or outcome.error is None:
-            raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
+        stage("build")
         built = self.backend.build(problem, config, self.target, self.folder)
+        error = held.get(fingerprint(built))
+        if error is None:
+            outcome = self.verify(problem, config, stage)
+            if not isinstance(outcome, Predicted) or outcome.error is None:
+                raise MctuneError(f"{problem} [{config}] is {describe(outcome)}")
+            error = outcome.error
         if self.backend.maker == "tvm.gpu":
             stage("sanitize")
             if said := reports(problem, config, built, self.folder / "sanitized", self.seed):
                 raise MctuneError(f"{problem} [{config}] is not sound: {said}")
-        return shipment(self._judged(problem), built, outcome.error, _BY[self.backend.name])
+        return shipment(self._judged(problem), built, error, _BY[self.backend.name])
 
     def _judged(self, problem: Problem) -> Problem:
         """What is run here in the place of a problem."""
@@ -135,10 +147,11 @@ def start(setup: dict[str, Any]) -> Handler:
 
     A candidate's ``"maker"``, where it has one, is the backend instead. Payloads and what answers them:
 
-    * ``{"evaluate": {"problem", "config"}}``, ``{"verify": ...}``: ``{"outcome"}``;
+    * ``{"evaluate": {"problem", "config"}}``: ``{"outcome"}``;
+    * ``{"verify": ...}``: the same and, if it is right, ``"held"``, its error by fingerprint;
     * ``{"prepare": ..., "into": a file}``: ``{"outcome", "ready"}`` and, if it is, ``"built"``;
     * ``{"build": ...}``: ``{"built"}``;
-    * ``{"ship": ...}``: what :func:`mctune.workers.evaluate.shipment` returns;
+    * ``{"ship": ..., "held": what was verified before}``: what :func:`mctune.workers.evaluate.shipment` returns;
     * ``{"try_out": True}``: nothing.
     """
     target, _ = resolve(setup["target"])
@@ -150,10 +163,9 @@ def start(setup: dict[str, Any]) -> Handler:
             return try_out(backend, target, folder, stage)
         at_work = _Predictor(backend, target, folder_for(payload, folder), seed)
         if "ship" in payload:
-            return at_work.ship(*candidate(payload["ship"]), stage)
+            return at_work.ship(*candidate(payload["ship"]), payload.get("held", {}), stage)
         if "verify" in payload:
-            outcome = at_work.verify(*candidate(payload["verify"]), stage, seed)
-            return {"outcome": to_json(outcome)}
+            return at_work.held(*candidate(payload["verify"]), stage)
         if "build" in payload:
             return at_work.build(*candidate(payload["build"]), stage)
         if "prepare" in payload:
