@@ -13,7 +13,7 @@ import pytest
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
-from mctune.core.errors import MctuneError, UsageError
+from mctune.core.errors import DeviceError, MctuneError, UsageError
 from mctune.core.outcome import Predicted, Wrong, to_json
 from mctune.core.problem import Problem
 from mctune.core.space import Int, SearchSpace
@@ -136,6 +136,51 @@ def test_what_takes_least_comes_first(request_: SearchRequest, clock: Clock, mon
     report, _ = searched(request_, [wide, narrow], monkeypatch)
     assert (narrow.shares, wide.shares) == ([50.0], [90.0])
     assert [study.trials for study in report.studies] == [11, 12]
+
+
+class Predicting(Study):
+    """A study whose candidates are predicted; ``events`` is what happens to it and others, in order."""
+
+    def __init__(self, clock: Clock, events: list[str], name: str, ends: type[BaseException] | None = None) -> None:
+        super().__init__(clock, 1, over=-30.0)
+        self.events, self.name, self.ends = events, name, ends
+
+    def run(
+        self, workers: object, listener: object, share: float | None, left: float | None
+    ) -> tuple[StudyReport, bool]:
+        self.events.append(f"{self.name} searched")
+        super().run(workers, listener, share, left)
+        return REPORT, False
+
+    def decided(self, workers: object, listener: object, trials: Sequence[int]) -> StudyReport:
+        if self.ends is not None:
+            time.sleep(0.3)
+            raise self.ends("no device any more")
+        self.events.append(f"{self.name} verified")
+        return replace(REPORT, frontier=(SHORT,))
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt, DeviceError])
+def test_predicted_studies_are_verified_when_all_are_over(
+    request_: SearchRequest, clock: Clock, monkeypatch: pytest.MonkeyPatch, ends: type[BaseException] | None
+) -> None:
+    """So none takes another's time. What Ctrl-C or a fault keeps from it is verified before it ships."""
+    events: list[str] = []
+    studies = [Predicting(clock, events, "a"), Predicting(clock, events, "b", ends), Predicting(clock, events, "c")]
+    report, notes = searched(replace(request_, measure=False), studies, monkeypatch)
+    assert events[:3] == ["a searched", "b searched", "c searched"] and "a verified" in events
+    assert notes[0] == "verifying the fastest of 3 studies, side by side"
+    verified = [study.frontier == (SHORT,) for study in report.studies]
+    if ends is None:
+        assert verified == [True] * 3 and notes[-1] == "  3/3 verified"
+    else:
+        assert not verified[1] and report.studies[1] == REPORT
+    assert report.interrupted == (ends is KeyboardInterrupt)
+    assert isinstance(report.failure, DeviceError) == (ends is DeviceError)
+    # A worker that helps others leaves it to them.
+    events.clear()
+    searched(replace(request_, measure=False, decide=False), studies, monkeypatch)
+    assert len(events) == 3
 
 
 def test_a_sampler_that_cannot_be_had_ends_a_search_before_it_begins(request_: SearchRequest) -> None:
