@@ -98,10 +98,11 @@ class Points:
         for _ in range(math.ceil(draws / batch)):
             for drawn in map(tuple, rng.integers(0, self.sizes, size=(batch, len(self.sizes))).tolist()):
                 point = self.feasible.repair(drawn, rng, stratum)
-                if point is not None and self.free(point, seen, stratum):
-                    found[point] = None
-                    if len(found) == count:
-                        return list(found)
+                if point is None or point in found or not self.free(point, seen, stratum):
+                    continue
+                found[point] = None
+                if len(found) == count:
+                    return list(found)
         return list(found)
 
     def free(self, point: Point, seen: AbstractSet[Point], stratum: Stratum | None) -> bool:
