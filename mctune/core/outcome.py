@@ -137,13 +137,15 @@ def from_dict(values: Mapping[str, Any]) -> Outcome:
     """An outcome from the object that :func:`to_json` writes.
 
     Raises:
-        UsageError: for an unknown kind.
+        UsageError: for an unknown kind, or a pace that no machine has.
     """
     name = values.get("kind")
     if name not in _KINDS:
         raise UsageError(f"unknown outcome kind {name!r}; known: {', '.join(_KINDS)}")
     fields = {name: _frozen(value) for name, value in values.items() if name != "kind"}
     outcome: Outcome = _KINDS[name](**fields)
+    if isinstance(outcome, Timed) and not 0 < outcome.pace < float("inf"):
+        raise UsageError(f"an outcome's pace is a factor above 0, not {outcome.pace!r}")
     return outcome
 
 

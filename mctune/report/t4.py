@@ -25,7 +25,7 @@ SCHEMA_VERSION = "1.0.0"
 TIME, PREDICTED = "time", "predicted_time"
 """The objectives: a predicted time is never called a measured one."""
 _UNITS = {"nanoseconds": 1e-6, "microseconds": 1e-3, "milliseconds": 1.0, "seconds": 1e3}
-_NUMBERS = ("ms", "low", "high", "error", "tolerance", "seconds", "sm_mhz", "celsius")
+_NUMBERS = ("ms", "low", "high", "error", "tolerance", "seconds", "sm_mhz", "celsius", "pace")
 _APIS = {"cuda": "CUDA"}
 
 

@@ -64,7 +64,7 @@ def test_table(out: Path, target: Target, winners: Sequence[Winner]) -> None:
     assert (out / entry["portable"]).is_file()
     assert "# forward linear grm" in (out / entry["source"]).read_text() and entry["source"].endswith(".py")
     timed = {"kind": "timed", "ms": 1.5, "low": 1.4, "high": 1.7, "repeats": 21, "error": 3e-7}
-    assert entry["outcome"] == {**timed, "sm_mhz": None, "celsius": None, "notes": [], "parts": []}
+    assert entry["outcome"] == {**timed, "sm_mhz": None, "celsius": None, "notes": [], "parts": [], "pace": 1.0}
     assert entry["verified"] == {"error": 3e-7, "tolerance": 2e-5, "cases": 3}
     assert (entry["backend"], entry["recommended"], other["recommended"]) == ("tvm", True, False)
     assert other["problem"]["segmentation"] == "logarithmic"

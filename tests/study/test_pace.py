@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
+from mctune.core.errors import UsageError
 from mctune.core.outcome import Outcome, Predicted, Timed, cost, from_json, parts, shares, to_json
 from mctune.core.problem import Problem
 from mctune.core.target import resolve
@@ -70,6 +71,12 @@ def test_times_are_recorded_as_they_were_and_compared_over_the_pace(by: float) -
     assert isinstance(there, Timed) and there.ms == alone.ms * by and there.pace == by
     assert cost(there) == pytest.approx(alone.ms)
     assert parts(there) == pytest.approx(dict(alone.parts)) and shares(there) == pytest.approx(shares(alone))
+
+
+@pytest.mark.parametrize("pace", [0.0, -1.0, math.inf, math.nan])
+def test_a_pace_that_no_machine_has_is_refused(pace: float) -> None:
+    with pytest.raises(UsageError, match="pace is a factor above 0"):
+        from_json(to_json(replace(quiet(SPACE.default), pace=pace)))
 
 
 class Busy:
