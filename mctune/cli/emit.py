@@ -66,12 +66,10 @@ def command(
             max_slowdown=max_slowdown, measure=measured(target, False),
         )  # fmt: skip
     check_out(request.out, request.target, replace=replace)
+    from mctune.study.run import at_work, stored
+
     if report is None:
-        from mctune.study.run import stored
-
         report = stored(request)
-    from mctune.study.run import at_work
-
     with at_work(request) as workers:
         package = emit_report(request, report, workers, replace, signer)
     if package is None:

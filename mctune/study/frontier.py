@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from mctune.core.errors import NoValidConfigError, UsageError
-from mctune.core.outcome import Predicted, Timed, cost
+from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.study.events import FrontierPoint
@@ -40,16 +40,15 @@ def frontier(trials: Sequence[Trial], problem: Problem) -> tuple[FrontierPoint, 
     """
     fastest: dict[int | None, tuple[float, FrontierPoint]] = {}
     for trial in trials:
-        if not isinstance(trial.outcome, Timed | Predicted):
+        if trial.ms is None or not isinstance(trial.outcome, Timed | Predicted):
             continue
         own = problem
         if SEGMENT_LENGTH in trial.config:
             own = problem.replace(segment_length=trial.config.integer(SEGMENT_LENGTH))
         known = fastest.get(own.segment_length)
-        took = cost(trial.outcome) or 0.0
-        if known is None or took < known[0]:
+        if known is None or trial.ms < known[0]:
             point = FrontierPoint(own, cached_states(own), cached_state_bytes(own), trial.config, trial.outcome)
-            fastest[own.segment_length] = took, point
+            fastest[own.segment_length] = trial.ms, point
     return tuple(fastest[length][1] for length in sorted(fastest, key=lambda length: length or 0))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mctune.core.config import Config
-from mctune.core.outcome import Outcome, Predicted, Timed, TimedOut, describe
+from mctune.core.outcome import Predicted, Timed, TimedOut, describe
 from mctune.measure.timing import summary
 from mctune.study.confirm import outcome_of
 from mctune.study.events import Listener
@@ -127,7 +127,7 @@ class Deciding:
         reply = self.workers.hold(self.candidate(config), self.limit_s)
         if isinstance(reply, WorkerDied) and reply.fault:
             reply = self.workers.hold(self.candidate(config), self.limit_s, again=True)
-        outcome: Outcome = outcome_of(reply)
+        outcome = outcome_of(reply)
         if isinstance(outcome, Predicted):
             return True
         self._not_right(describe(outcome))

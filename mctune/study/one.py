@@ -283,9 +283,12 @@ class _Candidates:
     def go_on_from(self, trials: Sequence[Trial]) -> None:
         """Take up what earlier runs have timed first."""
         for trial in trials:
-            if isinstance(trial.outcome, Timed):
-                ms = trial.outcome.ms / trial.outcome.pace
-                self.first_timed.setdefault(_length(trial.config), Beside(trial.config, ms))
+            self._take_up(trial.config, trial.outcome)
+
+    def _take_up(self, config: Config, outcome: Outcome | None) -> None:
+        """Time later ones beside this one, where it is the first that has a time."""
+        if isinstance(outcome, Timed):
+            self.first_timed.setdefault(_length(config), Beside(config, outcome.ms / outcome.pace))
 
     def evaluate(self, config: Config) -> Outcome | None:
         """What became of one; ``None`` if there was no time for it.
@@ -297,8 +300,7 @@ class _Candidates:
         until = self.until if self.got_one else self.at_most
         measure = self.study.request.measure
         outcome = evaluated(self.workers, self._beside(config), limit_s, until, measure=measure)
-        if isinstance(outcome, Timed):
-            self.first_timed.setdefault(_length(config), Beside(config, outcome.ms / outcome.pace))
+        self._take_up(config, outcome)
         self.got_one = self.got_one or (outcome is not None and cost(outcome) is not None)
         if outcome is None or self.alike < 0:
             return outcome

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mctune.backends import get_backend, makers
 from mctune.backends.presence import present
@@ -29,6 +30,7 @@ from mctune.workers.worker import WorkerDied
 
 PORTABLE_ARCH = "x86-64-v3"
 """What a shipped kernel is built for besides the CPU that it was tuned on."""
+_Result = TypeVar("_Result")
 _Shipped = tuple[FrontierPoint, dict[str, Any]]
 """A point, and the worker's reply about it."""
 
@@ -122,20 +124,28 @@ def _verified_side_by_side(
     waiting = [turn for turn, report in reports.items() if report.frontier]
     if waiting:
         listener.note(f"verifying the fastest of {len(waiting)} studies, side by side")
-    pool = ThreadPoolExecutor(workers.count)
-    futures = {pool.submit(studies[turn].decided, workers, listener, studies[turn].so_far()): turn for turn in waiting}
-    done = as_completed(futures)
+    jobs = {turn: partial(studies[turn].decided, workers, listener, studies[turn].so_far()) for turn in waiting}
     try:
-        for number in range(len(futures)):
-            with ctrl_c.let_in():
-                future = next(done)
-            reports[futures[future]] = future.result()
-            listener.note(f"  {number + 1}/{len(futures)} verified")
+        for number, (turn, report) in enumerate(_as_done(jobs, workers.count, ctrl_c), 1):
+            reports[turn] = report
+            listener.note(f"  {number}/{len(jobs)} verified")
     except KeyboardInterrupt:
         return True
+    return False
+
+
+def _as_done(jobs: Mapping[int, Callable[[], _Result]], at_once: int, ctrl_c: Held) -> Iterator[tuple[int, _Result]]:
+    """The result of each job, ``at_once`` of them side by side, as they come; Ctrl-C comes while one is waited for."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        futures = {pool.submit(job): number for number, job in jobs.items()}
+        done = as_completed(futures)
+        for _ in futures:
+            with ctrl_c.let_in():
+                future = next(done)
+            yield futures[future], future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return False
 
 
 def _turns(request: SearchRequest, studies: Sequence[OneStudy], least_s: float) -> list[int]:
@@ -177,30 +187,21 @@ def ship(request: SearchRequest, report: SearchReport, note: Callable[[str], Non
         note(f"verifying {left} kernels; Ctrl-C ships those that are done")
     with held() as ctrl_c:
         workers.prepare()
-        pool = ThreadPoolExecutor(workers.count)
-        futures: dict[Future[tuple[_Shipped | None, list[str]]], int] = {}
-        for index in sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended):
-            study, point = points[index]
-            futures[pool.submit(_ship_one, workers, portable_arch, request.holding_s, study, point)] = index
-        done = as_completed(futures)
+        order = sorted(range(len(points)), key=lambda index: points[index][1] != points[index][0].recommended)
+        jobs = {index: partial(_ship_one, workers, portable_arch, request.holding_s, *points[index]) for index in order}
         try:
-            for _ in futures:
-                with ctrl_c.let_in():
-                    future = next(done)
-                found, why = future.result()
+            for index, (found, why) in _as_done(jobs, workers.count, ctrl_c):
                 failures += why
                 for text in why:
                     note(text)
                 if found is not None:
-                    shipped[futures[future]] = found
+                    shipped[index] = found
                     if left:
                         note(f"  {len(shipped)}/{len(points)} verified")
         except KeyboardInterrupt:
             if not shipped:
                 raise
             note(f"interrupted: {len(shipped)} of {len(points)} kernels were verified and ship")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
     if points and not shipped:
         raise MctuneError(failures[0])
     winners = []

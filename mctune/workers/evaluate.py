@@ -26,6 +26,7 @@ from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
 from mctune.measure.parts import Clock, time_parts
 from mctune.measure.timing import summary, time_rotated
+from mctune.runtime.manifest import digest
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
 from mctune.verify.judge import Judged, judge_all, kept_cases, load_cases, run_kernel, tolerance, verify
@@ -315,10 +316,7 @@ def draw_of(seed: int, problem: Problem, config: Config) -> int:
 def fingerprint(built: Built) -> str:
     """A digest of all files that are run of a candidate."""
     files = (built.library, *(built.library.parent / file for _, file in built.parts))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return digest(" ".join(digest(file.read_bytes()) for file in files).encode())
 
 
 def shipment(problem: Problem, built: Built, error: float, by: str) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mctune.backends import get_backend
-from mctune.backends.protocol import Backend, Built
+from mctune.backends.protocol import Backend
 from mctune.core.config import Config
 from mctune.core.errors import MctuneError
 from mctune.core.outcome import to_json
@@ -19,31 +18,12 @@ from mctune.workers.payload import candidate, failed_build, folder_for, maker_of
 from mctune.workers.worker import MACHINES, Handler, Stage
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Builds candidates for ``target`` in ``folder``."""
-
-    backend: Backend
-    target: Target
-    folder: Path
-
-    def make(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
-        """The files of a candidate, or the outcome of one that does not compile."""
-        try:
-            return self.build(problem, config, stage)
-        except (MctuneError, *MACHINES):
-            raise
-        except Exception as error:
-            return {"outcome": to_json(failed_build(error))}
-
-    def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
-        """The files of a candidate, ``{"built"}``."""
-        stage("build")
-        return files_of(self.backend.build(problem, config, self.target, self.folder))
-
-
-def files_of(built: Built) -> dict[str, Any]:
-    """What is told of a candidate's files, as :meth:`mctune.workers.evaluate.Prepared.of` takes it."""
+def build(
+    backend: Backend, problem: Problem, config: Config, target: Target, folder: Path, stage: Stage
+) -> dict[str, Any]:
+    """The files of a candidate, ``{"built"}``, as :meth:`mctune.workers.evaluate.Prepared.of` takes them."""
+    stage("build")
+    built = backend.build(problem, config, target, folder)
     return {"built": {"library": str(built.library), "source": str(built.source), "parts": built.parts}}
 
 
@@ -60,7 +40,14 @@ def start(setup: dict[str, Any]) -> Handler:
 
     def handle(payload: dict[str, Any], stage: Stage) -> dict[str, Any]:
         maker = maker_of(payload)
-        at_work = Maker(get_backend(maker) if maker else backend, target, folder_for(payload, Path(setup["folder"])))
-        return at_work.make(*candidate(payload["make"]), stage)
+        made_by = get_backend(maker) if maker else backend
+        folder = folder_for(payload, Path(setup["folder"]))
+        problem, config = candidate(payload["make"])
+        try:
+            return build(made_by, problem, config, target, folder, stage)
+        except (MctuneError, *MACHINES):
+            raise
+        except Exception as error:
+            return {"outcome": to_json(failed_build(error))}
 
     return handle

@@ -205,14 +205,20 @@ class Workers:
         Then :meth:`ship` takes it as it is. ``again``: with nothing of what is kept on disk.
         """
         assert self._device is not None, "for an absent device there is verify"
-        payload = {"check": candidate, "again_from_scratch": again}
+        fresh = {"again_from_scratch": again}
+        return self._remembered(candidate, self._built_and_run({"check": candidate, **fresh}, candidate, limit_s))
+
+    def _built_and_run(self, payload: dict[str, Any], candidate: dict[str, Any], limit_s: float) -> Reply:
+        """The device's reply to ``payload``, with the files of a candidate for a GPU: others compile them."""
+        assert self._device is not None
         if not self._on_cpu:
-            built = self._compile({"build": candidate, "again_from_scratch": again}, limit_s, None)
+            fresh = {"again_from_scratch": payload["again_from_scratch"]}
+            built = self._compile({"build": candidate, **fresh}, limit_s, None)
             if not isinstance(built, dict):
                 return built or WorkerDied("nothing was answered", "build")
-            payload |= built
+            payload = payload | built
         with self._turns.timing():
-            return self._remembered(candidate, self._device.call(payload, limit_s))
+            return self._device.call(payload, limit_s)
 
     def verify(self, candidate: dict[str, Any], limit_s: float) -> Reply:
         """Hold one candidate to the oracle: an outcome without a time, ``Predicted`` with its error if it is right.
@@ -243,11 +249,7 @@ class Workers:
         if self._device is None or self._on_cpu:
             return self._check(payload, limit_s)
         if held:
-            built = self._compile({"build": candidate, **fresh}, limit_s, None)
-            if not isinstance(built, dict):
-                return built or WorkerDied("nothing was answered", "compile")
-            with self._turns.timing():
-                return self._device.call(payload | built, limit_s)
+            return self._built_and_run(payload, candidate, limit_s)
         with tempfile.NamedTemporaryFile(prefix="mctune", suffix=".pt", dir=self._scratch) as file:
             reply = self._compile({"prepare": candidate, "into": file.name, "again": True, **fresh}, limit_s, None)
             if not isinstance(reply, dict):

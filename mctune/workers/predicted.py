@@ -24,7 +24,7 @@ from mctune.verify.cuda_cpu.folder import prepare_built
 from mctune.verify.inputs import judged, odd_problems
 from mctune.verify.judge import judge_all, kept_cases, run_kernel, save_cases, verify
 from mctune.workers.evaluate import Prepared, draw_of, fingerprint, seed_of, shipment
-from mctune.workers.making import files_of
+from mctune.workers.making import build
 from mctune.workers.payload import candidate, failed_build, first_line, folder_for, maker_of, try_out
 from mctune.workers.worker import MACHINES, Handler, Stage
 
@@ -86,10 +86,8 @@ class _Predictor:
         return {"outcome": to_json(outcome), "ready": True, **files}
 
     def build(self, problem: Problem, config: Config, stage: Stage) -> dict[str, Any]:
-        """The files of a candidate, as :meth:`mctune.workers.evaluate.Prepared.of` takes them."""
-        stage("build")
-        built = self.backend.build(problem, config, self.target, self.folder)
-        return files_of(built)
+        """The files of a candidate."""
+        return build(self.backend, problem, config, self.target, self.folder, stage)
 
     def verify(self, problem: Problem, config: Config, stage: Stage) -> Outcome:
         """Whether one candidate is right: ``Predicted``, without a time but with its error, if it is."""
