@@ -125,7 +125,7 @@ def test_the_interpreter_refuses_it(tmp_path: Path) -> None:
     built = TritonBackend().build(PROBLEM, config, TARGET, tmp_path)
     with pytest.raises(KernelError, match="formulation=specialized is Gluon, which Triton's interpreter cannot run"):
         TritonBackend().load(PROBLEM, config, built)
-    outcome = _Predictor(TritonBackend(), TARGET, tmp_path, 0).verify(PROBLEM, config, lambda stage: None, 0)
+    outcome = _Predictor(TritonBackend(), TARGET, tmp_path, 0).verify(PROBLEM, config, lambda stage: None)
     assert isinstance(outcome, Crashed) and "specialized is Gluon" in outcome.message and "\n" not in outcome.message
 
 
