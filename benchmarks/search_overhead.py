@@ -3,8 +3,10 @@
     python benchmarks/search_overhead.py [--postgresql URL] [--trials 10,100,1000,5000] [--out FILE.json]
 
 The studies are filled with random valid points at once, and then go on for some candidates whose evaluation takes no
-time. Prints the median milliseconds a candidate, over SQLite in a temporary directory and over the PostgreSQL database
-of --postgresql, and how many statements the storage sees for each.
+time; and what the workload `quick` searches on a CPU is searched from its beginning, to its own number of trials, two
+candidates a round. Prints milliseconds a candidate (the median, and the mean of the processor's own, which other
+programs on the machine lengthen less), over SQLite in a temporary directory and over the PostgreSQL database of
+--postgresql, and how many statements the storage sees for each.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import platform
 import statistics
 import tempfile
 import time
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -28,13 +33,18 @@ import sqlalchemy
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
 
+from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.outcome import Outcome, Timed, to_json
-from mctune.core.space import Choice, Int, Pow2, SearchSpace
-from mctune.study.record import ATTRS, Trial, about
-from mctune.study.samplers import sampler_of
+from mctune.core.problem import Problem
+from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
+from mctune.core.target import Target, resolve
+from mctune.core.workload import load_workload
+from mctune.study.record import Trial, about
+from mctune.study.rules import Rule
+from mctune.study.samplers import sampler_of, start_of
 from mctune.study.samplers.points import Points
-from mctune.study.storage import opened
+from mctune.study.storage import ABOUT, opened
 from mctune.study.study import run_study
 
 SPACE = SearchSpace(
@@ -46,6 +56,7 @@ SPACE = SearchSpace(
 )  # fmt: skip
 """54,000 points, two of three of them valid."""
 CANDIDATES = 12
+ROUND = 2
 
 
 def valid(config: Config) -> bool:
@@ -65,9 +76,9 @@ def fill(url: str, name: str, count: int) -> None:
     if url.startswith("sqlite"):  # five thousand transactions need not reach the disk one by one
         sqlalchemy.event.listen(study._storage._backend.engine, "connect", _hurried)
         study._storage._backend.engine.dispose()
-    study.set_user_attr(ATTRS, about(SPACE, {}))
+    study.set_user_attr(ABOUT, about(SPACE, {}))
     points = Points(SPACE, [valid]).random(np.random.default_rng(0), set(), None, count, 1 << 16)
-    sampler = sampler_of("mix", SPACE, [valid], seed=0)
+    sampler = sampler_of("chain", SPACE, [valid], seed=0)
     for point in points:
         config = SPACE.at(point)
         outcome = timed(config)
@@ -85,33 +96,86 @@ def _hurried(connection: Any, _: object) -> None:
     connection.execute("pragma synchronous=off")
 
 
+@dataclass
+class Watched:
+    """An evaluation that takes no time, and what the process does between one and the next."""
+
+    outcome: Callable[[Config], Outcome]
+    at_once: int = 1
+    began: float = field(default_factory=time.perf_counter)
+    moments: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    statements: list[int] = field(default_factory=list)
+    _seen: int = 0
+
+    def __enter__(self) -> Watched:
+        sqlalchemy.event.listen(Engine, "before_cursor_execute", self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sqlalchemy.event.remove(Engine, "before_cursor_execute", self._count)
+
+    def _count(self, *_: object) -> None:
+        self._seen += 1
+
+    def evaluate(self, config: Config) -> Outcome:
+        """One outcome."""
+        self.moments.append(time.perf_counter())
+        self.busy.append(time.process_time())
+        self.statements.append(self._seen)
+        return self.outcome(config)
+
+    def row(self) -> dict[str, float]:
+        """Of all rounds but the first."""
+        moments, busy, statements = (kept[:: self.at_once] for kept in (self.moments, self.busy, self.statements))
+        each = [1e3 * (after - before) / self.at_once for before, after in pairwise(moments[1:])]
+        count = self.at_once * len(each)
+        return {
+            "ms": round(statistics.median(each), 2),
+            "ms_most": round(max(each), 2),
+            "cpu_ms": round(1e3 * (busy[-1] - busy[1]) / count, 2),
+            "statements": round((statements[-1] - statements[1]) / count, 1),
+            "begin_ms": round(1e3 * (self.moments[0] - self.began), 1),
+        }
+
+
 def candidate(url: str, name: str, count: int) -> dict[str, float]:
     """Milliseconds and statements a candidate; and what a run costs before its first one."""
-    statements, moments, counts = 0, [], []
+    with Watched(timed) as watched:
+        run_study(
+            SPACE, [valid], watched.evaluate, trials=count + CANDIDATES, storage=url, study_name=name,
+            balance="segment_length",
+        )  # fmt: skip
+    return {"trials": count, **watched.row()}
 
-    def count_one(*_: object) -> None:
-        nonlocal statements
-        statements += 1
 
-    def evaluate(config: Config) -> Outcome:
-        moments.append(time.perf_counter())
-        counts.append(statements)
-        return timed(config)
+def rule_of(constraint: Constraint, problem: Problem, target: Target) -> Rule:
+    """A constraint as a study asks it."""
+    return lambda config: constraint.holds(config, problem, target)
 
-    sqlalchemy.event.listen(Engine, "before_cursor_execute", count_one)
-    began = time.perf_counter()
-    run_study(
-        SPACE, [valid], evaluate, trials=count + CANDIDATES, storage=url, study_name=name, balance="segment_length"
-    )
-    sqlalchemy.event.remove(Engine, "before_cursor_execute", count_one)
-    each = [1e3 * (after - before) for before, after in pairwise(moments[1:])]
-    return {
-        "trials": count,
-        "ms": round(statistics.median(each), 2),
-        "ms_most": round(max(each), 2),
-        "statements": (counts[-1] - counts[1]) / (len(counts) - 2),
-        "begin_ms": round(1e3 * (moments[0] - began), 1),
-    }
+
+def quick(url: str) -> Iterator[dict[str, Any]]:
+    """One row for each pass of the workload at one segment length."""
+    workload, (target, _), backend = load_workload("quick"), resolve("cpu"), get_backend("tvm")
+    for case in workload.cases:
+        if len(case.segment_lengths) > 1:
+            continue
+        space, trials = backend.space(case.problem), case.trials or workload.trials
+        rules = [rule_of(constraint, case.problem, target) for constraint in space.constraints]
+
+        def outcome(config: Config, space: SearchSpace = space) -> Outcome:
+            # Times that depend on a block's values in a way that no model can learn: proposing is as dear as it gets.
+            told = [(block, str([config[name] for name in block.params]).encode()) for block in space.chain(config)]
+            parts = [(name, 1.0 + zlib.crc32(values) / 2**32) for block, values in told for name in block.operations]
+            ms = 0.1 + sum(ms for _, ms in parts)
+            return Timed(ms, ms, ms, 1, 0.0, parts=tuple(parts))
+
+        with Watched(outcome, ROUND) as watched:
+            run_study(
+                space, rules, watched.evaluate, trials=trials, storage=url, study_name=str(case.problem),
+                start=start_of(trials), at_once=ROUND,
+            )  # fmt: skip
+        yield {"problem": str(case.problem), "parameters": len(space.params), "trials": trials, **watched.row()}
 
 
 def rows(url: str, lengths: list[int]) -> list[dict[str, float]]:
@@ -140,9 +204,14 @@ def main() -> None:
         if arguments.postgresql:
             urls["postgresql"] = arguments.postgresql
         found: dict[str, Any] = {name: rows(url, lengths) for name, url in urls.items()}
+        found["quick"] = {name: [] for name in urls}
+        for name, url in urls.items():
+            for row in quick(url):
+                print(f"{name:12} {row}", flush=True)
+                found["quick"][name].append(row)
     found["with"] = {
         "python": platform.python_version(), "optuna": version("optuna"), "sqlalchemy": version("sqlalchemy"),
-        "cores": os.cpu_count(), "sampler": "mix", "candidates": CANDIDATES,
+        "cores": os.cpu_count(), "sampler": "chain", "candidates": CANDIDATES,
     }  # fmt: skip
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

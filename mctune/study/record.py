@@ -25,7 +25,7 @@ from mctune.core.outcome import Crashed, FailedBuild, Outcome, TimedOut
 from mctune.core.remark import redacted
 from mctune.core.space import SearchSpace
 from mctune.study.samplers import DiscreteSampler
-from mctune.study.samplers.reading import AT_FAULT, GAVE_WAY, PARTS
+from mctune.study.samplers.reading import AT_FAULT, FAILED, GAVE_WAY, PARTS
 from mctune.study.storage import ABOUT, shared
 
 _DESCRIBED_S = 10.0
@@ -160,13 +160,14 @@ def settle(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
 def record(study: optuna.Study, sampler: DiscreteSampler, running: FrozenTrial, trial: Trial) -> bool:
     """Record a candidate, and say whether that is what stands: another may have told its trial meanwhile.
 
-    The outcome is written last but one: :func:`settle` does the rest where this is cut off.
+    The outcome is written last but one: :func:`settle` does the rest where this is cut off. Each write is a
+    transaction of some milliseconds, so what is so of most trials is said when they begin.
     """
     storage, number = study._storage, running._trial_id
     ms = trial.ms
     sampler.told(study, running, TrialState.COMPLETE, [math.inf if ms is None else ms])
-    # The form that Optuna gives a constraint.
-    attrs = create_trial(value=0.0, constraints={"failed": 1.0 if ms is None else 0.0}).system_attrs
+    # In the form that Optuna gives a constraint; a trial is begun with one that is met.
+    attrs = create_trial(value=0.0, constraints={FAILED: 1.0}).system_attrs if ms is None else {}
     try:
         storage.set_trial_user_attr(number, "seconds", trial.seconds)
         if parts := outcomes.parts(trial.outcome):

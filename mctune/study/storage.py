@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -146,7 +147,9 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
             return _proxy(url, patience_s)
         if url is None or "://" not in url or url.startswith("redis"):
             return optuna.storages.get_storage(url)
-        options = {"connect_args": {"timeout": patience_s / 4}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if url.startswith("sqlite"):
+            options = {"connect_args": {"timeout": patience_s / 4, "factory": _Connection}}
         return optuna.storages.get_storage(_created(url, options))
     except (*BROKEN, ImportError, OSError, ValueError, RuntimeError) as error:
         why = _without(url, reason(error))
@@ -154,6 +157,19 @@ def opened(url: str | None, patience_s: float) -> optuna.storages.BaseStorage:
         if "locked" in why:
             remedy = "another process holds it: wait until that has ended, or give another --storage"
         raise UsageError(f"cannot open the storage {redacted_url(str(url))}: {why}; {remedy}") from error
+
+
+class _Connection(sqlite3.Connection):
+    """To a file whose journal is emptied when something was written, where SQLite would delete it.
+
+    As safe, and ten times as fast where a file system takes long to delete. A file that keeps another journal, a
+    write-ahead log say, goes on with it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.execute("pragma journal_mode").fetchone() == ("delete",):
+            self.execute("pragma journal_mode = truncate")
 
 
 def _proxy(url: str, patience_s: float) -> optuna.storages.GrpcStorageProxy:

@@ -25,6 +25,7 @@ from mctune.study.feasible import Feasible, Point
 from mctune.study.one import OneStudy
 from mctune.study.rules import Rule, Trees
 from mctune.study.samplers import DiscreteSampler, MixSampler, Tried, sampler_of
+from mctune.study.samplers.points import Points
 
 VALUES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -75,6 +76,22 @@ def valid_points(space: SearchSpace, rules: list[Rule]) -> list[Point]:
 
 def ok(space: SearchSpace, rules: list[Rule], point: Point) -> bool:
     return all(rule(space.at(point)) for rule in rules)
+
+
+@settings(max_examples=60, deadline=None)
+@given(spaces(), st.integers(0, 2**32), st.integers(1, 60), st.sets(st.integers(0, 2000)))
+def test_a_pool_has_what_is_free_and_all_of_it_where_that_is_little(
+    drawn: tuple[SearchSpace, list[Rule]], seed: int, count: int, numbers: set[int]
+) -> None:
+    space, rules = drawn
+    wanted = valid_points(space, rules)
+    seen = {wanted[number] for number in numbers if number < len(wanted)}
+    points = Points(space, rules)
+    free = set(wanted) - seen
+    pool = points.random(np.random.default_rng(seed), seen, None, count, 2048)
+    assert len(set(pool)) == len(pool) <= count and set(pool) <= free
+    if points.feasible.settled and len(wanted) <= 4 * count and len(free) <= count > 1:
+        assert set(pool) == free
 
 
 @settings(max_examples=60)

@@ -48,6 +48,19 @@ def test_a_study_is_where_its_path_says(tmp_path: Path, name: str) -> None:
     assert file.is_file()
 
 
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_a_journal_is_emptied_but_where_a_file_has_chosen_another(tmp_path: Path, mode: str) -> None:
+    """To delete it takes ten times as long on some file systems."""
+    file = tmp_path / "search.db"
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute(f"pragma journal_mode = {mode}")
+    run_study(SPACE, [valid], evaluate, trials=3, storage=sqlite_url(file))
+    assert (tmp_path / "search.db-journal").exists() == (mode == "delete")
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("pragma journal_mode").fetchone() == (mode,)
+    assert len(load_study(sqlite_url(file))[1]) == 3
+
+
 def test_a_second_search_of_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "search.db")
     refused: list[str] = []

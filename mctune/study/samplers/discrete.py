@@ -30,6 +30,7 @@ from mctune.study.rules import Rule
 from mctune.study.samplers.points import Points
 from mctune.study.samplers.reading import (
     AT_FAULT,
+    FAILED,
     GAVE_WAY,
     NOTES,
     PARTS,
@@ -234,6 +235,7 @@ class DiscreteSampler(optuna.samplers.BaseSampler):
             state=TrialState.RUNNING,
             params={name: values[at] for name, values, at in zip(ranges, stored, point, strict=True)},
             distributions=ranges,
+            constraints={FAILED: 0.0},
             user_attrs=dict(user_attrs),
             system_attrs={NOTES + key: value for key, value in notes.items()},
         )

@@ -16,6 +16,7 @@ from mctune.study.rules import Rule
 
 _DRAWS = 1024  # most draws for one random point
 _SCANNED = 1 << 20  # points that are looked through where constraints are only known to hold of whole ones
+_FEW = 4  # times as many valid points as are wanted are gone through in order, to see whether there are more
 
 
 class Points:
@@ -35,6 +36,7 @@ class Points:
         """What a search begins with."""
         self._rest: dict[Stratum | None, Iterator[Point]] = {}
         self._head: dict[Stratum | None, Point | None] = {}
+        self._few: dict[tuple[Stratum | None, int], Sequence[Point] | None] = {}
 
     def begin_with(self, configs: Sequence[Config]) -> None:
         """Have these follow the defaults: those that are valid points, in their order, none twice."""
@@ -91,8 +93,12 @@ class Points:
         """Up to ``count`` different valid points not in ``seen``.
 
         They are drawn uniformly where nothing constrains the parameters, else each value evenly among those that leave
-        a valid point, so that a formulation with few parameters of its own comes up as often as one with many.
+        a valid point, so that a formulation with few parameters of its own comes up as often as one with many. Where
+        there are no more than ``count``, and that is soon seen, they are all of them, in order.
         """
+        rest = self._all(stratum, _FEW * count) if count > 1 else None
+        if rest is not None and len(free := [point for point in rest if point not in seen]) <= count:
+            return free
         found: dict[Point, None] = {}
         batch = min(draws, 8 * count)
         for _ in range(math.ceil(draws / batch)):
@@ -104,6 +110,15 @@ class Points:
                 if len(found) == count:
                     return list(found)
         return list(found)
+
+    def _all(self, stratum: Stratum | None, most: int) -> Sequence[Point] | None:
+        """Every valid point of a stratum, or ``None`` if there are more than ``most`` or that is not soon seen."""
+        if not self.feasible.settled:
+            return None
+        if (stratum, most) not in self._few:
+            points = tuple(itertools.islice(self.feasible.ordered(stratum), most + 1))
+            self._few[stratum, most] = points if len(points) <= most else None
+        return self._few[stratum, most]
 
     def free(self, point: Point, seen: AbstractSet[Point], stratum: Stratum | None) -> bool:
         """Whether a point is valid, of the stratum and not in ``seen``."""

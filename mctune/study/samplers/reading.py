@@ -16,6 +16,8 @@ from mctune.study.feasible import Point
 
 PARTS, AT_FAULT = "parts", "at_fault"
 """User attributes of a trial: the cost of each operation, by name; the operation why it failed."""
+FAILED = "failed"
+"""The constraint of a trial that is above 0 where its candidate failed."""
 NOTES = "sampler:"
 """Prefix of the system attributes in which a sampler keeps what it must know about its trials."""
 GAVE_WAY = "mctune:gave_way"

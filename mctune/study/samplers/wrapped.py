@@ -28,7 +28,7 @@ from mctune.core.space import SearchSpace
 from mctune.study.feasible import Point, Stratum
 from mctune.study.rules import Rule
 from mctune.study.samplers.discrete import DiscreteSampler
-from mctune.study.samplers.reading import Tried, cost_of
+from mctune.study.samplers.reading import FAILED, Tried, cost_of
 
 _NOT_KEPT = ("constraints", "relative_params")  # in the names of notes that Optuna's samplers leave
 
@@ -104,7 +104,7 @@ class WrappedSampler(DiscreteSampler):
                     return point, _kept(study.get_trials(deepcopy=False)[-1].system_attrs)
                 first = first or point
                 if point not in seen and failed:
-                    asked.set_constraint("failed", 1.0)
+                    asked.set_constraint(FAILED, 1.0)
                 self._tell(study, asked, None if point in seen else self._worst)
         around = self._points.neighbours(first) if first else ()
         free = [other for other in around if self._points.free(other, seen, stratum)]
@@ -154,7 +154,7 @@ class WrappedSampler(DiscreteSampler):
                 params=dict(zip(self._ranges, tried.point, strict=True)),
                 distributions=self._ranges,
                 system_attrs=dict(tried.notes),
-                constraints=None if failed is None else {"failed": float(failed)},
+                constraints=None if failed is None else {FAILED: float(failed)},
             )
             kept = self._frozen[tried.point] = tried, cost, failed, trial
         return kept[3]
