@@ -45,3 +45,29 @@ def test_nothing_stays_patched_after_a_launch():
     x, y = torch.arange(16.0), torch.full((1,), torch.nan)
     summed[(1,)](x, y, ROUNDS=1, BLOCK=16)
     assert core.is_builtin(tl.load) and core.is_builtin(tl.tensor.__add__)
+
+
+@triton.jit
+def mixed(x, n, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < n, other=0)
+    value = (value * 3 + at.to(tl.int16)) * tl.where(at % 2 == 0, 1, -1)
+    tl.store(y + at, value.to(tl.float32) / 2, mask=at < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bool])
+def test_values_keep_their_types(dtype: torch.dtype):
+    n, x = 11, torch.tensor([3, 0, 1, 40, 5, 2, 9, 1, 0, 4, 6]).to(dtype)
+    y = torch.full((16,), torch.nan)
+    mixed[(1,)](x, n, y, BLOCK=16)
+    at = torch.arange(n)
+    wanted = (x.double() * 3 + at) * torch.where(at % 2 == 0, 1, -1) / 2
+    assert torch.equal(y[:n].double(), wanted) and y[n:].isnan().all()
+
+
+def test_no_overflow_is_looked_for_where_none_would_be_told(monkeypatch):
+    asserted = []
+    monkeypatch.setattr(tl.semantic.TritonSemantic, "device_assert", lambda *arguments: asserted.append(arguments))
+    y = torch.full((16,), torch.nan)
+    mixed[(1,)](torch.arange(16), 16, y, BLOCK=16)
+    assert not interpreter.interpreter_builder.options.debug and not asserted and not y.isnan().any()
