@@ -23,11 +23,14 @@ def quicken() -> None:
 
     _patch_once(interpreter)
     _name_once(interpreter)
-    builder = getattr(interpreter, "interpreter_builder", None)
+    _ask_nothing(getattr(interpreter, "interpreter_builder", None))
+
+
+def _ask_nothing(builder: Any) -> None:
+    """Do not compute whether integers overflow where nobody would be told."""
     options = getattr(builder, "options", None)
-    if dataclasses.is_dataclass(options) and not getattr(options, "debug", True):
-        unchecked = {"sanitize_overflow": False} if hasattr(options, "sanitize_overflow") else {}
-        builder.options = dataclasses.replace(options, **unchecked)
+    if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 def _patch_once(interpreter: Any) -> None:

@@ -69,5 +69,5 @@ def test_no_overflow_is_looked_for_where_none_would_be_told(monkeypatch):
     asserted = []
     monkeypatch.setattr(tl.semantic.TritonSemantic, "device_assert", lambda *arguments: asserted.append(arguments))
     y = torch.full((16,), torch.nan)
-    mixed[(1,)](torch.arange(16), 16, y, BLOCK=16)
+    mixed[(1,)](torch.arange(16, dtype=torch.int32), 16, y, BLOCK=16)
     assert not interpreter.interpreter_builder.options.debug and not asserted and not y.isnan().any()
