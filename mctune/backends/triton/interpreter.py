@@ -28,7 +28,7 @@ def quicken() -> None:
 
 def _ask_nothing(builder: Any) -> None:
     """Do not compute whether integers overflow where nobody would be told."""
-    options = getattr(builder, "options", None)
+    options: Any = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
         builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
