@@ -62,8 +62,9 @@ class Timed:
     ``notes`` is what the compiler reports about its kernels. ``parts`` are (operation, median in milliseconds) of each
     operation of the pass, in order; what the whole takes beyond their sum is the host's, or the memory allocator's.
 
-    ``pace`` is how many times as long as at first another candidate of the study took, timed in between: what the
-    machine did to both. ``ms`` and ``parts`` are as they were measured; a search compares them over ``pace``.
+    ``pace`` is what the machine did to this candidate and to another one of the study, the two timed by turns: how many
+    times as long they took as in the moment when that one was timed alone. ``ms`` and ``parts`` are as they were
+    measured; a search compares them over ``pace``.
     """
 
     ms: float

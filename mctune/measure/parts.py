@@ -118,7 +118,7 @@ class Apart:
 
 
 def time_parts(
-    timed: Timed, clock: Clock, *, rounds: int, limit_s: float, device: str, beside: Sequence[Timed] = ()
+    timed: Timed, clock: Clock, *, rounds: int, most: int, limit_s: float, device: str, beside: Sequence[Timed] = ()
 ) -> tuple[list[list[float]], tuple[tuple[str, float], ...]]:
     """Milliseconds of a whole in each round, then of those ``beside`` it; and the medians of its operations.
 
@@ -126,8 +126,8 @@ def time_parts(
     """
     apart = Apart(timed, clock)
     if device == "cpu":
-        samples = time_rotated([apart, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device)
+        samples = time_rotated([apart, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device, most=most)
     else:
-        samples = time_rotated([timed, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device)
+        samples = time_rotated([timed, *beside], rounds=rounds, warmup=0, limit_s=limit_s, device=device, most=most)
         time_rotated([apart], rounds=3, warmup=0, limit_s=limit_s, device=device)
     return samples, clock.medians(apart.runs)

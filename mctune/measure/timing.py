@@ -21,6 +21,8 @@ _FLUSH_ROWS = 4096
 _WARM_S = 0.3
 _MOST_FLUSHES = 64
 _HOST_CALLS = 5
+_CERTAIN = 0.02  # a mean that is off by no more than this share needs no further rounds
+_LEAST_MS = 1e-6
 
 Function = Callable[[], object]
 
@@ -142,11 +144,13 @@ def time_rotated(
     warmup: int = 1,
     limit_s: float = 60.0,
     device: str = "cpu",
+    most: int = 0,
 ) -> list[list[float]]:
     """Milliseconds of each function in each round; every round starts one function later than the one before.
 
     What else belongs to a run of a :class:`Timed` is outside of its time, its warm-up included.
 
+    Goes on beyond ``rounds``, to ``most``, as long as the first function's time is uncertain (:func:`uncertainty`).
     Stops early, after whole rounds and at least three of them, when ``limit_s`` seconds are over.
     """
     clock = _Cpu() if device == "cpu" else _Gpu(device)
@@ -158,13 +162,45 @@ def time_rotated(
     clock.prepare(all_)
     samples: list[list[float]] = [[] for _ in functions]
     deadline = time.monotonic() + limit_s
-    for round_ in range(rounds):
+    for round_ in range(max(rounds, most)):
         if round_ >= 3 and time.monotonic() > deadline:
+            break
+        if round_ >= rounds and uncertainty(*samples[:2]) <= _CERTAIN:
             break
         for offset in range(len(functions)):
             index = (round_ + offset) % len(functions)
             samples[index].append(clock.once(all_[index]))
     return samples
+
+
+def ratio(samples: Sequence[float], beside: Sequence[float]) -> float:
+    """How many times as long one took as another that was timed beside it, in the same rounds.
+
+    The geometric mean of the rounds' ratios but for the least and the greatest: a machine whose pace changes from
+    round to round changes both, and medians of each may be of different moments.
+
+    Examples:
+        >>> ratio([2, 20, 200, 2, 9], [1, 10, 100, 1, 1])
+        2.0
+    """
+    logs = sorted(_logs(samples, beside))
+    return math.exp(statistics.fmean(logs[1:-1] if len(logs) > 2 else logs))
+
+
+def uncertainty(samples: Sequence[float], beside: Sequence[float] | None = None) -> float:
+    """By what share a mean over these rounds may be off: the standard error of the mean logarithm.
+
+    Examples:
+        >>> uncertainty([1.0, 2.0, 4.0], [3.0, 6.0, 12.0]), round(uncertainty([1.0, 1.2, 1.0, 1.2]), 3)
+        (0.0, 0.053)
+    """
+    logs = _logs(samples, beside)
+    return statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
+
+
+def _logs(samples: Sequence[float], beside: Sequence[float] | None) -> list[float]:
+    other = [1.0] * len(samples) if beside is None else beside
+    return [math.log(max(a, _LEAST_MS) / max(b, _LEAST_MS)) for a, b in zip(samples, other, strict=True)]
 
 
 def summary(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from mctune.core.errors import NoValidConfigError
 from mctune.study.record import Trial
 
 _DOUBT = 0.05
+_SURE = 3  # so many fastest are not all wrong
 
 Rounds = Callable[[Sequence[Config]], Sequence[Sequence[float]]]
 """Times configurations in rotated order: milliseconds ``[configuration][round]``, empty for one that failed."""
@@ -42,9 +43,13 @@ class Decision:
 
 
 def shortlist(trials: Sequence[Trial], within: float = 1.10, most: int = 8) -> tuple[Config, ...]:
-    """The configurations within ``within`` of the fastest trial, fastest first, at most ``most``."""
+    """The configurations within ``within`` of the third fastest trial, fastest first, at most ``most``.
+
+    Of the third, since a time that is too good to be true must not be alone here: only being timed again shows it.
+    """
     timed = sorted((trial.ms, trial.config.key, trial.config) for trial in trials if trial.ms is not None)
-    return tuple(config for ms, _, config in timed[:most] if ms <= within * timed[0][0])
+    bound = within * timed[:_SURE][-1][0] if timed else 0.0
+    return tuple(config for ms, _, config in timed[:most] if ms <= bound)
 
 
 def decide(candidates: Sequence[Config], rounds: Rounds) -> Decision:

@@ -17,7 +17,7 @@ from mctune.study.record import Trial
 from mctune.workers.pool import Workers
 from mctune.workers.worker import WorkerDied
 
-_FINALISTS = 3  # for each segment length
+_FINALISTS = 5  # for each segment length
 _VERIFIED = 5  # predicted candidates for each segment length that may turn out wrong before it gets none
 _Groups = Mapping[int, Sequence[Trial]]
 """Trials that have a time, by segment length."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
 from mctune.measure.parts import Clock, time_parts
-from mctune.measure.timing import summary, time_rotated
+from mctune.measure.timing import ratio, summary, time_rotated
 from mctune.runtime.manifest import digest
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
@@ -38,6 +37,7 @@ from mctune.workers.worker import MACHINES, Handler, Stage
 _DRAWS = 4
 """What the oracle says of one takes a second of a backward; what may ship meets inputs that no candidate has met."""
 _ROUNDS = 7
+_MOST = 28  # where the machine is not quiet
 _FINAL_ROUNDS = 21
 _TIMING_S = 2.0
 _FINAL_S = 20.0
@@ -102,7 +102,7 @@ class _Bench:
             nonlocal samples, parts
             rest = [Reruns(other, cases[0], held) for other in others]
             samples, parts = time_parts(
-                held, clock, rounds=_ROUNDS, limit_s=_TIMING_S, device=kernel.device, beside=rest
+                held, clock, rounds=_ROUNDS, most=_MOST, limit_s=_TIMING_S, device=kernel.device, beside=rest
             )
             held.repeat(CANDIDATE, time.monotonic() - begun)
 
@@ -121,7 +121,7 @@ class _Bench:
                 raise  # an illegal access poisons the CUDA context: the parent starts another process
             return Crashed(first_line(error))
         ms, low, high = summary(samples[0])
-        pace = statistics.median(samples[1]) / beside.ms if beside else 1.0
+        pace = ms / (beside.ms * ratio(samples[0], samples[1])) if beside else 1.0
         return Timed(ms, low, high, len(samples[0]), error_, *clock_and_heat(kernel.device), parts=parts, pace=pace)
 
     def check(

@@ -35,7 +35,7 @@ def test_parts_are_of_the_runs_that_are_timed() -> None:
     two = Two(clock)
     two.call()  # not under the clock
     other = Two(clock)
-    (samples, beside), parts = time_parts(two, clock, rounds=5, limit_s=10.0, device="cpu", beside=[other])
+    (samples, beside), parts = time_parts(two, clock, rounds=5, most=5, limit_s=10.0, device="cpu", beside=[other])
     assert len(beside) == other.compared == 5 and min(beside) >= 6.0
     assert len(samples) == two.prepared == two.compared == 5
     assert [name for name, _ in parts] == ["write", "read"]
