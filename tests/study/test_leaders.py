@@ -59,8 +59,8 @@ def test_only_what_stands_for_its_length_is_held_to_everything() -> None:
     workers = Finalists()
     leaders, notes = decided(workers, C64=range(1, 5), C128=range(11, 15))
     assert leaders is not None and {C: leader.trial.number for C, leader in leaders.items()} == {64: 1, 128: 11}
-    assert workers.compared == [[1, 2, 3, 11, 12, 13]] and workers.held == {1: 1, 11: 1}
-    assert leaders[64].trial.ms == 1.0 and notes == ["timing 6 finalists against each other"]
+    assert workers.compared == [[1, 2, 3, 4, 11, 12, 13, 14]] and workers.held == {1: 1, 11: 1}
+    assert leaders[64].trial.ms == 1.0 and notes == ["timing 8 finalists against each other"]
 
 
 @given(wrong=st.sets(st.integers(1, 6)), crash=st.sets(st.integers(1, 6)))
