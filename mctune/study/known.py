@@ -87,7 +87,7 @@ def seeds(home: Home, known: Sequence[Known], most: int = MOST) -> tuple[Seed, .
     return tuple(found)
 
 
-def told(found: Sequence[Seed]) -> str:
+def begun_from(found: Sequence[Seed]) -> str:
     """One line of what seeds a study."""
     sources = list(dict.fromkeys(seed.known.source for seed in found))
     more = f" and {len(sources) - 2} more" if len(sources) > 2 else ""

@@ -24,14 +24,13 @@ from mctune.study.confirm import evaluated
 from mctune.study.events import FrontierPoint, Listener, SearchRequest, StudyReport
 from mctune.study.feasible import Feasible
 from mctune.study.frontier import SEGMENT_LENGTH, frontier, recommend
-from mctune.study.known import Home, recorded, seeds
-from mctune.study.known import told as told_of_known
+from mctune.study.known import Home, begun_from, recorded, seeds
 from mctune.study.leaders import Deciding, Leader
 from mctune.study.record import Trial
 from mctune.study.rules import Rule
 from mctune.study.samplers import start_of
 from mctune.study.samplers.chain import APART
-from mctune.study.samplers.parts import told
+from mctune.study.samplers.parts import judged
 from mctune.study.study import CutShort, load_study, run_study
 from mctune.workers.payload import Beside
 from mctune.workers.pool import Workers
@@ -130,13 +129,13 @@ class OneStudy:
 
     def _sums(self, space: SearchSpace, trials: Sequence[Trial]) -> str:
         """What was judged one by one, and whether the times of operations added up."""
-        found = told(space, [(trial.config, trial.outcome) for trial in trials])
+        found = judged(space, [(trial.config, trial.outcome) for trial in trials])
         if found is None or self.request.sampler != "chain" or not trials:
             return ""
-        judged = f"{len(trials)} trials judged {found.variants} variants of operations"
+        count = f"{len(trials)} trials judged {found.variants} variants of operations"
         if found.misses is None:
-            return judged
-        off = f"{judged}; their times miss the time of the whole by {found.misses:.1%}".replace("%", " %")
+            return count
+        off = f"{count}; their times miss the time of the whole by {found.misses:.1%}".replace("%", " %")
         return off if found.misses <= APART else f"{off}: not searched one by one any more, but all together"
 
     def stored(self) -> StudyReport:
@@ -180,7 +179,7 @@ class OneStudy:
         home = Home(self.case, machine, self.backend.identity()["name"], request.measure, space, rules)
         found = seeds(home, (*recorded(self.storage, self.name, home), *request.known))
         if found:
-            listener.note(told_of_known(found))
+            listener.note(begun_from(found))
         return tuple(seed.config for seed in found)
 
     def _without_point(self, space: SearchSpace) -> Iterator[str]:

@@ -15,7 +15,7 @@ from mctune.core.outcome import FailedBuild, Timed
 from mctune.core.space import Block, Choice, Pow2, SearchSpace
 from mctune.study.samplers import DiscreteSampler, sampler_of
 from mctune.study.samplers.chain import APART
-from mctune.study.samplers.parts import Parts, told
+from mctune.study.samplers.parts import Parts, judged
 from mctune.study.samplers.reading import Tried
 from mctune.study.study import run_study
 
@@ -125,7 +125,7 @@ def test_a_study_keeps_the_times_of_operations() -> None:
 
     result = run_study(SPACE, (), evaluate, trials=30, seed=0, start=10)
     tried = [(trial.config, trial.outcome) for trial in result.trials]
-    found = told(SPACE, tried)
+    found = judged(SPACE, tried)
     assert found is not None and (found.misses is None or found.misses < 1e-9)
     own = {(tuple(config[name] for name in (*SPACE.shared, *block.params)), block.name) for config, _ in tried
            for block in SPACE.chain(config)}  # fmt: skip

@@ -21,7 +21,7 @@ from mctune.core.space import Choice, Int, Pow2, SearchSpace
 from mctune.core.target import resolve
 from mctune.core.workload import Case
 from mctune.study.events import Listener, SearchRequest
-from mctune.study.known import MOST, Home, recorded, seeds, told
+from mctune.study.known import MOST, Home, begun_from, recorded, seeds
 from mctune.study.nearness import between, distance
 from mctune.study.one import OneStudy
 from mctune.study.samplers import sampler_of
@@ -118,7 +118,7 @@ def test_the_nearest_come_first() -> None:
     found = seeds(home(()), [far, near])
     assert [seed.config["rows"] for seed in found] == [32, 16]
     assert found[0].distance == pytest.approx(0.25) and found[1].distance == pytest.approx(1.0)
-    assert told(found) == "starting from 2 configurations of elsewhere"
+    assert begun_from(found) == "starting from 2 configurations of elsewhere"
     # Of one problem the faster, and one twice as slow is farther than another problem's best.
     found = seeds(home(()), [far, known(2.0, rows=2), known(1.0, rows=1)])
     assert [seed.config["rows"] for seed in found] == [1, 16, 2]

@@ -23,7 +23,7 @@ from mctune.study.events import SearchRequest
 from mctune.study.leaders import Deciding
 from mctune.study.one import OneStudy
 from mctune.study.record import Trial
-from mctune.study.samplers.parts import told
+from mctune.study.samplers.parts import judged
 from mctune.study.storage import sqlite_url
 from mctune.study.study import run_study
 from mctune.workers.payload import Beside
@@ -61,7 +61,7 @@ def test_a_busy_machine_changes_nothing_of_a_search(exponents: list[int]) -> Non
     assert [trial.config for trial in one.trials] == [trial.config for trial in other.trials]
     assert [trial.ms for trial in one.trials] == [trial.ms for trial in other.trials]
     pairs = [[(trial.config, trial.outcome) for trial in result.trials] for result in (one, other)]
-    assert told(SPACE, pairs[0]) == told(SPACE, pairs[1])
+    assert judged(SPACE, pairs[0]) == judged(SPACE, pairs[1])
 
 
 @given(by=st.floats(0.5, 4.0))

@@ -143,7 +143,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Told:
+class Judged:
     """What a study's trials say of a pass as a chain of operations.
 
     Attributes:
@@ -155,7 +155,7 @@ class Told:
     misses: float | None
 
 
-def told(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> Told | None:
+def judged(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> Judged | None:
     """The same of a study's trials; ``None`` of a pass that is no chain."""
     if len(space.blocks) < 2:
         return None
@@ -163,7 +163,7 @@ def told(space: SearchSpace, trials: Iterable[tuple[Config, Outcome]]) -> Told |
         Tried(space.indices(config), cost(outcome), {}, parts(outcome), at_fault(outcome)) for config, outcome in trials
     ]
     known = Parts(space, history)
-    return Told(sum(len(points) for setting in known.settings.values() for points in setting.points), known.misses)
+    return Judged(sum(len(points) for setting in known.settings.values() for points in setting.points), known.misses)
 
 
 def _with(point: Sequence[int], places: Sequence[int], values: Sequence[int]) -> Point:
