@@ -32,16 +32,15 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.engine import Engine
+from warm_start import rules_of
 
 from mctune.backends import get_backend
 from mctune.core.config import Config
 from mctune.core.outcome import Outcome, Timed, to_json
-from mctune.core.problem import Problem
-from mctune.core.space import Choice, Constraint, Int, Pow2, SearchSpace
-from mctune.core.target import Target, resolve
+from mctune.core.space import Choice, Int, Pow2, SearchSpace
+from mctune.core.target import resolve
 from mctune.core.workload import load_workload
 from mctune.study.record import Trial, about
-from mctune.study.rules import Rule
 from mctune.study.samplers import sampler_of, start_of
 from mctune.study.samplers.points import Points
 from mctune.study.storage import ABOUT, opened
@@ -149,11 +148,6 @@ def candidate(url: str, name: str, count: int) -> dict[str, float]:
     return {"trials": count, **watched.row()}
 
 
-def rule_of(constraint: Constraint, problem: Problem, target: Target) -> Rule:
-    """A constraint as a study asks it."""
-    return lambda config: constraint.holds(config, problem, target)
-
-
 def quick(url: str) -> Iterator[dict[str, Any]]:
     """One row for each pass of the workload at one segment length."""
     workload, (target, _), backend = load_workload("quick"), resolve("cpu"), get_backend("tvm")
@@ -161,7 +155,7 @@ def quick(url: str) -> Iterator[dict[str, Any]]:
         if len(case.segment_lengths) > 1:
             continue
         space, trials = backend.space(case.problem), case.trials or workload.trials
-        rules = [rule_of(constraint, case.problem, target) for constraint in space.constraints]
+        rules = rules_of(space.constraints, case.problem, target)
 
         def outcome(config: Config, space: SearchSpace = space) -> Outcome:
             # Times that depend on a block's values in a way that no model can learn: proposing is as dear as it gets.
