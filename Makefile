@@ -24,7 +24,11 @@ WHEELS := numpy click rich markdown-it-py mdurl pygments libcst pyyaml optuna sq
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
 	einops fla-core==0.6.0
 
-.PHONY: search test test-all bench contact gpu wheelhouse lint types docs wheel wheel-check clean setup
+# For `make publish`: which GPUs, and how many candidates a study.
+TARGETS := a100-80g h100-sxm h200 l4 rtx4090 mi300x t4 v100
+TRIALS := 60
+
+.PHONY: search test test-all bench publish pages contact gpu wheelhouse lint types docs wheel wheel-check clean setup
 
 search: $(READY)
 	$(BIN)/mctune search --gpu cpu --workload quick
@@ -48,6 +52,21 @@ bench: $(READY)
 	for pass in forward training decode deep; do \
 		$(BIN)/python benchmarks/$$pass.py --out results/cpu/$$pass.json \
 			$(if $(wildcard $(TUNED)/tuned.json),--package $(TUNED)) || exit 1; done
+
+# Tables of GPUs that are not here: the decisive workload, searched by prediction, some 20 to 40 minutes a target on two
+# cores. The same command goes on where it ended.
+publish: $(READY)
+	mkdir -p build/publish
+	for target in $(TARGETS); do \
+		out=build/publish/mctune_$$(echo $$target | tr - _); \
+		$(BIN)/mctune search --gpu $$target --workload decisive --trials $(TRIALS) --out $$out && \
+		$(BIN)/mctune explain --package $$out --json > $$out.compiled.json && \
+		$(BIN)/mctune report $$out $$out.compiled.json --out results || exit 1; done
+	$(MAKE) pages
+
+# results/index.html and a page of each target.
+pages: $(READY)
+	$(BIN)/mctune report --html --out results
 
 # On a machine with an NVIDIA GPU, by its own python3: everything is verified, compared and searched, in build/gpu.
 # The same command goes on where it ended.

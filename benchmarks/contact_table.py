@@ -149,7 +149,7 @@ def _held(facts: Facts) -> str:
 
 def rows(facts: Facts, target: Any) -> dict[str, Any]:
     """What `mctune calibrate` and `mctune report` read: the passes of mctune that were timed."""
-    from mctune.core.environment import environment
+    from mctune.core.environment import environment, today
     from mctune.core.outcome import Timed
     from mctune.report.rows import Row
 
@@ -159,7 +159,8 @@ def rows(facts: Facts, target: Any) -> dict[str, Any]:
         timed = Timed(f["ms"], f["low"], f["high"], f["repeats"], max(errors, default=0.0), f["sm_mhz"], f["celsius"])
         others = {o["name"]: o["ms"] for o in facts.of("timed", T=f["T"], part=f["part"]) if not o.get("config")}
         made.append(Row.of(target.name, problem, f.get("backend", "triton"), config, timed, baselines=others,
-                           fraction_of_bound=fraction(f, facts), versions=environment(target)["versions"]))  # fmt: skip
+                           fraction_of_bound=fraction(f, facts), versions=environment(target)["versions"],
+                           date=today()))  # fmt: skip
     return {
         "rows": [row.to_dict() for row in made],
         "environment": {

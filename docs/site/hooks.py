@@ -1,4 +1,4 @@
-"""What the site shows besides ``docs/*.md``: the repository's other pages, the API reference, the command line.
+"""What the site shows besides ``docs/*.md``: the repository's other pages, the API reference, the command line, results.
 
 MkDocs calls ``on_config``, ``on_files`` and ``on_page_markdown``. Links from page to page are written as they work on
 GitHub, between files of the repository; here they are turned into links within the site.
@@ -21,6 +21,8 @@ from mkdocs.structure.pages import Page
 import mctune
 from mctune.cli._main import group
 from mctune.core.toml import read_toml
+from mctune.report.page.write import pages
+from mctune.study.importance import importance
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -43,6 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in read_toml(HERE / "api.toml").items():
         files.append(File.generated(config, f"reference/{name}.md", content=_reference(page)))
     files.append(File.generated(config, "reference/cli.md", content=_command_line()))
+    for path, page in pages(ROOT / "results", importance).items():
+        files.append(File.generated(config, f"results/{path}", content=page))
     waiting = [*PAGES, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
     seen = set(waiting)
     while waiting:

@@ -97,14 +97,14 @@ def _correlation(judged: Accuracy) -> str:
 
 def _document(fitted: Calibration, rows: list[Row], target: Target) -> dict[str, Any]:
     """What `mctune report` reads: measured rows, and what the calibrated model says of the same candidates."""
-    from mctune.core.environment import versions
+    from mctune.core.environment import today, versions
     from mctune.core.outcome import Predicted
     from mctune.report.rows import Row
 
     made_with = versions()
     predicted = [
         Row.of(target.name, sample.measured.problem, "triton", sample.measured.config, Predicted(ms, "cost model"),
-               versions=made_with)
+               versions=made_with, date=today())
         for sample, ms in zip(fitted.samples, fitted.predicted(fitted.after), strict=True)
     ]  # fmt: skip
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +36,11 @@ def versions() -> dict[str, str]:
     """Version of Python and of every distribution of :data:`PACKAGES` that is installed, by name."""
     found = {package: version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
+
+
+def today() -> str:
+    """The day of a measurement, in UTC, as rows have it: ``2026-11-29``."""
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def environment(target: Target) -> dict[str, Any]:

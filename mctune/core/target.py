@@ -119,6 +119,20 @@ def targets() -> tuple[Target, ...]:
     return tuple(sorted(found, key=lambda target: (not target.on_cpu, target.name)))
 
 
+def peaks(name: str) -> tuple[float, float] | None:
+    """The matrix rate (operations/s) and memory bandwidth (bytes/s) that the data sheet of a GPU of the registry gives;
+    ``None`` for a CPU, an unknown name, or where a figure is unknown.
+
+    Examples:
+        >>> peaks("h100-sxm")
+        (989000000000000.0, 3350000000000.0)
+    """
+    found = next((target for target in targets() if target.name == name and not target.on_cpu), None)
+    if found is None or not found.matrix_tflops or not found.dram_gbs:
+        return None
+    return found.matrix_tflops * 1e12, found.dram_gbs * 1e9
+
+
 def load_target(path: Path) -> Target:
     """Read one row of the registry; a row of kind ``cpu`` gets its figures from the machine itself.
 

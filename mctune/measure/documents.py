@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mctune.core.environment import versions
+from mctune.core.environment import today, versions
 from mctune.core.target import Target
 from mctune.measure.bench import Result, described
 from mctune.report.rows import Row
@@ -16,7 +16,7 @@ from mctune.report.rows import Row
 
 def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
     """What `mctune report` reads: rows and their environment; the rates that go with each row stand beside them."""
-    made_with = versions()
+    made_with, date = versions(), today()
     rows = [
         replace(
             Row.of(
@@ -28,6 +28,7 @@ def document(target: Target, results: Sequence[Result]) -> dict[str, Any]:
                 baselines={name: timed.ms for name, timed in result.baselines.items()},
                 fraction_of_bound=result.fraction_of_bound,
                 versions=made_with,
+                date=date,
             ),
             # Of a training step they are shares of its backward, and none of the time in the row.
             shares=() if result.problem.pass_ == "backward" else tuple(result.shares.items()),

@@ -185,7 +185,8 @@ def row(launch: Launch, demand: Demand, part: Part, source: Source | None, targe
     else:
         cells += [""] * (len(CLASSES) + 6)
     cells += [", ".join(note.partition(" ")[0] for note in launch.notes), races(launch)]
-    return (*cells, f"{traffic:.0f}", f"{demand.footprint / 2**20:.0f}", f"{part.us:.0f}", part.bound)
+    ends = (f"{traffic:.0f}", f"{demand.footprint / 2**20:.0f}", f"{part.us:.0f}", part.bound)
+    return (*cells, *ends, f"{taken.occupancy:.0%}")
 
 
 def races(launch: Launch) -> str:
@@ -207,7 +208,7 @@ def remarks(launches: Sequence[Launch]) -> Iterator[str]:
 
 HEADER = (
     "kernel", "blocks", "warps", "regs", "stack", "KiB", "res", "trips", *CLASSES, "other", "cyc MMA", "cyc opnd",
-    "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound",
+    "cyc issue", "loop bound", "ptxas", "races", "MiB L2", "MiB DRAM", "us", "bound", "occupancy",
 )  # fmt: skip
 
 

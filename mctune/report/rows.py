@@ -26,10 +26,11 @@ _PROBLEM = (
 _TEXT = frozenset({"pass", "recurrence", "aggregation", "segmentation", "state_init", "dtype"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LABEL = re.compile(r"[\w(\[][ -~]{0,199}", re.ASCII)
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _LARGEST, _SEGMENTS = 1 << 31, 1 << 20
 COLUMNS = (
     "target", *_PROBLEM, "backend", "config", "how", "ms", "low", "high", "repeats", "error", "best_baseline",
-    "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "baselines", "shares", "versions",
+    "best_baseline_ms", "speedup", "fraction_of_bound", "sm_mhz", "celsius", "date", "baselines", "shares", "versions",
 )  # fmt: skip
 """The columns of ``rows.csv``; ``config``, ``baselines``, ``shares`` and ``versions`` hold JSON objects."""
 
@@ -47,6 +48,7 @@ class Row:
         sm_mhz, celsius: a GPU's clock and temperature right after it was timed.
         versions: of the packages that took part.
         shares: of each operation in the time of the pass, by name, in their order, where a search timed them.
+        date: the day (UTC, ``2026-11-29``) that it was timed or predicted; ``None`` where that was not written down.
     """
 
     target: str
@@ -65,6 +67,7 @@ class Row:
     celsius: float | None = None
     versions: tuple[tuple[str, str], ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.how not in HOW:
@@ -78,6 +81,8 @@ class Row:
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise UsageError(f"{name}={value!r:.60} is not a number")
+        if self.date is not None and not (isinstance(self.date, str) and _DATE.fullmatch(self.date)):
+            raise UsageError(f"date={self.date!r:.60} is not a day: 2026-11-29")
         if self.repeats is not None and (not isinstance(self.repeats, int) or self.repeats < 0):
             raise UsageError(f"repeats={self.repeats!r:.60} is not a count")
         for name, ms in self.baselines:
@@ -107,6 +112,7 @@ class Row:
         baselines: Mapping[str, float] | None = None,
         fraction_of_bound: float | None = None,
         versions: Mapping[str, str] | None = None,
+        date: str | None = None,
     ) -> Row:
         """The row of an outcome that has a time."""
         spread: dict[str, Any] = {}
@@ -124,6 +130,7 @@ class Row:
             fraction_of_bound=fraction_of_bound,
             versions=tuple(sorted((versions or {}).items())),
             shares=tuple(shares(outcome).items()),
+            date=date,
             **spread,
         )
 
@@ -158,6 +165,7 @@ class Row:
             "celsius": self.celsius,
             "versions": dict(self.versions),
             "shares": dict(self.shares),
+            "date": self.date,
         }
 
     @classmethod
@@ -222,7 +230,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(map(_to_record, sorted(rows, key=sort_key)))
+        writer.writerows(map(csv_cells, sorted(rows, key=sort_key)))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -231,12 +239,12 @@ def read_csv(path: Path) -> list[Row]:
         return [_from_record(record) for record in csv.DictReader(file)]
 
 
-def _to_record(row: Row) -> tuple[str, ...]:
+def csv_cells(row: Row) -> tuple[str, ...]:
     """The cells of a row, in the order of ``COLUMNS``."""
     best = row.best_baseline
     values = (
         row.how, row.ms, row.low, row.high, row.repeats, row.error, *(best or (None, None)), row.speedup,
-        row.fraction_of_bound, row.sm_mhz, row.celsius,
+        row.fraction_of_bound, row.sm_mhz, row.celsius, row.date,
         _json({name: float(f"{ms:.6g}") for name, ms in row.baselines}) if row.baselines else "{}",
         json.dumps({name: round(share, 4) for name, share in row.shares}, separators=(",", ":")),
     )  # fmt: skip
@@ -269,6 +277,7 @@ def _from_record(record: dict[str, str]) -> Row:
             "repeats": int(record["repeats"]) if record["repeats"] else None,
             "baselines": json.loads(record["baselines"]),
             "shares": json.loads(record.get("shares") or "{}"),
+            "date": record.get("date") or None,
             "versions": json.loads(record["versions"]),
         }
     )

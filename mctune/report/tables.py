@@ -29,7 +29,7 @@ def results_readme(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         "is the shortest possible time on this target (operations over the matrix rate, or bytes over the memory "
         "bandwidth) over the measured one; the rates are those of torch's own matrix product and copy in the same "
         "run, in float32 on a CPU, in bfloat16 on a GPU: a kernel that beats torch's passes 100%; a row without a "
-        "baseline has the fastest rates of that benchmark. "
+        "baseline has the fastest rates of that benchmark, and a predicted one the data sheet's. "
         "*Error* is the RMS ratio to the float64 oracle.\n",
     ]
     predicted = sum(row.how == "predicted" for row in ordered)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed
 from mctune.core.problem import Problem
+from mctune.core.target import peaks
 from mctune.core.work import bound, work
+from mctune.report.compiled import COMPILED, Explanation
+from mctune.report.kept import write_studies
 from mctune.report.markdown import plain_text
 from mctune.report.rows import Row, check_name, write_csv
+from mctune.report.t4 import Results
 from mctune.report.tables import results_readme
 
 TUNED_SCHEMA = 1
@@ -120,34 +125,54 @@ def rows_of_tuned(tuned: dict[str, Any]) -> tuple[Row, ...]:
                     Config.of(entry["config"]),
                     timed,
                     versions=tuned["versions"],
+                    date=tuned.get("date"),
                 )
             )
     return tuple(rows)
 
 
-def write_results(documents: Sequence[Document], results: Path) -> list[Path]:
+def write_results(
+    documents: Sequence[Document],
+    results: Path,
+    studies: Sequence[tuple[str, Results]] = (),
+    compiled: Sequence[Explanation] = (),
+) -> list[Path]:
     """Write ``results/<target>/`` for every target in ``documents``, replacing what was there; returns the folders.
 
     Where two documents have a row for the same kernel on the same problem, both measured or both predicted, one with
     baselines wins, then the later; the shares of its operations come from either.
+
+    Args:
+        documents: tuned tables and the output of benchmarks.
+        results: the folder of all targets.
+        studies: searches by their names; each is kept as T4 with its target's rows, which get the days of its trials.
+        compiled: what the compiler says of kernels; each is kept with its target's rows.
 
     Raises:
         UsageError: if a target has no row, two documents are of different machines of its name, or its folder cannot be
             written.
     """
     try:
-        return _write_results(documents, results)
+        return _write_results(documents, results, studies, compiled)
     except OSError as error:
         raise UsageError(f"{error.filename or results} cannot be written: {error.strerror}") from error
 
 
-def _write_results(documents: Sequence[Document], results: Path) -> list[Path]:
+def _write_results(
+    documents: Sequence[Document],
+    results: Path,
+    studies: Sequence[tuple[str, Results]],
+    compiled: Sequence[Explanation],
+) -> list[Path]:
     folders = []
     for name in sorted({document.environment["target"]["name"] for document in documents}):
         mine = [document for document in documents if document.environment["target"]["name"] == name]
         _of_one_machine(name, mine)
         rates = next((document.rates for document in mine if document.rates is not None), None)
-        rows = [_bounded(row, rates) for row in _merge([row for document in mine for row in document.rows])]
+        searched = [(study, found) for study, found in studies if found.about["target"][0] == name]
+        days = _days(searched)
+        merged = _merge([row for document in mine for row in document.rows])
+        rows = [_bounded(_dated(row, days), rates) for row in merged]
         if not rows:
             raise UsageError(f"nothing to report for {name}: no entry has a time")
         # Benchmark output describes its environment in more detail than a tuned table does.
@@ -160,6 +185,11 @@ def _write_results(documents: Sequence[Document], results: Path) -> list[Path]:
         tables = [document.tuned for document in mine if document.tuned is not None]
         if tables:
             _write_json(folder / "tuned.json", tables[-1])
+        if searched:
+            write_studies(folder, searched)
+        for explained in compiled:
+            if explained.target == name:
+                _write_json(folder / COMPILED, explained.document)
         folders.append(folder)
     return folders
 
@@ -173,7 +203,7 @@ def _of_one_machine(name: str, documents: Sequence[Document]) -> None:
             raise UsageError(f"{name} is of {machines}; report each on its own, with another --out")
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -187,10 +217,29 @@ def _fastest(rates: Sequence[dict[str, float]]) -> tuple[float, float] | None:
 
 
 def _bounded(row: Row, rates: tuple[float, float] | None) -> Row:
-    """The row with its fraction of the bound; one that was timed without rates of its own gets a benchmark's."""
+    """The row with its fraction of the bound; one without rates of its own gets a benchmark's, or the data sheet's."""
+    rates = peaks(row.target) if row.how == "predicted" else rates
     if row.fraction_of_bound is not None or rates is None:
         return row
     return replace(row, fraction_of_bound=bound(work(row.problem), *rates) * 1e3 / row.ms)
+
+
+def _days(studies: Sequence[tuple[str, Results]]) -> dict[tuple[str, str], str]:
+    """The day of each trial, by its problem and configuration."""
+    days = {}
+    for _, results in studies:
+        for trial in results.trials:
+            if trial.at is not None and "problem" in results.about:
+                length = {"segment_length": trial.config["segment_length"]} if "segment_length" in trial.config else {}
+                problem = Problem.from_dict({**results.about["problem"], **length})
+                days[problem.key, trial.config.key] = trial.at.astimezone(timezone.utc).date().isoformat()
+    return days
+
+
+def _dated(row: Row, days: Mapping[tuple[str, str], str]) -> Row:
+    if row.date is not None:
+        return row
+    return replace(row, date=days.get((row.problem.key, row.config.key)))
 
 
 def _merge(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mctune.core.config import Config
-from mctune.core.environment import environment, version
+from mctune.core.environment import environment, today, version
 from mctune.core.outcome import Timed
 from mctune.core.target import Target
 from mctune.core.work import bound, work
@@ -151,4 +151,5 @@ def rows(shape: Shape, timings: Sequence[Timing], target: Target, reached: Rates
             yield Row.of(
                 target.name, shape.problem(t.computes), backend, Config.of(t.config), t.timed, baselines=others,
                 fraction_of_bound=fraction(shape, t, reached), versions=surroundings(target)["versions"],
+                date=today(),
             )  # fmt: skip

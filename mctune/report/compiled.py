@@ -1,0 +1,84 @@
+"""What the compiler made of the kernels of a table: ``compiled.json``, which `mctune explain --package` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mctune.core.config import Config
+from mctune.core.errors import UsageError
+from mctune.core.problem import Problem
+from mctune.report.rows import check_name
+
+COMPILED = "compiled.json"
+COLUMNS = (
+    ("kernel", "kernel", ""), ("blocks", "blocks", "of its grid"), ("warps", "warps", "a block"),
+    ("regs", "registers", "a thread"), ("stack", "spilled", "bytes a thread"), ("KiB", "shared", "KiB a block"),
+    ("res", "resident", "blocks a multiprocessor"), ("occupancy", "occupancy", "of the warps that it can hold"),
+    ("us", "predicted us", ""), ("bound", "bound by", ""),
+)  # fmt: skip
+"""Name in the document, heading, unit."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One pass: a mapping for each of its launches, by the names of :data:`COLUMNS` and more."""
+
+    problem: Problem
+    config: Config
+    backend: str
+    launches: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A whole document, as it was printed, and the target that it is about."""
+
+    target: str
+    document: Mapping[str, Any]
+
+
+def read_explanation(path: Path) -> Explanation | None:
+    """The document at ``path`` if it says what a compiler made of kernels; ``None`` for every other file.
+
+    Raises:
+        UsageError: if it is one and malformed.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # the reader of tables says what is the matter
+    if not isinstance(document, dict) or "explained" not in document:
+        return None
+    read_compiled(path)
+    return Explanation(check_name("target", document.get("target")), document)
+
+
+def read_compiled(path: Path) -> tuple[Compiled, ...]:
+    """Read ``compiled.json``.
+
+    Raises:
+        UsageError: if it is absent or malformed.
+    """
+    try:
+        return compiled_of(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (UsageError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is not what `mctune explain --package DIR --json` prints: {str(error)[:200]}"
+        ) from error
+
+
+def compiled_of(document: Mapping[str, Any]) -> tuple[Compiled, ...]:
+    """The inverse of the document."""
+    return tuple(
+        Compiled(
+            Problem.from_dict(one["problem"]), Config.of(one["config"]), str(one["backend"]),
+            tuple(dict(launch) for launch in one["launches"]),
+        )
+        for one in document["explained"]
+    )  # fmt: skip
