@@ -24,9 +24,10 @@ WHEELS := numpy click rich markdown-it-py mdurl pygments libcst pyyaml optuna sq
 	colorlog tqdm packaging typing-extensions pytest pluggy iniconfig hypothesis sortedcontainers \
 	einops fla-core==0.6.0
 
-# For `make publish`: which GPUs, and how many candidates a study.
+# For `make publish`: which GPUs, how many candidates a study, and what compiles them (auto: a study by each that serves).
 TARGETS := a100-80g h100-sxm h200 l4 rtx4090 mi300x t4 v100
 TRIALS := 60
+BACKEND := auto
 
 .PHONY: search test test-all bench publish pages contact gpu wheelhouse lint types docs wheel wheel-check clean setup
 
@@ -59,7 +60,8 @@ publish: $(READY)
 	mkdir -p build/publish
 	for target in $(TARGETS); do \
 		out=build/publish/mctune_$$(echo $$target | tr - _); \
-		$(BIN)/mctune search --gpu $$target --workload decisive --trials $(TRIALS) --out $$out && \
+		$(BIN)/mctune search --gpu $$target --workload decisive --backend $(BACKEND) \
+			--trials $(TRIALS) --out $$out && \
 		$(BIN)/mctune explain --package $$out --json > $$out.compiled.json && \
 		$(BIN)/mctune report $$out $$out.compiled.json --out results || exit 1; done
 	$(MAKE) pages

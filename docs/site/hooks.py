@@ -1,4 +1,4 @@
-"""What the site shows besides ``docs/*.md``: the repository's other pages, the API reference, the command line, results.
+"""What the site shows besides ``docs/*.md``: the repository's other pages, the API reference, commands, results.
 
 MkDocs calls ``on_config``, ``on_files`` and ``on_page_markdown``. Links from page to page are written as they work on
 GitHub, between files of the repository; here they are turned into links within the site.

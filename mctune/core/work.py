@@ -30,6 +30,7 @@ coefficients inside a segment. A backward pass is twice the forward and one reco
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mctune.core.errors import UsageError
 from mctune.core.problem import Problem
@@ -56,6 +57,7 @@ class Work:
     chunk: int
 
 
+@lru_cache(maxsize=1024)
 def work(problem: Problem, chunk: int | None = None) -> Work:
     """Count the operations and the fewest bytes of ``problem``, by the table at the head of this module.
 

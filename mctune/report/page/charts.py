@@ -23,6 +23,8 @@ MEASURED: Spec = {"filter": "datum.how == 'measured'"}
 PREDICTED: Spec = {"filter": "datum.how == 'predicted'"}
 HIDE: Spec = {"filter": "!hide || datum.how != 'predicted'"}
 HOW = ("measured", "predicted")
+MOST = 3000
+"""Points that a plot draws; of more, one in so many."""
 _SHAPES: Spec = {"domain": list(HOW), "range": ["circle", "triangle-up"]}
 _DASHES: Spec = {"domain": list(HOW), "range": [[1, 0], [5, 3]]}
 _ABOUT = ("problem", "contender", "how", "ms", "low", "high", "target", "date", "versions")
@@ -95,7 +97,7 @@ def mark_how(points: Spec | None = None) -> list[Spec]:
 def comparison(content: Content) -> Chart | None:
     """Each problem's time beside that of every other way to compute it in the same run, with bars and spread."""
     values: list[dict[str, Any]] = []
-    for row in decisive(content.rows):
+    for row in decisive(content.fastest):
         mine = point(row, content)
         told = " (predicted)" if row.how == "predicted" else ""
         values.append(mine | {"ours": True, "label": f"{figure(row.ms)} ms{told}", "end": max(row.ms, row.high or 0.0)})
@@ -153,7 +155,7 @@ def decisive(rows: Sequence[Row], most: int = 40) -> list[Row]:
 
 def roofline(content: Content) -> Chart | None:
     """Attained operations a second of every kernel against operations a byte, under the bound."""
-    rates, values = content.rates, [point(row, content) for row in content.rows]
+    rates, values = content.rates, [point(row, content) for row in content.fastest]
     if rates is None or not values:
         return None
     matrix, copy, source = rates
@@ -181,7 +183,7 @@ def roofline(content: Content) -> Chart | None:
 def frontier(content: Content) -> Chart | None:
     """Segment length against time and against the bytes of the cache; of deep memories each inner chunk."""
     groups: dict[str, list[Row]] = {}
-    for row in content.rows:
+    for row in content.fastest:
         if row.problem.segment_length:
             groups.setdefault(f"{operation(row.problem)}, {shape(row.problem, segment=False)}", []).append(row)
     values = []
@@ -222,7 +224,7 @@ def frontier(content: Content) -> Chart | None:
 def spent(content: Content) -> Chart | None:
     """Where the time of a pass goes, kernel by kernel: of each problem's fastest row."""
     fastest: dict[tuple[str, str], Row] = {}
-    for row in content.rows:
+    for row in content.fastest:
         key = label(row.problem), row.how
         if len(row.shares) > 1 and row.ms <= fastest.get(key, row).ms:
             fastest[key] = row
@@ -261,7 +263,7 @@ def spent(content: Content) -> Chart | None:
 def lengths(content: Content) -> Chart | None:
     """Time against T with every contender, a panel an operation and pass that has several lengths."""
     panels: dict[str, list[dict[str, Any]]] = {}
-    for row in content.rows:
+    for row in content.fastest:
         p = row.problem
         told = {"panel": f"{operation(p)}, {shape(p, length=False)} {p.dtype}"}
         mine = point(row, content) | told
@@ -312,6 +314,8 @@ def agreement(content: Content) -> Chart | None:
     ]
     if not values:
         return None
+    step = -(-len(values) // MOST)
+    values = values[::step]
     ends = [f(value[name] for value in values for name in ("ms", "predicted")) for f in (min, max)]
     layers = [
         {"data": {"values": [{"ms": x, "predicted": x} for x in ends]},
@@ -323,7 +327,8 @@ def agreement(content: Content) -> Chart | None:
     encoding = {"x": log("ms", "measured, ms"), "y": log("predicted", "predicted, ms")}
     return Chart(
         "agreement", "Cost model against measurement",
-        "A square is a candidate with both times; on the line they are the same.",
+        "A square is a candidate with both times; on the line they are the same."
+        + (f" One in {step} is drawn." if step > 1 else ""),
         spec(values, width=WIDTH, height=320, layer=layers, encoding=encoding),
     )  # fmt: skip
 

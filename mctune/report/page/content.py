@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ class Content:
     def measured(self) -> int:
         """How many rows are measured; the others are predicted."""
         return sum(row.how == "measured" for row in self.rows)
+
+    @cached_property
+    def fastest(self) -> tuple[Row, ...]:
+        """Of each problem and backend the fastest measured row and the fastest predicted one, in the rows' order."""
+        best: dict[tuple[str, str, str], Row] = {}
+        for row in self.rows:
+            key = row.problem.key, row.backend, row.how
+            if key not in best or row.ms < best[key].ms:
+                best[key] = row
+        return tuple(best.values())
 
     @property
     def rates(self) -> tuple[float, float, str] | None:

@@ -187,7 +187,7 @@ _DECISIVE = (
 
 
 def _decisive(content: Content) -> str:
-    rows = decisive(content.rows)
+    rows = decisive(content.fastest)
     if not rows:
         return "<p>No row.</p>"
     return table_of(_DECISIVE, [_line(row, content) for row in rows], "decisive", [row.how for row in rows])

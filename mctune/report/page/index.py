@@ -42,7 +42,7 @@ def _line(content: Content) -> list[Cell]:
     how = "measured" if content.measured else "predicted"
     dates = sorted(row.date for row in content.rows if row.date)
     chosen: dict[str, Row] = {}
-    for row in decisive(content.rows, most=10_000):
+    for row in decisive(content.fastest, most=10_000):
         chosen.setdefault(row.problem.pass_, row)
     cells: list[Cell] = [
         Cell(f"{content.title} ({target.get('arch') or target['name']})", content.title, f"{content.name}/index.html"),
