@@ -1,8 +1,8 @@
 """How large the page of many rows is, and how long a browser takes to show it.
 
-``python benchmarks/page.py --rows 50000`` makes rows of candidates on 24 problems, each measured and predicted, and prints
-the bytes of the page, seconds to write it, and of several loads from a disk the first paint and the moment when tables and
-filters work, in a headless Chromium (``pip install playwright``; ``chromium`` on PATH).
+``python benchmarks/page.py --rows 50000`` makes rows of candidates on 24 problems, each measured and predicted, and
+prints the bytes of the page, seconds to write it, and of several loads from a disk the first paint and the moment when
+tables and filters work, in a headless Chromium (``pip install playwright``; ``chromium`` on PATH).
 """
 
 from __future__ import annotations
