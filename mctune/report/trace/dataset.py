@@ -159,11 +159,10 @@ def from_flashinfer_trace(folder: Path) -> tuple[Row, ...]:
     told: dict[str, tuple[Object, Object]] = {}
     rows = []
     for made in _read(folder, "solutions", "*.json"):
-        texts = [source["content"] for source in made["sources"] if source["path"] == TOLD]
-        if not texts:
-            continue
         with _Blame(folder, made["name"]):
-            said = json.loads(texts[0])
+            said = next((json.loads(one["content"]) for one in made["sources"] if one["path"] == TOLD), None)
+            if said is None:
+                continue
             told[made["name"]] = said, definitions[made["definition"]]
             if "predicted" in said:
                 rows.append(predicted_row(said, problem_of(told[made["name"]][1], said["workload"])))
