@@ -117,11 +117,13 @@ wheel-check: wheel
 
 setup: $(READY)
 
-# torch first and by its exact version: any other spelling may resolve to a build for another device.
+# torch first and by its exact version: any other spelling may resolve to a build for another device. flashinfer-bench is
+# there for its models, which tests hold datasets to, and without its kernels for GPUs, which it depends on.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps flashinfer-bench
 	touch $@
 
 $(DOCS_READY): $(READY)

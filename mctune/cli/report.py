@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,21 @@ from mctune.cli._output import json_option, print_json, say
 from mctune.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from mctune.report.trace.dataset import Package
     from mctune.study.exported import Exported
 
-_TABLES = "tables"
+_TABLES, _TRACE, _FLA = "tables", "flashinfer-trace", "fla"
+_OF_STUDIES = ("t1", "t4")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a format has left: a file or a folder, and how many of what is in it."""
+
+    kind: str
+    path: Path
+    count: int
+    unit: str
 
 
 @click.command()
@@ -24,8 +37,9 @@ _TABLES = "tables"
     "--out", default="results", show_default=True, type=click.Path(path_type=Path), help="Folder of the results."
 )
 @click.option("--format", "formats", multiple=True, default=(_TABLES,), show_default=True,
-              type=click.Choice((_TABLES, "t1", "t4"), case_sensitive=False),
-              help="Tables, or each study as T1 (its search space) or T4 (its trials); repeatable.")  # fmt: skip
+              type=click.Choice((_TABLES, *_OF_STUDIES, _TRACE, _FLA), case_sensitive=False),
+              help="Tables; each study as T1 (its search space) or T4 (its trials); packages as a dataset of "
+              "flashinfer-bench; rows as flash-linear-attention's runner writes them. Repeatable.")  # fmt: skip
 @click.option("--html", is_flag=True, help="A page of each target of OUT too, and the index over them.")
 @json_option
 def command(inputs: tuple[str, ...], out: Path, formats: tuple[str, ...], html: bool, as_json: bool) -> None:
@@ -40,27 +54,33 @@ def command(inputs: tuple[str, ...], out: Path, formats: tuple[str, ...], html: 
 
     With --format t1 or t4, INPUTS are output directories of `mctune search`, or storages: each of their studies becomes
     OUT/<target>/<study>.t1.json or .t4.json, the JSON that kernel_tuner and other tuners exchange.
+
+    With --format flashinfer-trace, INPUTS are packages: OUT/<target>/flashinfer-trace is a dataset of flashinfer-bench.
+    With --format fla, OUT/<target>/fla.json is what flash-linear-attention's benchmark runner writes.
     """
-    others = [form.lower() for form in formats if form.lower() != _TABLES]
-    if html and others:
+    chosen = tuple(dict.fromkeys(form.lower() for form in formats))
+    of_studies = [form for form in chosen if form in _OF_STUDIES]
+    if of_studies and len(of_studies) < len(chosen):
+        other = next(form for form in chosen if form not in _OF_STUDIES)
+        raise UsageError(f"--format {other} is made from packages, t1 and t4 from studies: give them in two commands")
+    if html and chosen != (_TABLES,):
         raise UsageError("--html makes pages of tables: leave --format out")
     if not inputs and not html:
         raise UsageError("nothing to report: give packages or files, or --html for the pages of what lies in --out")
-    if others and len(others) < len(formats):
-        raise UsageError("--format tables is made from packages, t1 and t4 from studies: give them in two commands")
-    counts = _studies(inputs, out, others) if others else _tables(inputs, out) if inputs else {}
+    written = _studies(inputs, out, of_studies) if of_studies else []
+    for form, write in ((_TABLES, _tables), (_TRACE, _trace), (_FLA, _fla)):
+        written += write(inputs, out) if form in chosen and inputs else []
     pages = _pages(out) if html else []
     if as_json:
-        told = [{"folder" if not others else "file": name, "rows": count} for name, count in counts.items()]
+        told = [{one.kind: str(one.path), "rows": one.count} for one in written]
         print_json([*told, *({"page": str(page)} for page in pages)])
-    for name, count in counts.items():
-        say(f"{name}: {count} {'parameters' if name.endswith('.t1.json') else 'results' if others else 'rows'}")
+    for one in written:
+        say(f"{one.path}: {one.count} {one.unit}")
     if pages:
         say(f"{pages[0]}: the index of {len(pages) - 1} pages; open it in a browser")
 
 
-def _tables(inputs: Sequence[str], out: Path) -> dict[str, int]:
-    """Rows by folder."""
+def _tables(inputs: Sequence[str], out: Path) -> list[_Written]:
     from mctune.report.compiled import read_explanation
     from mctune.report.write import read_document, write_results
 
@@ -70,7 +90,7 @@ def _tables(inputs: Sequence[str], out: Path) -> dict[str, int]:
     if not documents:
         raise UsageError("what `mctune explain` printed goes with rows: give the package too")
     folders = write_results(documents, out, _searched(paths), tuple(explained.values()))
-    return {str(folder): _lines(folder / "rows.csv") - 1 for folder in folders}
+    return [_Written("folder", folder, _lines(folder / "rows.csv") - 1, "rows") for folder in folders]
 
 
 def _searched(packages: Sequence[Path]) -> list[tuple[str, Any]]:
@@ -91,20 +111,61 @@ def _pages(out: Path) -> list[Path]:
     return write_pages(out, importance)
 
 
-def _studies(inputs: Sequence[str], out: Path, formats: Sequence[str]) -> dict[str, int]:
-    """Trials, or parameters, by file."""
+def _trace(inputs: Sequence[str], out: Path) -> list[_Written]:
+    from mctune.report.trace.dataset import write_flashinfer_trace
+
+    folders = write_flashinfer_trace([_package(Path(path)) for path in inputs], out, say)
+    return [_Written("folder", folder, count, "solutions") for folder, count in folders.items()]
+
+
+def _package(path: Path) -> Package:
+    """A package whose files are what its manifest says."""
+    from mctune.report.trace.dataset import Package
+    from mctune.report.write import read_document
+    from mctune.runtime.errors import PackageError
+    from mctune.runtime.manifest import verify
+
+    if not (path / "tuned.json").is_file():
+        raise UsageError(f"{path} is no package; --format {_TRACE} needs its folder, with its kernels")
+    document = read_document(path)
+    try:
+        return Package(document, verify(path).files)
+    except PackageError as error:
+        raise UsageError(str(error)) from error
+
+
+def _fla(inputs: Sequence[str], out: Path) -> list[_Written]:
+    from mctune.report.exchange import write_json
+    from mctune.report.fla import to_fla
+    from mctune.report.write import of_targets, read_document
+
+    written = []
+    for name, document in of_targets([read_document(Path(path)) for path in inputs]).items():
+        made = to_fla(document, say)
+        if not made["results"]:
+            raise UsageError(f"nothing of {name} can be written as {_FLA}")
+        write_json(out / name / "fla.json", made)
+        written.append(_Written("file", out / name / "fla.json", len(made["results"]), "results"))
+    return written
+
+
+def _studies(inputs: Sequence[str], out: Path, formats: Sequence[str]) -> list[_Written]:
     from mctune.report.exchange import exchange_file, write_json
     from mctune.report.t4 import to_t4
     from mctune.study.exported import exported
 
-    written: dict[str, int] = {}
+    written: list[_Written] = []
     for url in [_url(text) for text in inputs]:
         for study in exported(url):
-            for form in dict.fromkeys(formats):
+            for form in formats:
                 path = exchange_file(out, study.machine.name, study.name, form)
-                results = _results(study)
-                write_json(path, to_t4(results) if form == "t4" else _t1(study, "t4" in formats))
-                written[str(path)] = len(results.trials) if form == "t4" else len(study.space.params)
+                if form == "t4":
+                    results = _results(study)
+                    write_json(path, to_t4(results))
+                    written.append(_Written("file", path, len(results.trials), "results"))
+                else:
+                    write_json(path, _t1(study, "t4" in formats))
+                    written.append(_Written("file", path, len(study.space.params), "parameters"))
     return written
 
 

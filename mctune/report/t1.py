@@ -68,7 +68,7 @@ def to_t1(described: Described) -> dict[str, Any]:
         "KernelSpecification": {
             "Language": _LANGUAGES.get(described.kind, _OTHER),
             "Compiler": described.compiler,
-            "Device": {"Name": described.device},
+            "Device": {"Id": 0, "Name": described.device},  # a version of the schema demands a number
             "KernelName": described.kernel,
             "KernelFile": "",
             "GlobalSize": {"X": "1"},

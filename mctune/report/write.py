@@ -113,22 +113,24 @@ def _environment(values: Any) -> dict[str, Any]:
 
 def rows_of_tuned(tuned: dict[str, Any]) -> tuple[Row, ...]:
     """One row for each entry of a tuned table that has a time."""
-    rows = []
-    for entry in tuned["entries"]:
-        timed = outcome.from_dict(entry["outcome"])
-        if isinstance(timed, Timed | Predicted):
-            rows.append(
-                Row.of(
-                    tuned["target"]["name"],
-                    Problem.from_dict(entry["problem"]),
-                    entry["backend"],
-                    Config.of(entry["config"]),
-                    timed,
-                    versions=tuned["versions"],
-                    date=tuned.get("date"),
-                )
-            )
-    return tuple(rows)
+    rows = (row_of_entry(tuned, entry) for entry in tuned["entries"])
+    return tuple(row for row in rows if row is not None)
+
+
+def row_of_entry(tuned: dict[str, Any], entry: dict[str, Any]) -> Row | None:
+    """The row of an entry of a tuned table; ``None`` where it has no time."""
+    timed = outcome.from_dict(entry["outcome"])
+    if not isinstance(timed, Timed | Predicted):
+        return None
+    return Row.of(
+        tuned["target"]["name"],
+        Problem.from_dict(entry["problem"]),
+        entry["backend"],
+        Config.of(entry["config"]),
+        timed,
+        versions=tuned["versions"],
+        date=tuned.get("date"),
+    )
 
 
 def write_results(
@@ -165,26 +167,17 @@ def _write_results(
     compiled: Sequence[Explanation],
 ) -> list[Path]:
     folders = []
-    for name in sorted({document.environment["target"]["name"] for document in documents}):
-        mine = [document for document in documents if document.environment["target"]["name"] == name]
-        _of_one_machine(name, mine)
-        rates = next((document.rates for document in mine if document.rates is not None), None)
+    for name, document in of_targets(documents).items():
         searched = [(study, found) for study, found in studies if found.about["target"][0] == name]
         days = _days(searched)
-        merged = _merge([row for document in mine for row in document.rows])
-        rows = [_bounded(_dated(row, days), rates) for row in merged]
-        if not rows:
-            raise UsageError(f"nothing to report for {name}: no entry has a time")
-        # Benchmark output describes its environment in more detail than a tuned table does.
-        environment = max((document.environment for document in mine), key=len)
+        rows, environment = [_dated(row, days) for row in document.rows], document.environment
         folder = results / name
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "rows.csv", rows)
         _write_json(folder / "environment.json", environment)
         (folder / "README.md").write_text(results_readme(rows, environment), encoding="utf-8")
-        tables = [document.tuned for document in mine if document.tuned is not None]
-        if tables:
-            _write_json(folder / "tuned.json", tables[-1])
+        if document.tuned is not None:
+            _write_json(folder / "tuned.json", document.tuned)
         if searched:
             write_studies(folder, searched)
         for explained in compiled:
@@ -192,6 +185,27 @@ def _write_results(
                 _write_json(folder / COMPILED, explained.document)
         folders.append(folder)
     return folders
+
+
+def of_targets(documents: Sequence[Document]) -> dict[str, Document]:
+    """One document a target, by its name: their rows merged, the last tuned table.
+
+    Raises:
+        UsageError: if a target has no row, or two documents are of different machines of its name.
+    """
+    found = {}
+    for name in sorted({document.environment["target"]["name"] for document in documents}):
+        mine = [document for document in documents if document.environment["target"]["name"] == name]
+        _of_one_machine(name, mine)
+        rates = next((document.rates for document in mine if document.rates is not None), None)
+        rows = tuple(_bounded(row, rates) for row in _merge([row for document in mine for row in document.rows]))
+        if not rows:
+            raise UsageError(f"nothing to report for {name}: no entry has a time")
+        # Benchmark output describes its environment in more detail than a tuned table does.
+        environment = max((document.environment for document in mine), key=len)
+        tables = [document.tuned for document in mine if document.tuned is not None]
+        found[name] = Document(rows, environment, tables[-1] if tables else None, rates)
+    return found
 
 
 def _of_one_machine(name: str, documents: Sequence[Document]) -> None:

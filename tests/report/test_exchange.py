@@ -20,12 +20,12 @@ from mctune.core.errors import UsageError
 from mctune.core.known import Machine
 from mctune.core.outcome import Crashed, FailedBuild, Outcome, Predicted, Timed, TimedOut, TooLarge, Wrong, cost
 from mctune.core.problem import Problem
-from mctune.core.space import Choice, Int, Pow2, SearchSpace
+from mctune.core.space import Choice, Int, Param, Pow2, SearchSpace
 from mctune.core.target import resolve
 from mctune.report.known import read_known
 from mctune.report.t1 import Condition, Described, from_t1, to_t1
 from mctune.report.t4 import Results, Tried, from_t4, invalidity, known_of_t4, to_t4
-from tests.report.schemas import T1, T4
+from tests.report.schemas import T1, T1_WITH_IDS, T4
 
 CPU = resolve("cpu")[0]
 PROBLEM = Problem(T=512, H=1, Dk=16, Dv=16, segment_length=32)
@@ -181,6 +181,41 @@ def test_a_space_as_t1_meets_the_schema_and_reads_back(kind: str) -> None:
         types == ["int", "string", "bool"]
         and plain["ConfigurationSpace"]["TuningParameters"][0]["Values"] == "[1, 2, 4, 8]"
     )
+
+
+values = st.lists(st.integers() | st.booleans() | text, min_size=1, max_size=5, unique=True).map(tuple)
+params = st.lists(st.builds(Param, text, values, st.booleans(), text), max_size=4, unique_by=lambda one: one.name)
+described = st.builds(
+    Described, text, st.just("cuda"), text, text, params.map(tuple).map(SearchSpace),
+    st.lists(st.builds(Condition, st.lists(text, max_size=3).map(tuple), text), max_size=3).map(tuple), text,
+)  # fmt: skip
+
+
+@given(described)
+@settings(max_examples=200)
+def test_any_space_reads_back_from_t1(made: Described) -> None:
+    plain = json.loads(json.dumps(to_t1(made)))
+    for schema in (T1, T1_WITH_IDS):
+        jsonschema.Draft202012Validator(schema).validate(plain)
+    back = from_t1(plain)
+    assert same(back, made)
+
+
+def test_the_schemas_refuse() -> None:
+    t1 = to_t1(Described("f", "cuda", "d", "tvm", SPACE, ()))
+    t4 = to_t4(Results({}, (Tried(Config.of({"a": 1}), Crashed("x"), 1.0),)))
+    for schema, document, place in (
+        (T1, t1, ("KernelSpecification", "KernelName")), (T1_WITH_IDS, t1, ("KernelSpecification", "Device", "Id")),
+        (T1, t1, ("ConfigurationSpace", "TuningParameters", 0, "Values")), (T4, t4, ("results", 0, "invalidity")),
+    ):  # fmt: skip
+        without: Any = json.loads(json.dumps(document))
+        jsonschema.Draft202012Validator(schema).validate(without)
+        inner = without
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(schema).validate(without)
 
 
 @pytest.mark.parametrize("broken", [{"Values": "[1, 2.5]"}, {"Values": "list("}, {"Values": "__import__('os')"}])
