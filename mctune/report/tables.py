@@ -83,7 +83,7 @@ def _line(row: Row) -> tuple[str, ...]:
 
 def _environment_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
-    for name, value in environment.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
+    for name, value in sorted(environment.items()):
+        inner = sorted(value.items()) if isinstance(value, dict) else [("", value)]
         lines += [(f"{name} {key}".strip(), str(item)) for key, item in inner if item is not None]
     return lines
