@@ -29,12 +29,15 @@ def results_readme(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         "is the shortest possible time on this target (operations over the matrix rate, or bytes over the memory "
         "bandwidth) over the measured one; the rates are those of torch's own matrix product and copy in the same "
         "run, in float32 on a CPU, in bfloat16 on a GPU: a kernel that beats torch's passes 100%; a row without a "
-        "baseline has the fastest rates of that benchmark, and a predicted one the data sheet's. "
+        "baseline has the fastest rates of that benchmark. "
         "*Error* is the RMS ratio to the float64 oracle.\n",
     ]
     predicted = sum(row.how == "predicted" for row in ordered)
     if predicted:
-        parts.append(f"**{predicted} of {len(ordered)} rows are predicted by a cost model, not measured.**\n")
+        parts.append(
+            f"**{predicted} of {len(ordered)} rows are predicted by a cost model, not measured.** Their bound is at the "
+            "rates of the data sheet.\n"
+        )
     for operation, group in itertools.groupby(ordered, key=lambda row: _operation(row.problem)):
         parts += [f"## {operation}\n", markdown_table(_HEADER, [_line(row) for row in group])]
     parts += _shares_section(ordered)
