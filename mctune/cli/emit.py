@@ -18,7 +18,7 @@ from mctune.core.target import resolve
 from mctune.study.events import SearchReport, SearchRequest
 
 _FORMS = ("package", "hf-kernels")
-_REPOSITORY = Path("build") / "memory-caching"
+_REPOSITORY = Path("build") / "mctune-memory-caching"
 _OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storage")
 
 
@@ -35,7 +35,7 @@ _OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storag
 @click.option("--format", "form", type=click.Choice(_FORMS), default=_FORMS[0], show_default=True,
               help="A Python package, or a repository for the kernels library of Hugging Face.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Where it goes.  [default: build/mctune_<target>, or build/memory-caching]")  # fmt: skip
+              help="Where it goes.  [default: build/mctune_<target>, or build/mctune-memory-caching]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--from", "table", type=click.Path(path_type=Path), metavar="TABLE",

@@ -16,7 +16,7 @@ ON_A_CPU = (
     "Each time is of the library compiled for the CPU that it was tuned on. Another CPU runs the build of the same "
     "source for x86-64-v3, which was verified and not timed; one without AVX2 runs the eager path."
 )
-ON_A_GPU = (
+_ON_A_GPU = (
     "The kernels are Python, compiled by Triton when they first run and kept in its cache; `mctune warm` compiles them "
     "beforehand. They were verified in Triton's interpreter, those of bfloat16 in float16."
 )
@@ -49,7 +49,7 @@ def card(name: str, table: dict[str, Any]) -> str:
         "",
         *rows(table),
         "",
-        ON_A_CPU if on_cpu else ON_A_GPU,
+        ON_A_CPU if on_cpu else _ON_A_GPU,
         "`manifest.json` holds the SHA-256 of every file: one that was changed, removed or added is refused when the "
         "package is imported, before any of it runs.",
         "",

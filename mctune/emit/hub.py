@@ -21,6 +21,7 @@ from mctune.core.target import Target
 from mctune.core.winner import Winner
 from mctune.emit.hub_card import hub_card
 from mctune.emit.hub_text import EXPORTED, IMPORTS, LAYERS, ONE_DOWN, OPS, benchmark
+from mctune.emit.package import EXPORTED as OF_A_PACKAGE
 from mctune.emit.package import json_bytes, kernel_files, runtime_files, sealed, table_of
 from mctune.emit.place import read_json
 from mctune.emit.replace import replace_file, replace_package, settle
@@ -53,7 +54,8 @@ VARIANTS = (
 )
 PLAIN = Variant("torch-cpu", "cpu", None)
 """No kernels: the PyTorch path, for machines that have no device of the other variants."""
-_RESERVED = {*manifest.FOLDERS, "layers", "search"}
+_RESERVED = {*manifest.FOLDERS, *(name.lower() for name in (*OF_A_PACKAGE, *EXPORTED)), "huggingface", "search"}
+"""What a variant holds under that name already, as a file or in its ``__init__.py``."""
 _ADDED = ("build", "benchmarks", "README.md")
 
 
@@ -68,7 +70,7 @@ def check_repository(out: Path, target: Target, *, replace: bool) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,62}[a-z0-9]", name) or name.replace("-", "_") in _RESERVED:
         raise UsageError(
             f"--out {str(out)!r:.200}: the folder's name is the kernel's: 2 to 64 of a-z, 0-9 and '-', a letter first, "
-            f"no '-' last, and none of {', '.join(sorted(_RESERVED))}; name it like memory-caching"
+            f"no '-' last, and no name that a package uses ({', '.join(sorted(_RESERVED))}); name it like mctune-mc"
         )
     try:
         if out.exists() and not out.is_dir():

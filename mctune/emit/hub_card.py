@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mctune.emit.card import ON_A_CPU, ON_A_GPU, PREDICTED, needs, predicted_in, rows
+from mctune.emit.card import ON_A_CPU, PREDICTED, needs, predicted_in, rows
 
 _LANGUAGES = {"cuda": ("cuda", "triton"), "hip": ("rocm", "triton"), "cpu": ("cpu",)}
+_MADE_WITH = ("mctune", "python", "torch", "triton", "apache-tvm", "apache-tvm-ffi")
+_ON_A_GPU = (
+    "The kernels are Python, compiled by Triton when they first run and kept in its cache. They were held to the "
+    "float64 oracle in Triton's interpreter, those of bfloat16 in float16."
+)
 _MACHINE_CODE = (
     "These kernels are machine code for Linux on x86-64, made by TVM, which a variant of pure Python must not hold. "
     "They contain no extension of torch: `stable-abi211` says that every torch from 2.11 on serves. Without "
@@ -28,7 +33,6 @@ def hub_card(name: str, version: int, tables: Mapping[str, Sequence[dict[str, An
             "Kernels for [Memory Caching](https://arxiv.org/abs/2602.24281): recurrent layers that also read their own",
             "past states. For training and inference, under `torch.compile` too; emitted by mctune.",
             "",
-            *((PREDICTED, "") if any(predicted_in(table) for table in every) else ()),
             *_usage(name, version),
             "## What is in it",
             "",
@@ -43,7 +47,7 @@ def hub_card(name: str, version: int, tables: Mapping[str, Sequence[dict[str, An
             "A call runs on the kernel tuned on its device, at the shape nearest to its own. A device that was not",
             "tuned for gets the kernels of the one most like it, by architecture and number of cores. A call that no",
             "kernel fits runs on the PyTorch path and says so once. A variant that is loaded holds its files to",
-            "`manifest.json` (SHA-256) before any of them runs; `metadata.json` has the digest that `kernels` verifies.",
+            "`manifest.json` (SHA-256) before any of them runs; `metadata.json` has the digest for `kernels`.",
             "",
             *_measured(tables),
             *_layers(),
@@ -69,7 +73,7 @@ def _usage(name: str, version: int) -> list[str]:
         "from kernels import get_kernel  # pip install kernels",
         "",
         f'kernel = get_kernel("USER/{name}", version={version}, trust_remote_code=True)',
-        f'# or, without the hub: kernel = get_local_kernel(Path("{name}"))',
+        f'# From a folder: kernel = kernels.get_local_kernel(pathlib.Path("{name}"))',
         'y = kernel.memory_caching(q, k, v, u, aggregation="grm", segment_length=256)  # [B, T, H, D]',
         "layer = kernel.MemoryCaching(hidden_size=1024, num_heads=16)  # hidden states in, hidden states out",
         "```",
@@ -86,15 +90,17 @@ def _measured(tables: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     for folder, documents in tables.items():
         for table in documents:
             target = table["target"]
-            made = ", ".join(f"{package} {version}" for package, version in sorted(table["versions"].items()))
+            versions = table["versions"]
+            made = ", ".join(f"{package} {versions[package]}" for package in _MADE_WITH if package in versions)
             lines += [
                 f"## {_title(table)}",
                 "",
                 f"{target['name']}, {target['arch']}, in `build/{folder}`. Made with {made}.",
                 "",
+                *((PREDICTED, "") if predicted_in(table) else ()),
                 *rows(table),
                 "",
-                *((ON_A_CPU, _MACHINE_CODE) if target["kind"] == "cpu" else (ON_A_GPU,)),
+                *((ON_A_CPU, _MACHINE_CODE) if target["kind"] == "cpu" else (_ON_A_GPU,)),
                 "",
             ]
     return lines

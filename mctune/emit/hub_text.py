@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pprint
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +62,9 @@ import torch
 from kernels.benchmark import Benchmark
 from torch.nn.functional import normalize, softplus
 
-PROBLEMS = {problems}
+PROBLEMS = {{
+{problems}
+}}
 GATES = {{
     "g": lambda x: -0.05 * softplus(x),
     "beta": lambda x: 0.1 * x.sigmoid(),
@@ -136,7 +137,7 @@ def benchmark(tables: Sequence[dict[str, Any]]) -> str:
         if problem.pass_ == "decode":
             problem = problem.replace(pass_="forward")
         named[re.sub(r"\W+", "_", str(problem))] = _described(problem)
-    return _BENCHMARK.format(problems=pprint.pformat(named, width=110, sort_dicts=True))
+    return _BENCHMARK.format(problems="\n".join(f"    {name!r}: {named[name]!r}," for name in sorted(named)))
 
 
 def _described(problem: Problem) -> dict[str, Any]:

@@ -71,7 +71,7 @@ from .runtime.api.module import MemoryCaching  # noqa: E402
 {imports}
 __all__ = {exported}
 '''
-_EXPORTED = ("MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching")
+EXPORTED = ("MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching")
 _HUGGING_FACE = '''"""The Hugging Face model on this package's kernels; importing it needs transformers 5."""
 
 from .runtime.api.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM, MemoryCachingModel
@@ -150,7 +150,7 @@ def sealed(
         next=manifest.NEXT,
         digest=manifest.digest(whole[_GUARD]),
         imports=imports,
-        exported=json.dumps(sorted((*_EXPORTED, *exported))),
+        exported=json.dumps(sorted((*EXPORTED, *exported))),
     )
     whole["__init__.py"] = init.encode()
     digests = {name: manifest.digest(data) for name, data in sorted(whole.items())}
