@@ -151,8 +151,3 @@ def test_a_table_becomes_a_repository_for_the_kernels_library(run: Callable[...,
     (tuned,) = out.glob("build/*x86_64-linux/tuned/*.json")
     (found,) = json.loads(tuned.read_text())["entries"]
     assert found["verified"]["error"] <= found["verified"]["tolerance"] and found["outcome"]["ms"] == 1.0
-    # Another problem's kernel joins it.
-    longer = SMALL.replace(segment_length=64)
-    table(file, entry(longer, default(longer), timed(2.0)))
-    assert run(*emit, str(out)).code == 0
-    assert [one["outcome"]["ms"] for one in json.loads(tuned.read_text())["entries"]] == [1.0, 2.0]
