@@ -16,6 +16,7 @@ from mctune.core.interrupt import held
 from mctune.core.work import cached_state_bytes, cached_states
 from mctune.core.workload import Case
 from mctune.runtime.kernels.support import served
+from mctune.runtime.kernels.table import NAME as TABLE
 from mctune.study.events import FrontierPoint, SearchReport, SearchRequest, StudyReport
 
 if TYPE_CHECKING:
@@ -34,13 +35,19 @@ def replace_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def emit_report(
-    request: SearchRequest, report: SearchReport, workers: Workers, over: bool, signer: Signer | None = None
+    request: SearchRequest,
+    report: SearchReport,
+    workers: Workers,
+    over: bool,
+    signer: Signer | None = None,
+    repository: Path | None = None,
 ) -> Path | None:
-    """Write the package of every point of every frontier into ``request.out``; ``None`` if there is none.
+    """Write the package of every point of every frontier into ``request.out``, or as a ``repository`` for the `kernels`
+    library; ``None`` if there is none.
 
     It is the better, for each problem, of that and of the package that is there, unless it is written ``over``.
     """
-    from mctune.emit import emit_package, merge, package_before
+    from mctune.emit import emit_package, emit_repository, merge, package_before, place_of
     from mctune.emit.merge import Before
     from mctune.runtime.errors import KernelError
     from mctune.study.frontier import recommend
@@ -52,7 +59,8 @@ def emit_report(
         }
         if not found:
             return None
-        before = Before() if over else package_before(request.out, say)
+        place = (request.out, TABLE) if repository is None else place_of(repository, request.target)
+        before = Before() if over else package_before(place[0], say, place[1])
         again = tuple(_study(winner) for winner in before.stale if winner.key not in found)
         winners = ship(request, replace(report, studies=(*report.studies, *again)), say, workers)
         if not winners:
@@ -62,6 +70,8 @@ def emit_report(
         if kept := len({winner.key for winner in before.winners} - found):
             say(f"{kept} kernels of the package before this one go on in it; --replace leaves them out")
         try:
+            if repository is not None:
+                return emit_repository(repository, request.target, merged, signer, replace=over)
             return emit_package(request.out, request.target, merged, signer)
         except KernelError as error:
             raise MctuneError(str(error)) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace as changed
 from pathlib import Path
 
 import click
@@ -15,6 +17,8 @@ from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.target import resolve
 from mctune.study.events import SearchReport, SearchRequest
 
+_FORMS = ("package", "hf-kernels")
+_REPOSITORY = Path("build") / "mctune-memory-caching"
 _OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storage")
 
 
@@ -28,8 +32,10 @@ _OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storag
 @click.option(
     "--storage", metavar="URL", help="Optuna storage, or a SQLite file.  [default: SQLite in the output directory]"
 )
+@click.option("--format", "form", type=click.Choice(_FORMS), default=_FORMS[0], show_default=True,
+              help="A Python package, or a repository for the kernels library of Hugging Face.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Where the package goes.  [default: build/mctune_<target>]")  # fmt: skip
+              help="Where it goes.  [default: build/mctune_<target>, or build/mctune-memory-caching]")  # fmt: skip
 @click.option("--max-slowdown", type=float, default=1.10, show_default=True,
               help="Recommend the shortest segment within this factor of the fastest.")  # fmt: skip
 @click.option("--from", "table", type=click.Path(path_type=Path), metavar="TABLE",
@@ -40,8 +46,8 @@ _OF_STUDIES = ("workload", "problem", "segment_lengths", "inner_chunks", "storag
 @json_option
 def command(
     target_name: str, workload: str | None, problem: str | None, segment_lengths: str | None,
-    inner_chunks: str | None, storage: str | None, out: Path | None, max_slowdown: float, table: Path | None,
-    replace: bool, key: Path | None, as_json: bool,
+    inner_chunks: str | None, storage: str | None, form: str, out: Path | None, max_slowdown: float,
+    table: Path | None, replace: bool, key: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Emit the package of a search again: from its studies as far as they went, without searching or timing.
 
@@ -49,11 +55,19 @@ def command(
     A package for the same target that is in DIR already is added to: of two kernels for a problem the better one stays.
 
     With --from the problems and configurations are those of a published table, and so is the target.
+
+    With --format hf-kernels DIR becomes a repository that the kernels library loads. It may hold several targets: emit
+    each into the same DIR. Studies are those in build/mctune_<target>, unless --storage names others.
     """
-    from mctune.emit import Signer, check_out
+    from mctune.emit import Signer, check_out, check_repository
 
     signer = Signer.of(key) if key else None
     report: SearchReport | None = None
+    repository = None if form == _FORMS[0] else out or _REPOSITORY
+    if repository is not None:
+        # What is built on the way does not belong into a repository.
+        scratch = tempfile.TemporaryDirectory(prefix="mctune-")
+        out = Path(click.get_current_context().with_resource(scratch)) if table else None
     if table is not None:
         request, report = _of_table(table, target_name, out, max_slowdown)
     else:
@@ -65,15 +79,19 @@ def command(
             target=target, cases=cases, out=out or default_out(target), trials=trials, storage=storage,
             max_slowdown=max_slowdown, measure=measured(target, False),
         )  # fmt: skip
-    check_out(request.out, request.target, replace=replace)
+    if repository is None:
+        check_out(request.out, request.target, replace=replace)
+    else:
+        check_repository(repository, request.target, replace=replace)
     from mctune.study.run import at_work, stored
 
     if report is None:
         report = stored(request)
     with at_work(request) as workers:
-        package = emit_report(request, report, workers, replace, signer)
+        package = emit_report(request, report, workers, replace, signer, repository)
     if package is None:
         raise NoValidConfigError("no study holds a candidate that was verified and timed; search on: `mctune search`")
+    report = changed(report, out=package)
     if as_json:
         print_json({"package": str(package), **report.to_dict()})
     else:

@@ -27,10 +27,10 @@ class Before:
     stale: tuple[Winner, ...] = ()
 
 
-def package_before(out: Path, note: Callable[[str], None]) -> Before:
-    """What the package at ``out`` holds, if there is one; ``note`` is told what cannot be read."""
+def package_before(out: Path, note: Callable[[str], None], table: str = TABLE) -> Before:
+    """What the package at ``out`` holds by one of its tables, if there is one; ``note`` is told what cannot be read."""
     found: list[Winner] = []
-    entries = read_json(out / TABLE).get("entries", [])
+    entries = read_json(out / table).get("entries", [])
     for number, record in enumerate(entries if isinstance(entries, list) else []):
         try:
             found.append(_winner(out, record))

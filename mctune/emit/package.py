@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mctune.core.environment import environment
 from mctune.core.errors import MctuneError, UsageError
@@ -67,9 +68,10 @@ from .runtime.api.attach import attach_memory_caching  # noqa: E402
 from .runtime.cache import MemoryCache  # noqa: E402
 from .runtime.api.functional import memory_caching  # noqa: E402
 from .runtime.api.module import MemoryCaching  # noqa: E402
-
-__all__ = ["MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching"]
+{imports}
+__all__ = {exported}
 '''
+EXPORTED = ("MemoryCache", "MemoryCaching", "attach_memory_caching", "memory_caching")
 _HUGGING_FACE = '''"""The Hugging Face model on this package's kernels; importing it needs transformers 5."""
 
 from .runtime.api.huggingface import MemoryCachingConfig, MemoryCachingForCausalLM, MemoryCachingModel
@@ -104,33 +106,63 @@ def emit_package(out: Path, target: Target, winners: Sequence[Winner], signer: S
 
 def _files(name: str, target: Target, winners: Sequence[Winner], signer: Signer | None) -> dict[str, bytes]:
     """Every file of the package by its path."""
+    table = table_of(target, winners)
+    files = kernel_files(target, winners) | {
+        TABLE: json_bytes(table),
+        "huggingface.py": _HUGGING_FACE.encode(),
+        "README.md": card(name, table).encode(),
+    }
+    return sealed(files, target.name, signer)
+
+
+def table_of(target: Target, winners: Sequence[Winner]) -> dict[str, Any]:
+    """The tuned table: which kernel serves which problem, and what all of it was made with."""
     made_with = environment(target)
-    table = {
+    return {
         "schema": SCHEMA,
         "target": made_with["target"],
         "versions": made_with["versions"],
         "entries": [winner.record() for winner in winners],
     }
-    files = {f"runtime/{name}": data for name, data in runtime_files().items()}
+
+
+def kernel_files(target: Target, winners: Sequence[Winner]) -> dict[str, bytes]:
+    """The kernels' files by their paths in a package, and what a CPU's need beside them."""
+    files = {}
     for winner in winners:
         for path in (winner.library, winner.source, winner.portable, *(part for _, part in winner.parts)):
             if path is not None:
                 files[f"kernels/{path.name}"] = path.read_bytes()
     if target.on_cpu:
         files["kernels/threads.so"] = _threads_library()
-    guard = manifest.digest(files[_GUARD])
-    init = _INIT.format(target=target.name, guard=_GUARD, next=manifest.NEXT, digest=guard)
-    files |= {
-        TABLE: (json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n").encode(),
-        "__init__.py": init.encode(),
-        "huggingface.py": _HUGGING_FACE.encode(),
-        "README.md": card(name, table).encode(),
-    }
-    digests = {name: manifest.digest(data) for name, data in sorted(files.items())}
-    files[manifest.NAME] = (json.dumps({"files": digests}, indent=1) + "\n").encode()
-    if signer is not None:
-        files[manifest.SIGNATURE] = signer.sign(files[manifest.NAME])
     return files
+
+
+def sealed(
+    files: Mapping[str, bytes], target: str, signer: Signer | None, imports: str = "", exported: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """``files`` with the runtime, the ``__init__.py`` that verifies all of them, the manifest and, by a signer, its
+    signature. ``imports``: lines that are added to those of ``__init__.py``; ``exported``: the names that they bind."""
+    whole = {f"runtime/{name}": data for name, data in runtime_files().items()} | dict(files)
+    init = _INIT.format(
+        target=target,
+        guard=_GUARD,
+        next=manifest.NEXT,
+        digest=manifest.digest(whole[_GUARD]),
+        imports=imports,
+        exported=json.dumps(sorted((*EXPORTED, *exported))),
+    )
+    whole["__init__.py"] = init.encode()
+    digests = {name: manifest.digest(data) for name, data in sorted(whole.items())}
+    whole[manifest.NAME] = (json.dumps({"files": digests}, indent=1) + "\n").encode()
+    if signer is not None:
+        whole[manifest.SIGNATURE] = signer.sign(whole[manifest.NAME])
+    return whole
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """A document as every package has it: sorted names, one a line."""
+    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def runtime_files() -> dict[str, bytes]:

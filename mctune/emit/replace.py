@@ -45,6 +45,17 @@ def replace_package(out: Path, files: Mapping[str, bytes]) -> None:
         _sweep(out)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in its place by a rename: at every moment there is the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".new-{secrets.token_hex(4)}-{path.name}")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def settle(out: Path) -> None:
     """Finish what an emission that was killed has left undone in ``out``, if there is such a thing."""
     if (out / manifest.NEXT).is_dir():

@@ -27,7 +27,7 @@ KEY = "MCTUNE_PUBLIC_KEY"
 """The environment variable that names a file with a public key; packages that it did not sign are refused then."""
 NEXT = ".next"
 """A whole package that is about to take the place of the one around it; it stands for it until it has."""
-FOLDERS = ("runtime", "kernels")
+FOLDERS = ("runtime", "kernels", "tuned")
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 """What holds the runtime's folder, as it was imported: links are not followed, each file may be one of its own."""
 PACKAGE = __name__.rsplit(".", 2)[0]
@@ -88,7 +88,7 @@ def digest(data: bytes) -> str:
 def verify(root: Path) -> Contents:
     """Hold the files under ``root`` to ``root / "manifest.json"``, ``{"files": {relative path: sha256}}``.
 
-    Every listed file is there and unchanged, and ``runtime`` and ``kernels`` hold no other; beside them may lie what
+    Every listed file is there and unchanged, and the folders of a package hold no other; beside them may lie what
     Python cannot import. Bytecode in ``__pycache__`` is nobody's concern: it is never read. Where ``MCTUNE_PUBLIC_KEY``
     names a key, the manifest must be signed by it.
 
@@ -191,8 +191,9 @@ def unlisted(base: Path, listed: Mapping[str, str]) -> Iterator[str]:
     for name in _names(base):
         if name not in listed and name.endswith(tuple(all_suffixes())):
             yield name
-        if name not in (*FOLDERS, "search") and (base / name / "__init__.py").is_file():
-            yield f"{name}/__init__.py"
+        init = f"{name}/__init__.py"
+        if name not in (*FOLDERS, "search") and init not in listed and (base / init).is_file():
+            yield init
 
 
 def _names(folder: Path) -> list[str]:

@@ -123,7 +123,7 @@ def _contents(path: Path) -> tuple[Path, Contents]:
 def find_entry(module: ModuleType, problem: Problem, device: str, backend: str) -> Any | None:
     """The entry of a loaded package that serves a problem on a device kind by a backend; ``None`` without one."""
     table = module.runtime.kernels.table
-    names = [field.name for field in fields(table.Request) if field.name != "device"]
+    names = [field.name for field in fields(table.Request) if field.name not in ("device", "hardware")]
     # A problem of matrix memories has the hidden width 0, a request none.
     request = table.Request(**{name: getattr(problem, name) or None for name in names}, device=device)
     return table.find(module.runtime.kernels.dispatch.TABLE, request, backend)

@@ -137,3 +137,17 @@ def test_segment_lengths_of_a_problem_are_one_study_and_measured_apart_from_pred
     assert told == [("triton", [(32, 0.5), (64, 2.0)]), ("triton", [(32, 0.1)]), ("tvm.gpu", [(32, 0.2)])]
     assert report.studies[0].recommended == report.studies[0].frontier[0]
     assert report.studies[0].case.segment_lengths == (32, 64)
+
+
+def test_a_table_becomes_a_repository_for_the_kernels_library(run: Callable[..., Any], tmp_path: Path) -> None:
+    file, out = table(tmp_path / "tuned.json", entry(SMALL, default(SMALL), timed(1.0))), tmp_path / "memory-cache"
+    emit = ("emit", "--format", "hf-kernels", "--from", str(file), "--out")
+    ran = run(*emit, str(tmp_path / "Memory_Cache"))
+    assert ran.code == 2 and "the folder's name is the kernel's" in ran.err and "Traceback" not in ran.err
+    ran = run(*emit, str(out), "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["package"] == json.loads(ran.out)["out"] == str(out)
+    assert {path.name for path in out.iterdir()} == {"README.md", "benchmarks", "build"}
+    (tuned,) = out.glob("build/*x86_64-linux/tuned/*.json")
+    (found,) = json.loads(tuned.read_text())["entries"]
+    assert found["verified"]["error"] <= found["verified"]["tolerance"] and found["outcome"]["ms"] == 1.0

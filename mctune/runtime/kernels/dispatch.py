@@ -15,6 +15,7 @@ from ..call import Call
 from ..errors import BackendError, KernelError
 from ..manifest import CONTENTS, PACKAGE
 from ..traits import AGGREGATIONS
+from .at_hand import hardware_of
 from .kept import OF_SEGMENTS, ROWS, Names, given, kept, segments_at_most, wanted
 from .support import BACKENDS as _WITH_KERNELS
 from .support import Support, support
@@ -136,6 +137,7 @@ def _choose_for_a_graph(
         inner_chunk=None if layers is None else int(layers[1]),
         dtype=dtype.removeprefix("torch."),
         device=device,
+        hardware=hardware_of(torch.device(device)) if TABLE.several else None,
         **(_TYPICAL | {"segment_length": None} if segmentation == "logarithmic" else _TYPICAL),
     )
     chosen = _choose(request, backend, grad)
@@ -221,6 +223,7 @@ def make_request(call: Call, pass_: str) -> Request:
         inner_chunk=call.inner_chunk if call.deep else None,
         dtype=str(call.q.dtype).removeprefix("torch."),
         device=call.q.device.type,
+        hardware=hardware_of(call.q.device) if TABLE.several else None,
     )
 
 

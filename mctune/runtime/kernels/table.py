@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 from ..errors import PackageError
 from ..manifest import Contents
 from ..traits import AGGREGATIONS, PASSES, RECURRENCES, alike
+from .hardware import Hardware, foreign
 from .support import BACKENDS, Served, runs_on, served
 
 NAME = "tuned.json"
+FOLDER = "tuned"
+"""Where a package that is for several targets has a table for each: ``tuned/<target>.json``."""
 SCHEMA = 1
 _REMEDY = "emit the package again with `mctune emit`"
 _T = TypeVar("_T")
@@ -29,7 +32,8 @@ class Request:
     """What a call asks a kernel for. ``segment_length`` is ``None`` under logarithmic, ``top_k`` but for ssc, ``E`` and
     ``inner_chunk`` but for deep memories.
 
-    ``pass_`` is ``forward``, ``backward`` or ``decode``.
+    ``pass_`` is ``forward``, ``backward`` or ``decode``. ``hardware`` is the call's device; ``None`` where it makes no
+    difference.
     """
 
     pass_: str
@@ -48,10 +52,12 @@ class Request:
     device: str = "cpu"
     E: int | None = None
     inner_chunk: int | None = None
+    hardware: Hardware | None = None
 
     def to_json(self) -> str:
         """The problem in the form that `mctune search --problem` takes; float32 serves every dtype on a CPU."""
-        fields = {name.rstrip("_"): value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if name != "hardware" and value is not None}
+        fields = {name.rstrip("_"): value for name, value in given.items()}
         if self.E is not None:
             # A problem's hidden width is a whole multiple of its key width: the nearest one, where there is none.
             fields["expansion"] = max(1, round(fields.pop("E") / self.Dk))
@@ -62,12 +68,13 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One tuned kernel: the problem it was tuned at, its backend, its file, and its whole record in the table."""
+    """One tuned kernel: the problem it was tuned at, its backend, its file, its record, and what it was tuned on."""
 
     problem: Mapping[str, Any]
     backend: str
     kernel: Path
     record: Mapping[str, Any]
+    hardware: Hardware | None = None
 
     @property
     def pass_(self) -> str:
@@ -157,10 +164,15 @@ def _same_read(tuned: str, asked: str, recurrence: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The entries of a tuned.json in its order; ``target`` names the device they were tuned on."""
+    """The entries of a package's tables in their order; ``target`` names the devices they were tuned on."""
 
     entries: tuple[Entry, ...] = ()
     target: str | None = None
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether the entries were tuned on several devices, so that a call's own decides between them."""
+        return len({entry.hardware for entry in self.entries}) > 1
 
     @cached_property
     def numbers(self) -> dict[Entry, int]:
@@ -172,9 +184,16 @@ class Table:
 def find(table: Table, request: Request, backend: str | None = None) -> Entry | None:
     """The serving entry nearest to the request, of one backend if it is named; or ``None``.
 
-    Of equals the one that took less time when it was tuned, then the first.
+    Those tuned on the device of the call come before all others. Of equals the one that took less time when it was
+    tuned, then the first.
     """
-    return min(serving(table, request, backend), key=lambda entry: (entry.distance(request), entry.ms), default=None)
+    here = request.hardware
+
+    def key(entry: Entry) -> tuple[float, float, float]:
+        away = foreign(entry.hardware, here) if entry.hardware and here else 0.0
+        return away, entry.distance(request), entry.ms
+
+    return min(serving(table, request, backend), key=key, default=None)
 
 
 def serving(table: Table, request: Request, backend: str | None = None) -> tuple[Entry, ...]:
@@ -183,27 +202,39 @@ def serving(table: Table, request: Request, backend: str | None = None) -> tuple
 
 
 def load_table(contents: Contents | None) -> Table:
-    """The table of a verified package; empty for ``None``, which is mctune itself.
+    """The tables of a verified package as one; empty for ``None``, which is mctune itself.
 
     Raises:
-        PackageError: if there is no table, or it is not what this runtime reads.
+        PackageError: if there is no table, or one is not what this runtime reads.
     """
     if contents is None:
         return Table()
-    path = contents.root / NAME
-    if NAME not in contents.files:
+    names = [name for name in sorted(contents.files) if name == NAME or name.startswith(f"{FOLDER}/")]
+    if not names:
         raise PackageError(f"{NAME} is not in the manifest of {contents.root}; {_REMEDY}")
+    tables = [_table(name, contents) for name in names]
+    entries = tuple(entry for table in tables for entry in table.entries)
+    return Table(entries, ", ".join(str(table.target) for table in tables))
+
+
+def _table(name: str, contents: Contents) -> Table:
+    """One table of a package.
+
+    Raises:
+        PackageError: if it is not what this runtime reads.
+    """
     try:
-        data = json.loads(contents.files[NAME], parse_constant=_refuse)
+        data = json.loads(contents.files[name], parse_constant=_refuse)
         if not isinstance(data, dict) or not isinstance(data.get("target"), dict):
             raise ValueError("it has no target")
         if data.get("schema") != SCHEMA:
             raise ValueError(f"it has schema {data.get('schema')!r}, this runtime reads {SCHEMA}")
         if not isinstance(data.get("entries"), list):
             raise ValueError("it has no entries")
-        entries = tuple(_entry(record, contents) for record in data["entries"])
+        hardware = Hardware.of(data["target"])
+        entries = tuple(_entry(record, contents, hardware) for record in data["entries"])
     except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is not a tuned table: {error}; {_REMEDY}") from error
+        raise PackageError(f"{contents.root / name} is not a tuned table: {error}; {_REMEDY}") from error
     return Table(entries, str(data["target"].get("name")))
 
 
@@ -211,7 +242,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 
-def _entry(record: Any, contents: Contents) -> Entry:
+def _entry(record: Any, contents: Contents, hardware: Hardware) -> Entry:
     """An entry of the table.
 
     Raises:
@@ -251,7 +282,7 @@ def _entry(record: Any, contents: Contents) -> Entry:
     for file in files:
         if file not in contents.files:
             raise ValueError(f"{file} is not in the manifest of {contents.root}")
-    return Entry(problem, backend, contents.root / kernel, record)
+    return Entry(problem, backend, contents.root / kernel, record, hardware)
 
 
 def _typed(name: str, value: Any, kind: type[_T]) -> _T:
