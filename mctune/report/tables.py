@@ -35,8 +35,8 @@ def results_readme(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     predicted = sum(row.how == "predicted" for row in ordered)
     if predicted:
         parts.append(
-            f"**{predicted} of {len(ordered)} rows are predicted by a cost model, not measured.** Their bound is at the "
-            "rates of the data sheet.\n"
+            f"**{predicted} of {len(ordered)} rows are predicted by a cost model, not measured.** "
+            "Their bound is at the rates of the data sheet.\n"
         )
     for operation, group in itertools.groupby(ordered, key=lambda row: _operation(row.problem)):
         parts += [f"## {operation}\n", markdown_table(_HEADER, [_line(row) for row in group])]
