@@ -30,10 +30,9 @@ _ROUNDS = 21
 @click.option("--rounds", type=click.IntRange(min=5), default=_ROUNDS, show_default=True,
               help="With --measure: repeats of each kernel.")  # fmt: skip
 @click.option("--history", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Append the times of NEW here, a line of JSON each; those that are there already are not repeated.")  # fmt: skip
-@click.option(
-    "--date", metavar="DATE", help="With --history: when NEW was measured (2026-11-23); else its commit's date."
-)
+              help="Append the times of NEW here, a line of JSON each, but for those that are there.")  # fmt: skip
+@click.option("--date", metavar="DATE",
+              help="With --history: when NEW was measured (2026-11-23); else its commit's date.")  # fmt: skip
 @click.option("--commit", metavar="HASH", help="With --history: the commit that NEW is of, where NEW is a path.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown, for a comment on a pull request.")
 @json_option
@@ -91,13 +90,13 @@ def _compared(
 ) -> Comparison:
     """The comparison, measured in so many rounds or of what is stored; NEW's times are added to the history."""
     from mctune.report.compare import compare
-    from mctune.report.history import Record, append_history, dated, read_known
+    from mctune.report.history import Record, append_history, check_history, dated
     from mctune.report.sides import fastest, read_side
 
     old, new = (read_side(side.path, side.called) for side in (before, after))
     dates: list[tuple[str, str]] = []
     if history is not None:  # before anything is timed
-        read_known(history.path)
+        check_history(history.path)
         for document in new.documents:
             told = {"date": after.date, "commit": after.commit} | document.environment
             dates.append(dated(told, history.date, history.commit))

@@ -59,6 +59,7 @@ class Overall:
     """All pairs that are there on both sides, of one ``how``.
 
     Args:
+        count: how many they are.
         ratio: the geometric mean of theirs.
         slower, faster: how many have a larger, and a smaller time than before, within noise or not.
         chance: how likely so few would have gone the other way, if nothing had changed.
@@ -66,6 +67,7 @@ class Overall:
     """
 
     how: str
+    count: int
     ratio: float
     slower: int
     faster: int
@@ -237,7 +239,7 @@ def _overall(pairs: Sequence[Pair], threshold: float) -> Iterator[Overall]:
         verdict = NOISE
         if doubt <= DOUBT and max(mean, 1 / mean) > 1 + threshold:
             verdict = SLOWER if mean > 1 and slower > faster else FASTER if mean < 1 and faster > slower else NOISE
-        yield Overall(how, mean, slower, faster, doubt, verdict)
+        yield Overall(how, len(ratios), mean, slower, faster, doubt, verdict)
 
 
 def _on_noise(pairs: Iterable[Pair], threshold: float) -> Iterator[str]:
@@ -250,8 +252,8 @@ def _on_noise(pairs: Iterable[Pair], threshold: float) -> Iterator[str]:
     pace = math.exp(max(-_LOG, min(statistics.median(logs), _LOG))) if logs else 1.0
     if max(pace, 1 / pace) > 1 + threshold:
         yield (
-            f"the baselines of the same runs take {pace:.3g} times as long as before (median of {len(logs)} rows): "
-            "the machine, or torch, has another pace"
+            f"the baselines of the same runs take {pace:.3g} times as long as before (median): the machine, or torch, "
+            "has another pace"
         )
 
 

@@ -38,17 +38,14 @@ def summary(comparison: Comparison) -> list[str]:
         for verdict in (SLOWER, FASTER, NOISE, ONLY_OLD, ONLY_NEW)
         if (count := comparison.count(verdict)) or verdict in (SLOWER, FASTER)
     )
-    return [
-        f"{counts} (beyond {comparison.threshold:.3g} times the old time and noise)",
-        *map(_all, comparison.overall),
-    ]
+    percent = f"{100 * comparison.threshold:.3g} %"
+    return [f"{counts} (slower and faster: by more than {percent} and beyond noise)", *map(_all, comparison.overall)]
 
 
-def _all(overall: Overall) -> str:
-    count = overall.slower + overall.faster
+def _all(one: Overall) -> str:
     return (
-        f"all {overall.how} rows together: {overall.ratio:.3f} times as long as before (geometric mean), {overall.slower} "
-        f"slower and {overall.faster} faster of {count} that differ: by chance at {overall.chance:.2g}; {overall.verdict}"
+        f"all {one.count} {one.how} rows together: {one.ratio:.3f} times as long as before (geometric mean), "
+        f"{one.slower} slower and {one.faster} faster, by chance at {one.chance:.2g}: {one.verdict}"
     )
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from mctune.core.errors import UsageError
@@ -151,12 +152,23 @@ def _records(path: Path, data: bytes) -> Iterator[Record]:
             raise UsageError(f"{path}, line {number}: {type(error).__name__} {told}") from error
 
 
-def read_known(path: Path) -> tuple[Record, ...]:
-    """The same of a file that need not be there yet.
+def check_history(path: Path) -> None:
+    """See that a history can be appended to, before what will be appended is measured.
 
     Raises:
-        UsageError: as :func:`read_history`.
+        UsageError: if what is there is not a history, or its folder takes no file.
     """
+    real = Path(os.path.realpath(path))
+    with _alone(real.parent):
+        _known(real)
+        try:
+            with TemporaryFile(dir=real.parent):
+                pass
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _known(path: Path) -> tuple[Record, ...]:
     return read_history(path) if os.path.lexists(path) else ()
 
 
@@ -170,7 +182,7 @@ def append_history(path: Path, records: Iterable[Record]) -> int:
     """
     real = Path(os.path.realpath(path))
     with _alone(real.parent):
-        known = set(read_known(real))
+        known = set(_known(real))
         before = real.read_text(encoding="utf-8") if known else ""
         added = [one for one in dict.fromkeys(records) if one not in known]
         if added:
