@@ -54,7 +54,7 @@ def found(text: str) -> Iterator[Found]:
 def _commit(text: str, revision: str) -> tuple[str, str]:
     """The hash of a commit, and its date."""
     why = ""
-    if revision and not revision.startswith("-"):
+    if revision and not revision.startswith("-") and ".." not in revision:  # an option, a range
         done = _git("log", "-1", "--no-show-signature", "--format=%H %cI", "--end-of-options", revision, "--")
         if done.returncode == 0 and len(told := done.stdout.decode("ascii", "replace").split()) == 2:
             return told[0], told[1]

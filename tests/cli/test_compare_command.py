@@ -102,6 +102,7 @@ def test_a_history_is_added_to_once_whatever_the_verdict(run: Run, repository: P
     [
         (("nothing", "results/cpu"), "nothing is neither a path that exists nor a commit"),
         (("HEAD~9", "results/cpu"), "HEAD~9 is neither a path that exists nor a commit"),
+        (("HEAD..HEAD", "results/cpu"), "HEAD..HEAD is neither a path"),
         ((":/results", "results/cpu"), ":/results is neither a path"),
         (("x" * 5000, "results/cpu"), "xxx is neither a path"),
         (("HEAD:nothing", "results/cpu"), "HEAD:nothing does not exist: that commit has no files at nothing"),
