@@ -25,7 +25,10 @@ from mctune.core.remark import redacted
 INTERRUPTED = 130
 _HOLD = ("search", "emit")
 """Commands that hold Ctrl-C back where something would be left half done; elsewhere it ends them at once."""
-_ORDER = ("search", "emit", "verify", "warm", "bench", "explain", "report", "calibrate", "targets", "spaces", "doctor")
+_ORDER = (
+    "search", "emit", "verify", "warm", "bench", "explain", "report", "compare", "calibrate", "targets", "spaces",
+    "doctor",
+)  # fmt: skip
 
 
 class _Commands(click.Group):
@@ -51,7 +54,7 @@ def group() -> None:
     """Search Memory Caching kernels for the machine they run on.
 
     Data goes to stdout (--json on every command), progress to stderr. Exit codes: 0 done, 2 usage, 3 no such device,
-    4 no valid configuration, 130 interrupted.
+    4 no valid configuration, 5 slower than before, 130 interrupted.
     """
     check_stdout()
     try:

@@ -25,3 +25,9 @@ class NoValidConfigError(MctuneError, RuntimeError):
     """A search ended without one configuration that is correct and fits the target."""
 
     exit_code = 4
+
+
+class RegressionError(MctuneError):
+    """A comparison found something slower than before, beyond noise."""
+
+    exit_code = 5

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from mctune.core.config import Config
 from mctune.core.errors import NoValidConfigError
+from mctune.core.signs import tied
 from mctune.study.record import Trial
 
-_DOUBT = 0.05
 _SURE = 3  # so many fastest are not all wrong
 
 Rounds = Callable[[Sequence[Config]], Sequence[Sequence[float]]]
@@ -73,14 +73,6 @@ def decide(candidates: Sequence[Config], rounds: Rounds) -> Decision:
         raise NoValidConfigError(f"none of the {len(candidates)} finalists could be timed again")
     timed.sort()
     lead = timed[0][3]
-    finalists = tuple(Finalist(config, ms, samples, _ties(lead, samples)) for ms, _, config, samples in timed)
+    finalists = tuple(Finalist(config, ms, samples, tied(lead, samples)) for ms, _, config, samples in timed)
     winner = min((finalist for finalist in finalists if finalist.tied), key=lambda finalist: finalist.config.to_json())
     return Decision(winner, finalists, tuple(dropped))
-
-
-def _ties(lead: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether ``other`` beats ``lead`` in too many rounds to call it slower; equal samples do not count."""
-    pairs = [(a, b) for a, b in zip(lead, other, strict=True) if a != b]
-    wins = sum(b < a for a, b in pairs)
-    chance = sum(math.comb(len(pairs), k) for k in range(wins + 1)) / 2.0 ** len(pairs)
-    return chance > _DOUBT

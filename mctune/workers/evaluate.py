@@ -24,7 +24,8 @@ from mctune.core.problem import Problem
 from mctune.core.target import Target, resolve
 from mctune.measure.clocks import clock_and_heat
 from mctune.measure.parts import Clock, time_parts
-from mctune.measure.timing import ratio, summary, time_rotated
+from mctune.measure.side_by_side import side_by_side
+from mctune.measure.timing import ratio, summary
 from mctune.runtime.manifest import digest
 from mctune.verify.at_size import AtSize, at_size
 from mctune.verify.inputs import odd_problems, sized_problems
@@ -157,26 +158,8 @@ class _Bench:
         stage(REFERENCE)
         cases = [self._at_size(kernel, one[0])[0] for kernel, one in zip(kernels, candidates, strict=True)]
         stage("time")
-        held: list[Reruns] = []
-        sharing: dict[Problem, Reruns] = {}
-        for kernel, case in zip(kernels, cases, strict=True):
-            given = None if case.given else sharing.get(case.problem)
-            held.append(Reruns(kernel, case, given))
-            sharing.setdefault(case.problem, held[-1])
-        left, failures = list(held), list[str]()
-        while left:
-            try:
-                for one in left:
-                    one.first()
-                samples = time_rotated(left, rounds=_FINAL_ROUNDS, warmup=0, limit_s=_FINAL_S, device=kernels[0].device)
-                for one in left:
-                    one.last()
-                found = dict(zip(map(id, left), samples, strict=True))
-                return [found.get(id(one), []) for one in held], failures
-            except Miss as miss:
-                failures.append(describe(miss.outcome))
-                left.remove(miss.reruns)
-        return [[] for _ in held], failures
+        timed, failures = side_by_side(kernels, cases, rounds=_FINAL_ROUNDS, limit_s=_FINAL_S)
+        return timed, list(failures.values())
 
     def ship(
         self,
