@@ -23,6 +23,7 @@ from mctune.core.errors import UsageError
 from mctune.core.outcome import FailedBuild, Predicted, Timed
 from mctune.core.problem import Problem
 from mctune.report.compiled import Explanation
+from mctune.report.history import Record, append_history
 from mctune.report.page.charts import CHARTS
 from mctune.report.page.content import read_content
 from mctune.report.page.write import write_pages
@@ -92,6 +93,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = [replace(row, target="mixed") for row in on_cpu]
     both += [replace(row, how="predicted", ms=0.8 * row.ms, low=None, high=None, baselines=()) for row in both]
     write_results([Document(tuple(both), {**cpu, "target": target("mixed", "Both")}, None)], root)
+    nights = [Record.of(row, date=f"2026-11-{day}", commit=HOSTILE, title=HOSTILE) for row in both for day in (21, 22)]
+    append_history(root / "mixed" / "history.jsonl", nights)
     write_pages(root, importance)
     return root
 

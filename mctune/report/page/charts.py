@@ -333,5 +333,30 @@ def agreement(content: Content) -> Chart | None:
     )  # fmt: skip
 
 
-CHARTS = (comparison, roofline, frontier, spent, lengths, agreement)
+def history(content: Content) -> Chart | None:
+    """Time of each problem by the day, of the records that `mctune compare --history` has left."""
+    values = [
+        {
+            "problem": label(one.problem), "contender": f"{OURS}, {one.backend}", "how": one.how, "ms": one.ms,
+            "low": one.low, "high": one.high, "target": one.title or one.target, "date": one.when.date().isoformat(),
+            "versions": f"commit {one.commit}" if one.commit else "not recorded",
+            "line": f"{label(one.problem)}, {one.backend}",
+        }
+        for one in sorted(content.history, key=lambda one: one.when)
+    ]  # fmt: skip
+    if not values:
+        return None
+    line = {"mark": {"type": "line"}, "encoding": {"strokeDash": field("how", "nominal", "how", scale=_DASHES)}}
+    encoding = {
+        "x": field("date", "temporal", "day"), "y": log("ms", "ms"), "tooltip": about(*_ABOUT),
+        "color": field("line", "nominal", "", legend={"orient": "bottom", "columns": 1, "labelLimit": 400}),
+    }  # fmt: skip
+    return Chart(
+        "history", "From day to day",
+        "The time of each problem at every comparison that was written down.",
+        spec(values, transform=[HIDE], width=WIDTH, height=260, layer=[line, *mark_how()], encoding=encoding),
+    )  # fmt: skip
+
+
+CHARTS = (comparison, roofline, frontier, spent, lengths, agreement, history)
 """In the order of the page."""

@@ -12,11 +12,12 @@ from typing import Any
 from mctune.core.errors import UsageError
 from mctune.core.target import peaks
 from mctune.report.compiled import COMPILED, Compiled, read_compiled
+from mctune.report.history import Record, read_history
 from mctune.report.kept import SUFFIX, read_study, study_files
 from mctune.report.rows import Row, read_csv
 from mctune.report.t4 import Results
 
-ROWS = "rows.csv"
+ROWS, HISTORY = "rows.csv", "history.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Content:
         environment: what they were measured on, or predicted with.
         studies: the searches that found them, where they were kept.
         compiled: what the compiler says of the kernels, where that was asked.
+        history: what `mctune compare --history` has written down of the target, day by day.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Content:
     environment: dict[str, Any]
     studies: tuple[Study, ...] = ()
     compiled: tuple[Compiled, ...] = ()
+    history: tuple[Record, ...] = ()
 
     @property
     def title(self) -> str:
@@ -97,8 +100,12 @@ def read_content(folder: Path, results: Path) -> Content:
     if not isinstance(environment, dict) or not isinstance(environment.get("target"), dict):
         raise UsageError(f"{folder / 'environment.json'} has no target; `mctune report` writes it")
     studies = tuple(Study(path.name.removesuffix(SUFFIX), _read(path, read_study)) for path in study_files(folder))
-    compiled = folder / COMPILED
-    return Content(name, rows, environment, studies, read_compiled(compiled) if compiled.exists() else ())
+    compiled, days = folder / COMPILED, folder / HISTORY
+    return Content(
+        name, rows, environment, studies,
+        compiled=read_compiled(compiled) if compiled.exists() else (),
+        history=read_history(days) if days.exists() else (),
+    )  # fmt: skip
 
 
 def _read(path: Path, reader: Any) -> Any:
