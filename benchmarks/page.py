@@ -3,6 +3,7 @@
 ``python benchmarks/page.py --rows 50000`` makes rows of candidates on 24 problems, each measured and predicted, and
 prints the bytes of the page, seconds to write it, and of several loads from a disk the first paint and the moment when
 tables and filters work, in a headless Chromium (``pip install playwright``; ``chromium`` on PATH).
+``--images docs/images`` takes the pictures of docs/publishing.md instead, of the pages of ``results``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--loads", type=int, default=7)
+    parser.add_argument("--images", type=Path, metavar="DIR")
     given = parser.parse_args()
+    if given.images is not None:
+        pictures(given.images)
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_results([Document(tuple(rows(given.rows)), environment(resolve(TARGET)[0]), None)], root)
@@ -86,6 +91,34 @@ def loads(page: Path, count: int) -> tuple[list[float], list[float]]:
             shown.close()
         browser.close()
     return paints, ready
+
+
+PICTURES = (
+    ("index", PAGE, 1280, 620),
+    ("measured", f"cpu/{PAGE}", 1280, 1500),
+    ("predicted", f"{TARGET}/{PAGE}", 1280, 1500),
+)
+"""Name, page below results, width and height."""
+
+
+def pictures(folder: Path) -> None:
+    """What the pages of ``results`` look like, one in the dark and one as a phone shows it."""
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
+        root = Path(place) / "results"
+        shutil.copytree("results", root)
+        write_pages(root, importance)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        sizes = [(*picture, "light") for picture in PICTURES]
+        sizes += [("dark", f"cpu/{PAGE}", 1280, 900, "dark"), ("phone", f"{TARGET}/{PAGE}", 390, 1100, "light")]
+        for name, path, width, height, scheme in sizes:
+            shown = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            shown.goto((root / path).as_uri())
+            shown.evaluate("dispatchEvent(new Event('beforeprint'))")
+            count = shown.locator("figure.plot").count()
+            shown.wait_for_function("n => document.querySelectorAll('figure[data-drawn]').length === n", arg=count)
+            shown.screenshot(path=folder / f"page_{name}.png")
+            shown.close()
+        browser.close()
 
 
 if __name__ == "__main__":
