@@ -22,7 +22,7 @@ from mctune.core.winner import Winner
 from mctune.emit.package import emit_package
 from mctune.measure import packages, side_by_side
 from mctune.measure.packages import packages_by_turns
-from mctune.report.compare import FASTER, NOISE, ONLY_NEW, ONLY_OLD, SLOWER
+from mctune.report.compare import ONLY_NEW, ONLY_OLD, SLOWER
 
 FORWARD = Problem(T=96, H=1, Dk=8, Dv=8, segment_length=32)
 DECODE = FORWARD.replace(pass_="decode")
@@ -83,10 +83,6 @@ def test_packages_of_one_name_are_judged_by_the_sign_test(
         assert pair.old is not None and pair.new is not None
         assert (pair.old.ms, pair.old.low, pair.old.high, pair.old.repeats) == (2.0, 1.5, 2.5, 5)
         assert pair.new.ms == pytest.approx(2.4) and pair.new.config == winners[pair.problem].config
-    times.reverse()
-    assert {pair.verdict for pair in packages_by_turns(old, new, rounds=5, threshold=0.05, note=print)} == {FASTER}
-    times[:] = [DRIFT, [1.2, 1.4, 2.1, 2.4, 3.1]]
-    assert {pair.verdict for pair in packages_by_turns(old, new, rounds=5, threshold=0.0, note=print)} == {NOISE}
     assert torch.get_num_threads() == threads
 
 
