@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mctune.backends.protocol import Launch
 from mctune.backends.triton.hazards import Hazard
+from mctune.core.problem import Problem
+from mctune.core.target import resolve
 from mctune.measure import explain
+from mctune.report.compiled import read_explanation
+from mctune.report.page.content import read_content
+from mctune.report.write import read_document, write_results
 
 LONG = "recurrence=titans,T=4096,H=2,Dk=32,Dv=32,segment_length=2048,aggregation=mean,dtype=bfloat16"
 SMALL = "T=512,H=2,Dk=32,Dv=32,segment_length=64,aggregation=mean,dtype=bfloat16"
@@ -58,12 +65,34 @@ def test_what_ptxas_says_and_what_products_read_are_told() -> None:
 def test_rows_of_the_page() -> None:
     cells = (*"kbwrs", "84", "2", "4", *"1234567", "512", "384", "538", "issue", "C7515", "", "20")
     bare = ("c", "1", "4", "32", "0", "0", "8", *[""] * 11, "", "", "", "3")
-    rows = [(*cells, "10", "96", "matrix units"), (*bare, "2", "4", "DRAM")]
+    rows = [(*cells, "10", "96", "matrix units", "19%"), (*bare, "2", "4", "DRAM", "50%")]
     assert explain.markdown(rows, "forward").splitlines() == [
         "| k | b | w | r | s | 84 | 2 | 1, 2, 3, 4, 18 | 512, 384, 538 | C7515 | 20 | 10 | 96 (products) |",
         "| c | 1 | 4 | 32 | 0 | 0 | 8 | 0, 0, 0, 0, 0 | 0, 0, 0 | | 3 | 2 | 4 (DRAM) |",
         "| **forward** | | | | | | | | | | 23 | 12 | **100** |",
     ]
+
+
+def test_a_package_is_explained_kernel_by_kernel_and_kept_with_its_rows(tmp_path: Path) -> None:
+    problem = Problem(T=512, H=2, Dk=32, Dv=32, segment_length=64, aggregation="mean", dtype="bfloat16")
+    target, _ = resolve("h100-sxm")
+    config = explain.chosen_config(problem, target, {})
+    entry = {
+        "problem": problem.to_dict(), "config": config.to_dict(), "backend": "triton",
+        "outcome": {"kind": "predicted", "ms": 0.01, "model": "m"},
+    }  # fmt: skip
+    table = {"schema": 1, "target": {"name": target.name, "title": target.title}, "versions": {}, "entries": [entry]}
+    (tmp_path / "tuned.json").write_text(json.dumps(table))
+    done = run("--package", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "compiled.json").write_text(done.stdout)
+    explanation = read_explanation(tmp_path / "compiled.json")
+    assert explanation is not None and explanation.target == "h100-sxm"
+    (folder,) = write_results([read_document(tmp_path)], tmp_path / "results", compiled=[explanation])
+    (one,) = read_content(folder, tmp_path / "results").compiled
+    assert (one.problem, one.config, one.backend) == (problem, config, "triton")
+    assert [launch["kernel"] for launch in one.launches] == ["local", "carry", "read_summed"]
+    assert all(launch["occupancy"].endswith("%") and int(launch["regs"]) > 0 for launch in one.launches)
 
 
 def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +115,8 @@ def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch)
         (("--gpu", "t4", "--backend", "triton"), "T4 (sm_75) is not served by Triton"),
         (("--gpu", "t4", "--problem", f"{SMALL},dtype=bfloat16"), "multiplies float16 only"),
         (("--gpu", "cpu"), "cpu is a CPU"),
+        (("--package", "here", "--gpu", "t4"), "--package and --gpu exclude each other"),
+        (("--package", "nowhere"), "nowhere does not exist"),
         (("--problem", SMALL, "--set", "read_BT=3"), "read_BT=3: it may be 16, 32"),
         (("--problem", SMALL, "--set", "tiles=3"), "no parameter 'tiles'"),
         (

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from html import unescape
@@ -31,6 +31,7 @@ from mctune.report.rows import Row
 from mctune.report.t4 import Results, Tried
 from mctune.report.write import Document, write_results
 from mctune.study.importance import importance
+from tests.cli.conftest import Ran
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=1</script>\'\\"]]>&amp;'
@@ -258,6 +259,24 @@ def test_importance_finds_what_the_time_depends_on() -> None:
     found = importance(timed)
     assert set(found) == {"BT", "warps"} and found["BT"] > 0.8
     assert importance(timed[:5]) == {} and importance([(config, 1.0) for config, _ in timed]) == {}
+
+
+def test_the_command_makes_pages_of_what_lies_there_and_refuses_the_rest(
+    run: Callable[..., Ran], results: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results / "cpu", tmp_path / "cpu", ignore=shutil.ignore_patterns("index.html"))
+    ran = run("report", "--html", "--out", str(tmp_path), "--json")
+    assert ran.code == 0, ran.err
+    assert [one["page"] for one in json.loads(ran.out)] == [
+        str(tmp_path / "index.html"), str(tmp_path / "cpu/index.html")
+    ]  # fmt: skip
+    for arguments, said in (
+        (("report", "--out", str(tmp_path)), "nothing to report"),
+        (("report", "--html", "--format", "t4", str(tmp_path)), "--html makes pages of tables"),
+        (("report", "--html", "--out", str(tmp_path / "absent")), "holds no rows.csv"),
+    ):
+        ran = run(*arguments)
+        assert ran.code == 2 and ran.err.count("\n") == 1 and said in ran.err
 
 
 def test_what_is_missing_is_said_in_a_line(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
