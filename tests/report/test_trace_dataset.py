@@ -64,6 +64,7 @@ def package(entries: Sequence[dict[str, Any]], title: str = "Test CPU", versions
     tuned = {
         "schema": 1, "target": {"name": "cpu", "title": title, "kind": "cpu"}, "entries": list(entries),
         "versions": dict(versions),
+        "date": "2026-11-23",
     }  # fmt: skip
     environment = {"target": tuned["target"], "versions": tuned["versions"]}
     return Package(Document(rows_of_tuned(tuned), environment, tuned), FILES)

@@ -36,7 +36,7 @@ def trace(row: Row, solution: Mapping[str, Any], target: Mapping[str, Any]) -> d
         "evaluation": {
             "status": "PASSED",
             "environment": {"hardware": str(target.get("title") or row.target), "libs": dict(row.versions)},
-            "timestamp": "not recorded",
+            "timestamp": row.date or "not recorded",
             "log": _LOG + (_LOG_OF_A_BACKWARD if row.problem.pass_ == "backward" else ""),
             "correctness": {
                 "max_relative_error": UNKNOWN if row.error is None else row.error,

@@ -167,7 +167,7 @@ def _told(row: Row) -> dict[str, Any]:
 
 def rest_of(row: Row) -> dict[str, Any]:
     """What stands in a row besides what it is of and its time; what is absent there is here too."""
-    names = ("low", "high", "repeats", "error", "fraction_of_bound", "sm_mhz", "celsius")
+    names = ("low", "high", "repeats", "error", "fraction_of_bound", "sm_mhz", "celsius", "date")
     found = {name: getattr(row, name) for name in names if getattr(row, name) is not None}
     pairs = {name: [list(pair) for pair in getattr(row, name)] for name in ("baselines", "shares")}
     return found | {name: listed for name, listed in pairs.items() if listed}
