@@ -101,7 +101,7 @@ def _searched(packages: Sequence[Path]) -> list[tuple[str, Any]]:
     from mctune.study.exported import exported
     from mctune.study.storage import sqlite_url
 
-    return [(study.name, _results(study)) for path in stored for study in exported(sqlite_url(storage_in(path)))]
+    return [(study.name, _results(study)) for path in stored for study in exported(sqlite_url(storage_in(path)), False)]
 
 
 def _pages(out: Path) -> list[Path]:
@@ -156,7 +156,7 @@ def _studies(inputs: Sequence[str], out: Path, formats: Sequence[str]) -> list[_
 
     written: list[_Written] = []
     for url in [_url(text) for text in inputs]:
-        for study in exported(url):
+        for study in exported(url, "t1" in formats):
             for form in formats:
                 path = exchange_file(out, study.machine.name, study.name, form)
                 if form == "t4":

@@ -57,8 +57,8 @@ class Exported:
         return Machine(*self.attrs["target"])
 
 
-def exported(url: str) -> tuple[Exported, ...]:
-    """Every study of a storage.
+def exported(url: str, constraints: bool = True) -> tuple[Exported, ...]:
+    """Every study of a storage; without ``constraints``, which take long to write down, ``conditions`` is ``None``.
 
     Raises:
         UsageError: if it cannot be read, or has none.
@@ -66,10 +66,10 @@ def exported(url: str) -> tuple[Exported, ...]:
     names = sorted(studies_in(url, PATIENCE_S))
     if not names:
         raise UsageError(f"{redacted(url)} holds no study; run mctune search first")
-    return tuple(_exported(url, name) for name in names)
+    return tuple(_exported(url, name, constraints) for name in names)
 
 
-def _exported(url: str, name: str) -> Exported:
+def _exported(url: str, name: str, constraints: bool) -> Exported:
     attrs, trials = load_study(url, name)
     try:
         with legible(url):
@@ -81,7 +81,7 @@ def _exported(url: str, name: str) -> Exported:
     finished = {one.number: one.datetime_complete.astimezone() for one in found if one.datetime_complete}
     started = [one.datetime_start.astimezone() for one in found if one.datetime_start]
     plain = SearchSpace(tuple(Param(key, tuple(values), _numbers(values)) for key, values in stored.items()))
-    space, rules = _today(attrs, url) or (plain, None)
+    space, rules = (_today(attrs, url) if constraints else None) or (plain, None)
     if {param.name: list(param.values) for param in space.params} != stored:
         space, rules = plain, None
     conditions, unsaid = (None, 0) if rules is None else conditions_of(space, rules)
