@@ -104,14 +104,16 @@ def label(problem: Problem) -> str:
 def point(row: Row, content: Content) -> dict[str, Any]:
     """A row as a point of a plot: times in ms, rates in GFLOP/s, and what a tooltip says of it."""
     counted, rates = work(row.problem), content.rates
+    # A row's own share is of the rates of its own rounds; what fits a cache has a faster copy than the page's.
     least = bound(counted, rates[0], rates[1]) * 1e3 if rates else None
+    if row.fraction_of_bound is not None:
+        least = row.fraction_of_bound * row.ms
     return {
         "problem": label(row.problem), "operation": operation(row.problem), "pass": row.problem.pass_,
         "T": row.problem.T, "segment": row.problem.segment_length, "contender": f"{OURS}, {row.backend}",
         "how": row.how, "ms": row.ms, "low": row.low, "high": row.high, "target": content.title,
         "intensity": counted.operations / counted.bytes, "gflops": counted.operations / row.ms / 1e6,
-        "bound": least, "fraction": row.fraction_of_bound if row.fraction_of_bound is not None
-        else least / row.ms if least else None,
+        "bound": least, "fraction": None if least is None else least / row.ms,
         "bound by": limited(row.problem, rates), "date": row.date or "not recorded", "versions": versions(row),
     }  # fmt: skip
 
