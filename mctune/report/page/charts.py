@@ -114,9 +114,9 @@ def comparison(content: Content) -> Chart | None:
     return Chart(
         "comparison", "The comparison that decides",
         "Medians; the line across a bar is the 20th to the 80th percentile. Filled bars are measured, side by side in "
-        "one run; outlined ones are predicted by the cost model. The upright mark is the least possible time: operations "
-        "over the matrix rate, or bytes over the bandwidth, as they were in the same run, or a prediction's as in the "
-        "data sheet.",
+        "one run; outlined ones are predicted by the cost model. The upright mark is the least possible time: "
+        "operations over the matrix rate, or bytes over the bandwidth, as they were in the same run, or for a "
+        "prediction as the data sheet has them.",
         spec(values, transform=[HIDE], vconcat=[_beside(name) for name in dict.fromkeys(v["problem"] for v in values)],
              spacing=14),
     )  # fmt: skip
