@@ -142,14 +142,17 @@ def test_a_hang_is_ended(fault: str, limit_s: float, stage: str, worker: Worker,
 
 @pytest.mark.alone
 def test_finalists_are_timed_side_by_side(worker: Worker) -> None:
-    reply = worker.call({"compare": [candidate("none"), candidate("off"), candidate("none")]}, LIMIT_S)
-    assert isinstance(reply, dict)
-    one, wrong, other = reply["samples"]
-    assert len(one) == len(other) >= 3 and min(one + other) > 0
-    # One that is wrong has no time.
-    assert wrong == [] and "wrong: error 1.00e-04" in reply["failures"][0]
-    # The same loop twice; what else the machine does makes some samples longer, none shorter.
-    assert 0.2 < min(one) / min(other) < 5
+    ratios = []
+    # The same loop twice. A machine with much else to do can hold up every sample of one of them, but not every time.
+    while not any(0.2 < ratio < 5 for ratio in ratios):
+        reply = worker.call({"compare": [candidate("none"), candidate("off"), candidate("none")]}, LIMIT_S)
+        assert isinstance(reply, dict)
+        one, wrong, other = reply["samples"]
+        assert len(one) == len(other) >= 3 and min(one + other) > 0
+        # One that is wrong has no time.
+        assert wrong == [] and "wrong: error 1.00e-04" in reply["failures"][0]
+        ratios.append(min(one) / min(other))
+        assert len(ratios) < 10, ratios
 
 
 def test_what_is_timed_beside_another_says_at_what_pace_the_machine_was(worker: Worker) -> None:
