@@ -15,12 +15,11 @@ from mctune.report.rows import check_name
 
 COMPILED = "compiled.json"
 COLUMNS = (
-    ("kernel", "kernel", ""), ("blocks", "blocks", "of its grid"), ("warps", "warps", "a block"),
-    ("regs", "registers", "a thread"), ("stack", "spilled", "bytes a thread"), ("KiB", "shared", "KiB a block"),
-    ("res", "resident", "blocks a multiprocessor"), ("occupancy", "occupancy", "of the warps that it can hold"),
-    ("us", "predicted us", ""), ("bound", "bound by", ""),
+    ("kernel", "kernel"), ("blocks", "blocks"), ("warps", "warps"), ("regs", "registers"), ("stack", "spilled B"),
+    ("KiB", "shared KiB"), ("res", "resident blocks"), ("occupancy", "occupancy"), ("bound", "bound by"),
+    ("us", "predicted us"),
 )  # fmt: skip
-"""Name in the document, heading, unit."""
+"""Names of a launch in the document, and what they are called on a page; the last is added over equal launches."""
 
 
 @dataclass(frozen=True)

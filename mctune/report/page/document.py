@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mctune.core.errors import UsageError
 from mctune.report.compiled import COLUMNS as FACTS
+from mctune.report.compiled import Compiled
 from mctune.report.page.charts import CHARTS, Chart, decisive
 from mctune.report.page.columns import coded, columns, figure, operation, parquet, point, shape, text
 from mctune.report.page.content import Content
@@ -225,21 +226,30 @@ def _search_section(charts: Sequence[Chart], found: Sequence[dict[str, Any]]) ->
 
 
 def _compiled_section(content: Content) -> str:
-    lines = [
-        [
-            Cell(f"{operation(one.problem)}, {shape(one.problem)}", operation(one.problem)),
-            Cell(one.backend, one.backend),
-            *(Cell(str(launch.get(name, "")), _number(launch.get(name, ""))) for name, _, _ in FACTS),
-        ]
-        for one in content.compiled
-        for launch in one.launches
-    ]
-    header = ["pass", "by", *(f"{title}{f', {unit}' if unit else ''}" for _, title, unit in FACTS)]
+    lines = [line for one in content.compiled for line in _launches(one)]
+    header = ["pass", "by", "launches", *(title for _, title in FACTS)]
     says = (
-        "What the compiler made of every kernel of the table, without running it: registers and shared memory are its "
-        "own figures, occupancy follows from them, the time and what bounds it are the cost model's."
+        "What the compiler made of every kernel of the table, without running it. Registers and spilled bytes are a "
+        "thread's, warps and shared memory a block's; how many blocks are resident on a multiprocessor, and its "
+        "occupancy, follow from them. The time, of all launches of a line, and what bounds it are the cost model's."
     )
     return _section("compiled", "Compiled kernels", says, table_of(header, lines, "facts"))
+
+
+def _launches(one: Compiled) -> list[list[Cell]]:
+    """The kernels of a pass, equal launches as one line with their number and the sum of their times."""
+    *same, (time, _) = FACTS
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for launch in one.launches:
+        groups.setdefault(tuple(str(launch.get(name, "")) for name, _ in same), []).append(float(launch.get(time) or 0))
+    title = f"{operation(one.problem)}, {shape(one.problem)}"
+    return [
+        [
+            Cell(title, title), Cell(one.backend, one.backend), Cell(str(len(times)), len(times)),
+            *(Cell(told, _number(told)) for told in facts), Cell(figure(sum(times)), sum(times)),
+        ]
+        for facts, times in groups.items()
+    ]  # fmt: skip
 
 
 def _number(value: Any) -> str | float:
