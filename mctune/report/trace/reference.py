@@ -212,7 +212,8 @@ def _head(problem: Problem) -> str:
         constants.append(f"SEGMENT_LENGTH = {problem.segment_length}")
     if problem.reads.sparse:
         constants.append(f"TOP_K = {problem.top_k}")
-    constants.append(f"CARRIED = {problem.state_init == 'checkpoint'}  # whether a segment starts where the one before ended")
+    carried = problem.state_init == "checkpoint"
+    constants.append(f"CARRIED = {carried}  # whether a segment starts where the one before ended")
     title = f"The {problem.pass_} pass of {problem.recurrence} with {problem.aggregation}"
     return _HEAD.substitute(title=title, constants="\n".join(constants) + "\n")
 
