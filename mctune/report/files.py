@@ -9,8 +9,8 @@ from pathlib import Path
 from mctune.core.errors import UsageError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text``, in the place of a file that is there; whoever reads meanwhile sees either.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content``, a text as UTF-8, in the place of a file that is there; whoever reads meanwhile sees either.
 
     Raises:
         UsageError: if it cannot be written.
@@ -19,7 +19,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from mctune.report.files import write_whole
+from mctune.report.rows import check_name
 from mctune.report.t4 import Results, from_t4, to_t4
 
 STUDIES = "studies"
@@ -18,18 +19,12 @@ def write_studies(folder: Path, studies: Sequence[tuple[str, Results]]) -> None:
     """Keep studies, by their names, in ``folder/studies``; others that are there stay.
 
     Raises:
-        OSError: if they cannot be written.
+        UsageError: if they cannot be written, or a study's name is none of a file.
     """
-    place = folder / STUDIES
-    place.mkdir(parents=True, exist_ok=True)
     for name, results in studies:
         text = json.dumps(to_t4(results), sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
-        beside = place / f".new-{secrets.token_hex(4)}"
-        try:
-            beside.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
-            beside.replace(place / f"{name}{SUFFIX}")
-        finally:
-            beside.unlink(missing_ok=True)
+        data = gzip.compress(text.encode(), compresslevel=9, mtime=0)
+        write_whole(folder / STUDIES / f"{check_name('study', name)}{SUFFIX}", data)
 
 
 def study_files(folder: Path) -> list[Path]:

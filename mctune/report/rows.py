@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from mctune.core.config import Config
 from mctune.core.errors import UsageError
 from mctune.core.outcome import Predicted, Timed, shares
 from mctune.core.problem import Problem
+from mctune.report.files import write_whole
 
 HOW = ("measured", "predicted")
 _PROBLEM = (
@@ -227,10 +229,11 @@ def sort_key(row: Row) -> tuple[Any, ...]:
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` in reading order."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(map(csv_cells, sorted(rows, key=sort_key)))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(map(csv_cells, sorted(rows, key=sort_key)))
+    write_whole(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -17,6 +17,7 @@ from mctune.core.problem import Problem
 from mctune.core.target import peaks
 from mctune.core.work import bound, work
 from mctune.report.compiled import COMPILED, Explanation
+from mctune.report.files import write_whole
 from mctune.report.kept import write_studies
 from mctune.report.markdown import plain_text
 from mctune.report.rows import Row, check_name, write_csv
@@ -177,7 +178,7 @@ def _write_results(
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "rows.csv", rows)
         _write_json(folder / "environment.json", environment)
-        (folder / "README.md").write_text(results_readme(rows, environment), encoding="utf-8")
+        write_whole(folder / "README.md", results_readme(rows, environment))
         if document.tuned is not None:
             _write_json(folder / "tuned.json", document.tuned)
         if searched:
@@ -220,7 +221,7 @@ def _of_one_machine(name: str, documents: Sequence[Document]) -> None:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _fastest(rates: Sequence[dict[str, float]]) -> tuple[float, float] | None:

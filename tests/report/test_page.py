@@ -279,6 +279,13 @@ def test_the_command_makes_pages_of_what_lies_there_and_refuses_the_rest(
         assert ran.code == 2 and ran.err.count("\n") == 1 and said in ran.err
 
 
+def test_a_study_is_kept_in_its_folder_whatever_it_is_called(results: Path, tmp_path: Path) -> None:
+    document = Document((predicted("forward", 0.7),), {"target": target("h100-sxm", "H100"), "versions": {}}, None)
+    with pytest.raises(UsageError, match=r"study '\.\./\.\./up' is not a name"):
+        write_results([document], tmp_path / "results", [("../../up", study("b", ["h100-sxm", "", "sm_90", 1]))])
+    assert not list(tmp_path.glob("**/*.gz"))
+
+
 def test_what_is_missing_is_said_in_a_line(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"holds no rows\.csv"):
         write_pages(tmp_path, importance)

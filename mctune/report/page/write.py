@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
 from mctune.core.errors import UsageError
+from mctune.report.files import write_whole
 from mctune.report.page.content import folders, read_content
 from mctune.report.page.document import library, page
 from mctune.report.page.index import index
@@ -23,7 +22,7 @@ def write_pages(results: Path, importance: Importance) -> list[Path]:
     """
     made = pages(results, importance)
     for path, text in made.items():
-        _replace(results / path, text)
+        write_whole(results / path, text)
     return [results / path for path in made]
 
 
@@ -46,15 +45,3 @@ def pages(results: Path, importance: Importance) -> dict[str, str]:
         depth = content.name.count("/") + 1 if content.name != "." else 0
         made[(Path(content.name) / PAGE).as_posix()] = page(content, importance, f"{'../' * depth}{PAGE}")
     return made
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".new-{secrets.token_hex(4)}-{path.name}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
