@@ -20,10 +20,10 @@ def accuracies(rows: Iterable[Row]) -> list[tuple[Problem, Accuracy]]:
         return found
     pairs: dict[tuple[str, str], list[tuple[Row, float]]] = {}
     ordered = sorted(rows, key=sort_key)
-    predicted = {_candidate(row): row.ms for row in ordered if row.how == "predicted"}
+    predicted = {candidate(row): row.ms for row in ordered if row.how == "predicted"}
     for row in ordered:
-        if row.how == "measured" and _candidate(row) in predicted:
-            pairs.setdefault((row.target, row.problem.key), []).append((row, predicted[_candidate(row)]))
+        if row.how == "measured" and candidate(row) in predicted:
+            pairs.setdefault((row.target, row.problem.key), []).append((row, predicted[candidate(row)]))
     for group in pairs.values():
         judged = accuracy((row.ms, ms) for row, ms in group)
         if judged is not None:
@@ -36,13 +36,13 @@ def shown(rows: Iterable[Row]) -> list[Row]:
     known = sorted(rows, key=sort_key)
     if not _both_kinds(known):
         return known
-    both = {_candidate(row) for row in known if row.how == "measured"}
-    both &= {_candidate(row) for row in known if row.how == "predicted"}
+    both = {candidate(row) for row in known if row.how == "measured"}
+    both &= {candidate(row) for row in known if row.how == "predicted"}
     seen: set[tuple[str, str, str]] = set()
     kept = []
     for row in known:  # the fastest of a problem first
-        if _candidate(row) in both:
-            place = _candidate(row)[:3]
+        if candidate(row) in both:
+            place = candidate(row)[:3]
             if row.how == "predicted" or place in seen:
                 continue
             seen.add(place)
@@ -68,7 +68,8 @@ def _both_kinds(rows: Iterable[Row]) -> bool:
     return len({row.how for row in rows}) > 1
 
 
-def _candidate(row: Row) -> tuple[str, str, str, str]:
+def candidate(row: Row) -> tuple[str, str, str, str]:
+    """What a measured and a predicted row of one kernel have in common."""
     return row.target, row.problem.key, row.backend, row.config.key
 
 

@@ -14,6 +14,7 @@ from mctune.core.problem import Problem
 from mctune.report.rows import check_name
 
 COMPILED = "compiled.json"
+_IS_NOT = "is not what `mctune explain --package DIR --json` prints"
 COLUMNS = (
     ("kernel", "kernel"), ("blocks", "blocks"), ("warps", "warps"), ("regs", "registers"), ("stack", "spilled B"),
     ("KiB", "shared KiB"), ("res", "resident blocks"), ("occupancy", "occupancy"), ("bound", "bound by"),
@@ -52,7 +53,7 @@ def read_explanation(path: Path) -> Explanation | None:
         return None  # the reader of tables says what is the matter
     if not isinstance(document, dict) or "explained" not in document:
         return None
-    read_compiled(path)
+    _compiled(path, document)
     return Explanation(check_name("target", document.get("target")), document)
 
 
@@ -63,13 +64,19 @@ def read_compiled(path: Path) -> tuple[Compiled, ...]:
         UsageError: if it is absent or malformed.
     """
     try:
-        return compiled_of(json.loads(path.read_bytes()))
+        document = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} {_IS_NOT}: {str(error)[:200]}") from error
+    return _compiled(path, document)
+
+
+def _compiled(path: Path, document: Any) -> tuple[Compiled, ...]:
+    try:
+        return compiled_of(document)
     except (UsageError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not what `mctune explain --package DIR --json` prints: {str(error)[:200]}"
-        ) from error
+        raise UsageError(f"{path} {_IS_NOT}: {str(error)[:200]}") from error
 
 
 def compiled_of(document: Mapping[str, Any]) -> tuple[Compiled, ...]:

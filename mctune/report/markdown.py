@@ -27,6 +27,11 @@ def plain_text(text: str) -> str:
     return _UNSEEN.sub(" ", text)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line and not at the length of what it is about, which anybody may have written."""
+    return " ".join(plain_text(str(error)).split())[:300]
+
+
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table of plain text, whose columns line up as text too."""
     cells = [[plain(cell) for cell in line] for line in (header, *lines)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mctune.core.errors import UsageError
-from mctune.report.markdown import plain_text
+from mctune.report.markdown import one_line
 from mctune.report.rows import Row, check_name, read_csv
 from mctune.report.write import Document, read_document
 
@@ -91,11 +91,11 @@ def _read(path: Path, reader: Any) -> Any:
     try:
         return reader(path)
     except UsageError as error:
-        raise UsageError(f"{path}: {_line(error)}") from error
+        raise UsageError(f"{path}: {one_line(error)}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except (*_MALFORMED, RecursionError) as error:
-        raise UsageError(f"{path} is malformed: {type(error).__name__} {_line(error)}") from error
+        raise UsageError(f"{path} is malformed: {type(error).__name__} {one_line(error)}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -103,10 +103,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("target"), dict):
         raise UsageError("it has no target")
     return values
-
-
-def _line(error: Exception) -> str:
-    return " ".join(plain_text(str(error)).split())[:300]
 
 
 def _checked(document: Document) -> Document:

@@ -48,6 +48,13 @@ class Results:
     version: str = ""
     begun: datetime | None = field(default=None, compare=False)
 
+    def problem_of(self, config: Config) -> Problem | None:
+        """What a configuration was tried at, its segment length included; ``None`` where the document does not say."""
+        if "problem" not in self.about:
+            return None
+        length = {"segment_length": config["segment_length"]} if "segment_length" in config else {}
+        return Problem.from_dict({**self.about["problem"], **length})
+
 
 def to_t4(results: Results) -> dict[str, Any]:
     """The T4 document of a study. Times are in milliseconds.
@@ -249,8 +256,7 @@ def known_of_t4(source: str, results: Results) -> tuple[Known, ...]:
     for trial in results.trials:
         if not isinstance(trial.outcome, Timed | Predicted):
             continue
-        length = {"segment_length": trial.config["segment_length"]} if "segment_length" in trial.config else {}
-        problem = Problem.from_dict({**about["problem"], **length}) if "problem" in about else None
+        problem = results.problem_of(trial.config)
         measured = isinstance(trial.outcome, Timed)
         found.append(Known(trial.config, trial.outcome.ms, measured, source, problem, machine, backend))
     return tuple(found)

@@ -19,7 +19,7 @@ from mctune.core.work import bound, work
 from mctune.report.compiled import COMPILED, Explanation
 from mctune.report.files import write_whole
 from mctune.report.kept import write_studies
-from mctune.report.markdown import plain_text
+from mctune.report.markdown import one_line
 from mctune.report.rows import Row, check_name, write_csv
 from mctune.report.t4 import Results
 from mctune.report.tables import results_readme
@@ -58,22 +58,17 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     except UsageError as error:
-        raise UsageError(f"{file}: {_line(error)}") from error
+        raise UsageError(f"{file}: {one_line(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON: {_line(error)}") from error
+        raise UsageError(f"{file} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict) or not ({"entries", "rows"} & set(values)):
         raise UsageError(f"{file} is neither a tuned table (entries) nor benchmark output (rows, environment)")
     try:
         return _document(values)
     except UsageError as error:
-        raise UsageError(f"{file} {_line(error)}") from error
+        raise UsageError(f"{file} {one_line(error)}") from error
     except _MALFORMED as error:
-        raise UsageError(f"{file} is malformed: {type(error).__name__} {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line and not at the length of what it is about, which anybody may have written."""
-    return " ".join(plain_text(str(error)).split())[:300]
+        raise UsageError(f"{file} is malformed: {type(error).__name__} {one_line(error)}") from error
 
 
 def _row_or_object(values: dict[str, Any]) -> Any:
@@ -246,9 +241,8 @@ def _days(studies: Sequence[tuple[str, Results]]) -> dict[tuple[str, str], str]:
     days = {}
     for _, results in studies:
         for trial in results.trials:
-            if trial.at is not None and "problem" in results.about:
-                length = {"segment_length": trial.config["segment_length"]} if "segment_length" in trial.config else {}
-                problem = Problem.from_dict({**results.about["problem"], **length})
+            problem = results.problem_of(trial.config)
+            if trial.at is not None and problem is not None:
                 days[problem.key, trial.config.key] = trial.at.astimezone(timezone.utc).date().isoformat()
     return days
 

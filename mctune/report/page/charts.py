@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mctune.core.work import cached_state_bytes, cached_states
+from mctune.report.accuracy import candidate
 from mctune.report.page.columns import OURS, figure, label, operation, point, shape
 from mctune.report.page.content import Content
 from mctune.report.rows import Row
@@ -310,17 +311,13 @@ def _quoted(name: str) -> str:
     return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _candidate(row: Row) -> tuple[str, str, str]:
-    return row.problem.key, row.backend, row.config.key
-
-
 def agreement(content: Content) -> Chart | None:
     """Predicted against measured time of every candidate that has both."""
-    predicted = {_candidate(row): row.ms for row in content.rows if row.how == "predicted"}
+    predicted = {candidate(row): row.ms for row in content.rows if row.how == "predicted"}
     values = [
-        point(row, content) | {"predicted": predicted[_candidate(row)]}
+        point(row, content) | {"predicted": predicted[candidate(row)]}
         for row in content.rows
-        if row.how == "measured" and _candidate(row) in predicted
+        if row.how == "measured" and candidate(row) in predicted
     ]
     if not values:
         return None

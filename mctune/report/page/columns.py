@@ -114,7 +114,8 @@ def point(row: Row, content: Content) -> dict[str, Any]:
         "how": row.how, "ms": row.ms, "low": row.low, "high": row.high, "target": content.title,
         "intensity": counted.operations / counted.bytes, "gflops": counted.operations / row.ms / 1e6,
         "bound": least, "fraction": None if least is None else least / row.ms,
-        "bound by": limited(row.problem, rates), "date": row.date or "not recorded", "versions": versions(row),
+        "bound by": limited(row.problem, rates), "date": row.date or "not recorded",
+        "versions": versions(dict(row.versions)),
     }  # fmt: skip
 
 
@@ -126,9 +127,8 @@ def limited(problem: Problem, rates: tuple[float, float, str] | None) -> str:
     return "matrix products" if counted.operations / rates[0] >= counted.bytes / rates[1] else "memory"
 
 
-def versions(row: Row) -> str:
+def versions(told: Mapping[str, str]) -> str:
     """The versions that a reader asks for first."""
-    told = dict(row.versions)
     return ", ".join(f"{name} {told[name]}" for name in ("mctune", "torch", "apache-tvm", "triton") if name in told)
 
 

@@ -15,6 +15,7 @@ from mctune.report.compiled import COMPILED, Compiled, read_compiled
 from mctune.report.history import Record, read_history
 from mctune.report.kept import SUFFIX, read_study, study_files
 from mctune.report.rows import Row, read_csv
+from mctune.report.sides import fastest
 from mctune.report.t4 import Results
 
 ROWS, HISTORY = "rows.csv", "history.jsonl"
@@ -62,12 +63,7 @@ class Content:
     @cached_property
     def fastest(self) -> tuple[Row, ...]:
         """Of each problem and backend the fastest measured row and the fastest predicted one, in the rows' order."""
-        best: dict[tuple[str, str, str], Row] = {}
-        for row in self.rows:
-            key = row.problem.key, row.backend, row.how
-            if key not in best or row.ms < best[key].ms:
-                best[key] = row
-        return tuple(best.values())
+        return tuple(row for of in fastest(self.rows).values() for row in of.values())
 
     @property
     def rates(self) -> tuple[float, float, str] | None:

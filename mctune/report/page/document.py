@@ -13,7 +13,7 @@ from mctune.core.errors import UsageError
 from mctune.report.compiled import COLUMNS as FACTS
 from mctune.report.compiled import Compiled
 from mctune.report.page.charts import CHARTS, Chart, decisive
-from mctune.report.page.columns import coded, columns, figure, operation, parquet, point, shape, text
+from mctune.report.page.columns import coded, columns, figure, operation, parquet, point, shape, text, versions
 from mctune.report.page.content import Content
 from mctune.report.page.searches import Importance, search_charts, searches
 from mctune.report.rows import Row
@@ -121,7 +121,7 @@ _ROWS = (
 def _lead(content: Content) -> str:
     """What it is about, in a sentence or two."""
     target, made = content.environment["target"], dict(content.environment.get("versions") or {})
-    told = ", ".join(f"{name} {made[name]}" for name in ("mctune", "torch", "apache-tvm", "triton") if name in made)
+    told = versions(made)
     dates = sorted({row.date for row in content.rows if row.date})
     when = "" if not dates else dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     where = ", ".join(str(x) for x in (target.get("name"), target.get("arch")) if x)

@@ -98,14 +98,14 @@ def _made(packages: Sequence[Package], note: Note) -> Iterator[tuple[Row, Object
     """Each entry's row, its Solution and its target, in reading order."""
     found = []
     for package in packages:
-        tuned = package.document.tuned
-        for entry in tuned["entries"] if tuned else ():
-            row = row_of_entry(tuned or {}, entry)
+        tuned = package.document.tuned or {"entries": ()}
+        for entry in tuned["entries"]:
+            row = row_of_entry(tuned, entry)
             if row is None:
                 continue
             try:
                 check_written(row.problem)
-                found.append((row, solution(row, tuned or {}, entry, package.files), dict((tuned or {})["target"])))
+                found.append((row, solution(row, tuned, entry, package.files), dict(tuned["target"])))
             except UsageError as error:
                 note(f"left out of {FOLDER}: {error}")
     yield from sorted(found, key=lambda one: (sort_key(one[0]), one[1]["name"]))
