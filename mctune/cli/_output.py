@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mctune.core.errors import UsageError
 from mctune.core.remark import say as say
@@ -80,3 +81,14 @@ def flush_stdout() -> str | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return str(error)
     return None
+
+
+def given() -> dict[str, str]:
+    """The options that the user has given: by their parameters' names, how they are spelled."""
+    context = click.get_current_context()
+    spelled = {param.name or "": param.opts[0] for param in context.command.params}
+    return {
+        name: spelled[name]
+        for name in context.params
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }

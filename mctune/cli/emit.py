@@ -7,11 +7,10 @@ from dataclasses import replace as changed
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from mctune.cli._cases import cases_of, default_out, measured
 from mctune.cli._emit import emit_report, replace_option
-from mctune.cli._output import json_option, print_json, say
+from mctune.cli._output import given, json_option, print_json, say
 from mctune.cli.search import report_text
 from mctune.core.errors import NoValidConfigError, UsageError
 from mctune.core.target import resolve
@@ -108,12 +107,12 @@ def _of_table(
     from mctune.report.known import machine_of, tuned_entries
     from mctune.study.tabled import tabled
 
-    given = _given()
-    if unfit := [name for name in _OF_STUDIES if name in given]:
+    told = given()
+    if unfit := [name for name in _OF_STUDIES if name in told]:
         raise UsageError(f"--from and --{unfit[0].replace('_', '-')} exclude each other: a table says what it is about")
     described, entries = tuned_entries(table)
     machine = machine_of(described)
-    target, _ = resolve(target_name if "target_name" in given else machine.name)
+    target, _ = resolve(target_name if "target_name" in told else machine.name)
     if target.name != machine.name:
         raise UsageError(
             f"{table} was tuned for {machine.name}, not {target.name}: "
@@ -137,9 +136,3 @@ def _of_table(
         max_slowdown=max_slowdown, measure=measure,
     )  # fmt: skip
     return request, report
-
-
-def _given() -> set[str]:
-    """The options that the user has given."""
-    context = click.get_current_context()
-    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}

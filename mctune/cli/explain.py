@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from mctune.cli._cases import parse_problem
-from mctune.cli._output import json_option, print_json, say
+from mctune.cli._output import given, json_option, print_json, say
 from mctune.core.workload import on_gpu
 
 _PROBLEM = "T=16384,H=16,Dk=128,Dv=128,segment_length=256,aggregation=grm"
@@ -64,9 +63,9 @@ def _explain_package(package: Path, as_json: bool) -> None:
     from mctune.measure.explain import explain
     from mctune.report.known import machine_of, tuned_entries
 
-    for name in ("gpu", "problem", "chosen", "backend", "markdown"):
-        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--package and --{name} exclude each other: the package says what it is about")
+    unfit = [option for name, option in given().items() if name not in ("package", "as_json")]
+    if unfit:
+        raise UsageError(f"--package and {unfit[0]} exclude each other: the package says what it is about")
     described, entries = tuned_entries(package)
     target, _ = resolve(machine_of(described).name)
     if target.on_cpu:

@@ -116,6 +116,7 @@ def test_writes_that_come_too_early_are_counted(monkeypatch: pytest.MonkeyPatch)
         (("--gpu", "t4", "--problem", f"{SMALL},dtype=bfloat16"), "multiplies float16 only"),
         (("--gpu", "cpu"), "cpu is a CPU"),
         (("--package", "here", "--gpu", "t4"), "--package and --gpu exclude each other"),
+        (("--package", "here", "--set", "read_BT=16"), "--package and --set exclude each other"),
         (("--package", "nowhere"), "nowhere does not exist"),
         (("--problem", SMALL, "--set", "read_BT=3"), "read_BT=3: it may be 16, 32"),
         (("--problem", SMALL, "--set", "tiles=3"), "no parameter 'tiles'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,14 +29,10 @@ def _study(study: Study, importance: Importance) -> dict[str, Any]:
         name: list(dict.fromkeys(trial.config[name] for trial in trials if name in trial.config)) for name in names
     }
     ordered = {name: sorted(found, key=lambda value: (isinstance(value, str), value)) for name, found in values.items()}
-    seconds, spent, costs = 0.0, [], []
-    for trial in trials:
-        seconds += trial.seconds
-        spent.append(round(seconds, 3))
-        cost = outcomes.cost(trial.outcome)
-        costs.append(None if cost is None else float(f"{cost:.6g}"))
+    spent = [round(seconds, 3) for seconds in itertools.accumulate(trial.seconds for trial in trials)]
+    costs = [outcomes.cost(trial.outcome) for trial in trials]
     kinds = [outcomes.kind(trial.outcome).replace("_", " ") for trial in trials]
-    timed = [(trial.config, cost) for trial in trials if (cost := outcomes.cost(trial.outcome)) is not None]
+    timed = [(trial.config, cost) for trial, cost in zip(trials, costs, strict=True) if cost is not None]
     weights = sorted(importance(timed).items(), key=lambda one: (-one[1], one[0]))
     varied = [name for name, _ in weights] + [name for name in names if name not in dict(weights)]
     return {
@@ -44,7 +41,7 @@ def _study(study: Study, importance: Importance) -> dict[str, Any]:
         "how": "predicted" if "predicted" in kinds else "measured",
         "kinds": kinds,
         "seconds": spent,
-        "ms": costs,
+        "ms": [None if cost is None else float(f"{cost:.6g}") for cost in costs],
         "importance": [[name, round(weight, 4)] for name, weight in weights],
         "params": [
             {
